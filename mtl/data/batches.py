@@ -1,0 +1,118 @@
+"""The micro-batches of one rank: of a training step, and of a group of the validation cut."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from mtl.data.collate import Micro, MicroBatch, collate, deal
+from mtl.data.encoded import Encoded, TaskData
+from mtl.data.mix import Mix, permutation
+
+
+class Layout:
+    """How examples become this rank's micro-batches; shared by training and validation.
+
+    Args:
+        world, rank: data-parallel ranks, and which one this is.
+        tokens: most positions, padding included, of a micro-batch.
+        pad_id: fills what a mask or its own segment hides; any id will do.
+        packed: several examples a row, isolated by position ids; else one, padded.
+        row_length: most tokens of a packed row; None = `tokens`.
+    """
+
+    def __init__(
+        self, world: int, rank: int, tokens: int, pad_id: int, packed: bool = False, row_length: int | None = None
+    ):
+        assert 0 <= rank < world
+        self.world, self.rank, self.tokens, self.pad_id, self.packed = world, rank, tokens, pad_id, packed
+        self.row_length = (row_length or tokens) if packed else None
+
+    def deal(self, lengths: Sequence[int]) -> list[Micro]:
+        """This rank's part of `collate.deal`."""
+        return deal(lengths, self.world, self.tokens, self.row_length)[self.rank]
+
+    def collate(self, micro: Micro, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> MicroBatch:
+        """The micro-batch of examples whose task and row stand at the indices in `micro`."""
+
+        def piece(i: int) -> tuple[np.ndarray, np.ndarray, int]:
+            k, n = int(task[i]), int(row[i])
+            return splits[k].ids(n), splits[k].target(n), k
+
+        return collate([[piece(i) for i in indices] for indices in micro], self.pad_id, self.packed)
+
+
+class TrainBatches:
+    """A rank's micro-batches of each optimizer step, prepared `ahead` steps early by a thread.
+
+    `.batch(step)` may be called in any order and with any step: a batch is a function of its number. An error in the
+    preparation is raised by the call for that step.
+    """
+
+    def __init__(self, tasks: Sequence[TaskData], mix: Mix, layout: Layout, ahead: int = 2):
+        assert mix.names == [task.name for task in tasks] and mix.sizes == [len(task.train) for task in tasks]
+        self.mix, self.layout, self.ahead = mix, layout, ahead
+        self._splits = [task.train for task in tasks]
+        # One worker: steps are made in order, and the mix's permutations are used by one thread.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._coming: dict[int, Future[list[MicroBatch]]] = {}
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of optimizer step `step` (0 is the first): as many on every rank, at least one."""
+        wanted = range(step, step + 1 + self.ahead)
+        for late in [n for n in self._coming if n not in wanted]:
+            self._coming.pop(late).cancel()
+        for n in wanted:
+            if n not in self._coming:
+                self._coming[n] = self._worker.submit(self._make, n)
+        return self._coming.pop(step).result()
+
+    def close(self) -> None:
+        """Stop the thread; what it prepared is forgotten."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, step: int) -> list[MicroBatch]:
+        task, row = self.mix.batch(step)
+        lengths = [int(self._splits[k].lengths[n]) for k, n in zip(task, row)]
+        return [self.layout.collate(micro, self._splits, task, row) for micro in self.layout.deal(lengths)]
+
+
+class ValidationCut:
+    """Every task's validation rows, cut once into the same number of groups of whole examples.
+
+    Row i of a task stands in group p(i) mod G, where p is a permutation keyed by seed and task: a group is a fair
+    sample, the groups of a task differ in size by one row at most, and neither world size nor layout change the cut.
+
+    Args:
+        tasks: K tasks.
+        groups: groups wanted. `self.groups`, the effective number, is limited by the smallest task so that every group
+            holds every task: whoever asks should say so when the two differ.
+        seed: keys the cut.
+        layout: how examples become micro-batches.
+    """
+
+    def __init__(self, tasks: Sequence[TaskData], groups: int, seed: int, layout: Layout):
+        self.groups = max(1, min(groups, *(len(task.validation) for task in tasks)))
+        self.layout = layout
+        self._splits = [task.validation for task in tasks]
+        # permutation()[place] is a row: the rows at places g, g + G, g + 2G ... are those of group g.
+        self._orders = [permutation(len(task.validation), f"{seed}/{task.name}/validation") for task in tasks]
+        self._dealt: dict[int, list[Micro]] = {}
+
+    def rows(self, group: int) -> list[np.ndarray]:
+        """K ascending int64 arrays: the rows of each task in group `group`."""
+        assert 0 <= group < self.groups
+        return [np.sort(order[group :: self.groups]) for order in self._orders]
+
+    def group(self, group: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of group `group`, made one at a time: as many on every rank, at least one.
+
+        Over all ranks every row of the group stands in exactly one of them.
+        """
+        rows = self.rows(group)
+        task = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
+        row = np.concatenate(rows)
+        if group not in self._dealt:  # the same every time, and the costly part where a group is large
+            self._dealt[group] = self.layout.deal([int(self._splits[k].lengths[n]) for k, n in zip(task, row)])
+        for micro in self._dealt[group]:
+            yield self.layout.collate(micro, self._splits, task, row)

@@ -1,0 +1,210 @@
+"""How a global batch is cut and laid out: nothing lost, budgets kept, ranks even, the same targets in every layout."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtl.data.batches import Layout, TrainBatches, ValidationCut
+from mtl.data.collate import collate, deal, row_length_for
+from mtl.data.encoded import Encoded, TaskData
+from mtl.data.mix import Mix
+
+examples = st.lists(st.integers(2, 60), max_size=50)
+
+
+@given(examples, st.integers(1, 5), st.integers(60, 300), st.sampled_from([None, 60, 97]))
+def test_deal(lengths, world, tokens, row_length):
+    if row_length is not None:
+        tokens = max(tokens, row_length)
+    ranks = deal(lengths, world, tokens, row_length)
+    assert len(ranks) == world
+    assert sorted(i for rank in ranks for micro in rank for row in micro for i in row) == list(range(len(lengths)))
+    assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
+    positions = []
+    for rank in ranks:
+        cost = [len(micro) * max((sum(lengths[i] for i in row) for row in micro), default=0) for micro in rank]
+        assert max(cost) <= tokens
+        positions.append(sum(cost))
+        for micro in rank:
+            for row in micro:
+                assert row and (len(row) == 1 if row_length is None else sum(lengths[i] for i in row) <= row_length)
+    largest = max(len(m) * max((sum(lengths[i] for i in r) for r in m), default=0) for rank in ranks for m in rank)
+    assert max(positions) - min(positions) <= largest
+
+
+def test_deal_is_even_and_tight():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 120, 256).tolist()
+    for row_length, waste in ((None, 1.12), (256, 1.04)):
+        ranks = deal(lengths, 4, 1024, row_length)
+        positions = [sum(len(m) * max(sum(lengths[i] for i in r) for r in m) for m in rank) for rank in ranks]
+        assert max(positions) * 4 <= waste * sum(lengths)
+
+
+def test_deal_gives_every_rank_rows_when_one_could_hold_them_all():
+    assert deal([10] * 4, 2, 1000) == [[[[0], [1]]], [[[2], [3]]]]
+    assert [[sorted(sum(micro, [])) for micro in rank] for rank in deal([10] * 4, 2, 1000, 100)] == [[[0, 1]], [[2, 3]]]
+
+
+def test_deal_keeps_one_long_row_apart_from_many_short_ones():
+    ranks = deal([100] + [10] * 10, 2, 1000)
+    assert sorted(sum(ranks[0][0], [])) == [0] and len(ranks[1][0]) == 10
+
+
+def test_deal_with_more_ranks_than_examples():
+    ranks = deal([5, 7], 4, 10)
+    assert ranks == [[[[1]]], [[[0]]], [[]], [[]]]
+    assert deal([], 2, 10) == [[[]], [[]]]
+
+
+def test_deal_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"an example of 11 tokens, wanted at most batch.tokens = 10"):
+        deal([3, 11], 1, 10)
+    with pytest.raises(ValueError, match=r"an example of 11 tokens, wanted at most row_length = 8"):
+        deal([3, 11], 1, 10, 8)
+    with pytest.raises(ValueError, match=r"row_length 12, wanted at most batch.tokens = 10"):
+        deal([3], 1, 10, 12)
+
+
+def test_row_length():
+    assert row_length_for(64, 4096, dense_mask=True) == 256
+    assert row_length_for(700, 4096, dense_mask=True) == 700
+    assert row_length_for(64, 4096, dense_mask=False) == 4096
+    assert row_length_for(64, 128, dense_mask=True) == 128
+
+
+A = (np.array([1, 2, 3], np.int32), np.array([False, True, True]), 0)
+B = (np.array([9, 8], np.int32), np.array([False, True]), 2)
+C = (np.array([4, 9, 9, 5], np.int32), np.array([False, False, True, False]), 1)
+
+
+def test_collate_padded():
+    batch = collate([[A], [C], [B]], pad_id=9, packed=False)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 9], [4, 9, 9, 5], [9, 8, 9, 9]]
+    # By length: 9 is data as well as padding.
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert [row[:n] for row, n in zip(batch.position_ids.tolist(), (3, 4, 2))] == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
+    assert batch.keep.tolist() == [[True, True, False, False], [False, True, False, False], [True, False, False, False]]
+    assert batch.labels.tolist() == [2, 3, 9, 8] and batch.task.tolist() == [0, 0, 1, 2]
+    assert batch.counts(4).tolist() == [2, 1, 1, 0]
+    assert {batch.input_ids.dtype, batch.position_ids.dtype, batch.labels.dtype, batch.task.dtype} == {torch.int64}
+
+
+def test_collate_packed():
+    batch = collate([[A, B], [C]], pad_id=0, packed=True)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 9, 8], [4, 9, 9, 5, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert batch.attention_mask is None
+    assert batch.keep.tolist() == [[True, True, False, True, False], [False, True, False, False, False]]
+    assert batch.labels.tolist() == [2, 3, 8, 9] and batch.task.tolist() == [0, 0, 2, 1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dummy_row_has_no_target(packed):
+    batch = collate([], pad_id=7, packed=packed)
+    assert batch.input_ids.tolist() == [[7, 7]] and batch.position_ids.tolist() == [[0, 1]]
+    assert not batch.keep.any() and batch.labels.shape == batch.task.shape == (0,)
+    assert batch.counts(2).tolist() == [0, 0]
+    assert (batch.attention_mask is None) == packed
+
+
+def toy_tasks(sizes: dict[str, int], low: int = 2, high: int = 30) -> list[TaskData]:
+    """Row i of split s of task k begins with the ids (k, s, i), by which the tests find it again."""
+    rng = np.random.default_rng(1)
+
+    def split(k: int, s: int, n: int) -> Encoded:
+        rows = []
+        for i in range(n):
+            length = int(rng.integers(max(low, 4), high))
+            target = rng.random(length) < 0.5
+            target[0], target[-1] = False, True
+            rows.append(([k, s, i] + [5] * (length - 3), target.tolist()))
+        return Encoded.of(rows)
+
+    return [TaskData(name, split(k, 0, n), split(k, 1, n)) for k, (name, n) in enumerate(sizes.items())]
+
+
+def heads(batch) -> list[tuple[int, int, int]]:
+    """(task, split, row) of the examples in a micro-batch; padding is 257 and begins no example."""
+    starts = ((batch.position_ids == 0) & (batch.input_ids != 257)).nonzero().tolist()
+    return [tuple(batch.input_ids[r, c : c + 3].tolist()) for r, c in starts]
+
+
+@given(st.integers(1, 5), st.booleans(), st.integers(30, 200))
+def test_every_cut_of_a_step_holds_the_same_examples_and_targets(world, packed, tokens):
+    tasks = toy_tasks({"a": 9, "b": 20, "c": 5})
+    mix = Mix([t.name for t in tasks], [len(t.train) for t in tasks], [9, 20, 5], 12, 0)
+    task, row = mix.batch(3)
+    expected = sorted((k, 0, i) for k, i in zip(task.tolist(), row.tolist()))
+    counts = [sum(int(tasks[k].train.targets[i]) for k, i in zip(task, row) if k == j) for j in range(3)]
+    found, total, micros = [], torch.zeros(3, dtype=torch.int64), set()
+    for rank in range(world):
+        batches = TrainBatches(tasks, mix, Layout(world, rank, tokens, 257, packed, 30 if packed else None), ahead=0)
+        got = batches.batch(3)
+        batches.close()
+        micros.add(len(got))
+        for batch in got:
+            assert batch.input_ids.numel() <= tokens
+            found += heads(batch)
+            total += batch.counts(3)
+    assert sorted(found) == expected and total.tolist() == counts and len(micros) == 1
+
+
+def test_batches_are_made_ahead_and_do_not_depend_on_it():
+    tasks = toy_tasks({"a": 9, "b": 20})
+    mix = Mix(["a", "b"], [9, 20], [1, 1], 6, 0)
+    eager, lazy = (TrainBatches(tasks, mix, Layout(1, 0, 64, 257), ahead=n) for n in (3, 0))
+    for step in [0, 1, 2, 7, 8, 3]:
+        for one, two in zip(eager.batch(step), lazy.batch(step), strict=True):
+            assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.keep, two.keep)
+    eager.close(), lazy.close()
+
+
+def test_an_error_in_the_worker_is_raised_by_its_step():
+    tasks = toy_tasks({"a": 6}, low=4, high=12) + toy_tasks({"b": 1}, low=40, high=41)
+    batches = TrainBatches(tasks, Mix(["a", "b"], [6, 1], [6, 1], 1, 0), Layout(1, 0, 20, 257))
+    bad = next(step for step in range(7) if batches.mix.batch(step)[0][0] == 1)
+    for step in set(range(7)) - {bad}:
+        assert len(batches.batch(step)) == 1
+    with pytest.raises(ValueError, match="found an example of 40 tokens"):
+        batches.batch(bad)
+    batches.close()
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_validation_groups_cover_every_row_once(groups, world, packed):
+    tasks = toy_tasks({"a": 7, "b": 20, "c": 13})
+    cuts = [ValidationCut(tasks, groups, 0, Layout(world, rank, 64, 257, packed)) for rank in range(world)]
+    g = cuts[0].groups
+    assert g == min(groups, 7)
+    everything = []
+    for group in range(g):
+        found, micros, total = [], set(), torch.zeros(3, dtype=torch.int64)
+        for cut in cuts:
+            got = list(cut.group(group))
+            micros.add(len(got))
+            for batch in got:
+                found += heads(batch)
+                total += batch.counts(3)
+        rows = cuts[0].rows(group)
+        assert sorted(found) == sorted((k, 1, i) for k, some in enumerate(rows) for i in some.tolist())
+        assert total.tolist() == [int(t.validation.targets[some].sum()) for t, some in zip(tasks, rows)]
+        assert len(micros) == 1
+        everything += found
+    assert len(everything) == len(set(everything)) == 40
+    for k in range(3):
+        sizes = [len(cuts[0].rows(group)[k]) for group in range(g)]
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+
+
+def test_encoded_in_memory():
+    split = Encoded.of([([1, 2, 3], [False, True, False]), ([4, 5], [False, True])], name="here")
+    assert len(split) == 2 and split.lengths.tolist() == [3, 2] and split.targets.tolist() == [1, 1]
+    assert split.ids(1).tolist() == [4, 5] and split.ids(1).dtype == np.int32
+    assert split.target(0).tolist() == [False, True, False] and split.target(0).dtype == np.bool_
+    assert split.where(1) == "here, row 2"
+    assert split.problems() == ["2 of 2 rows kept: 5 tokens, 2 of them targets"]
+    with pytest.raises(IndexError):
+        split.ids(2)
