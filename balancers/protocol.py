@@ -42,7 +42,7 @@ class Signals:
     valid_loss: Array | None = None  # (K,) nats per target token of the newest probe; nan = absent; None = none was due
     valid_base: Array | None = None  # (K,) initial loss of the probe's own examples; nan or None = the task's first probe
     valid_group: int | None = None  # which group of the fixed cut of the validation rows the probe read
-    gram: Array | None = None  # (K, K) inner products of the tasks' global gradients
+    gram: Array | None = None  # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -53,7 +53,7 @@ class Signals:
             object.__setattr__(self, field.name, operator.index(value) if whole else np.asarray(value, np.float64))
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Raise ValueError for an array of the wrong shape, an infinite loss or an impossible token count."""
+        """Raise ValueError for an array of the wrong shape, a loss that is infinite or below 0, an odd token count."""
         if self.step < 0:
             raise ValueError(f"Signals.step: found {self.step}, wanted the number of optimizer updates completed (>= 0)")
         k = len(tasks)
@@ -67,14 +67,17 @@ class Signals:
                     f"Signals.{field.name} at step {self.step}: found shape {value.shape}, wanted {shape} for the "
                     f"{k} tasks {list(tasks)}"
                 )
-            bad = np.isinf(value)
-            if field.name == "tokens":
-                bad |= ~(value >= 0)
+            signed = field.name.endswith("gram")
+            wanted = "a finite number" if signed else "a finite number >= 0"
+            bad = ~np.isfinite(value) if signed else ~(np.isfinite(value) & (value >= 0))
+            if field.name.startswith(("train", "valid")) and not signed:
+                bad &= ~np.isnan(value)
+                wanted += ", or nan where the task is absent"
             if bad.any():
                 name = tasks[int(np.argwhere(bad)[0][0])]
                 raise ValueError(
-                    f"Signals.{field.name} at step {self.step}, task {name!r}: found {value[bad][0]}, wanted a finite "
-                    f"number (nan where the task is absent); look at this task's last batch or lower the learning rate"
+                    f"Signals.{field.name} at step {self.step}, task {name!r}: found {value[bad][0]}, wanted {wanted}; "
+                    f"look at this task's last batch, or lower the learning rate"
                 )
 
 

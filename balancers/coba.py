@@ -1,0 +1,250 @@
+"""CoBa: validation losses that converge together (Gong et al., EMNLP 2024, https://arxiv.org/abs/2410.06741)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from balancers.maths import positive, softmax
+from balancers.protocol import Array, Balancer, Signal, Signals, State
+
+Divergence = Literal["abs", "signed", "released"]
+Slope = Literal["ols", "panel"]
+CHUNK = 8192  # history entries handled at once: 64 KiB stay in the cache, a temporary as long as the history does not
+
+
+@dataclass(frozen=True)
+class CoBa(Balancer):
+    """Convergence Balancer: slower tasks get more weight, a task that turns up gets less.
+
+    With the ratio ``r_i = l_i / l_i(0)`` of validation losses (nats per target token) and its least-squares slope
+    ``a_i(t)`` on the step number over the last N probes, for K tasks::
+
+        RCS_i = softmax over tasks of   K * a_i / sum_j |a_j|               relative convergence score
+        ACS_i = softmax over tasks of  -n * a_i / sum_s |a_i(s)|            absolute one, s = the last n <= N slopes
+        DF    = min(m * softmax over history of (-tau * m * a_max(s) / D) [t], 1),   a_max = max_i a_i
+        w     = DF * RCS + (1 - DF) * ACS
+
+    where m is the length of the history and ``D = sum_s |a_max(s)|``. Before step W all weights are 1/K.
+
+    Args:
+        window: N >= 1, in probes.
+        warmup: W >= 1, in optimizer steps.
+        tau: temperature of the divergence factor, > 0.
+        divergence: "abs" as above; "signed" takes ``D = sum_s a_max(s)``, the equation as printed, which rewards a
+            diverging task until the sum changes sign; "released" does what the authors' code does
+            (codefuse-ai/MFTCoder 8ba13f4): a_max is the slope of ``max_i r_i``, DF is not clamped, no slope is kept
+            before W, ACS sees the last N - W + 1, a task's first probe is no observation, warm-up ends a step earlier,
+            and the weights go through ``softmax(K * w)`` and, where one is below 1/(10K), ``0.9 * w + 1/(10K)``.
+        slope: "ols", or "panel", our addition: least squares with one intercept for each group of validation rows, so
+            that the difference between groups is not taken for progress. It needs ``Signals.valid_group`` and every
+            group of the window twice, so N >= 2 * groups; with fewer, and for a task that was absent too often,
+            the slope is the plain one and ``explain["panel"]`` is 0.
+        gate: None, or a number of standard errors, our addition: each task's two scores are multiplied by
+            ``max(0, 1 - (gate * error_i / a_i)^2)`` before the softmax, so that slopes which are noise give equal
+            weights. The error is that of the same fit.
+
+    A task's ``l(0)`` is ``valid_base`` where the signals carry it, else the task's first probe above 0. Steps are true
+    step numbers, so probes may come at any interval. An absent task keeps the slope its window still has, 0 with
+    fewer than two observations. A task not seen yet gets 1/K, is left out of every sum, and the others share the rest.
+    Without a new probe the scores stay.
+
+    Explains: ``slope``, ``rcs``, ``acs`` (K,), in ratio per optimizer step and as shares; ``df`` (scalar); ``panel``
+    and ``gate`` (K,) with those options. nan: not seen yet.
+
+    State: 8 bytes a probe for the history of a_max (plus an eighth of slack); the rest is bounded by the window.
+
+    Raises:
+        ValueError: settings outside the ranges above; panel slopes without ``valid_group``.
+    """
+
+    window: int = 200
+    warmup: int = 100
+    tau: float = 5.0
+    divergence: Divergence = "abs"
+    slope: Slope = "ols"
+    gate: float | None = None
+
+    needs: ClassVar[Signal] = Signal.VALID_LOSS
+
+    def __post_init__(self) -> None:
+        for name in ("window", "warmup"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"CoBa {name}: found {value!r}, wanted a whole number >= 1")
+        positive("CoBa tau", self.tau)
+        if self.gate is not None:
+            positive("CoBa gate", self.gate)
+        for name, options in (("divergence", get_args(Divergence)), ("slope", get_args(Slope))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"CoBa {name}: found {getattr(self, name)!r}, wanted one of {', '.join(options)}")
+
+    def init(self, k: int) -> State:
+        return {
+            "probes": np.array(0),
+            "base": np.full(k, np.nan),  # l(0) from the first probe; nan = the task was not seen yet
+            "step": np.zeros(0),  # the last N probes, row = probe mod N
+            "group": np.zeros(0),
+            "ratio": np.zeros((0, k)),
+            "slopes": np.zeros((0, k)),
+            "entries": np.array(0),
+            "history": np.zeros(0),  # a_max at every probe so far
+            "divisor": np.array(0.0),  # D
+            "weights": np.full(k, 1 / k),  # those of the newest probe, warm-up or not
+        }
+
+    def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
+        explain = {} if signals.valid_loss is None else self._probe(state, signals)
+        k = len(state["base"])
+        return state, np.full(k, 1 / k) if self._warming(signals.step) else state["weights"].copy(), explain
+
+    def _warming(self, step: int) -> bool:
+        # The released trainer measures after a step: its row t + 1 is what we give at t.
+        return step + (self.divergence == "released") < self.warmup
+
+    def _probe(self, state: State, signals: Signals) -> dict[str, Array]:
+        """Take in one probe: fit slopes, and put the weights they give into the state."""
+        released = self.divergence == "released"
+        fresh = np.isnan(state["base"]) & (signals.valid_loss > 0)
+        state["base"] = np.where(fresh, signals.valid_loss, state["base"])
+        base = state["base"]
+        if signals.valid_base is not None:
+            base = np.where(signals.valid_base > 0, signals.valid_base, base)
+        with np.errstate(over="ignore"):
+            ratio = np.minimum(signals.valid_loss / base, 1e100)  # far out, and its square is still finite
+        ratio[fresh & released | np.isnan(state["base"])] = np.nan
+        row = int(state["probes"]) % self.window
+        state["probes"] = state["probes"] + 1
+        state["step"] = _put(state["step"], row, signals.step)
+        state["group"] = _put(state["group"], row, self._group(signals))
+        state["ratio"] = _put(state["ratio"], row, ratio)
+
+        n = min(int(state["probes"]), self.window)
+        x, y, group = state["step"][:n], state["ratio"][:n], state["group"][:n]
+        slope, error = least_squares(x, y, np.zeros(n))
+        explain = {}
+        if self.slope == "panel":
+            inner, inner_error = least_squares(x, y, group)
+            fits = np.isfinite(inner_error) & (np.unique(group, return_counts=True)[1] > 1).all()
+            slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
+            explain["panel"] = fits.astype(np.float64)
+        # A task's first observation has no slope: a zero there would be a plateau that nobody observed.
+        seen = ~np.isnan(state["base"])
+        slope = np.where(seen & ~fresh, slope, np.nan)
+        counts = not (released and self._warming(signals.step))
+        state["slopes"] = _put(state["slopes"], row, slope if counts else np.nan)
+
+        if released:
+            envelope = np.max(y, axis=1, initial=-np.inf, where=~np.isnan(y))
+            envelope[np.isinf(envelope)] = np.nan
+            a_max = float(least_squares(x, envelope[:, None], np.zeros(n))[0][0])
+        else:
+            a_max = float(np.max(slope, initial=-np.inf, where=~np.isnan(slope)))
+        df = self._divergence_factor(state, a_max) if counts and math.isfinite(a_max) else 1.0
+
+        trust = np.ones_like(slope)
+        if self.gate is not None:
+            with np.errstate(over="ignore"):
+                noise = np.divide(self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0)
+                trust = np.nan_to_num(np.maximum(0, 1 - noise**2))
+            explain["gate"] = trust
+        rcs = _scores(trust * slope, np.nansum(np.abs(slope)) / max(1, seen.sum()), seen)
+        last = min(n, max(1, self.window - self.warmup + 1) if released else self.window)
+        past = state["slopes"][np.arange(state["probes"] - last, state["probes"]) % self.window]
+        acs = _scores(-trust * slope, np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1), seen)
+        weights = df * rcs + (1 - df) * acs
+        if released:
+            weights = _sharpen(weights, seen)
+        state["weights"] = np.where(seen, weights * seen.mean(), 1 / len(seen))
+        return {"slope": slope, "rcs": rcs, "acs": acs, "df": np.array(df), **explain}
+
+    def _group(self, signals: Signals) -> float:
+        if self.slope == "ols":
+            return 0.0
+        if signals.valid_group is None:
+            raise ValueError(
+                f"CoBa with panel slopes at step {signals.step}: found no Signals.valid_group, wanted the number of "
+                f"the group of validation rows that this probe read; without groups use slope: ols"
+            )
+        return float(signals.valid_group)
+
+    def _divergence_factor(self, state: State, a_max: float) -> float:
+        """DF, with a_max appended to the history."""
+        entries = int(state["entries"]) + 1
+        state["entries"] = np.array(entries)
+        state["history"] = _put(state["history"], entries - 1, a_max)
+        state["divisor"] = state["divisor"] + (a_max if self.divergence == "signed" else abs(a_max))
+        divisor = float(state["divisor"])
+        scale = self.tau * entries / divisor if divisor else 0.0
+        if not math.isfinite(scale):  # the sum is nothing but rounding
+            scale = 0.0
+        total = 0.0
+        # Every term is taken relative to the newest: past the range of a float the sum is inf and DF is 0, which is
+        # right, so no second pass for the maximum is needed.
+        with np.errstate(over="ignore"):
+            for start in range(0, entries, CHUNK):
+                part = state["history"][start : min(start + CHUNK, entries)]
+                part = (part - a_max) * -scale
+                total += np.exp(part, out=part).sum()
+        df = entries / float(total)
+        return df if self.divergence == "released" else min(df, 1.0)
+
+
+def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
+    """Slope of y on x with one intercept for each group, and its standard error.
+
+    Args:
+        x: (n,). y: (n, K), nan = not observed. group: (n,), what is equal belongs together.
+
+    Returns:
+        (K,) slopes, 0 where x does not vary within a group or y only by rounding; (K,) standard errors, inf where nothing is left to
+        estimate them from.
+    """
+    seen = ~np.isnan(y)
+    member = (group == np.unique(group)[:, None]).astype(np.float64)  # (G, n)
+    count = member @ seen  # (G, K)
+    filled = np.where(seen, y, 0.0)
+    x = x - x.mean()  # products of absolute step numbers lose digits
+
+    def center(values: Array) -> Array:
+        means = (member @ values) / count.clip(1)
+        return np.where(seen, values - member.T @ means, 0.0)
+
+    dx, dy = center(seen * x[:, None]), center(filled)
+    spread = (dx * dx).sum(axis=0)
+    varies = spread > 0
+    product = (dx * dy).sum(axis=0)
+    # A flat curve must not get a slope made of rounding: scores divide by slopes, which would blow it up to full range.
+    product[np.abs(product) <= 4 * np.finfo(float).eps * np.abs(dx * filled).sum(axis=0)] = 0
+    slope = np.divide(product, spread, out=np.zeros_like(spread), where=varies)
+    freedom = seen.sum(axis=0) - (count > 0).sum(axis=0) - 1
+    rest = ((dy - slope * dx) ** 2).sum(axis=0)
+    error = np.full_like(spread, np.inf)
+    np.divide(rest, spread * freedom, out=error, where=varies & (freedom > 0))
+    return slope, np.sqrt(error)
+
+
+def _scores(slope: Array, scale: Array | float, seen: Array) -> Array:
+    """softmax over the seen tasks of slope / scale; nan where unseen. No slope or no scale counts as 0."""
+    scale = np.broadcast_to(scale, slope.shape)
+    with np.errstate(over="ignore"):
+        logit = np.divide(slope, scale, out=np.zeros_like(slope), where=(scale > 0) & ~np.isnan(slope))
+    return softmax(logit, seen)
+
+
+def _sharpen(weights: Array, seen: Array) -> Array:
+    """The released code's last step."""
+    k = max(1, seen.sum())
+    weights = softmax(k * weights, seen)
+    return 0.9 * weights + 0.1 / k if (weights < 0.1 / k).any() else weights
+
+
+def _put(buffer: Array, row: int, value: Array | float) -> Array:
+    """``buffer`` with ``value`` at ``row``, grown by an eighth where it ends: one copied number in eight, amortized."""
+    if row >= len(buffer):
+        grown = np.full((row + row // 8 + 16, *buffer.shape[1:]), np.nan)
+        grown[: len(buffer)] = buffer
+        buffer = grown
+    buffer[row] = value
+    return buffer

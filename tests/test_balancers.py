@@ -1,0 +1,194 @@
+"""The contract over every method, the holder's refusals, and the simple balancers' values."""
+
+import subprocess
+import sys
+
+import balancers
+import numpy as np
+import pytest
+from balancers import METHODS, Balancer, CoBa, Equal, Holder, Signal, Signals, Static, Tokens
+from contract import CHECKS, NAMES
+
+MAKE = {
+    "CoBa": lambda tasks: CoBa(window=20, warmup=10),
+    "CoBa signed": lambda tasks: CoBa(window=20, warmup=10, divergence="signed"),
+    "CoBa released": lambda tasks: CoBa(window=20, warmup=10, divergence="released"),
+    "CoBa panel": lambda tasks: CoBa(window=20, warmup=10, slope="panel", gate=1.0),
+    "CoBa short": lambda tasks: CoBa(window=1, warmup=1),
+    "Equal": lambda tasks: Equal(),
+    "Static": lambda tasks: Static({task: 1.0 + NAMES.index(task) for task in tasks}),
+    "Tokens": lambda tasks: Tokens(),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", MAKE)
+def test_contract(name, check):
+    check(MAKE[name])
+
+
+def test_every_method_in_the_table_is_under_the_contract():
+    assert METHODS.keys() == {name.split()[0] for name in MAKE}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_table_names_classes(name):
+    method = getattr(balancers, name)
+    assert issubclass(method, Balancer) and isinstance(method.needs, Signal)
+    assert f"{method.__module__}:{method.__name__}" == METHODS[name]
+    assert name in balancers.__all__
+
+
+def test_import_needs_numpy_only():
+    code = "import sys, balancers; balancers.CoBa; print(sorted({'torch', 'torchjd', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_unknown_method():
+    with pytest.raises(AttributeError, match="no attribute 'Cuba'; the methods are .*CoBa"):
+        balancers.Cuba  # noqa: B018
+
+
+# --- values
+
+
+def test_tokens_is_the_token_mean():
+    weights = Holder(Tokens(), ["a", "b", "c"]).update(Signals(step=0, tokens=[30, 0, 10]))
+    np.testing.assert_array_equal(weights, [0.75, 0, 0.25])
+    np.testing.assert_array_equal(Holder(Tokens(), ["a", "b"]).update(Signals(step=0, tokens=[0, 0])), [0.5, 0.5])
+    with pytest.raises(ValueError, match="Tokens at step 3: found no token counts"):
+        Holder(Tokens(), ["a", "b"]).update(Signals(step=3))
+
+
+def test_static_in_order_and_by_name():
+    np.testing.assert_allclose(Holder(Static([3, 1]), ["a", "b"]).update(Signals(step=0)), [0.75, 0.25])
+    np.testing.assert_allclose(Holder(Static({"b": 1, "a": 3}), ["a", "b"]).update(Signals(step=0)), [0.75, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        ([1, -1], "wanted finite numbers >= 0"),
+        ([0, 0], "not all 0"),
+        ([1, 2, 3], "found 3 of them, wanted one for each of 2"),
+        ({"a": 1, "c": 1}, r"found tasks \['a', 'c'\], wanted exactly \['a', 'b'\]"),
+    ],
+)
+def test_static_refuses(weights, text):
+    with pytest.raises(ValueError, match=text):
+        Holder(Static(weights), ["a", "b"])
+
+
+# --- the holder
+
+
+class Given(Balancer):
+    """Hands out what it was given."""
+
+    needs = Signal.NONE
+
+    def __init__(self, weights):
+        self.given = weights
+
+    def init(self, k):
+        return {"count": np.array(0)}
+
+    def update(self, state, signals):
+        return {"count": state["count"] + 1}, np.array(self.given, np.float64), {}
+
+    def settings(self):
+        return {}
+
+
+class Scaled(Given):
+    sums_to_one = False
+
+
+def test_loss_weight_keeps_the_sum():
+    held = Holder(Given([0.5, 0.25, 0.25]), ["a", "b", "c"], loss_weight=[1, 2, 4])
+    np.testing.assert_allclose(held.weights, np.array([1, 2, 4]) / 7)
+    np.testing.assert_allclose(held.update(Signals(step=0)), np.array([0.5, 0.5, 1]) / 2)
+    held = Holder(Scaled([2, 3]), ["a", "b"], loss_weight=[1, 3])
+    np.testing.assert_allclose(held.update(Signals(step=0)), np.array([2, 9]) * 5 / 11)
+    np.testing.assert_array_equal(Holder(Scaled([0, 0]), ["a", "b"]).update(Signals(step=0)), [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        ([0.5, np.nan], "found weights {'a': 0.5, 'b': nan}, wanted finite numbers >= 0"),
+        ([1.5, -0.5], "wanted finite numbers >= 0"),
+        ([0.5, 0.6], "with sum 1.1, wanted sum 1"),
+        ([1.0], r"found weights of float64 \(1,\), wanted a float64 array of \(2,\)"),
+    ],
+)
+def test_holder_refuses_weights(weights, text):
+    with pytest.raises(ValueError, match=rf"test_balancers:Given at step 4: .*{text}"):
+        Holder(Given(weights), ["a", "b"]).update(Signals(step=4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"valid_loss": [1, 2, 3]}, r"valid_loss at step 4: found shape \(3,\), wanted \(2,\)"),
+        ({"gram": [1, 2]}, r"gram at step 4: found shape \(2,\), wanted \(2, 2\)"),
+        ({"train_loss": [1, np.inf]}, r"train_loss at step 4, task 'b': found inf, wanted a finite number >= 0, or nan"),
+        ({"valid_loss": [-1, 1]}, r"valid_loss at step 4, task 'a': found -1.0"),
+        ({"tokens": [-1, 1]}, r"tokens at step 4, task 'a': found -1.0, wanted a finite number >= 0;"),
+        ({"tokens": [1, np.nan]}, r"tokens at step 4, task 'b': found nan"),
+        ({"gram": [[1, 0], [np.nan, 1]]}, r"gram at step 4, task 'b': found nan, wanted a finite number;"),
+        ({"step": -1}, r"step: found -1"),
+    ],
+)
+def test_holder_refuses_signals(fields, text):
+    with pytest.raises(ValueError, match=rf"Signals\.{text}"):
+        Holder(Equal(), ["a", "b"]).update(Signals(**{"step": 4, **fields}))
+
+
+@pytest.mark.parametrize(("tasks", "loss_weight"), [([], None), (["a", "a"], None), (["a"], [0]), (["a"], [1, 2])])
+def test_holder_refuses_tasks_and_loss_weights(tasks, loss_weight):
+    with pytest.raises(ValueError, match="found"):
+        Holder(Equal(), tasks, loss_weight)
+
+
+@pytest.mark.parametrize(
+    ("balancer", "tasks", "loss_weight", "text"),
+    [
+        (Equal(), ["a", "b"], None, "method: saved 'balancers.coba:CoBa', here 'balancers.equal:Equal'"),
+        (CoBa(window=7), ["a", "b"], None, "settings: saved {'window': 5.*here {'window': 7"),
+        (CoBa(window=5), ["b", "a"], None, r"tasks: saved \['a', 'b'\], here \['b', 'a'\]"),
+        (CoBa(window=5), ["a", "b"], [1, 2], r"loss_weight: saved \[1.0, 1.0\], here \[1.0, 2.0\]"),
+    ],
+)
+def test_holder_refuses_another_runs_state(balancer, tasks, loss_weight, text):
+    saved = Holder(CoBa(window=5), ["a", "b"]).state_dict()
+    with pytest.raises(ValueError, match=text):
+        Holder(balancer, tasks, loss_weight).load_state_dict(saved)
+
+
+def test_holder_refuses_damaged_state():
+    held = Holder(CoBa(), ["a", "b"])
+    saved = held.state_dict()
+    del saved["arrays"]["state.history"]
+    with pytest.raises(ValueError, match="found arrays .*wanted .*state.history"):
+        held.load_state_dict(saved)
+
+
+def test_saved_state_is_a_copy():
+    held = Holder(CoBa(window=4, warmup=1), ["a", "b"])
+    for step in range(20):
+        held.update(Signals(step=step, valid_loss=[1 / (1 + step), 1]))
+    saved = held.state_dict()
+    before = {name: array.copy() for name, array in saved["arrays"].items()}
+    held.update(Signals(step=20, valid_loss=[3, 3]))
+    for name, array in before.items():
+        np.testing.assert_array_equal(saved["arrays"][name], array)
+
+
+def test_settings_that_json_cannot_hold_are_refused():
+    class Odd(Equal):
+        def __init__(self):
+            self.rule = min
+
+    with pytest.raises(ValueError, match="found a builtin_function_or_method, wanted numbers"):
+        Holder(Odd(), ["a"])
