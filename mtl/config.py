@@ -315,6 +315,11 @@ class Config(Section):
 
     _document: Document = PrivateAttr(default_factory=Document)
 
+    @property
+    def document(self) -> Document:
+        """The YAML it was read from."""
+        return self._document
+
     def where(self, path: str | Sequence[str | int]) -> str:
         """`file:line` of a key, by dotted path or by keys; of a key not given, that of the nearest one above it."""
         return str(self._document.place(path))
@@ -373,7 +378,7 @@ def _config(document: Document, check: Callable[[Document], Iterable[Problem]] |
         problems += check(document) if check else ()
     if problems:
         problems.sort(key=lambda problem: (problem.place.line is None, problem.place.line or 0))
-        raise ConfigError(map(str, problems))
+        raise ConfigError(problems)
     assert config is not None
     config._document = document
     return config

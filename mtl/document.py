@@ -29,9 +29,9 @@ _OVERRIDE = re.compile(rf"({_KEY}(?:\.{_KEY})*)=(.*)", re.DOTALL)
 class ConfigError(ValueError):
     """All that is wrong with a configuration, a line each: `file:line: key: found ..., wanted .... Next move.`"""
 
-    def __init__(self, lines: Iterable[str]):
-        self.lines = list(lines)
-        super().__init__("\n".join(self.lines))
+    def __init__(self, problems: "Iterable[str | Problem]"):
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
 
 
 class Place(NamedTuple):

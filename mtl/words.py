@@ -81,8 +81,9 @@ def either(words: Iterable[Any]) -> str:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """ "Did you mean steps?", or nothing where nothing is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f"Did you mean {close[0]}?" if close else ""
+    folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(word.casefold(), list(folded), n=1)
+    return f"Did you mean {folded[close[0]]}?" if close else ""
 
 
 def elsewhere(root: type[BaseModel], key: str) -> str:
