@@ -1,0 +1,26 @@
+"""What runs did: `python launch/report.py runs/quickstart [runs/quickstart-equal ...] [--figure docs/quickstart.png]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+from mtl import process, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their `output:`)")
+    parser.add_argument("--figure", type=Path, help="also draw the runs side by side into this file")
+    args = parser.parse_args()
+    histories = {run.name: report.read(run) for run in args.runs}
+    for name, history in histories.items():
+        print(f"{name}\n{report.table(history)}\n")
+    if args.figure:
+        report.figure(histories, args.figure)
+        print(f"written: {args.figure}")
+
+
+if __name__ == "__main__":
+    sys.exit(process.exit_code(main))

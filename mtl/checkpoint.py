@@ -1,0 +1,165 @@
+"""What a run leaves on disk, and how it goes on from there.
+
+    output/
+      run.json                     resolved YAML, versions, data fingerprints: before the first step
+      metrics.jsonl                one line per step
+      checkpoints/
+        latest                     name of the newest complete checkpoint; written last
+        step-00000120/
+          engine/                  DeepSpeed's shards: weights, optimizer
+          model/                   the model (or adapter) as a Hugging Face folder, for use right away
+          state.json               step, best so far, kept list, balancer, identity
+          state.safetensors        the balancer's arrays, initial validation losses, last train losses
+      model/                       the exported model, at the end
+
+Data order, learning rate and randomness are functions of seed, step and rank: nothing of them is saved.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from balancers import Holder
+from mtl import comm, model
+from mtl.engine import Engine
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or continued from; the text says why and what to do."""
+
+
+@dataclass
+class RunState:
+    """Where a run is. Everything but weights, optimizer and balancer that the next step depends on.
+
+    Attributes:
+        step: optimizer updates completed.
+        target_tokens: target tokens trained on.
+        best: {"step": ..., "value": ...} of the validation loss that picks the best checkpoint.
+        evaluated: step of the last full validation pass; -1 before the first.
+        metrics_bytes: length of metrics.jsonl, to cut it back on resume.
+        base_sums, base_tokens: (K, G) float64, the full pass at step 0.
+        train_loss: (K,) float64, nats per target token of the last update.
+    """
+
+    step: int = 0
+    target_tokens: int = 0
+    best: dict[str, float] | None = None
+    evaluated: int = -1
+    metrics_bytes: int = 0
+    base_sums: np.ndarray | None = None
+    base_tokens: np.ndarray | None = None
+    train_loss: np.ndarray | None = None
+
+    ARRAYS = ("base_sums", "base_tokens", "train_loss")
+
+
+@dataclass
+class Checkpoints:
+    """Checkpoints of one run.
+
+    Args:
+        output: the run's folder.
+        identity: what a run must share with a checkpoint to go on from it exactly: dotted name -> plain value.
+        keep: how many of the newest checkpoints stay; the best one stays beside them.
+    """
+
+    output: Path
+    identity: dict[str, Any]
+    keep: int
+    tokenizer: PreTrainedTokenizerBase
+    best: str | None = field(default=None, init=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.output / "checkpoints"
+
+    def save(self, engine: Engine, holder: Holder, state: RunState, *, is_best: bool = False) -> Path:
+        """Write a checkpoint, point `latest` at it, then remove what is no longer kept. A collective.
+
+        A run killed at any moment leaves `latest` on a complete checkpoint.
+        """
+        name = f"step-{state.step:08d}"
+        folder = self.folder / name
+        engine.save(folder / "engine")
+        model.export(engine, self.tokenizer, folder / "model")
+        self.best = name if is_best else self.best
+
+        def write() -> None:
+            if comm.rank() == 0:
+                held = holder.state_dict()
+                plain = {k: v for k, v in asdict(state).items() if k not in RunState.ARRAYS}
+                arrays = {f"run.{k}": v for k in RunState.ARRAYS if (v := getattr(state, k)) is not None}
+                arrays |= {f"balancer.{k}": v for k, v in held["arrays"].items()}
+                save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "state.safetensors")
+                record = {"format": FORMAT, "run": plain, "best": self.best, "balancer": held["meta"], "identity": self.identity}
+                write_json(folder / "state.json", record)
+
+        comm.together(write)  # every shard is on disk when this returns
+        comm.together(lambda: self._point_and_prune(name) if comm.rank() == 0 else None)
+        return folder
+
+    def load(self, engine: Engine, holder: Holder) -> RunState:
+        """Continue from the newest complete checkpoint. A collective. Says which settings have changed since.
+
+        Raises:
+            CheckpointError: there is none, or it is of other tasks, data, batches, model or world; the balancer refuses likewise.
+        """
+        folder = self.latest()
+        record = comm.together(lambda: json.loads((folder / "state.json").read_text()))
+        self._check(record, folder)
+        arrays = comm.together(lambda: load_file(folder / "state.safetensors"))
+        mine = {k.removeprefix("balancer."): v for k, v in arrays.items() if k.startswith("balancer.")}
+        holder.load_state_dict({"meta": record["balancer"], "arrays": mine})
+        engine.load(folder / "engine")
+        self.best = record["best"]
+        return RunState(**record["run"], **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")})
+
+    def latest(self) -> Path:
+        pointer = self.folder / "latest"
+        if not pointer.is_file():
+            raise CheckpointError(f"{self.output}: nothing to resume: {pointer} does not exist. Start without --resume.")
+        return self.folder / pointer.read_text().strip()
+
+    def _check(self, record: dict, folder: Path) -> None:
+        if record["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: checkpoint format {record['format']}; this version reads {FORMAT}.")
+        theirs = record["identity"]
+        differs = [k for k in sorted({*theirs, *self.identity}) if theirs.get(k) != self.identity.get(k)]
+        if differs:
+            lines = "\n".join(f"  {k}: checkpoint {theirs.get(k)!r}, now {self.identity.get(k)!r}" for k in differs)
+            raise CheckpointError(
+                f"{folder} cannot be continued: the run has changed.\n{lines}\n"
+                "Put these back as they were, or start a new run in another `output:` folder."
+            )
+
+    def _point_and_prune(self, name: str) -> None:
+        write_text(self.folder / "latest", name)
+        kept = {self.best, *sorted(p.name for p in self.folder.glob("step-*"))[-self.keep :]}
+        for old in self.folder.glob("step-*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

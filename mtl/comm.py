@@ -1,0 +1,79 @@
+"""The few collectives training needs, over torch.distributed. Without a process group they are the identity.
+
+Tensors may live on any device: under a GPU-only backend they are moved there and back.
+"""
+
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the text holds that rank's error."""
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks: an all-reduce, because `dist.barrier` guesses a device."""
+    sum_(torch.zeros(1))
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place. Returns `tensor`."""
+    return _on_backend_device(tensor, lambda t: dist.all_reduce(t))
+
+
+def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrite `tensor` on every rank with that of `source`. Returns `tensor`."""
+    return _on_backend_device(tensor, lambda t: dist.broadcast(t, source))
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on this rank, then agree that it failed nowhere.
+
+    One rank's exception would leave the others waiting in their next collective until the group's timeout; here it ends
+    all of them, with its own text. `work` itself must not communicate.
+
+    Raises:
+        RankError: on the ranks that did not fail, naming the rank that did and its error. The failing rank raises its own.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    failed = sum_(torch.tensor([float(error is not None)]))
+    if not failed.item():
+        return result
+    texts: list[str | None] = [None] * world()
+    mine = error and "".join(traceback.format_exception_only(error)).strip()
+    dist.all_gather_object(texts, mine) if active() else None
+    if error is not None:
+        raise error
+    raise RankError("; ".join(f"rank {r} failed: {text}" for r, text in enumerate(texts) if text))
+
+
+def _on_backend_device(tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
+    if not active():
+        return tensor
+    needs_gpu = tensor.device.type == "cpu" and dist.get_backend() == "nccl"
+    moved = tensor.cuda() if needs_gpu else tensor
+    collective(moved)
+    return tensor.copy_(moved) if needs_gpu else tensor

@@ -1,0 +1,323 @@
+"""The one door to DeepSpeed: its whole configuration, and forward, backward, step, save and load.
+
+Facts this file rests on (DeepSpeed 0.19.8; the tests measure them again):
+
+- A varying number of micro-batches per step is exact with accumulation 1 in the configuration and the boundary set by hand
+  before each backward. Forgetting it is silently wrong at ZeRO 1-3, so `backward` demands `last`.
+- DeepSpeed's defaults clip gradients at 1.0 and accumulate in the model's dtype, so every key that matters is written here.
+- `client_state` hands every rank rank 0's copy, and `latest` is written before the last barrier: neither is used.
+"""
+
+import io
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which otherwise warns that it guesses
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from mtl import comm
+from mtl.config import Config, ConfigError
+
+deepspeed_logger.setLevel(logging.WARNING)
+
+# In a DeepSpeed configuration written for Hugging Face's Trainer: let the program decide.
+AUTO = "auto"
+
+
+def init_process_group(timeout_minutes: float) -> None:
+    """Join the process group the launcher describes (deepspeed, torchrun; or alone, when started with plain python).
+
+    Args:
+        timeout_minutes: how long a collective may wait. Nothing slow (tokenizing, downloading) belongs after this call.
+    """
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    with redirect_stdout(io.StringIO()):  # it prints what it compiles
+        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def ds_config(config: Config, world: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration: ours, plus the user's `engine.deepspeed` where it says something else.
+
+    Raises:
+        ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides; both places are named.
+    """
+    stage, offload, bf16 = zero_stage(config), config.engine.offload, config.model.precision == "bf16"
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": device().type != "cpu", "contiguous_gradients": True}
+    for ours, theirs in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        where = getattr(offload, ours)
+        if where != "none":
+            zero[theirs] = {"device": where, "pin_memory": device().type != "cpu"}
+            if where == "nvme":
+                zero[theirs]["nvme_path"] = offload.nvme_path
+    ours = {
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip or 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "torch_autocast": {"enabled": config.model.precision == "bf16_autocast", "dtype": "bfloat16"},
+        "zero_optimization": zero,
+    }
+    if config.model.precision == "bf16_autocast":
+        # Empty: gradients are communicated in fp32; autocast is about the arithmetic of forward and backward only.
+        ours["torch_autocast"]["lower_precision_safe_modules"] = []
+    problems: list[str] = []
+    merged = _merge(ours, dict(config.engine.deepspeed), ("engine", "deepspeed"), config, problems)
+    if problems:
+        raise ConfigError(problems)
+    return merged
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage in force: bf16 weights with fp32 master weights and gradients do not exist at stage 0, so 1 is used."""
+    return max(1, config.engine.zero) if config.model.precision == "bf16" else config.engine.zero
+
+
+# Which key of our YAML decides a key of DeepSpeed's, to name both in an error. What is not here, this program itself decides.
+_DECIDED_BY = {
+    "train_batch_size": "batch.examples",
+    "train_micro_batch_size_per_gpu": "batch.tokens",
+    "gradient_accumulation_steps": "batch.tokens",
+    "gradient_clipping": "optimizer.clip",
+    "bf16.enabled": "model.precision",
+    "fp16.enabled": "model.precision",
+    "torch_autocast.enabled": "model.precision",
+    "torch_autocast.dtype": "model.precision",
+    "data_types.grad_accum_dtype": "model.precision",
+    "communication_data_type": "model.precision",
+    "zero_optimization.stage": "engine.zero",
+    "zero_optimization.offload_optimizer.device": "engine.offload.optimizer",
+    "zero_optimization.offload_param.device": "engine.offload.parameters",
+    "zero_optimization.offload_optimizer.nvme_path": "engine.offload.nvme_path",
+    "zero_optimization.offload_param.nvme_path": "engine.offload.nvme_path",
+}
+# Blocks of DeepSpeed's that would act beside our own, and which of ours takes their place.
+_REPLACED_BY = {"optimizer": "optimizer", "scheduler": "schedule"}
+# Ours unless the user says otherwise: about speed and logs, not about what is computed.
+_FREE = {"zero_optimization.overlap_comm", "zero_optimization.contiguous_gradients", "wall_clock_breakdown", "steps_per_print"}
+
+
+def _merge(ours: dict, theirs: dict, path: tuple[str, ...], config: Config, problems: list[str]) -> dict:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        here = (*path, key)
+        name = ".".join(here[2:])
+        if name in _REPLACED_BY:
+            if not _all_auto(value):
+                mine = _REPLACED_BY[name]
+                problems.append(
+                    config.error(here, f"a DeepSpeed {key}", f"none, because `{mine}` decides", f"Move its settings to `{mine}`.")
+                )
+        elif isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merge(ours[key], value, here, config, problems)
+        elif value == AUTO and key not in ours:
+            hint = "No key of this YAML decides it: write the value, or leave the key out for DeepSpeed's default."
+            problems.append(config.error(here, "'auto'", "a value", hint))
+        elif value != AUTO and key in ours and name not in _FREE and value != ours[key]:
+            mine = _DECIDED_BY.get(name)
+            decided = f"{mine} at {config.where(mine)} makes it so" if mine else "the step's arithmetic needs it"
+            problems.append(config.error(here, repr(value), repr(ours[key]), f"{decided}; leave this key out."))
+        elif value != AUTO:
+            merged[key] = value
+    return merged
+
+
+def _all_auto(value: Any) -> bool:
+    """Whether every setting in a DeepSpeed optimizer or scheduler block is left to us (its type is only a name)."""
+    if isinstance(value, dict):
+        return all(_all_auto(v) for k, v in value.items() if k != "type")
+    return value == AUTO
+
+
+@contextmanager
+def loading(config: Config, world: int) -> Iterator[None]:
+    """Within this context `from_pretrained` builds the model partitioned over the ranks where ZeRO 3 wants it so.
+
+    No rank ever holds the whole model. transformers finds the configuration through a weak reference, hence the variable.
+    """
+    if zero_stage(config) < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    reference = HfDeepSpeedConfig(ds_config(config, world))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del reference
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within this context partitioned (ZeRO 3) parameters are whole on every rank. Read only. A collective."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+        yield
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed.
+
+    Args:
+        model: the model; at ZeRO 3 built under `loading`.
+        config: the run's configuration.
+        optimizer: from parameter groups to a torch optimizer.
+
+    Attributes:
+        module: the bare model. Evaluation and per-task gradients go through it, never through the engine's output.
+        world: data-parallel ranks.
+        device: where inputs go.
+        frozen: names of the parameters that are not trained.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+        self.world = comm.world()
+        with redirect_stdout(io.StringIO()):  # it prints memory figures
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer(model), config=ds_config(config, self.world), dist_init_required=False
+            )
+        self.module: nn.Module = self._engine.module
+        self.device = device()
+        self.frozen = [n for n, p in self.module.named_parameters() if not p.requires_grad]
+        self._autocast = config.model.precision == "bf16_autocast"
+
+    def forward(self, **inputs: Any) -> Any:
+        """The training forward, through DeepSpeed."""
+        return self._engine(**inputs)
+
+    def evaluate(self, **inputs: Any) -> Any:
+        """A forward of the bare module in the training precision. The caller decides about gradients and eval mode."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.module(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradients. `last`: it is the step's last one, after which ranks are averaged."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float | None:
+        """Update the parameters with learning rate `lr`. Returns the global gradient norm before clipping, where known."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write every rank's shard into `folder`. A collective. Frozen parameters are left out: the base model has them."""
+        self._engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=bool(self.frozen)
+        )
+
+    def load(self, folder: Path) -> None:
+        """Read this rank's shard from `folder`, onto a fresh engine of the same world size and stage. A collective.
+
+        DeepSpeed unpickles its files without restriction; each is opened with `weights_only` first, so that a file that
+        would run code is refused.
+
+        Raises:
+            ValueError: a file is missing, holds anything but tensors and plain data, or is of another model.
+        """
+        comm.together(lambda: _refuse_code(folder))
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, custom_load_fn=self._read_module)
+        if path is None:
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint it can load there.")
+
+    def state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
+        """The whole parameters and persistent buffers, on the CPU of rank 0 (elsewhere empty). A collective.
+
+        Gathered one parameter at a time, so that no rank but 0 holds the model, and 0 only in its own memory.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad or not trainable_only:
+                with gathered([parameter]):
+                    if comm.rank() == 0:
+                        state[name] = parameter.detach().cpu().clone()
+                        assert state[name].shape == shape(parameter), f"{name} is not whole: {state[name].shape}"
+        if comm.rank() == 0 and not trainable_only:
+            persistent = self.module.state_dict(keep_vars=True)
+            state |= {n: b.detach().cpu().clone() for n, b in self.module.named_buffers() if n in persistent}
+        return state
+
+    def _read_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
+        # Not DeepSpeed's strict load: it refuses a checkpoint without the frozen parameters. Not its lax one: that takes anything.
+        missing, unexpected = dst.load_state_dict(src, strict=False)
+        missing = sorted(set(missing) - set(self.frozen))
+        if missing or unexpected:
+            raise ValueError(
+                "The checkpoint is of another model: "
+                f"it lacks the trainable {missing[:3]} ({len(missing)}) and has the unknown {unexpected[:3]} ({len(unexpected)})."
+            )
+
+
+# The only classes DeepSpeed's own files hold beside tensors and plain data.
+_EXPECTED_GLOBALS = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+
+
+def _refuse_code(folder: Path) -> None:
+    files = sorted(folder.glob("*.pt"))
+    if not files:
+        raise ValueError(f"{folder}: no DeepSpeed checkpoint files (*.pt) there.")
+    for file in files:
+        foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _EXPECTED_GLOBALS)
+        if foreign:
+            raise ValueError(
+                f"{file}: holds {foreign}, which DeepSpeed never writes and which could run code when loaded. "
+                "Load checkpoints from sources you trust only; this one is refused."
+            )
+
+
+def zero_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO 3 holds the module's parameters in parts."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())

@@ -1,0 +1,66 @@
+"""Per-task validation losses: the full pass, and the small probe a balancer reads.
+
+Validation is cut once into G groups of whole examples per task; probe p reads group p mod G of every task, and the full pass
+reads all groups. So the full pass at step 0 gives each group's initial loss, and slopes can be fitted within groups.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mtl import comm
+from mtl.data.batches import ValidationCut
+from mtl.engine import Engine
+from mtl.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Summed token losses (nats) and target tokens, (K, G) float64 each, over all ranks."""
+
+    sums: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(K,) nats per target token of each task."""
+        return self.sums.sum(1) / self.tokens.sum(1)
+
+    def group(self, g: int) -> np.ndarray:
+        """(K,) nats per target token of each task's group g; nan where the group has no target."""
+        with np.errstate(invalid="ignore"):
+            return self.sums[:, g] / self.tokens[:, g]
+
+    def summary(self, names: list[str]) -> dict[str, float]:
+        """Every loss a run may be judged by: each task's, their mean (macro), the token mean (token) and the worst."""
+        losses = self.losses
+        return {
+            **dict(zip(names, losses.tolist(), strict=True)),
+            "macro": float(losses.mean()),
+            "token": float(self.sums.sum() / self.tokens.sum()),
+            "worst": float(losses.max()),
+        }
+
+
+def full_pass(engine: Engine, objective: Objective, cut: ValidationCut, k: int) -> Validation:
+    """Every validation example once. A collective; every rank runs the same number of forwards."""
+    return _pass(engine, objective, cut, range(cut.groups), k)
+
+
+def probe(engine: Engine, objective: Objective, cut: ValidationCut, group: int, k: int) -> np.ndarray:
+    """(K,) validation losses of one group, nats per target token; nan where a task has no target in it. A collective."""
+    return _pass(engine, objective, cut, [group], k).group(0)
+
+
+def _pass(engine: Engine, objective: Objective, cut: ValidationCut, groups: range | list[int], k: int) -> Validation:
+    totals = torch.zeros(2, k, len(groups), dtype=torch.float64, device=engine.device)
+    engine.eval()
+    with torch.no_grad():
+        for column, group in enumerate(groups):
+            for micro in comm.together(lambda g=group: list(cut.group(g))):
+                terms = objective(engine.evaluate, micro.to(engine.device), k)
+                totals[0, :, column] += terms.sums
+                totals[1, :, column] += terms.counts
+    sums, tokens = comm.sum_(totals).cpu().numpy()
+    return Validation(sums, tokens)

@@ -1,0 +1,67 @@
+"""Whether a model keeps packed sequences apart. Measured at start-up, because some architectures leak without a word."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl.data.collate import collate
+from mtl.engine import Engine
+
+LENGTHS = (5, 9, 7)
+# Relative to the largest logit. In bf16 the same sequence in another batch shape differs by rounding alone.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+# The same shapes and kernels: another first sequence may change nothing at all, in any dtype.
+LEAK = 1e-5
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How far packed logits are from where they should be, relative to the largest logit.
+
+    Attributes:
+        apart: three sequences packed in one row against each in a row of its own.
+        leak: the later sequences' logits in a row whose first sequence has other tokens.
+        tolerance: what `apart` may be in the model's dtype.
+    """
+
+    apart: float
+    leak: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.apart <= self.tolerance and self.leak <= LEAK
+
+
+def measure(engine: Engine, vocabulary: int) -> Isolation:
+    """Run three short random sequences packed and apart, in eval mode. A collective.
+
+    Args:
+        vocabulary: token ids to draw from.
+    """
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.integers(vocabulary, size=n) for n in LENGTHS)
+    other = (first + 1) % vocabulary
+    engine.eval()
+    with torch.no_grad():
+        packed = _logits(engine, [first, second, third])
+        changed = _logits(engine, [other, second, third])
+        apart = torch.cat([_logits(engine, [ids]) for ids in (first, second, third)])
+    scale = apart.abs().max()
+    later = slice(LENGTHS[0], None)
+    dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
+    return Isolation(
+        apart=float((packed - apart).abs().max() / scale),
+        leak=float((packed[later] - changed[later]).abs().max() / scale),
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:
+    """(sum of lengths, vocabulary) float32: the sequences packed into one row, without autocast."""
+    row = [(ids, np.zeros(len(ids), dtype=bool), 0) for ids in sequences]
+    batch = collate([row], pad_id=0, packed=True).to(engine.device)
+    logits = engine.module(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    return logits[0].float()

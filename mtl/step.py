@@ -1,0 +1,96 @@
+"""One optimizer update. This is the function everything else exists for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl import comm
+from mtl.data.collate import MicroBatch
+from mtl.engine import Engine
+from mtl.objectives import Objective
+from mtl.terms import combine
+
+
+class NonFinite(ValueError):
+    """A task's loss or the gradient is not a number."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This rank's part of a global batch, and what every rank knows of the whole.
+
+    Attributes:
+        micros: this rank's micro-batches, at least one and the same number on every rank.
+        tokens: (K,) int64, target tokens per task over all ranks and micro-batches.
+        positions: token positions computed over all ranks, padding included.
+    """
+
+    micros: list[MicroBatch]
+    tokens: Tensor
+    positions: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update saw, the same on every rank.
+
+    Attributes:
+        losses: (K,) float64, nats per target token over the global batch; nan where the task is absent.
+        grad_norm: global gradient norm before clipping; None where DeepSpeed does not compute it.
+    """
+
+    losses: np.ndarray
+    grad_norm: float | None
+
+
+def fetch(micros: Callable[[], list[MicroBatch]], k: int) -> GlobalBatch:
+    """Make this rank's micro-batches, agree that no rank failed to, and count target tokens. A collective."""
+    mine = comm.together(micros)
+    count = torch.stack([micro.counts(k) for micro in mine]).sum(0)
+    positions = torch.tensor([sum(micro.input_ids.numel() for micro in mine)])
+    tokens, positions = comm.sum_(torch.cat([count, positions])).split([k, 1])
+    return GlobalBatch(mine, tokens, int(positions))
+
+
+def train_step(
+    engine: Engine, objective: Objective, batch: GlobalBatch, weights: np.ndarray, lr: float, names: list[str]
+) -> StepReport:
+    """Update the parameters once. A collective.
+
+    The loss is sum_k w_k * (summed token losses of k) / (target tokens of k), sums and counts over all ranks and
+    micro-batches, so the update does not depend on how the global batch was cut.
+
+    Args:
+        engine: the model and its optimizer.
+        objective: from a micro-batch to per-task terms.
+        batch: this rank's part of the global batch.
+        weights: (K,) float64, the tasks' weights for the whole global batch, the same on every rank.
+        lr: this update's learning rate.
+        names: the K tasks' names, for errors.
+
+    Raises:
+        NonFinite: on every rank; for a loss before the update, for a gradient norm after it.
+    """
+    k, last = len(names), len(batch.micros) - 1
+    tokens, weights = batch.tokens.to(engine.device), torch.as_tensor(weights).to(engine.device)
+    sums = torch.zeros(k, dtype=torch.float64, device=engine.device)
+    engine.train()
+    for i, micro in enumerate(batch.micros):
+        terms = objective(engine.forward, micro.to(engine.device), k)
+        engine.backward(combine(terms, weights, tokens, engine.world), last=i == last)
+        sums += terms.sums.detach()
+    losses = (comm.sum_(sums) / tokens).cpu().numpy()  # 0/0 = nan: absent
+
+    bad = [f"{n} ({x})" for n, x, c in zip(names, losses, batch.tokens, strict=True) if c and not np.isfinite(x)]
+    if bad:
+        raise NonFinite(f"the loss of {', '.join(bad)} is not finite. The parameters were not updated. {_ADVICE}")
+    grad_norm = engine.step(lr)
+    if grad_norm is not None and not np.isfinite(grad_norm):
+        raise NonFinite(f"the gradient norm is {grad_norm}: this update has spoiled the parameters. {_ADVICE}")
+    return StepReport(losses, grad_norm)
+
+
+_ADVICE = "Lower optimizer.lr, or look at the rows of this step; --resume continues from the last checkpoint."
