@@ -1,0 +1,52 @@
+# Everything from nothing, in .venv:
+#   make train     install, build the quickstart's model and data (once), train with CoBa on the GPUs there are or on 2 CPU processes
+#   make test      install, run the tests that CI runs;   make test-all: the slow ones too
+# A step that is up to date is skipped.
+#   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
+#   make clean     remove .venv; models, data and runs stay
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/quickstart.yaml
+PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
+ARGS ?=
+
+.PHONY: train quickstart test test-all figure constraints clean
+
+train: quickstart
+	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
+
+quickstart: $(VENV)/with-quickstart
+	$(BIN)/python launch/quickstart.py
+
+test: $(VENV)/with-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/with-test
+	$(BIN)/python -m pytest $(ARGS)
+
+figure: $(VENV)/with-plot
+	$(BIN)/python launch/figure.py $(ARGS)
+
+# An editable install with one of pyproject.toml's extras.
+$(VENV)/with-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "$$python -m venv $(VENV)   # $$($$python --version)"; \
+	        $$python -m venv $(VENV) && exit; rm -rf $(VENV); exit 1; \
+	    fi; \
+	done; echo "make: found no Python 3.11 or newer; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1
+
+# Write down the versions that .venv has now: upgrade there what should be newer, run make test-all, then this.
+constraints: $(foreach extra,quickstart test plot torchjd,$(VENV)/with-$(extra))
+	@{ echo "# The versions CI runs with (Python 3.11); written by make constraints."; \
+	   $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'; } > constraints.txt
+
+clean:
+	rm -rf $(VENV)

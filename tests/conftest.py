@@ -1,0 +1,11 @@
+"""Settings that must hold before torch, transformers or datasets are imported, here and in the processes tests start."""
+
+import os
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",  # several processes share few cores; one thread each also makes sums repeat bit for bit
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",  # forking after its thread pool has started is a warning
+    "HF_HUB_OFFLINE": "1",  # a test that asks the network fails here as it does in CI
+    "HF_DATASETS_OFFLINE": "1",
+}

@@ -1,0 +1,332 @@
+"""launch/quickstart.py on small made-up inputs: its readers, its split, its cache and its errors. Nothing is downloaded."""
+
+import importlib.util
+import io
+import json
+import os
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
+quickstart = sys.modules["quickstart"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(quickstart)
+
+
+def pairs(rows) -> list[tuple[str, str]]:
+    return [(row.data["prompt"], row.data["completion"]) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------ readers
+
+
+def test_functions_keep_short_documented_ones():
+    source = b'''
+class Box:
+    async def get(self, key: str, *, default=None) -> str:
+        """Return the value of `key`.
+
+        Longer talk that is left out.
+        """
+        # kept: it belongs to the body
+        if key in self:
+            return self[key]
+        return default
+
+def undocumented(x):
+    return x + 1 + 2 + 3 + 4
+
+def too_short(x):
+    """Return nothing of note at all."""
+    return x
+
+def documented_only():
+    """Nothing follows this docstring."""
+
+def beside(): """A docstring with a statement beside it."""; return 1234567890
+'''
+    assert pairs(quickstart.functions("box.py", source)) == [
+        (
+            'async def get(self, key: str, *, default=None) -> str:\n    """Return the value of `key`."""',
+            "\n    # kept: it belongs to the body\n    if key in self:\n        return self[key]\n    return default",
+        )
+    ]
+    (row,) = quickstart.functions("box.py", source)
+    assert row.group == "box.py"
+
+
+def test_every_function_of_a_real_module_is_valid_python_again():
+    path = Path(importlib.util.find_spec("textwrap").origin)
+    rows = pairs(quickstart.functions("textwrap.py", path.read_bytes()))
+    assert rows
+    for prompt, completion in rows:
+        compile(prompt + completion, "row", "exec")
+
+
+SYNSETS = """  1 This software is licensed
+00001000 03 n 02 dog 0 hound 1 002 @ 00002000 n 0000 ~ 00003000 n 0000 | a friendly animal; "the dog barked"
+00002000 03 n 01 animal 0 000 | short
+00003000 15 n 01 Rex 0 001 @i 00001000 n 0000 | a dog that was famous in films
+00004000 03 n 01 hot_dog 0 001 @ 00002000 n 0000 | a sausage in a roll; also called a frank
+"""
+INDEX = """  1 This software is licensed
+animal n 1 0 1 1 00002000
+dog n 2 2 @ ~ 2 1 00001000 00004000
+hot_dog n 1 1 @ 1 0 00004000
+rex n 1 1 @i 1 0 00003000
+2_step n 1 1 @ 1 0 00004000
+"""
+
+
+def test_nouns_take_the_first_gloss_of_the_first_sense():
+    assert pairs(quickstart.nouns(INDEX, SYNSETS)) == [
+        ("Define the noun 'dog':", " a friendly animal"),
+        ("Define the noun 'hot dog':", " a sausage in a roll"),
+    ]
+
+
+CATALOG = r'''# A header
+msgid ""
+msgstr ""
+"Content-Type: text/plain; charset=UTF-8\n"
+
+#, python-format
+msgid "Delete \"%(name)s\""
+msgstr "Supprimer « %(name)s »"
+
+msgctxt "one of seven"
+msgid ""
+"two "
+"lines"
+msgstr "deux "
+"lignes"
+
+#, fuzzy
+msgid "guess"
+msgstr "supposition"
+
+msgid "untranslated"
+msgstr ""
+
+msgid "same"
+msgstr "Same."
+
+msgid "%d day"
+msgid_plural "%d days"
+msgstr[0] "%d jour"
+msgstr[1] "%d jours"
+
+msgid "<b>bold</b>"
+msgstr "<b>gras</b>"
+
+#~ msgid "obsolete"
+#~ msgstr "obsolète"
+'''
+
+
+def test_translations_keep_finished_plain_entries():
+    assert pairs(quickstart.translations(CATALOG)) == [
+        ('Translate into French: Delete "%(name)s"\nFrench:', " Supprimer « %(name)s »"),
+        ("Translate into French: two lines\nFrench:", " deux lignes"),
+    ]
+
+
+def samples(*rows: tuple[str, str]) -> str:
+    chat = [{"role": "system", "content": "Be terse."}]
+    return "".join(
+        json.dumps({"input": [*chat, {"role": "user", "content": user}], "ideal": ideal}) + "\n" for user, ideal in rows
+    )
+
+
+def test_headlines_become_chats():
+    rows = list(quickstart.headlines(samples(("area man is the only one left", "1"), ("short", "0"))))
+    assert [row.data for row in rows] == [
+        {
+            "messages": [
+                {"role": "system", "content": "Is this headline sarcastic? Answer yes or no."},
+                {"role": "user", "content": "area man is the only one left"},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
+    ]
+    assert rows[0].key == next(quickstart.headlines(samples(("Area man: is the only one LEFT!", "0")))).key
+
+
+def test_occupations_leave_out_titles_with_several_groups():
+    ask = "What is the SOC Code for the job title {}'"
+    rows = samples((ask.format("Baker"), " Bakers"), (ask.format("Miner"), " Miners"), (ask.format("Miner"), " Bolters"))
+    assert pairs(quickstart.occupations(rows)) == [("Occupation group of the job title 'Baker':", " Bakers")]
+
+
+def test_sums_are_right_and_know_their_mirror():
+    rows = list(quickstart.sums(samples(("0110 + 01", "7"), ("01 + 110", "7"), ("11 * 01", "3"), ("11 - 01", "2"))))
+    assert pairs(rows) == [("Binary 0110 + 01 in decimal:\n", "7"), ("Binary 01 + 110 in decimal:\n", "7")]
+    assert rows[0].key == rows[1].key == "1 + 6"
+
+
+# -------------------------------------------------------------------------------------------------------------- split
+
+
+def numbered(count: int, group=lambda i: None):
+    return [quickstart.completion(f"unique{i} word{i}", str(i), "answer", group(i)) for i in range(count)]
+
+
+def test_split_holds_out_exactly_so_many_rows_and_ignores_the_order_of_the_source():
+    train, valid = quickstart.split(numbered(300), limit=200)
+    assert (len(train), len(valid)) == (200 - quickstart.VALIDATION, quickstart.VALIDATION)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
+    assert (train, valid) == quickstart.split(numbered(300)[::-1], limit=200)
+    assert [row["prompt"] for row in train] != sorted((row["prompt"] for row in train), key=int)
+
+
+def test_split_keeps_groups_whole():
+    train, valid = quickstart.split(numbered(300, group=lambda i: f"file{i // 7}"), limit=300)
+    files = [{int(row["prompt"]) // 7 for row in side} for side in (train, valid)]
+    assert len(valid) == 56 and len(files[1]) == 8 and not files[0] & files[1]
+
+
+def test_split_keeps_one_row_of_a_key_and_no_training_row_close_to_a_held_out_one():
+    same = [quickstart.completion("the same key", str(i), "") for i in range(5)]
+    assert sum(map(len, quickstart.split(same, limit=100))) == 1
+    near = [quickstart.completion(f"a b c d e f g h i x{i}", str(i), "") for i in range(100)]  # 9 of 11 words shared
+    train, valid = quickstart.split(near, limit=100)
+    assert (len(train), len(valid)) == (0, 56)
+
+
+# ------------------------------------------------------------------------------------------------- archives and cache
+
+
+def test_members_of_wheels_and_tarballs(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("package/été.txt", "oui\n")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        for name, text in {"package/index.noun": b"index\n", "package/data.noun": b"data\n"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    assert quickstart.member(tmp_path / "a.whl", "package/été.txt") == "oui\n"
+    assert quickstart.member(tmp_path / "a.tgz", "/data.noun") == "data\n"
+
+
+def archive(name: str, script: str, sha256: str) -> quickstart.Archive:
+    return quickstart.Archive(name, sha256, (sys.executable, "-c", script))
+
+
+HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # SHA-256 of hello
+
+
+def test_fetch_checks_sums_and_falls_back_aloud(tmp_path, capsys):
+    right = archive("right", "open('right', 'w').write('hello')", HELLO)
+    wrong = archive("wrong", "open('wrong', 'w').write('HELLO')", HELLO)
+    offline = archive("offline", "raise SystemExit('no route to host')", HELLO)
+    missing = quickstart.Archive("missing", HELLO, ("no-such-program",))
+    assert quickstart.fetch(tmp_path, offline, right) == tmp_path / "right"
+    assert "no route to host" in (said := capsys.readouterr().err) and "trying right instead" in said
+    with pytest.raises(quickstart.BuildError, match=f"wrong: found SHA-256 3733.*, wanted {HELLO}"):
+        quickstart.fetch(tmp_path, wrong)
+    with pytest.raises(quickstart.BuildError, match="exit code 1(?s:.*)no route to host(?s:.*)by hand") as error:
+        quickstart.fetch(tmp_path, missing, offline)
+    assert "no-such-program is not installed" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+def test_fetch_takes_what_is_there_but_not_when_it_is_broken(tmp_path, capsys):
+    counting = archive("file", "open('file', 'w').write('hello'); print('ran')", HELLO)
+    (tmp_path / "file").write_text("hello")
+    quickstart.fetch(tmp_path, counting)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "file").write_text("half")
+    quickstart.fetch(tmp_path, counting)
+    assert "wrong checksum" in capsys.readouterr().err and (tmp_path / "file").read_text() == "hello"
+
+
+def test_a_part_is_built_once_and_again_only_when_it_is_not_whole(tmp_path):
+    built = []
+
+    def build(archives: Path, out: Path) -> dict:
+        (out / "a.txt").write_text("content")
+        built.append(out)
+        return {"rows": 3}
+
+    def get(key="v1") -> int:
+        assert quickstart.part(tmp_path / "part", build, key) == {"rows": 3}
+        assert (tmp_path / "part" / "a.txt").read_text() == "content"
+        assert [path.name for path in tmp_path.iterdir()] == ["part"]
+        return len(built)
+
+    assert [get(), get()] == [1, 1]
+    os.utime(tmp_path / "part" / "a.txt")  # touched, or copied: its content is the same
+    assert get() == 1
+    (tmp_path / "part" / "a.txt").write_text("CONTENT")  # as long, other content
+    assert get() == 2
+    (tmp_path / "part" / "a.txt").unlink()
+    assert get() == 3
+    (tmp_path / "part" / "manifest.json").write_text("{")
+    assert get() == 4
+    assert get(key="v2") == 5
+    (tmp_path / ".part.new").mkdir()  # a builder that was killed
+    (tmp_path / ".part.new" / "b.txt").write_text("half")
+    assert get(key="v3") == 6
+
+
+def test_a_failed_build_leaves_the_old_part_alone(tmp_path):
+    def build(archives: Path, out: Path) -> dict:
+        (out / "a.txt").write_text("content")
+        return {}
+
+    def fail(archives: Path, out: Path) -> dict:
+        (out / "a.txt").write_text("half")
+        raise quickstart.BuildError("offline")
+
+    quickstart.part(tmp_path / "part", build, "v1")
+    with pytest.raises(quickstart.BuildError, match="offline"):
+        quickstart.part(tmp_path / "part", fail, "v2")
+    assert quickstart.whole(tmp_path / "part", "v1") == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ configs
+
+
+def test_the_three_configs_differ_in_the_balancer_and_the_output_only():
+    names = {"quickstart": "CoBa", "quickstart-equal": "Equal", "quickstart-tokens": "Tokens"}
+    configs = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in names]
+    balancers = [config.pop("balancer") for config in configs]
+    assert [each["name"] if isinstance(each, dict) else each for each in balancers] == list(names.values())
+    assert [config.pop("output") for config in configs] == [f"runs/{name}" for name in names]
+    assert configs[0] == configs[1] == configs[2]
+
+
+def test_the_configs_read_what_the_builder_writes(tmp_path, monkeypatch):
+    # 400 made-up rows a task, so that no archive is needed
+    monkeypatch.setattr(quickstart, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
+    monkeypatch.setattr(quickstart, "member", lambda archive, name: "")
+    for reader in ("nouns", "translations", "headlines", "occupations", "sums"):
+        monkeypatch.setattr(quickstart, reader, lambda *texts: numbered(400))
+    monkeypatch.setattr(quickstart, "functions", lambda path, source: numbered(400))
+    monkeypatch.setattr(quickstart, "standard_library", lambda: [("a.py", b"")])
+    with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w") as wheel:
+        wheel.writestr("django/conf/locale/fr/LC_MESSAGES/django.po", "")
+    out = tmp_path / "data"
+    out.mkdir()
+    note = quickstart.build_data(tmp_path, out)
+    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    assert list(note) == list(config["tasks"])
+    paths = [Path(task[side]) for task in config["tasks"].values() for side in ("train", "validation")]
+    assert {path.parent for path in paths} == {Path(".cache/quickstart/data")}
+    assert sorted(path.name for path in paths) == sorted(path.name for path in out.iterdir())
+    assert all(row["valid"] == quickstart.VALIDATION and row["train"] == 344 for row in note.values())
+
+
+def test_too_few_rows_are_an_error_that_names_the_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
+    monkeypatch.setattr(quickstart, "member", lambda archive, name: "")
+    monkeypatch.setattr(quickstart, "standard_library", lambda: [])
+    with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w"):
+        pass
+    with pytest.raises(quickstart.BuildError, match="doc2code: found 0 training and 0 validation rows"):
+        quickstart.build_data(tmp_path, tmp_path)
