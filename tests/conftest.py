@@ -1,4 +1,4 @@
-"""Settings that must hold before torch, transformers or datasets are imported, here and in the processes tests start."""
+"""Settings that must hold before torch, transformers or datasets are imported, here and in processes tests start."""
 
 import os
 

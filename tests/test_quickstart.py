@@ -1,4 +1,4 @@
-"""launch/quickstart.py on small made-up inputs: its readers, its split, its cache and its errors. Nothing is downloaded."""
+"""launch/quickstart.py on small made-up inputs: readers, split, cache and errors. Nothing is downloaded."""
 
 import importlib.util
 import io
@@ -90,7 +90,7 @@ def test_nouns_take_the_first_gloss_of_the_first_sense():
     ]
 
 
-CATALOG = r'''# A header
+CATALOG = r"""# A header
 msgid ""
 msgstr ""
 "Content-Type: text/plain; charset=UTF-8\n"
@@ -126,7 +126,7 @@ msgstr "<b>gras</b>"
 
 #~ msgid "obsolete"
 #~ msgstr "obsolète"
-'''
+"""
 
 
 def test_translations_keep_finished_plain_entries():
@@ -159,8 +159,9 @@ def test_headlines_become_chats():
 
 def test_occupations_leave_out_titles_with_several_groups():
     ask = "What is the SOC Code for the job title {}'"
-    rows = samples((ask.format("Baker"), " Bakers"), (ask.format("Miner"), " Miners"), (ask.format("Miner"), " Bolters"))
-    assert pairs(quickstart.occupations(rows)) == [("Occupation group of the job title 'Baker':", " Bakers")]
+    answers = [("Baker", " Bakers"), ("Miner", " Miners"), ("Miner", " Bolters")]
+    rows = quickstart.occupations(samples(*[(ask.format(title), answer) for title, answer in answers]))
+    assert pairs(rows) == [("Occupation group of the job title 'Baker':", " Bakers")]
 
 
 def test_sums_are_right_and_know_their_mirror():
