@@ -63,19 +63,36 @@ class RunState:
     ARRAYS = ("base_sums", "base_tokens", "train_loss")
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse to start a run on top of another.
+
+    Raises:
+        CheckpointError: the folder holds a run and `resume` is false. Nothing has been touched.
+    """
+    if not resume and ((output / "metrics.jsonl").exists() or (output / "checkpoints").exists()):
+        raise CheckpointError(
+            f"output: {output} already holds a run. Add --resume to go on with it, or choose another `output:` (or remove the "
+            "folder). Nothing was changed."
+        )
+
+
 @dataclass
 class Checkpoints:
     """Checkpoints of one run.
 
     Args:
         output: the run's folder.
-        identity: what a run must share with a checkpoint to go on from it exactly: dotted name -> plain value.
         keep: how many of the newest checkpoints stay; the best one stays beside them.
+        identity: what a run must share with a checkpoint to go on from it exactly: dotted name -> plain value.
+        tokenizer: goes with every exported model.
+
+    Attributes:
+        best: name of the best checkpoint's folder so far.
     """
 
     output: Path
-    identity: dict[str, Any]
     keep: int
+    identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     best: str | None = field(default=None, init=False)
 
@@ -109,12 +126,14 @@ class Checkpoints:
         return folder
 
     def load(self, engine: Engine, holder: Holder) -> RunState:
-        """Continue from the newest complete checkpoint. A collective. Says which settings have changed since.
+        """Continue from the newest complete checkpoint; there must be one. A collective.
 
         Raises:
-            CheckpointError: there is none, or it is of other tasks, data, batches, model or world; the balancer refuses likewise.
+            CheckpointError: it is of other tasks, data, batches, model or world. Nothing has been touched.
+            ValueError: it is of another balancer.
         """
         folder = self.latest()
+        assert folder is not None, "ask latest() first"
         record = comm.together(lambda: json.loads((folder / "state.json").read_text()))
         self._check(record, folder)
         arrays = comm.together(lambda: load_file(folder / "state.safetensors"))
@@ -124,11 +143,14 @@ class Checkpoints:
         self.best = record["best"]
         return RunState(**record["run"], **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")})
 
-    def latest(self) -> Path:
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
         pointer = self.folder / "latest"
-        if not pointer.is_file():
-            raise CheckpointError(f"{self.output}: nothing to resume: {pointer} does not exist. Start without --resume.")
-        return self.folder / pointer.read_text().strip()
+        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+
+    def exported(self, which: str) -> Path:
+        """The checkpoint to export: "best" (the last one, where none was better than the start) or "last"."""
+        return self.folder / self.best if which == "best" and self.best else self.latest()
 
     def _check(self, record: dict, folder: Path) -> None:
         if record["format"] != FORMAT:

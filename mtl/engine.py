@@ -201,7 +201,8 @@ class Engine:
     Args:
         model: the model; at ZeRO 3 built under `loading`.
         config: the run's configuration.
-        optimizer: from parameter groups to a torch optimizer.
+        optimizer: from a model to its torch optimizer.
+        say: takes what was decided otherwise than asked for.
 
     Attributes:
         module: the bare model. Evaluation and per-task gradients go through it, never through the engine's output.
@@ -210,8 +211,16 @@ class Engine:
         frozen: names of the parameters that are not trained.
     """
 
-    def __init__(self, model: nn.Module, config: Config, optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        say: Callable[[str], None] = lambda text: None,
+    ):
         self.world = comm.world()
+        if zero_stage(config) != config.engine.zero:
+            say(f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: fp32 master weights for bf16 start there")
         with redirect_stdout(io.StringIO()):  # it prints memory figures
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer(model), config=ds_config(config, self.world), dist_init_required=False

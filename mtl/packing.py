@@ -1,11 +1,13 @@
 """Whether a model keeps packed sequences apart. Measured at start-up, because some architectures leak without a word."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mtl.config import Config, ConfigError
 from mtl.data.collate import collate
 from mtl.engine import Engine
 
@@ -57,6 +59,25 @@ def measure(engine: Engine, vocabulary: int) -> Isolation:
         leak=float((packed[later] - changed[later]).abs().max() / scale),
         tolerance=TOLERANCE[dtype],
     )
+
+
+def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str], None]) -> bool:
+    """Whether this run packs, as `batch.packing` says; "auto" packs where the model is measured to keep sequences apart.
+
+    Raises:
+        ConfigError: packing is asked for and the model leaks.
+    """
+    wanted = config.batch.packing
+    if wanted is False:
+        return False
+    found = measure(engine, vocabulary)
+    figures = f"packed differs from apart by {found.apart:.1e}, leak {found.leak:.1e} (of the largest logit)"
+    name = type(engine.module).__name__
+    if not found.holds and wanted is True:
+        hint = f"{name} lets packed sequences see each other: {figures}."
+        raise ConfigError([config.error("batch.packing", "true", "auto or false", hint)])
+    say(f"batches are packed: {figures}" if found.holds else f"batches are padded, because {name} does not isolate: {figures}")
+    return found.holds
 
 
 def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:

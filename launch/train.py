@@ -1,0 +1,112 @@
+"""Fine-tune one model on several tasks: `deepspeed launch/train.py --config x.yaml`.
+
+Builds everything top to bottom and runs it. Also starts under torchrun, and alone with plain python.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+from mtl import process
+
+process.settle()  # before torch is imported
+
+import torch
+
+from balancers import Holder
+from mtl import comm, engine, model, packing, plugins, provenance, report, trackers
+from mtl.checkpoint import Checkpoints, RunState, check_output, write_json
+from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.data.cache import prepare
+from mtl.data.encode import load_tokenizer
+from mtl.data.plan import layout_for, mix_for, steps_of
+from mtl.export import export
+from mtl.run import Parts, run
+from mtl.spec import resolve
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the experiment's YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in optimizer.lr=1e-5")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
+    parser.add_argument(
+        "--allow-code", action="append", default=[], metavar="PACKAGE", help="a package whose code the YAML may name"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    config = plugins.read(args.config, args.set, args.allow_code)
+    names, output = list(config.tasks), Path(config.output).expanduser()
+    check_output(output, args.resume)
+
+    # Slow and without a process group, whose collectives would time out meanwhile.
+    tokenizer = load_tokenizer(config.model)
+    tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
+
+    engine.init_process_group(config.engine.timeout_minutes)
+    rank, world = comm.rank(), comm.world()
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    mix = mix_for(config, tasks)
+    steps = steps_of(config, mix)
+    for task, share in zip(tasks, mix.shares, strict=True):
+        say(f"{task.name}: {share:.1%} of the examples")
+        for split, data in (("train", task.train), ("validation", task.validation)):
+            say("\n".join(f"  {split}: {line}" for line in data.problems()))
+
+    torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
+    trained = engine.Engine(model.load(config, tokenizer), config, model.optimizer(config), say)
+    packed = packing.decide(config, trained, len(tokenizer), say)
+    pad_id = tokenizer.pad_token_id or 0
+    batches = TrainBatches(tasks, mix, layout_for(config, tasks, world, rank, pad_id, packed, config.batch.tokens))
+    eval_tokens = config.evaluate.tokens or config.batch.tokens
+    eval_layout = layout_for(config, tasks, world, rank, pad_id, packed, eval_tokens)
+    cut = ValidationCut(tasks, config.evaluate.probe.groups, config.train.seed, eval_layout)
+    if cut.groups < config.evaluate.probe.groups:
+        say(f"evaluate.probe.groups: {cut.groups}, not {config.evaluate.probe.groups}: the smallest task has no more rows")
+
+    balancer = resolve(config, "balancer", plugins.BALANCER, args.allow_code)()
+    holder = Holder(balancer, names, [task.loss_weight for task in config.tasks.values()])
+    checkpoints = Checkpoints(output, config.checkpoint.keep, provenance.identity(config, tasks, world), tokenizer)
+    state = RunState()
+    if args.resume:
+        found = checkpoints.latest()
+        state = checkpoints.load(trained, holder) if found else state
+        say(f"resuming from {found}" if found else f"--resume: no complete checkpoint in {output}; starting at step 0")
+
+    sinks: list[trackers.Tracker] = []
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        name = f"run.resumed-{state.step:08d}.json" if args.resume else "run.json"
+        write_json(output / name, provenance.record(config, tasks, steps, world))
+        trackers.cut_metrics(output, state.metrics_bytes)
+        sinks = [
+            resolve(config, ("trackers", str(i)), plugins.TRACKER, args.allow_code)(output=output, steps=steps, start=state.step)
+            for i in range(len(config.trackers))
+        ]
+
+    objective = resolve(config, "objective", plugins.OBJECTIVE, args.allow_code)
+    state = run(Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks), state)
+
+    for sink in sinks:
+        sink.close()
+    batches.close()
+    if rank == 0:
+        print(report.table(report.read(output)), flush=True)
+        if config.export.which != "none":
+            source = checkpoints.exported(config.export.which)
+            print(f"{config.export.which} model, of {source.name}: {export(source / 'model', output / 'model', config.export.dtype)}")
+    comm.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(process.exit_code(main))

@@ -1,0 +1,43 @@
+"""From the YAML to the arithmetic of order and batches."""
+
+from collections.abc import Sequence
+
+from mtl.config import Config
+from mtl.data.batches import Layout
+from mtl.data.collate import row_length_for
+from mtl.data.encoded import TaskData
+from mtl.data.mix import Mix, shares_for, steps_for
+
+
+def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
+    """Which rows stand in which global batch."""
+    sizes, settings = [len(task.train) for task in tasks], config.tasks.values()
+    shares = shares_for(
+        config.mix.shares,
+        sizes,
+        temperature=config.mix.temperature,
+        share=[task.share for task in settings],
+        epochs=[task.epochs for task in settings],
+    )
+    return Mix([task.name for task in tasks], sizes, shares, config.batch.examples, config.train.seed)
+
+
+def steps_of(config: Config, mix: Mix) -> int:
+    """Optimizer steps of the whole run."""
+    return config.train.steps or steps_for(config.train.epochs, mix.sizes, mix.examples)
+
+
+def layout_for(
+    config: Config, tasks: Sequence[TaskData], world: int, rank: int, pad_id: int, packed: bool, tokens: int
+) -> Layout:
+    """How examples become micro-batches of `tokens` positions.
+
+    Args:
+        packed: whether rows are packed (`batch.packing` and the model decide).
+        tokens: `batch.tokens`, or that of evaluation.
+    """
+    longest = max(int(split.lengths.max()) for task in tasks for split in (task.train, task.validation))
+    dense_mask = not (config.model.attention or "").startswith("flash")
+    return Layout(
+        world, rank, tokens, pad_id, packed, config.batch.row_length or row_length_for(longest, tokens, dense_mask)
+    )

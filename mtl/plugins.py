@@ -1,0 +1,35 @@
+"""What the YAML may name (balancer, objective, formats, trackers), and reading it with all of that checked at once."""
+
+from collections.abc import Collection
+
+from balancers import METHODS, Balancer
+from mtl.config import Config, load
+from mtl.data.formats import FORMATS, Format
+from mtl.objectives import OBJECTIVES
+from mtl.spec import Kind, check, resolve
+from mtl.trackers import TRACKERS
+
+BALANCER = Kind(METHODS, base=Balancer, build=True)
+OBJECTIVE = Kind(OBJECTIVES, arguments=3)
+FORMAT = Kind(FORMATS, arguments=1)
+TRACKER = Kind(TRACKERS, keywords=("output", "steps", "start"))
+KINDS = {"balancer": BALANCER, "objective": OBJECTIVE, "tasks.*.format": FORMAT, "trackers.*": TRACKER}
+
+
+def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str] = ()) -> Config:
+    """`config.load`, with wrong names and keywords of balancer, objective, formats and trackers reported beside the rest.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value`.
+        allow_code: packages outside this one whose code the YAML may name.
+
+    Raises:
+        ConfigError: everything that is wrong, a line each.
+    """
+    return load(path, overrides, check(KINDS, allow_code))
+
+
+def formats(config: Config, allow_code: Collection[str] = ()) -> dict[str, Format]:
+    """Each task's format, its keywords bound."""
+    return {name: resolve(config, ("tasks", name, "format"), FORMAT, allow_code) for name in config.tasks}
