@@ -2,7 +2,7 @@
 
 A config is read strictly (no text becomes a number, no unknown key is skipped) and everything that is wrong with it is
 reported at once, each with its file and line. `docs/config.md` and `docs/config.schema.json` are written from here by
-`python -m mtl.config docs`.
+`python -m mtl.config`.
 """
 
 import functools
@@ -13,18 +13,38 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints, Strict
-from pydantic import ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PrivateAttr,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from mtl.document import ConfigError, Document, Keys, Problem, child, dotted, dump, show
 from mtl.words import (
-    Wanted, branches, did_you_mean, either, elsewhere, fields, is_section, model_of, next_move, type_at, wanted,
+    Wanted,
+    branches,
+    did_you_mean,
+    either,
+    elsewhere,
+    fields,
+    is_section,
+    model_of,
+    next_move,
+    type_at,
+    wanted,
 )
 
 __all__ = ["Config", "ConfigError", "Document", "Spec", "dump", "json_schema", "load", "markdown", "parse"]
 
 
 Text = Annotated[str, MinLen(1), Wanted("text")]
+Name = Annotated[str, MinLen(1), Wanted("a name")]
 TextPath = Annotated[str, MinLen(1), Wanted("a path")]
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -33,7 +53,9 @@ BelowOne = Annotated[float, Ge(0), Lt(1)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Names = Annotated[tuple[Text, ...], Strict(False)]
 Sources = Annotated[
-    tuple[Text, ...], Strict(False), MinLen(1),
+    tuple[Text, ...],
+    Strict(False),
+    MinLen(1),
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
     Wanted("a file, folder or hub name, or a list of them"),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
@@ -45,8 +67,14 @@ RESERVED = ("macro", "token", "worst", ".", "..")
 class Section(BaseModel):
     """A mapping of the YAML."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False,
-                              use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
 
 class Spec(Section):
@@ -56,7 +84,7 @@ class Spec(Section):
 
     wanted: ClassVar = "a name, or a mapping with name and keywords"
 
-    name: Text
+    name: Name
     """A built-in's name, or `package.module:attribute` where the command line says `--allow-code package`."""
 
     @model_validator(mode="before")
@@ -332,8 +360,10 @@ class Config(Section):
         """The value at a path: a section, a Spec, a number ..."""
         value: Any = self
         for key in self._document.keys(path):
-            value = getattr(value, key) if isinstance(value, BaseModel) else (
-                value[key] if isinstance(value, Mapping) else value[int(key)])
+            if isinstance(value, BaseModel):
+                value = getattr(value, key)
+            else:
+                value = value[key] if isinstance(value, Mapping) else value[int(key)]
         return value
 
     def resolved(self) -> dict[str, Any]:
@@ -341,8 +371,9 @@ class Config(Section):
         return _plain(self)
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), check: Callable[[Document], Iterable[Problem]] | None = None
-         ) -> Config:
+def load(
+    path: str | Path, overrides: Iterable[str] = (), check: Callable[[Document], Iterable[Problem]] | None = None
+) -> Config:
     """Reads a config.
 
     Args:
@@ -356,8 +387,12 @@ def load(path: str | Path, overrides: Iterable[str] = (), check: Callable[[Docum
     return _config(Document.read(path, overrides), check)
 
 
-def parse(text: str, origin: str = "config", overrides: Iterable[str] = (),
-          check: Callable[[Document], Iterable[Problem]] | None = None) -> Config:
+def parse(
+    text: str,
+    origin: str = "config",
+    overrides: Iterable[str] = (),
+    check: Callable[[Document], Iterable[Problem]] | None = None,
+) -> Config:
     """`load` from a string; `origin` stands for the file's name in errors."""
     return _config(Document(text, origin, overrides), check)
 
@@ -369,11 +404,7 @@ def _config(document: Document, check: Callable[[Document], Iterable[Problem]] |
         try:
             config = Config.model_validate(document.data)
         except ValidationError as error:
-            known = {problem.keys for problem in problems}
-            for problem in (_problem(document, item["type"], item["loc"]) for item in error.errors()):
-                if problem.keys not in known:
-                    known.add(problem.keys)
-                    problems.append(problem)
+            problems += _faults(document, error)
         problems += _contradictions(document, {problem.keys for problem in problems})
         problems += check(document) if check else ()
     if problems:
@@ -387,7 +418,7 @@ def _config(document: Document, check: Callable[[Document], Iterable[Problem]] |
 # How values fit together. A rule is skipped where a key that it reads is wrong by itself, which is reported already.
 
 Get = Callable[..., Any]
-Finding = tuple[Keys, str, str, str]                    # key, found, wanted, hint
+Finding = tuple[Keys, str, str, str]  # key, found, wanted, hint
 
 
 def _length(get: Get) -> Iterator[Finding]:
@@ -430,8 +461,12 @@ def _temperature(get: Get) -> Iterator[Finding]:
 def _lengths(get: Get) -> Iterator[Finding]:
     longest, tokens, row = get("batch", "max_length"), get("batch", "tokens"), get("batch", "row_length")
     if longest > tokens:
-        yield (("batch", "max_length"), show(longest), f"at most batch.tokens, {tokens}",
-               "A micro-batch holds whole examples.")
+        yield (
+            ("batch", "max_length"),
+            show(longest),
+            f"at most batch.tokens, {tokens}",
+            "A micro-batch holds whole examples.",
+        )
     if row is not None and not longest <= row <= tokens:
         yield ("batch", "row_length"), show(row), f"batch.max_length to batch.tokens, {longest} to {tokens}", ""
 
@@ -497,6 +532,22 @@ def _contradictions(document: Document, broken: set[Keys]) -> list[Problem]:
 
 # Problems in our words.
 
+
+def _faults(document: Document, error: ValidationError) -> list[Problem]:
+    known, problems = {problem.keys for problem in document.problems}, []
+    faults = error.errors()
+    for fault in faults:
+        location = fault["loc"]
+        inner = (other["loc"] for other in faults if other["loc"] != location)
+        if fault["type"] == "too_short" and any(loc[: len(location)] == location for loc in inner):
+            continue  # pydantic counts right items only, and reports the wrong ones
+        problem = _problem(document, fault["type"], location)
+        if problem.keys not in known:  # the branches of a union say the same thing
+            known.add(problem.keys)
+            problems.append(problem)
+    return problems
+
+
 def _problem(document: Document, kind: str, location: Sequence[str | int]) -> Problem:
     """One of pydantic's errors in our words. Only its place is used, and whether a key is missing or unknown."""
     keys: Keys = ()
@@ -504,9 +555,14 @@ def _problem(document: Document, kind: str, location: Sequence[str | int]) -> Pr
     for step in map(str, location):
         below = child(here, step)
         missing = kind == "missing" and isinstance(here, dict) and len(keys) == len(location) - 1
-        if not missing and (not isinstance(here, dict | list) or isinstance(here, dict) and step not in here
-                            or isinstance(here, list) and (not step.isdecimal() or int(step) >= len(here))):
-            break                                       # the rest names a union's branch, not a key
+        if not missing and (
+            not isinstance(here, dict | list)
+            or isinstance(here, dict)
+            and step not in here
+            or isinstance(here, list)
+            and (not step.isdecimal() or int(step) >= len(here))
+        ):
+            break  # the rest names a union's branch, not a key
         keys, here = (*keys, step), below
     if location and location[-1] == "[key]":
         return document.problem(keys, f"the name {show(keys[-1])}", wanted(TaskName), "Rename the task.")
@@ -535,7 +591,7 @@ def _plain(value: Any) -> Any:
 _INTRO = """\
 # Config
 
-<!-- Written by `python -m mtl.config docs` from mtl/config.py. Do not edit. -->
+<!-- Written by `python -m mtl.config` from mtl/config.py. Do not edit. -->
 
 One YAML file describes one experiment; `--set key.path=value` on the command line overrides it, as often as
 needed. A key without a default is required. Everything that is wrong is reported at once, with its file and line.
@@ -570,6 +626,7 @@ def markdown() -> str:
 def json_schema() -> dict[str, Any]:
     """docs/config.schema.json: what editors check and complete YAML by."""
     schema = Config.model_json_schema()
+    schema["properties"]["tasks"]["additionalProperties"] = False  # no name but those of the pattern
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -69,6 +69,14 @@ for _name, _regex in _SCALARS.items():
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile("^<<$"), None)
 
 
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    rare = not {"\x85", "\u2028", "\u2029"}.isdisjoint(text)  # line breaks to YAML 1.1: PyYAML folds them into spaces
+    return dumper.represent_scalar(_TAG + "str", text, style='"' if rare else None)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
 class Document:
     """A YAML text: its values (`data`: plain dicts, lists and scalars), their places, and what was wrong in it."""
 
@@ -97,11 +105,16 @@ class Document:
         try:
             text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
-            raise ConfigError([f"{path}: found no such file, wanted a YAML config. "
-                               f"Paths start at the current directory, {Path.cwd()}."]) from None
+            raise ConfigError(
+                [
+                    f"{path}: found no such file, wanted a YAML config. "
+                    f"Paths start at the current directory, {Path.cwd()}."
+                ]
+            ) from None
         except UnicodeDecodeError as error:
-            raise ConfigError([f"{path}: found bytes that are not UTF-8 ({error.reason} at byte {error.start}), "
-                               "wanted UTF-8 text."]) from None
+            raise ConfigError(
+                [f"{path}: found bytes that are not UTF-8 ({error.reason} at byte {error.start}), wanted UTF-8 text."]
+            ) from None
         except OSError as error:
             raise ConfigError([f"{path}: found an unreadable file ({error.strerror}), wanted a YAML config."]) from None
         return cls(text, str(path), overrides)
@@ -155,20 +168,20 @@ class Document:
             self._wrong((), place, "no KEY=VALUE", "one", "For instance --set train.steps=10.")
             return
         node = self._compose(match[2], place) if match[2].strip() else yaml.ScalarNode(_TAG + "null", "")
-        if node is None or not isinstance(self.data, dict):     # either has been reported
+        if node is None or not isinstance(self.data, dict):  # either has been reported
             return
         keys, here = self.keys(match[1]), self.data
         for depth, key in enumerate(keys[:-1], start=1):
             below = child(here, key)
             if below is None:
                 below = {}
-            elif isinstance(below, str):                        # `balancer: CoBa` is short for `balancer: {name: CoBa}`
+            elif isinstance(below, str):  # `balancer: CoBa` is short for `balancer: {name: CoBa}`
                 below = {"name": below}
             if not self._put(here, keys[:depth], below, place):
                 return
             self._places.setdefault(keys[:depth], place)
             here = below
-        for known in [known for known in self._places if known[:len(keys)] == keys]:
+        for known in [known for known in self._places if known[: len(keys)] == keys]:
             del self._places[known]
         self._put(here, keys, self._value(node, keys, place, ()), place)
 
@@ -210,8 +223,9 @@ class Document:
             pass
         return self._wrong(keys, place, f"the tag {node.tag.replace(_TAG, '!!')}", "plain values", "Remove the tag.")
 
-    def _pairs(self, node: yaml.MappingNode, keys: Keys, place: Place,
-               above: tuple[int, ...]) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    def _pairs(
+        self, node: yaml.MappingNode, keys: Keys, place: Place, above: tuple[int, ...]
+    ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
@@ -219,14 +233,18 @@ class Document:
                 for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if isinstance(source, yaml.MappingNode) and id(source) not in above:
                         pairs = self._pairs(source, keys, place, (*above, id(source)))
-                        merged = pairs | merged                 # of several sources the first one wins
+                        merged = pairs | merged  # of several sources the first one wins
                     else:
                         self._wrong(keys, self._at(key, place), "<< of something else", "<< of mappings")
             elif not isinstance(key, yaml.ScalarNode):
                 self._wrong(keys, self._at(key, place), "a key that is a mapping or a list", "text")
             elif key.value in own:
-                self._wrong((*keys, key.value), self._at(key, place),
-                            f"the key a second time (first: {self._at(own[key.value][0], place)})", "it once")
+                self._wrong(
+                    (*keys, key.value),
+                    self._at(key, place),
+                    f"the key a second time (first: {self._at(own[key.value][0], place)})",
+                    "it once",
+                )
             else:
                 own[key.value] = key, value
         return merged | own

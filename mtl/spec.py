@@ -64,13 +64,14 @@ class Maker:
             text = str(error) if str(error).startswith(name) else f"{name} refuses it: {error}"
             raise ConfigError([Problem(*place, text)]) from error
         if self.base and not isinstance(made, self.base):
-            text = f"found {name}, which makes a {type(made).__name__}, wanted a {self.base.__name__}."
+            text = f"found {name}, which made one of type {type(made).__name__}, wanted {self.base.__name__}."
             raise ConfigError([Problem(*self.places[""], text)])
         return made
 
 
-def resolve(config: Config, path: str | Sequence[str | int], kind: Kind,
-            allow_code: Collection[str] = ()) -> Callable[..., Any]:
+def resolve(
+    config: Config, path: str | Sequence[str | int], kind: Kind, allow_code: Collection[str] = ()
+) -> Callable[..., Any]:
     """The callable that the spec at `path` names, its keywords bound: a `Maker` of a class, a partial of a function.
 
     Args:
@@ -90,6 +91,7 @@ def check(kinds: Mapping[str, Kind], allow_code: Collection[str] = ()) -> Callab
         kinds: what may stand where; `*` in a path is any task or item ("balancer", "tasks.*.format", "trackers.*").
         allow_code: packages outside this one whose code may run.
     """
+
     def problems(document: Document) -> list[Problem]:
         found: list[Problem] = []
         for pattern, kind in kinds.items():
@@ -97,7 +99,7 @@ def check(kinds: Mapping[str, Kind], allow_code: Collection[str] = ()) -> Callab
                 try:
                     spec = Spec.model_validate(value)
                 except ValidationError:
-                    continue                            # config.py has reported it
+                    continue  # config.py has reported it
                 try:
                     made = _resolve(spec, keys, kind, allow_code, document)
                     if kind.build:
@@ -105,6 +107,7 @@ def check(kinds: Mapping[str, Kind], allow_code: Collection[str] = ()) -> Callab
                 except ConfigError as error:
                     found += error.problems
         return found
+
     return problems
 
 
@@ -120,7 +123,8 @@ def _matches(data: Any, pattern: Keys, above: Keys = ()) -> Iterator[tuple[Keys,
 
 def _resolve(spec: Spec, keys: Keys, kind: Kind, allow_code: Collection[str], document: Document) -> Callable[..., Any]:
     def fail(found: str, wanted: str, hint: str = "", cause: BaseException | None = None) -> NoReturn:
-        raise ConfigError([document.problem(keys, found, wanted, hint)]) from cause
+        problem = document.problem(keys, found, wanted, hint)
+        raise ConfigError([problem._replace(place=document.place((*keys, "name")))]) from cause
 
     dotted = kind.table.get(spec.name, spec.name)
     if not _DOTTED.fullmatch(dotted):
@@ -128,8 +132,11 @@ def _resolve(spec: Spec, keys: Keys, kind: Kind, allow_code: Collection[str], do
     module, _, attribute = dotted.partition(":")
     package = module.partition(".")[0]
     if spec.name not in kind.table and package not in allow_code:
-        fail(f"{show(spec.name)}, code from outside", "a built-in name, or code that is allowed",
-             f"To let it run, add --allow-code {package} to the command line.")
+        fail(
+            f"{show(spec.name)}, code from outside",
+            "a built-in name, or code that is allowed",
+            f"To let it run, add --allow-code {package} to the command line.",
+        )
     try:
         target = import_module(module)
     except Exception as error:
@@ -140,10 +147,12 @@ def _resolve(spec: Spec, keys: Keys, kind: Kind, allow_code: Collection[str], do
             fail(f"{show(dotted)}, which is not there", f"an attribute of {module}", did_you_mean(name, dir(target)))
         target = getattr(target, name)
     if not callable(target):
-        fail(f"{show(dotted)}, a {type(target).__name__}", "a class or a function")
+        fail(f"{show(dotted)}, of type {type(target).__name__}", "a class or a function")
     if kind.base and isinstance(target, type) and not issubclass(target, kind.base):
-        fail(f"{show(dotted)}, which is no {kind.base.__name__}",
-             f"a subclass of {kind.base.__module__}.{kind.base.__qualname__}")
+        fail(
+            f"{show(dotted)}, which is no {kind.base.__name__}",
+            f"a subclass of {kind.base.__module__}.{kind.base.__qualname__}",
+        )
     problems = list(_misfits(target, spec, keys, kind, document))
     if problems:
         raise ConfigError(problems)
@@ -165,8 +174,9 @@ def _misfits(target: Callable[..., Any], spec: Spec, keys: Keys, kind: Kind, doc
     except TypeError as error:
         wanted = [f"{kind.arguments} argument{'s' * (kind.arguments > 1)}"] if kind.arguments else []
         wanted += [f"{name}=" for name in kind.keywords]
-        yield document.problem(keys, f"{show(spec.name)}, whose signature is {signature} ({error})",
-                               f"one that takes {', '.join(wanted)}")
+        yield document.problem(
+            keys, f"{show(spec.name)}, whose signature is {signature} ({error})", f"one that takes {', '.join(wanted)}"
+        )
         return
     every = signature.parameters.values()
     named = {p.name: p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in passed}
@@ -174,9 +184,12 @@ def _misfits(target: Callable[..., Any], spec: Spec, keys: Keys, kind: Kind, doc
         accepted = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named.values())
         for key in spec.keywords:
             if key not in named:
-                yield document.problem((*keys, key), "an unknown keyword",
-                                       f"one of {accepted}" if accepted else f"none: {spec.name} takes no keywords",
-                                       did_you_mean(key, named))
+                yield document.problem(
+                    (*keys, key),
+                    "an unknown keyword",
+                    f"one of {accepted}" if accepted else f"none: {spec.name} takes no keywords",
+                    did_you_mean(key, named),
+                )
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in spec.keywords:
             yield document.problem((*keys, name), "nothing", f"a value, which {spec.name} has no default for")
