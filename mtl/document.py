@@ -4,6 +4,8 @@ YAML 1.2 core schema: `1e-4` is a number; `no`, `on` and dates are text; `010` i
 as written. Anchors and merge keys (`<<`) work, the same key twice is an error. No tag ever creates an object.
 """
 
+import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -288,17 +290,26 @@ def child(value: Any, key: str) -> Any:
 
 def dotted(keys: Keys) -> str:
     """A path as `--set` takes it: `tasks."v1.5".cap`."""
-    return ".".join(key if re.fullmatch(r'[^."=]+', key) else f'"{key}"' for key in keys)
+    odd = re.compile(r'[\s.:="]|^$')
+    return ".".join(
+        json.dumps(key, ensure_ascii=not key.isprintable()) if odd.search(key) or not key.isprintable() else key
+        for key in keys
+    )
 
 
 def show(value: Any) -> str:
     """A value as an error shows it: text in quotes, a long value cut."""
     if isinstance(value, Mapping):
-        return f"a mapping ({', '.join(map(str, value)) or 'empty'})"
+        return f"a mapping ({_few(dotted((str(key),)) for key in value)})"
     if isinstance(value, list | tuple):
-        return f"a list ({', '.join(map(show, value)) or 'empty'})"
+        return f"a list ({_few(map(show, value))})"
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:57]!r}..."
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)
+
+
+def _few(words: Iterable[str]) -> str:
+    first = list(itertools.islice(words, 6))
+    return ", ".join([*first[:5], *(["..."] if len(first) > 5 else [])]) or "empty"

@@ -1,17 +1,22 @@
 """The YAML: what is read as what, what is refused in which words, overrides, and the documents made from the schema."""
 
+import copy
+import functools
 import json
 import math
+import operator
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtl import config
 from mtl.config import ConfigError, Document, dump, load, parse
+from mtl.document import show
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = """\
@@ -95,6 +100,15 @@ def test_what_cannot_be_read(text, line):
     assert [str(problem) for problem in Document(text, "x.yaml").problems] == [line]
 
 
+@pytest.mark.parametrize(("value", "shown"), [
+    (None, "null"), (True, "true"), (1e-05, "1e-05"), ("a\nb", r"'a\nb'"), ("x" * 61, "'" + "x" * 57 + "'..."),
+    ([1, "a", [], {}], "a list (1, 'a', a list (empty), a mapping (empty))"), ([1] * 6, "a list (1, 1, 1, 1, 1, ...)"),
+    ({"a": 1, "b.c": 2, "d\n": 3}, r'a mapping (a, "b.c", "d\n")'),
+])
+def test_values_are_shown_on_one_short_line(value, shown):
+    assert show(value) == shown
+
+
 def test_files_that_cannot_be_read(tmp_path):
     missing = tmp_path / "none.yaml"
     with pytest.raises(ConfigError) as caught:
@@ -118,6 +132,7 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), plain, max_size=4))
 @example({"a": "1e-4", "b": "no", "c": "0o17", "<<": "=", "d": "010", "e": "2024-01-31", "": "~", "1": ".inf"})
 def test_what_is_dumped_is_read_back(data):
@@ -126,6 +141,7 @@ def test_what_is_dumped_is_read_back(data):
     assert repr(document.data) == repr(data)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(st.characters(codec="ascii")), st.text(st.characters(codec="ascii")), max_size=4))
 def test_other_readers_read_dumped_text_as_text(data):
     assert yaml.safe_load(dump(data)) == data
@@ -211,8 +227,8 @@ def test_one_wrong_line(line, error):
 
 
 @pytest.mark.parametrize(("task", "error"), [
-    ("a b: {train: a, validation: b, format: text}", "tasks.a b: found the name 'a b', wanted letters, digits, _ . -. "
-                                                     "Rename the task."),
+    ("a b: {train: a, validation: b, format: text}", 'tasks."a b": found the name \'a b\', wanted letters, digits, _ . -'
+                                                     ". Rename the task."),
     ("macro: {train: a, validation: b, format: text}", "tasks.macro: found the name 'macro', wanted "
                                                        "another than macro, token, worst, . or ... Rename the task."),
     ("a: {train: a, format: text}", "tasks.a.validation: found nothing, "
@@ -368,6 +384,7 @@ names = st.lists(st.from_regex(r"\A[A-Za-z0-9_.-]{1,6}\Z").filter(lambda name: n
 rare = st.none() | st.floats(0.01, 100)
 
 
+@settings(deadline=None)
 @given(lr=st.floats(1e-12, 1e3), clip=rare, weight=st.integers(1, 5) | st.floats(0.1, 5), names=names,
        keywords=st.dictionaries(st.text().filter(lambda key: key != "name"), plain, max_size=3), free=plain)
 def test_a_resolved_config_is_the_same_config(lr, clip, weight, names, keywords, free):
@@ -379,6 +396,36 @@ def test_a_resolved_config_is_the_same_config(lr, clip, weight, names, keywords,
     assert list(made.tasks) == names and made.optimizer.lr == lr and made.balancer.keywords == keywords
     again = parse(dump(made.resolved()))
     assert repr(again.resolved()) == repr(made.resolved())
+
+
+def leaves(data, above=()):
+    yield above
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from leaves(value, (*above, key))
+
+
+FULL = parse(MINIMAL, "x", ["model.lora={target_modules: [q]}", "engine.deepspeed={a: [1]}"]).resolved()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whatever_stands_at_a_key_is_taken_or_refused_in_words(data):
+    path = data.draw(st.sampled_from([path for path in leaves(FULL) if path]))
+    document = copy.deepcopy(FULL)
+    *above, last = path
+    functools.reduce(operator.getitem, above, document)[last] = data.draw(plain)
+    try:
+        parse(dump(document), "x.yaml")
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            assert re.fullmatch(r"x\.yaml:\d+: .+: found .+, wanted .+[.?]", line)
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("ab:- \n[]{}&*<!'\"#,?|>%@`\t1.e")))
+def test_any_text_is_read_or_refused(text):
+    document = Document(text)
+    assert isinstance(document.data, dict) or document.problems
 
 
 def test_resolved_holds_every_key():
