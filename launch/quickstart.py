@@ -341,8 +341,8 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
         train, valid = split(rows, ROWS)
         if len(valid) < VALIDATION or len(train) < 300:
             raise BuildError(
-                f"{task}: found {len(train)} training and {len(valid)} validation rows in {source}, "
-                f"wanted at least 300 and {VALIDATION}. For doc2code, use a Python that has its standard library as .py files"
+                f"{task}: found {len(train)} training and {len(valid)} validation rows in {source}, wanted at least "
+                f"300 and {VALIDATION}. For doc2code, use a Python that has its standard library as .py files"
             )
         for side, kept in (("train", train), ("valid", valid)):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
