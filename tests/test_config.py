@@ -227,8 +227,8 @@ def test_one_wrong_line(line, error):
 
 
 @pytest.mark.parametrize(("task", "error"), [
-    ("a b: {train: a, validation: b, format: text}", 'tasks."a b": found the name \'a b\', wanted letters, digits, _ . -'
-                                                     ". Rename the task."),
+    ("a b: {train: a, validation: b, format: text}", 'tasks."a b": found the name \'a b\', wanted letters, digits, _ '
+                                                     ". -. Rename the task."),
     ("macro: {train: a, validation: b, format: text}", "tasks.macro: found the name 'macro', wanted "
                                                        "another than macro, token, worst, . or ... Rename the task."),
     ("a: {train: a, format: text}", "tasks.a.validation: found nothing, "
