@@ -24,7 +24,7 @@ CHAT = (
 )
 GENERATION_CHAT = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content }}<|end|>{% endgeneration %}\n"
+    "{% generation %}{{ message.content }}<|end|>{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message.content }}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )

@@ -1,0 +1,165 @@
+"""A folder is built by one process of all that want it, on any host of the file system; the others wait for it.
+
+The lock spares work, it does not guard the data: every writer builds in a folder of its own, which is renamed when
+whole. If a lock were ever judged wrongly, two processes would do the work twice and the first rename would win.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from mtl.data.encoded import DataError
+
+POLL = 0.2  # seconds between looks at another process's lock
+REMIND = 30.0  # seconds between messages about it
+SILENT = 600.0  # seconds after which the lock of another host, whose processes cannot be seen, counts as left behind
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who builds: the content of the lock file."""
+
+    host: str
+    pid: int
+    started: str  # the process's start in the kernel's ticks, by which a pid used again is known; "" where unknown
+    since: str  # when the lock was taken, for people
+    progress: str = ""  # grows while the holder works; a lock that does not change for SILENT seconds is dead
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (since {self.since})"
+
+    @property
+    def who(self) -> tuple[str, int, str, str]:
+        return self.host, self.pid, self.started, self.since
+
+    @property
+    def gone(self) -> bool:
+        """It ran on this host and does not any more."""
+        return self.host == socket.gethostname() and _ticks(self.pid) != self.started
+
+
+def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> None:
+    """Make sure that `folder` exists: build it, or wait for the process that does.
+
+    Args:
+        folder: made whole or not at all.
+        build: fills the empty folder it is given; it calls its second argument with its progress (a few words)
+            every few seconds, which the waiting see.
+        say: takes messages for people.
+
+    Raises: what `build` raises; in a process that waited, a DataError with the same text.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    me = Holder(socket.gethostname(), os.getpid(), _ticks(os.getpid()), datetime.now().isoformat(" ", "milliseconds"))
+    while not folder.exists():
+        if _take(lock, me):
+            try:
+                if not folder.exists():
+                    _build(folder, build, lock, me)
+            finally:
+                held = _read(lock)
+                if held and held.who == me.who:
+                    lock.unlink(missing_ok=True)
+        else:
+            _wait(folder, lock, say)
+
+
+def _build(folder: Path, build: Callable[[Path, Say], None], lock: Path, me: Holder) -> None:
+    failure, partial = _failure(folder), _partial(folder, me)
+    failure.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        build(partial, lambda progress: _write(lock, replace(me, progress=progress)))
+        partial.rename(folder)
+    except BaseException as error:
+        if folder.exists():
+            return  # somebody else's rename came first
+        failure.write_text(json.dumps({"who": me.who, "error": str(error) or type(error).__name__}))
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _wait(folder: Path, lock: Path, say: Say) -> None:
+    """Until the lock is free: the folder is there, or the work is ours. Raises DataError if its holder failed."""
+    seen: Holder | None = None
+    start = changed = time.monotonic()
+    said = 0.0
+    while (holder := _read(lock)) is not None:
+        now = time.monotonic()
+        if holder != seen:
+            seen, changed = holder, now
+        if holder.gone or now - changed > SILENT:
+            why = "does not run any more" if holder.gone else f"has given no sign for {SILENT:.0f} s"
+            say(f"{holder} was encoding {folder} and {why}: doing it here")
+            shutil.rmtree(_partial(folder, holder), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+            return
+        if not said or now - said > REMIND:
+            say(f"waiting {now - start:.0f} s for {holder}, which is encoding {holder.progress or folder}")
+            said = now
+        time.sleep(POLL)
+    failure = _failure(folder)
+    if seen is not None and not folder.exists() and failure.exists():
+        found = json.loads(failure.read_text())
+        if tuple(found["who"]) == seen.who:
+            raise DataError(f"{seen} failed: {found['error']}")
+
+
+def _take(lock: Path, me: Holder) -> bool:
+    """Create the lock with its content in one step (a link, which is atomic on network file systems too)."""
+    ready = lock.with_name(f"{lock.name}.{me.host}.{me.pid}")
+    ready.write_text(json.dumps(asdict(me)))
+    try:
+        os.link(ready, lock)
+    except FileExistsError:
+        return False
+    finally:
+        ready.unlink()
+    return True
+
+
+def _write(lock: Path, me: Holder) -> None:
+    ready = lock.with_name(f"{lock.name}.{me.host}.{me.pid}")
+    ready.write_text(json.dumps(asdict(me)))
+    ready.replace(lock)
+
+
+def _read(lock: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(lock.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _partial(folder: Path, holder: Holder) -> Path:
+    return folder.with_name(f"{folder.name}.{holder.host}.{holder.pid}.partial")
+
+
+def _failure(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.failed.json")
+
+
+def _ticks(pid: int) -> str:
+    """When a process of this host started; "gone" if there is none, "" where the system does not tell."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except PermissionError:
+        pass  # another user's, and alive
+    try:
+        # Field 22, counted behind the command's name, which may hold anything.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        return "" if not Path("/proc/self/stat").exists() else "gone"

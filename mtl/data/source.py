@@ -1,0 +1,241 @@
+"""Where rows come from: JSONL by our own reader, Parquet, and through `datasets` saved folders and the hub.
+
+A row that cannot be read is handed on as a problem, with its place, and never ends the reading of its file. A source
+that cannot be read at all is a DataError.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from mtl.data.encoded import DataError
+
+WHOLE = 2**26  # bytes up to which a file's fingerprint reads all of it: a tenth of a second
+BLOCKS, BLOCK = 64, 2**16  # beyond: so many blocks of so many bytes, evenly spaced
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+READ = ".jsonl, .json (each also .gz) or .parquet file, a folder written by datasets.save_to_disk, or a hub name"
+
+
+class Row(NamedTuple):
+    """One row: its number in the source (from 0; in JSONL, of the line), and what it holds or why it cannot be read."""
+
+    number: int
+    value: Mapping[str, Any] | None
+    problem: str = ""
+
+
+class Source(ABC):
+    """Rows in a fixed order.
+
+    Attributes:
+        name: as the user wrote it.
+        size: bytes, about.
+    """
+
+    name: str
+    size: int
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """All rows, from the first. Raises DataError where the source as a whole cannot be read on."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal, of the content: the same wherever the source lies. Cheap: large files are sampled (`WHOLE`)."""
+
+    def where(self, number: int) -> str:
+        """The place of a row, for people."""
+        return f"{self.name}, row {number + 1}"
+
+
+def open_source(name: str, split: str = "train") -> Source:
+    """Find out what `name` is: a file, a folder, or `dataset[:config[:split]]` on the hub (`split` if it names none).
+
+    Raises: DataError saying what was looked for.
+    """
+    path = Path(name).expanduser()
+    if "://" in name or path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"found the stream {name}, wanted a {READ}: streaming is not supported, since the order of rows is "
+            "computed from their number. Download it first"
+        )
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file():
+        match [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"][-1:]:
+            case [".jsonl" | ".ndjson"]:
+                return JsonLines(name, path)
+            case [".json"]:
+                return JsonArray(name, path) if _begins(path, b"[") else JsonLines(name, path)
+            case [".parquet"] if path.suffix.lower() != ".gz":
+                return Parquet(name, path)
+        raise DataError(f"found the file {name}, wanted a {READ}")
+    tried = [f"the file or folder {path.absolute()}"]
+    if HUB_NAME.fullmatch(name) and not re.search(r"\.(jsonl?|ndjson|parquet|gz|csv|txt)$", name):
+        try:
+            return _hub(name, split)
+        except Exception as error:  # whatever `datasets` and the network raise, it is one more thing that was tried
+            tried.append(f"the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+    raise DataError(f"nothing found under {name!r}, tried {' and '.join(tried)}. Wanted a {READ}")
+
+
+class JsonLines(Source):
+    """One JSON object a line, UTF-8; empty lines are passed over. A row's number is that of its line."""
+
+    def __init__(self, name: str, path: Path):
+        self.name, self.path, self.size = name, path, path.stat().st_size
+
+    def rows(self) -> Iterator[Row]:
+        number = 0
+        try:
+            with _open(self.path) as file:
+                for number, line in enumerate(file):
+                    if line.strip():
+                        yield _parsed(number, line)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{self.where(number)}: {error}") from error
+
+    def where(self, number: int) -> str:
+        return f"{self.name}:{number + 1}"
+
+    def fingerprint(self) -> str:
+        return _file_fingerprint(self.path)
+
+
+class JsonArray(Source):
+    """A file that is one JSON array of objects, as alpaca's and sharegpt's are. It is read into memory whole."""
+
+    def __init__(self, name: str, path: Path):
+        self.name, self.path, self.size = name, path, path.stat().st_size
+
+    def rows(self) -> Iterator[Row]:
+        try:
+            with _open(self.path) as file:
+                values = json.loads(file.read().decode("utf-8-sig"))
+        except (OSError, EOFError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.name}: not a JSON array: {error}") from error
+        for number, value in enumerate(values):
+            yield _checked(number, value)
+
+    def fingerprint(self) -> str:
+        return _file_fingerprint(self.path)
+
+
+class Parquet(Source):
+    """A Parquet file, read batch by batch."""
+
+    def __init__(self, name: str, path: Path):
+        self.name, self.path, self.size = name, path, path.stat().st_size
+
+    def rows(self) -> Iterator[Row]:
+        number = 0
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    for value in batch.to_pylist():
+                        yield Row(number, value)
+                        number += 1
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.where(number)}: not readable as Parquet: {error}") from error
+
+    def fingerprint(self) -> str:
+        return _file_fingerprint(self.path)
+
+
+class Table(Source):
+    """A `datasets.Dataset`: a saved folder, or a split from the hub."""
+
+    def __init__(self, name: str, dataset: Any, fingerprint: str):
+        self.name, self._dataset, self._fingerprint = name, dataset, fingerprint
+        self.size = dataset.data.nbytes
+
+    def rows(self) -> Iterator[Row]:
+        for number, value in enumerate(self._dataset):
+            yield Row(number, value)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def _folder(name: str, path: Path) -> Source:
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        raise DataError(f"found a folder of splits, wanted one of them: {' or '.join(str(path / s) for s in splits)}")
+    if not (path / "state.json").is_file():
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise DataError(f"found the folder {name} with {inside} in it, wanted a {READ}. Name its files, as a list")
+    from datasets import load_from_disk  # here: importing it takes a second, and most sources are files
+
+    parts = [_file_fingerprint(part) for part in sorted(path.glob("*.arrow"))]
+    try:
+        return Table(name, load_from_disk(str(path)), _hash(*parts))
+    except Exception as error:  # `datasets` and Arrow have no common class of error
+        raise DataError(f"the folder {name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _hub(name: str, split: str) -> Source:
+    from datasets import load_dataset
+
+    dataset, config, named = [*name.split(":"), "", ""][:3]
+    found = load_dataset(dataset, config or None, split=named or split)
+    return Table(f"{dataset}:{config}:{named or split}".replace("::", ":"), found, found._fingerprint)
+
+
+def _parsed(number: int, line: bytes) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return Row(
+            number, None, f"not UTF-8: {error.reason} {line[error.start : error.start + 1]!r} at byte {error.start + 1}"
+        )
+    except (ValueError, RecursionError) as error:
+        return Row(number, None, f"not JSON: {error}")
+    return _checked(number, value)
+
+
+def _checked(number: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        return Row(number, None, f"found a JSON {type(value).__name__}, wanted an object")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return Row(number, None, r"not Unicode: half of a surrogate pair (\ud800 ... \udfff)")
+    return Row(number, value)
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _begins(path: Path, byte: bytes) -> bool:
+    try:
+        with _open(path) as file:
+            return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == byte
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _file_fingerprint(path: Path) -> str:
+    """Of all bytes of a file up to WHOLE; of a larger one, of its size, time of change and blocks spread over it."""
+    status = path.stat()
+    size = status.st_size
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = hashlib.blake2b(f"{size} {status.st_mtime_ns}".encode(), digest_size=16)
+        for i in range(BLOCKS):
+            file.seek(i * (size - BLOCK) // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,412 @@
+"""Sources, the encoded cache and its lock: nothing dropped without a word, nothing encoded twice, nobody left waiting."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from toys import CHAT, tokenizer, write_tasks
+
+from mtl.config import parse
+from mtl.data import cache, formats, lock, source
+from mtl.data.cache import encode_split, prepare
+from mtl.data.encode import Encoder
+from mtl.data.encoded import DataError, Encoded
+from mtl.data.lock import Holder, build_once
+from mtl.data.source import open_source
+
+TOK = tokenizer()
+ROWS = [{"text": "abc"}, {"text": "de"}]
+
+
+def write(path: Path, *lines: str | bytes) -> str:
+    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
+    return str(path)
+
+
+def values(name: str) -> list[dict | None]:
+    return [row.value for row in open_source(name).rows()]
+
+
+# Sources
+
+
+def test_jsonl_hands_on_what_it_cannot_read(tmp_path):
+    name = write(
+        tmp_path / "a.jsonl",
+        b"\xef\xbb\xbf" + b'{"text": "a"}',
+        "",
+        '{"text": "b"',
+        "[1]",
+        b'{"text": "\xff"}',
+        r'{"text": "\ud800"}',
+        "[" * 100_000,
+        '{"text": "\u00e9"}',
+    )
+    read = open_source(name)
+    found = [(read.where(row.number), row.value, row.problem) for row in read.rows()]
+    assert [(where.removeprefix(name), value) for where, value, _ in found] == [
+        (":1", {"text": "a"}),
+        (":3", None),
+        (":4", None),
+        (":5", None),
+        (":6", None),
+        (":7", None),
+        (":8", {"text": "é"}),
+    ]
+    starts = [
+        "not JSON: Expecting ',' delimiter",
+        "found a JSON list, wanted an object",
+        "not UTF-8: invalid start byte",
+    ]
+    starts += ["not Unicode: half of a surrogate pair", "not JSON: "]
+    assert all(problem.startswith(start) for (_, _, problem), start in zip(found[1:6], starts, strict=True))
+
+
+def test_every_kind_of_source_reads_the_same(tmp_path):
+    jsonl = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    array = write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
+    lines = write(tmp_path / "b.json", *map(json.dumps, ROWS))
+    zipped = tmp_path / "c.jsonl.gz"
+    zipped.write_bytes(gzip.compress(Path(jsonl).read_bytes()))
+    pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for name in (jsonl, array, lines, str(zipped), str(tmp_path / "a.parquet"), str(tmp_path / "saved")):
+        assert values(name) == ROWS, name
+    assert open_source(str(tmp_path / "a.parquet")).where(1) == f"{tmp_path}/a.parquet, row 2"
+
+
+def test_a_hub_name_goes_through_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((*args, kwargs))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("owner/name", "name:config", "name:config:part", "name::part"):
+        assert [row.value for row in open_source(name, split="validation").rows()] == ROWS
+    assert asked == [
+        ("owner/name", None, {"split": "validation"}),
+        ("name", "config", {"split": "validation"}),
+        ("name", "config", {"split": "part"}),
+        ("name", None, {"split": "part"}),
+    ]
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
+    write(tmp_path / "bad.parquet", "no")
+    write(tmp_path / "bad.json", "[1,")
+    write(tmp_path / "a.csv", "a")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "empty").mkdir()
+    for name, text in {
+        "gone.jsonl": "nothing found under '.*gone.jsonl', tried the file or folder /.*gone.jsonl. Wanted a .jsonl",
+        "a.csv": "found the file .*a.csv, wanted a .jsonl",
+        "splits": "found a folder of splits, wanted one of them: .*splits/train",
+        "empty": "found the folder .*empty with nothing in it",
+        "pipe.jsonl": "found the stream .*streaming is not supported",
+        "bad.parquet": "bad.parquet, row 1: not readable as Parquet",
+        "bad.json": "bad.json: not a JSON array",
+    }.items():
+        with pytest.raises(DataError, match=text):
+            values(str(tmp_path / name))
+    with pytest.raises(
+        DataError, match=r"tried the file or folder .*owner/name and the hub \(ConnectionError: offline\)"
+    ):
+        open_source("owner/name")
+    with pytest.raises(DataError, match="streaming is not supported"):
+        open_source("https://host/a.jsonl")
+
+
+def test_a_broken_archive_ends_the_reading_with_its_line(tmp_path):
+    whole = gzip.compress(b'{"text": "a"}\n' * 5000)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"a.jsonl.gz:\d+: "):
+        values(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_fingerprints_follow_content_not_place(tmp_path, monkeypatch):
+    one, same = write(tmp_path / "a.jsonl", "{}"), write(tmp_path / "b.jsonl", "{}")
+    other = write(tmp_path / "c.jsonl", "[]")
+    prints = [open_source(name).fingerprint() for name in (one, same, other)]
+    assert prints[0] == prints[1] != prints[2]
+    for name in "de":
+        datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / name)
+    assert len({open_source(str(tmp_path / name)).fingerprint() for name in "de"}) == 1
+    monkeypatch.setattr(source, "WHOLE", 10)  # from here on files are sampled
+    monkeypatch.setattr(source, "BLOCK", 16)
+    big = tmp_path / "big.jsonl"
+    prints = set()
+    for end in (b"a", b"b"):
+        big.write_bytes(b" " * 100_000 + end)
+        os.utime(big, ns=(0, 0))
+        prints.add(open_source(str(big)).fingerprint())
+    os.utime(big, ns=(0, 1))
+    assert len(prints | {open_source(str(big)).fingerprint()}) == 3
+
+
+# The encoded cache
+
+
+def encode(root: Path, *names: str, cap=None, form=formats.text, encoder=None, say=lambda text: None) -> Encoded:
+    return encode_split(
+        root, [open_source(n) for n in names], form, encoder or Encoder(TOK, 20), cap, "task (train)", say
+    )
+
+
+def test_rows_come_back_and_what_was_dropped_is_reported(tmp_path):
+    one = write(tmp_path / "a.jsonl", '{"text": "abc"}', "oops", '{"texts": 1}', '{"text": ""}', '{"text": "de"}')
+    two = write(tmp_path / "b.jsonl", *['{"text": "%s"}' % ("x" * 30)] * 5, '{"text": "fgh"}')
+    split = encode(tmp_path / "cache", one, two)
+    assert [TOK.decode(split.ids(i)) for i in range(len(split))] == ["abc<|end|>", "de<|end|>", "fgh<|end|>"]
+    assert split.target(0).tolist() == [False, True, True, True]
+    assert [split.where(i) for i in range(3)] == [f"{one}:1", f"{one}:5", f"{two}:6"]
+    assert split.lengths.tolist() == [4, 3, 4] and split.targets.tolist() == [3, 2, 3]
+    assert split.lengths.dtype == split.targets.dtype == np.int64
+    report = split.report
+    assert (report.read, report.kept, report.tokens, report.targets, report.cut) == (11, 3, 11, 8, 0)
+    assert report.dropped == {"unreadable": 1, "missing key": 1, "no target": 1, "too long": 5}
+    lines = split.problems()
+    assert lines[0] == "3 of 11 rows kept: 11 tokens, 8 of them targets"
+    assert f"  {one}:2: not JSON: Expecting value: line 1 column 1 (char 0)" in lines
+    assert f"  {one}:3: found the keys texts, wanted text" in lines
+    at = lines.index("5 rows dropped: too long")
+    assert lines[at + 1] == f"  {two}:1: found 31 tokens, wanted at most batch.max_length = 20"
+    assert lines[at + 4] == "  and 2 more"
+
+
+def test_the_cache_is_read_again_and_is_arrow_that_datasets_reads(tmp_path):
+    said = []
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    first = encode(tmp_path / "cache", name, say=said.append)
+    moved = write(tmp_path / "moved.jsonl", *map(json.dumps, ROWS))
+    again = encode(tmp_path / "cache", moved, say=said.append)
+    assert said == [f"encoding task (train): {name}"]
+    assert again.fingerprint == first.fingerprint and again.ids(1).tolist() == first.ids(1).tolist()
+    assert again.where(0) == f"{moved}:1"  # the place the user knows now
+    rows = datasets.Dataset.from_file(str(tmp_path / "cache" / first.fingerprint / "rows.arrow"))
+    assert rows[0]["ids"] == first.ids(0).tolist()
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [first.fingerprint]
+    assert not first.ids(0).flags.writeable
+
+
+def shout(row):
+    return formats.Text(row["text"].upper())
+
+
+def test_what_changes_the_content_changes_the_key_and_nothing_else_does(tmp_path):
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    other = write(tmp_path / "b.jsonl", *map(json.dumps, ROWS[:1]))
+    more = tokenizer()
+    more.add_tokens(["ab"])
+    prints = [
+        encode(tmp_path, name),
+        encode(tmp_path, other),
+        encode(tmp_path, name, other),
+        encode(tmp_path, name, cap=1),
+        encode(tmp_path, name, form=shout),
+        encode(tmp_path, name, form=partial(formats.prompt_completion, prompt="text", completion="text")),
+        encode(tmp_path, name, form=partial(formats.text, text="text")),
+        encode(tmp_path, name, encoder=Encoder(TOK, 21)),
+        encode(tmp_path, name, encoder=Encoder(TOK, 20, "truncate")),
+        encode(tmp_path, name, encoder=Encoder(more, 20)),
+        encode(tmp_path, name, encoder=Encoder(tokenizer(template=CHAT + " "), 20)),
+    ]
+    assert len({split.fingerprint for split in prints}) == len(prints)
+    same = encode(tmp_path, name, encoder=Encoder(tokenizer(), 20, "error"))  # drop and error keep the same rows
+    assert same.fingerprint == prints[0].fingerprint
+
+
+def test_cap_keeps_the_first_usable_rows_and_reads_no_further(tmp_path):
+    name = write(tmp_path / "a.jsonl", "oops", *['{"text": "r%d"}' % i for i in range(9)], "oops")
+    split = encode(tmp_path, name, cap=4)
+    assert [split.where(i) for i in range(4)] == [f"{name}:{i}" for i in (2, 3, 4, 5)]
+    assert (len(split), split.report.read, split.report.dropped) == (4, 5, {"unreadable": 1})
+    assert encode(tmp_path, name, cap=400).report.dropped == {"unreadable": 2}
+
+
+def test_a_format_that_raises_is_a_problem_of_the_row(tmp_path):
+    name = write(tmp_path / "a.jsonl", '{"text": "a"}', '{"text": 1}')
+    split = encode(tmp_path, name, form=shout)
+    assert split.problems()[1:] == [
+        "1 rows dropped: bad value",
+        f"  {name}:2: the format raises AttributeError: 'int' object has no attribute 'upper'",
+    ]
+
+
+def test_truncation_is_counted_and_error_is_one(tmp_path):
+    name = write(tmp_path / "a.jsonl", '{"text": "abcdefgh"}', '{"text": "a"}')
+    assert encode(tmp_path, name, encoder=Encoder(TOK, 5, "truncate")).problems() == [
+        "2 of 2 rows kept: 7 tokens, 5 of them targets",
+        "1 rows truncated",
+    ]
+    with pytest.raises(DataError, match=rf"found 1 rows above batch.max_length(.|\n)*{name}:1: found 9 tokens, wanted"):
+        encode(tmp_path, name, encoder=Encoder(TOK, 5, "error"))
+
+
+def test_processes_give_what_one_gives(tmp_path, monkeypatch):
+    lines = ['{"text": "%s"}' % ("ab" * (i % 12)) for i in range(3000)]
+    lines[700] = "oops"
+    name = write(tmp_path / "a.jsonl", *lines)
+    alone = encode(tmp_path / "one", name)
+    monkeypatch.setattr(cache, "PARALLEL", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    together = encode(tmp_path / "two", name)
+    assert together.report == alone.report and together.fingerprint == alone.fingerprint
+    assert together.lengths.tolist() == alone.lengths.tolist()
+    one, two = (tmp_path / folder / alone.fingerprint / "rows.arrow" for folder in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+# prepare
+
+
+def config(tmp_path: Path, tasks: dict, **batch):
+    return parse(
+        json.dumps(
+            {
+                "model": {"name": "m"},
+                "tasks": tasks,
+                "train": {"steps": 1},
+                "batch": {"max_length": 200, **batch},
+                "output": str(tmp_path / "out"),
+                "cache": str(tmp_path / "cache"),
+            },
+            indent=1,
+        ),
+        origin="x.yaml",
+    )
+
+
+def bound(tasks: dict) -> dict:
+    return {name: getattr(formats, task["format"]) for name, task in tasks.items()}
+
+
+def test_prepare(tmp_path):
+    tasks = write_tasks(tmp_path / "data", train=12, validation=6)
+    tasks["copy"]["cap"] = 5
+    made = prepare(config(tmp_path, tasks), TOK, bound(tasks), say=lambda text: None)
+    assert [task.name for task in made] == ["copy", "chat", "prose"]
+    assert [(len(task.train), len(task.validation)) for task in made] == [(5, 6), (6, 3), (4, 2)]
+    for task in made:
+        for split in (task.train, task.validation):
+            for i in range(len(split)):
+                ids, target = split.ids(i), split.target(i)
+                assert ids.shape == target.shape == (split.lengths[i],) and not target[0]
+                assert target.sum() == split.targets[i] >= 1
+
+
+def test_prepare_reports_every_problem_of_every_task(tmp_path):
+    empty = write(tmp_path / "empty.jsonl")
+    masked = write(tmp_path / "masked.jsonl", '{"prompt": "a", "completion": ""}')
+    good = write(tmp_path / "good.jsonl", '{"prompt": "a", "completion": "b"}')
+    tasks = {
+        "one": {"train": empty, "validation": str(tmp_path / "gone.jsonl"), "format": "prompt_completion"},
+        "two": {"train": [good, masked], "validation": masked, "format": "prompt_completion"},
+    }
+    with pytest.raises(DataError) as error:
+        prepare(config(tmp_path, tasks), TOK, bound(tasks), say=lambda text: None)
+    text = str(error.value)
+    assert "tasks.one.train: found no usable row\n  0 of 0 rows kept" in text
+    assert "tasks.one.validation: nothing found under" in text
+    assert "tasks.two.validation: found no usable row" in text and f"{masked}:1: the completion is empty" in text
+    assert "tasks.two.train" not in text
+    assert text.count("x.yaml:") == 3
+
+
+# The lock
+
+
+def build_slowly(folder: str, log: str, fail: bool) -> None:
+    def build(partial: Path, progress) -> None:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        progress("half of it")
+        time.sleep(0.8)
+        if fail:
+            raise ValueError("the disk is full")
+        (partial / "done").write_text("yes")
+
+    try:
+        build_once(Path(folder), build, say=lambda text: print(text, flush=True))
+    except ValueError as error:
+        Path(f"{log}.{os.getpid()}").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_one_process_builds_and_the_others_wait(tmp_path, fail):
+    context = multiprocessing.get_context("fork" if sys.version_info < (3, 12) else "spawn")
+    args = (str(tmp_path / "folder"), str(tmp_path / "log"), fail)
+    processes = [context.Process(target=build_slowly, args=args) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len((tmp_path / "log").read_text().split()) == 1
+    errors = sorted(path.read_text() for path in tmp_path.glob("log.*"))
+    if fail:
+        (writer,) = (tmp_path / "log").read_text().split()
+        assert errors[2] == "ValueError: the disk is full"
+        assert all(
+            e.startswith(f"DataError: process {writer} on ") and e.endswith("failed: the disk is full")
+            for e in errors[:2]
+        )
+        assert not (tmp_path / "folder").exists()
+        build_once(tmp_path / "folder", lambda partial, progress: None, say=print)  # another try is free to succeed
+    else:
+        assert errors == []
+    assert (tmp_path / "folder").is_dir()
+    assert not list(tmp_path.glob("*.lock*")) and not list(tmp_path.glob("*.partial"))
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("pid", ["dead", "used again"])
+def test_a_lock_left_behind_on_this_host_is_taken_over_and_that_is_said(tmp_path, pid):
+    left = Holder(socket.gethostname(), dead_process() if pid == "dead" else os.getpid(), "1", "yesterday", "7 rows")
+    (tmp_path / "folder.lock").write_text(json.dumps(asdict(left)))
+    (tmp_path / f"folder.{left.host}.{left.pid}.partial").mkdir()
+    said = []
+    build_once(tmp_path / "folder", lambda partial, progress: (partial / "done").touch(), said.append)
+    assert (tmp_path / "folder" / "done").exists() and [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert said == [f"{left} was encoding {tmp_path}/folder and does not run any more: doing it here"]
+
+
+def test_a_silent_lock_of_another_host_is_taken_over_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENT", 0.5)
+    left = Holder("elsewhere", 1, "1", "yesterday")
+    (tmp_path / "folder.lock").write_text(json.dumps(asdict(left)))
+    said = []
+    build_once(tmp_path / "folder", lambda partial, progress: None, said.append)
+    assert said[0].startswith("waiting 0 s for process 1 on elsewhere (since yesterday), which is encoding ")
+    assert said[1].endswith("has given no sign for 0 s: doing it here") and (tmp_path / "folder").is_dir()
+
+
+def test_this_process_is_alive_and_a_dead_one_is_not():
+    ticks = lock._ticks(os.getpid())
+    assert ticks.isdigit() and not Holder(socket.gethostname(), os.getpid(), ticks, "").gone
+    assert Holder(socket.gethostname(), dead_process(), ticks, "").gone
+    assert not Holder("elsewhere", os.getpid(), "0", "").gone

@@ -1,0 +1,332 @@
+"""Formats and encoding: which tokens an example becomes, and exactly which of them are trained."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from toys import CHAT, END, GENERATION_CHAT, START, tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from mtl.config import Model
+from mtl.data import formats
+from mtl.data.encode import Encoder, load_tokenizer
+from mtl.data.encoded import DataError
+from mtl.data.formats import FORMATS, Completion, Messages, RowProblem, Text
+
+TOK = tokenizer()
+TAGGED = tokenizer(template=GENERATION_CHAT)
+
+
+def marked(encoder: Encoder, example) -> str:
+    """The example's text with each run of targets in [brackets]."""
+    ids, target, _ = encoder(example)
+    text, inside = "", False
+    for token, wanted in zip(ids.tolist(), target.tolist(), strict=True):
+        text += ("[" if wanted else "]") if wanted != inside else ""
+        text += encoder.tokenizer.decode([token])
+        inside = wanted
+    return text + ("]" if inside else "")
+
+
+def turns(*pairs: tuple[str, str]) -> Messages:
+    return Messages([{"role": role, "content": content} for role, content in pairs])
+
+
+# Encoding
+
+
+def test_completion_has_no_template_and_trains_eos():
+    assert marked(Encoder(TOK, 99), Completion("2+2 =", " 4")) == f"2+2 =[ 4{END}]"
+
+
+def test_completion_without_a_prompt_trains_all_but_the_first_token():
+    assert marked(Encoder(TOK, 99), Completion("", "abc")) == f"a[bc{END}]"
+
+
+def test_text_trains_all_but_the_first_token():
+    assert marked(Encoder(TOK, 99), Text("abc")) == f"a[bc{END}]"
+
+
+TALK = turns(("system", "be brief"), ("user", "hi"), ("assistant", "yo"), ("user", "and?"), ("assistant", "bye"))
+TALK_MARKED = (
+    f"{START}system\nbe brief{END}\n{START}user\nhi{END}\n{START}assistant\n[yo{END}]\n"
+    f"{START}user\nand?{END}\n{START}assistant\n[bye{END}]\n"
+)
+
+
+def test_every_assistant_turn_is_a_target_with_its_end():
+    assert marked(Encoder(TOK, 200), TALK) == TALK_MARKED
+
+
+def test_generation_tags_and_prefixes_agree():
+    assert marked(Encoder(TAGGED, 200), TALK) == TALK_MARKED
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=6)), min_size=1, max_size=6))
+def test_generation_tags_and_prefixes_agree_on_any_conversation(pairs):
+    talk = turns(("user", "x"), *pairs, ("assistant", "y"))
+    one, two = (Encoder(tok, 2000)(talk) for tok in (TOK, TAGGED))
+    assert one.ids.tolist() == two.ids.tolist() and one.target.tolist() == two.target.tolist()
+
+
+def test_the_end_of_a_turn_without_eos_is_the_end_of_its_text():
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    assert marked(Encoder(tokenizer(template=plain), 99), turns(("user", "a"), ("assistant", "b"))) == (
+        "<user>a\n<assistant>[b\n]"
+    )
+
+
+def test_a_template_that_rewrites_earlier_turns_shows_the_turn():
+    rewriting = CHAT.replace(
+        "{{ message.content }}", "{{ message.content if loop.last else message.content.split('</think>')[-1] }}"
+    )
+    encoder = Encoder(tokenizer(template=rewriting), 999)
+    once = turns(("user", "a"), ("assistant", "<think>hm</think>b"))
+    assert marked(encoder, once).endswith(f"[<think>hm</think>b{END}]\n")
+    with pytest.raises(
+        RowProblem, match=r"changes turn 2 \(assistant\) once more turns follow: .*think.* against"
+    ) as e:
+        encoder(Messages([*once.messages, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]))
+    assert e.value.reason == "template"
+
+
+def test_a_generation_prompt_that_is_not_how_a_turn_begins():
+    odd = CHAT.replace("<|start|>assistant\n{% endif", "<|start|>assistant\nOh: {% endif")
+    with pytest.raises(RowProblem, match=r"generation prompt is not how turn 2 \(assistant\) begins: .*Oh: "):
+        Encoder(tokenizer(template=odd), 99)(turns(("user", "a"), ("assistant", "b")))
+
+
+def test_a_template_that_refuses_a_row():
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHAT
+    with pytest.raises(RowProblem, match="the chat template: TemplateError: user first"):
+        Encoder(tokenizer(template=strict), 99)(turns(("system", "s"), ("user", "a"), ("assistant", "b")))
+    with pytest.raises(RowProblem, match=r"turn 1 \(assistant\) is the first"):
+        Encoder(TOK, 99)(turns(("assistant", "b")))
+
+
+def test_tools_reach_the_template():
+    with_tools = "{% if tools %}{{ tools[0].function.name }};{% endif %}" + CHAT
+    talk = Messages(turns(("user", "a"), ("assistant", "b")).messages, [{"function": {"name": "clock"}}])
+    assert marked(Encoder(tokenizer(template=with_tools), 99), talk).startswith(f"clock;{START}user")
+
+
+def test_no_template():
+    with pytest.raises(DataError, match="found a tokenizer without a chat template, wanted one"):
+        Encoder(tokenizer(chat=False), 99)(TALK)
+
+
+def test_no_eos():
+    bare = tokenizer()
+    bare.eos_token = None
+    with pytest.raises(DataError, match="no eos token"):
+        Encoder(bare, 99)(Text("abc"))
+
+
+@pytest.mark.parametrize(
+    ("example", "length", "policy", "result"),
+    [
+        (Completion("abc", "defg"), 8, "drop", f"abc[defg{END}]"),
+        (Completion("abc", "defg"), 7, "drop", "too long"),
+        (Completion("abc", "defg"), 7, "error", "too long"),
+        (Completion("abc", "defg"), 5, "truncate", "abc[de]"),
+        (Completion("abc", "defg"), 3, "truncate", "no target"),
+        (Completion("abc", ""), 9, "drop", "no target"),
+        (Text(""), 9, "drop", "no target"),
+        (Text("a"), 9, "drop", f"a[{END}]"),
+    ],
+)
+def test_length(example, length, policy, result):
+    encoder = Encoder(TOK, length, policy)
+    if " " not in result:
+        assert marked(encoder, example) == result
+        assert encoder(example).cut == (policy == "truncate")
+    else:
+        with pytest.raises(RowProblem) as problem:
+            encoder(example)
+        assert problem.value.reason == result
+
+
+@given(st.text(max_size=12), st.text(min_size=1, max_size=12))
+def test_completion_is_prompt_then_completion_then_eos(prompt, completion):
+    ids, target, cut = Encoder(TOK, 999)(Completion(prompt, completion))
+    before = TOK(prompt)["input_ids"]
+    assert ids.tolist() == before + TOK(completion)["input_ids"] + [TOK.eos_token_id] and not cut
+    assert target.tolist() == [i >= max(1, len(before)) for i in range(len(ids))]
+
+
+def words_with_bos() -> PreTrainedTokenizerFast:
+    """Puts a bos first and merges `ab`, so that texts put together are not always their tokens put together."""
+    backend = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(["a", "b", "c", "ab", "<s>", "</s>"])}, merges=[("a", "b")])
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 4)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_the_prompt_has_the_tokens_it_has_when_the_model_is_used():
+    encoder = Encoder(words_with_bos(), 99)
+    for prompt, completion, ids, first in (("c", "ab", [4, 2, 3, 5], 2), ("ca", "bc", [4, 2, 0, 1, 2, 5], 3)):
+        made = encoder(Completion(prompt, completion))
+        assert made.ids.tolist() == ids and made.target.tolist() == [i >= first for i in range(len(ids))]
+        assert made.ids.tolist()[:first] == encoder.tokenizer(prompt)["input_ids"]
+    assert encoder(Text("ab")).target.tolist() == [False, True, True]
+
+
+def test_a_space_that_a_tokenizer_puts_before_every_text_is_not_put_inside_one():
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["_", "a", "b", "</s>"])}, merges=[]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), 99)
+    assert encoder(Completion("a", "b")).ids.tolist() == [0, 1, 2, 3]
+
+
+# Formats
+
+
+def test_formats_that_are_listed_are_there():
+    for dotted in FORMATS.values():
+        module, name = dotted.split(":")
+        assert module == formats.__name__ and callable(getattr(formats, name))
+
+
+def test_messages_drops_what_arrow_fills_in():
+    row = {
+        "messages": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b"}],
+        "tools": None,
+    }
+    assert formats.messages(row) == turns(("user", "a"), ("assistant", "b"))
+
+
+def test_messages_with_a_tool():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    said = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+    ]
+    assert formats.messages({"messages": said, "tools": '[{"name": "f"}]'}) == Messages(said, [{"name": "f"}])
+
+
+def test_prompt_completion_and_text_rename_their_keys():
+    assert formats.prompt_completion({"q": "a", "r": "b"}, prompt="q", completion="r") == Completion("a", "b")
+    assert formats.text({"body": "a"}, text="body") == Text("a")
+
+
+def test_alpaca():
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "s", "history": [["a", "b"]]}
+    assert formats.alpaca(row) == turns(
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "Add\n1 2"), ("assistant", "3")
+    )
+    assert formats.alpaca({"instruction": "Hi", "input": "", "output": "Ho"}) == turns(
+        ("user", "Hi"), ("assistant", "Ho")
+    )
+
+
+def test_sharegpt():
+    said = [
+        ("human", "a"),
+        ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+        ("observation", "1"),
+        ("gpt", "b"),
+    ]
+    row = {
+        "conversations": [{"from": role, "value": text} for role, text in said],
+        "system": "s",
+        "tools": '[{"name": "f"}]',
+    }
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert formats.sharegpt(row) == Messages(
+        [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": "b"},
+        ],
+        [{"name": "f"}],
+    )
+
+
+def test_chat_rounds():
+    rounds = [("system", "s"), ("human", "a"), ("bot", "b"), ("human", "c"), ("bot", "d")]
+    row = {
+        "id": 1,
+        "data_name": "x",
+        "chat_rounds": [{"role": role, "content": text, "chat_round_id": i} for i, (role, text) in enumerate(rounds)],
+    }
+    assert formats.chat_rounds(row) == turns(
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "reason", "text"),
+    [
+        (lambda: formats.text({"body": 1, "id": 2}), "missing key", "found the keys body, id, wanted text"),
+        (lambda: formats.text({}), "missing key", "found the keys (none), wanted text"),
+        (lambda: formats.text({"text": 3}), "bad value", "text: found 3, wanted text"),
+        (lambda: formats.prompt_completion({"prompt": "a"}), "missing key", "found the keys prompt, wanted completion"),
+        (lambda: formats.messages({"messages": "hi"}), "bad value", "messages: found 'hi', wanted a list"),
+        (
+            lambda: formats.messages({"messages": ["hi"]}),
+            "bad value",
+            "messages: found the turn 'hi', wanted an object",
+        ),
+        (
+            lambda: formats.messages({"messages": [{"role": "user", "text": "a"}]}),
+            "missing key",
+            "messages, turn 1: found the keys role, text, wanted content",
+        ),
+        (
+            lambda: formats.messages({"messages": [{"role": "user", "content": "a"}]}),
+            "no target",
+            "found user, wanted at least one turn of the assistant",
+        ),
+        (
+            lambda: formats.sharegpt({"conversations": [{"from": "alien", "value": "a"}]}),
+            "bad value",
+            "conversations, turn 1: found the role 'alien', wanted one of system, human, user, gpt,",
+        ),
+        (
+            lambda: formats.sharegpt({"conversations": [{"from": "function_call", "value": "f("}]}),
+            "bad value",
+            "conversations, turn 1: found 'f(', wanted JSON",
+        ),
+        (
+            lambda: formats.chat_rounds({"chat_rounds": [{"role": "human"}]}),
+            "missing key",
+            "chat_rounds, turn 1: found the keys role, wanted content",
+        ),
+        (
+            lambda: formats.alpaca({"instruction": "a", "output": "b", "history": [["x"]]}),
+            "bad value",
+            "history: found ['x'], wanted pairs [question, answer]",
+        ),
+    ],
+)
+def test_a_row_that_does_not_fit_says_what_was_found_and_wanted(call, reason, text):
+    with pytest.raises(RowProblem) as problem:
+        call()
+    assert problem.value.reason == reason and str(problem.value).startswith(text)
+
+
+# Loading
+
+
+def test_load_tokenizer(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(Model(name=str(tmp_path / "model")))
+    assert loaded("ab")["input_ids"] == TOK("ab")["input_ids"] and loaded.chat_template == CHAT
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    changed = load_tokenizer(Model(name=str(tmp_path / "model"), chat_template=str(tmp_path / "t.jinja")))
+    assert changed.chat_template == "{{ messages }}"
+
+
+def test_load_tokenizer_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="no tokenizer found for model.name .*nowhere"):
+        load_tokenizer(Model(name=str(tmp_path / "nowhere")))
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="model.chat_template .*none.jinja"):
+        load_tokenizer(Model(name=str(tmp_path), chat_template=str(tmp_path / "none.jinja")))
