@@ -1,4 +1,4 @@
-"""Sources, the encoded cache and its lock: nothing dropped without a word, nothing encoded twice, nobody left waiting."""
+"""Sources, the encoded cache and its lock: nothing dropped silently, nothing encoded twice, nobody left waiting."""
 
 import gzip
 import json
@@ -236,7 +236,7 @@ def test_what_changes_the_content_changes_the_key_and_nothing_else_does(tmp_path
 
 
 def test_cap_keeps_the_first_usable_rows_and_reads_no_further(tmp_path):
-    name = write(tmp_path / "a.jsonl", "oops", *['{"text": "r%d"}' % i for i in range(9)], "oops")
+    name = write(tmp_path / "a.jsonl", "oops", *[f'{{"text": "r{i}"}}' for i in range(9)], "oops")
     split = encode(tmp_path, name, cap=4)
     assert [split.where(i) for i in range(4)] == [f"{name}:{i}" for i in (2, 3, 4, 5)]
     assert (len(split), split.report.read, split.report.dropped) == (4, 5, {"unreadable": 1})

@@ -85,7 +85,11 @@ def test_collate_padded():
     assert batch.input_ids.tolist() == [[1, 2, 3, 9], [4, 9, 9, 5], [9, 8, 9, 9]]
     # By length: 9 is data as well as padding.
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert [row[:n] for row, n in zip(batch.position_ids.tolist(), (3, 4, 2))] == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
+    assert [row[:n] for row, n in zip(batch.position_ids.tolist(), (3, 4, 2), strict=True)] == [
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 1],
+    ]
     assert batch.keep.tolist() == [[True, True, False, False], [False, True, False, False], [True, False, False, False]]
     assert batch.labels.tolist() == [2, 3, 9, 8] and batch.task.tolist() == [0, 0, 1, 2]
     assert batch.counts(4).tolist() == [2, 1, 1, 0]
@@ -137,8 +141,8 @@ def test_every_cut_of_a_step_holds_the_same_examples_and_targets(world, packed, 
     tasks = toy_tasks({"a": 9, "b": 20, "c": 5})
     mix = Mix([t.name for t in tasks], [len(t.train) for t in tasks], [9, 20, 5], 12, 0)
     task, row = mix.batch(3)
-    expected = sorted((k, 0, i) for k, i in zip(task.tolist(), row.tolist()))
-    counts = [sum(int(tasks[k].train.targets[i]) for k, i in zip(task, row) if k == j) for j in range(3)]
+    expected = sorted((k, 0, i) for k, i in zip(task.tolist(), row.tolist(), strict=True))
+    counts = [sum(int(tasks[k].train.targets[i]) for k, i in zip(task, row, strict=True) if k == j) for j in range(3)]
     found, total, micros = [], torch.zeros(3, dtype=torch.int64), set()
     for rank in range(world):
         batches = TrainBatches(tasks, mix, Layout(world, rank, tokens, 257, packed, 30 if packed else None), ahead=0)
@@ -190,7 +194,7 @@ def test_validation_groups_cover_every_row_once(groups, world, packed):
                 total += batch.counts(3)
         rows = cuts[0].rows(group)
         assert sorted(found) == sorted((k, 1, i) for k, some in enumerate(rows) for i in some.tolist())
-        assert total.tolist() == [int(t.validation.targets[some].sum()) for t, some in zip(tasks, rows)]
+        assert total.tolist() == [int(t.validation.targets[some].sum()) for t, some in zip(tasks, rows, strict=True)]
         assert len(micros) == 1
         everything += found
     assert len(everything) == len(set(everything)) == 40

@@ -70,7 +70,8 @@ def test_generation_tags_and_prefixes_agree_on_any_conversation(pairs):
 
 
 def test_the_end_of_a_turn_without_eos_is_the_end_of_its_text():
-    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}<assistant>{% endif %}"
     assert marked(Encoder(tokenizer(template=plain), 99), turns(("user", "a"), ("assistant", "b"))) == (
         "<user>a\n<assistant>[b\n]"
     )

@@ -23,14 +23,14 @@ def mixes(draw: st.DrawFn) -> Mix:
 
 
 def sequence(mix: Mix, steps: int) -> list[tuple[int, int]]:
-    return [pair for step in range(steps) for pair in zip(*map(np.ndarray.tolist, mix.batch(step)))]
+    return [pair for step in range(steps) for pair in zip(*map(np.ndarray.tolist, mix.batch(step)), strict=True)]
 
 
 @given(mixes())
 def test_a_batch_depends_on_its_number_alone(mix):
     steps = 12
     fresh = Mix(mix.names, mix.sizes, mix._shares, mix.examples, mix.seed)
-    backwards = [list(zip(*map(np.ndarray.tolist, fresh.batch(step)))) for step in reversed(range(steps))]
+    backwards = [list(zip(*map(np.ndarray.tolist, fresh.batch(step)), strict=True)) for step in reversed(range(steps))]
     assert sum(reversed(backwards), []) == sequence(mix, steps)
 
 
@@ -57,7 +57,7 @@ def test_tasks_come_in_the_order_of_the_divisor_method(mix):
 def test_counts_stay_near_their_share(mix, step):
     drawn, m, k = mix.drawn(step), step * mix.examples, len(mix.sizes)
     assert drawn.sum() == m
-    for count, share in zip(drawn.tolist(), mix._shares):
+    for count, share in zip(drawn.tolist(), mix._shares, strict=True):
         part = Fraction(share, sum(mix._shares))
         assert abs(count - part * m) <= (1 + part * (k - 2)) / 2
 
@@ -73,7 +73,7 @@ def test_an_epoch_of_a_task_is_every_row_once(mix):
     seen = [[] for _ in mix.sizes]
     for k, row in sequence(mix, 40):
         seen[k].append(row)
-    for rows, n in zip(seen, mix.sizes):
+    for rows, n in zip(seen, mix.sizes, strict=True):
         for start in range(0, len(rows), n):
             epoch = rows[start : start + n]
             assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(n))
@@ -85,7 +85,9 @@ def test_proportional_reads_every_row_once_an_epoch(n, epochs):
     mix = Mix([str(k) for k in range(len(n))], n, shares_for("proportional", n), total, seed=1)
     assert mix.drawn(epochs).tolist() == [epochs * rows for rows in n]
     task, row = mix.batch(epochs)
-    assert Counter(zip(task.tolist(), row.tolist())) == Counter((k, i) for k, rows in enumerate(n) for i in range(rows))
+    assert Counter(zip(task.tolist(), row.tolist(), strict=True)) == Counter(
+        (k, i) for k, rows in enumerate(n) for i in range(rows)
+    )
 
 
 def test_epochs_differ_and_names_and_seeds_are_keys():

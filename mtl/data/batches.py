@@ -73,7 +73,7 @@ class TrainBatches:
 
     def _make(self, step: int) -> list[MicroBatch]:
         task, row = self.mix.batch(step)
-        lengths = [int(self._splits[k].lengths[n]) for k, n in zip(task, row)]
+        lengths = [int(self._splits[k].lengths[n]) for k, n in zip(task, row, strict=True)]
         return [self.layout.collate(micro, self._splits, task, row) for micro in self.layout.deal(lengths)]
 
 
@@ -113,6 +113,8 @@ class ValidationCut:
         task = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
         row = np.concatenate(rows)
         if group not in self._dealt:  # the same every time, and the costly part where a group is large
-            self._dealt[group] = self.layout.deal([int(self._splits[k].lengths[n]) for k, n in zip(task, row)])
+            self._dealt[group] = self.layout.deal(
+                [int(self._splits[k].lengths[n]) for k, n in zip(task, row, strict=True)]
+            )
         for micro in self._dealt[group]:
             yield self.layout.collate(micro, self._splits, task, row)

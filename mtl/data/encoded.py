@@ -126,7 +126,7 @@ class TaskData:
 
 def record_batch(rows: Sequence[tuple[np.ndarray, np.ndarray, int, int]]) -> pa.RecordBatch:
     """Rows (ids, target mask, source, row in the source) as Arrow."""
-    ids, target, source, row = zip(*rows) if rows else ((), (), (), ())
+    ids, target, source, row = zip(*rows, strict=True) if rows else ((), (), (), ())
     offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
     flat = pa.array(np.concatenate([np.empty(0, np.int32), *ids]).astype(np.int32))
     mask = pa.array(np.concatenate([np.empty(0, np.uint8), *target]).astype(np.uint8))

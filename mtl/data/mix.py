@@ -31,7 +31,7 @@ class Mix:
     def __init__(self, names: Sequence[str], sizes: Sequence[int], shares: Sequence[Share], examples: int, seed: int):
         if not len(names) == len(sizes) == len(shares) > 0:
             raise ValueError(f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted as many")
-        for name, size, share in zip(names, sizes, shares):
+        for name, size, share in zip(names, sizes, shares, strict=True):
             if size < 1:
                 raise ValueError(f"task {name}: found {size} training rows, wanted at least 1")
             if not 0 < share < math.inf:
