@@ -235,6 +235,15 @@ def test_what_changes_the_content_changes_the_key_and_nothing_else_does(tmp_path
     assert same.fingerprint == prints[0].fingerprint
 
 
+@pytest.mark.parametrize("left", [0, 100, -200])
+def test_a_damaged_cache_is_an_error_that_says_what_to_do(tmp_path, left):
+    name = write(tmp_path / "a.jsonl", *[json.dumps(ROWS[0])] * 600)
+    file = tmp_path / encode(tmp_path, name).fingerprint / "rows.arrow"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(DataError, match=f"the encoded data in {file.parent} is damaged .*Remove the folder"):
+        encode(tmp_path, name)
+
+
 def test_cap_keeps_the_first_usable_rows_and_reads_no_further(tmp_path):
     name = write(tmp_path / "a.jsonl", "oops", *[f'{{"text": "r{i}"}}' for i in range(9)], "oops")
     split = encode(tmp_path, name, cap=4)
@@ -247,7 +256,7 @@ def test_a_format_that_raises_is_a_problem_of_the_row(tmp_path):
     name = write(tmp_path / "a.jsonl", '{"text": "a"}', '{"text": 1}')
     split = encode(tmp_path, name, form=shout)
     assert split.problems()[1:] == [
-        "1 rows dropped: bad value",
+        "1 row dropped: bad value",
         f"  {name}:2: the format raises AttributeError: 'int' object has no attribute 'upper'",
     ]
 
@@ -256,9 +265,11 @@ def test_truncation_is_counted_and_error_is_one(tmp_path):
     name = write(tmp_path / "a.jsonl", '{"text": "abcdefgh"}', '{"text": "a"}')
     assert encode(tmp_path, name, encoder=Encoder(TOK, 5, "truncate")).problems() == [
         "2 of 2 rows kept: 7 tokens, 5 of them targets",
-        "1 rows truncated",
+        "1 row truncated",
     ]
-    with pytest.raises(DataError, match=rf"found 1 rows above batch.max_length(.|\n)*{name}:1: found 9 tokens, wanted"):
+    with pytest.raises(
+        DataError, match=rf"found 1 rows? above batch.max_length(.|\n)*{name}:1: found 9 tokens, wanted"
+    ):
         encode(tmp_path, name, encoder=Encoder(TOK, 5, "error"))
 
 

@@ -106,6 +106,13 @@ def test_collate_packed():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_to_moves_everything_there_is(packed):
+    moved = collate([[A]], pad_id=0, packed=packed).to("meta")
+    tensors = [value for value in vars(moved).values() if value is not None]
+    assert len(tensors) == 6 - packed and {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_dummy_row_has_no_target(packed):
     batch = collate([], pad_id=7, packed=packed)
     assert batch.input_ids.tolist() == [[7, 7]] and batch.position_ids.tolist() == [[0, 1]]

@@ -102,7 +102,7 @@ def encode_split(
     split = Encoded.open(folder, [one.where for one in sources], key)
     long = split.report.dropped.get("too long", 0)
     if len(split) == 0 or encoder.too_long == "error" and long:
-        found = "no usable row" if len(split) == 0 else f"{long:,} rows above batch.max_length (too_long: error)"
+        found = "no usable row" if len(split) == 0 else f"{long:,} rows above batch.max_length, with too_long: error"
         raise DataError("\n  ".join([f"found {found}", *split.problems()]))
     return split
 

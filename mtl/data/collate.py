@@ -35,11 +35,6 @@ class MicroBatch:
         values = (getattr(self, field.name) for field in fields(self))
         return MicroBatch(*(None if v is None else v.to(device, non_blocking=True) for v in values))
 
-    def pin(self) -> "MicroBatch":
-        """Copied to page-locked memory, from where `to` overlaps the copy to a GPU with its work."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return MicroBatch(*(None if v is None else v.pin_memory() for v in values))
-
 
 def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool) -> MicroBatch:
     """Lay rows of examples out as one micro-batch; no rows at all give one dummy row without targets.

@@ -44,11 +44,11 @@ class Report:
 
     def lines(self, where: Callable[[int, int], str]) -> list[str]:
         """For people: one line of totals, then the dropped rows by reason, the first few with their place."""
-        lines = [f"{self.kept:,} of {self.read:,} rows kept: {self.tokens:,} tokens, {self.targets:,} of them targets"]
+        lines = [f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, {self.targets:,} of them targets"]
         if self.cut:
-            lines.append(f"{self.cut:,} rows truncated")
+            lines.append(f"{_rows(self.cut)} truncated")
         for reason, count in sorted(self.dropped.items()):
-            lines.append(f"{count:,} rows dropped: {reason}")
+            lines.append(f"{_rows(count)} dropped: {reason}")
             lines += [f"  {where(source, row)}: {text}" for source, row, text in self.shown[reason]]
             if count > len(self.shown[reason]):
                 lines.append(f"  and {count - len(self.shown[reason]):,} more")
@@ -81,10 +81,21 @@ class Encoded:
 
     @staticmethod
     def open(folder: Path, places: Sequence[Callable[[int], str]], fingerprint: str) -> "Encoded":
-        """Memory-map `folder`; `places[s]` says where row r of source s stands."""
-        with pa.memory_map(str(folder / "rows.arrow")) as file, pa.ipc.open_stream(file) as reader:
-            table = reader.read_all()
-        return Encoded(table, places, fingerprint, Report.load(folder / "report.json"))
+        """Memory-map `folder`; `places[s](r)` says where row r of source s stands.
+
+        Raises: DataError if the folder is damaged.
+        """
+        try:
+            with pa.memory_map(str(folder / "rows.arrow")) as file, pa.ipc.open_stream(file) as reader:
+                table = reader.read_all()
+            report = Report.load(folder / "report.json")
+            if len(table) != report.kept:  # Arrow takes the end of the file for the end of the rows
+                raise ValueError(f"found {_rows(len(table))}, wanted {report.kept:,}")
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise DataError(
+                f"the encoded data in {folder} is damaged ({error}). Remove the folder: it is made again"
+            ) from error
+        return Encoded(table, places, fingerprint, report)
 
     @staticmethod
     def of(rows: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "memory") -> "Encoded":
@@ -140,6 +151,10 @@ def record_batch(rows: Sequence[tuple[np.ndarray, np.ndarray, int, int]]) -> pa.
         ],
         schema=SCHEMA,
     )
+
+
+def _rows(n: int) -> str:
+    return f"{n:,} row{'s' * (n != 1)}"
 
 
 class _Ragged:
