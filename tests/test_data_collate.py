@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.data.batches import Layout, TrainBatches, ValidationCut
@@ -14,6 +14,7 @@ from mtl.data.mix import Mix
 examples = st.lists(st.integers(2, 60), max_size=50)
 
 
+@settings(deadline=None)
 @given(examples, st.integers(1, 5), st.integers(60, 300), st.sampled_from([None, 60, 97]))
 def test_deal(lengths, world, tokens, row_length):
     if row_length is not None:
@@ -143,6 +144,7 @@ def heads(batch) -> list[tuple[int, int, int]]:
     return [tuple(batch.input_ids[r, c : c + 3].tolist()) for r, c in starts]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.booleans(), st.integers(30, 200))
 def test_every_cut_of_a_step_holds_the_same_examples_and_targets(world, packed, tokens):
     tasks = toy_tasks({"a": 9, "b": 20, "c": 5})
@@ -184,6 +186,7 @@ def test_an_error_in_the_worker_is_raised_by_its_step():
     batches.close()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_validation_groups_cover_every_row_once(groups, world, packed):
     tasks = toy_tasks({"a": 7, "b": 20, "c": 13})

@@ -26,6 +26,7 @@ def sequence(mix: Mix, steps: int) -> list[tuple[int, int]]:
     return [pair for step in range(steps) for pair in zip(*map(np.ndarray.tolist, mix.batch(step)), strict=True)]
 
 
+@settings(deadline=None)
 @given(mixes())
 def test_a_batch_depends_on_its_number_alone(mix):
     steps = 12
@@ -34,6 +35,7 @@ def test_a_batch_depends_on_its_number_alone(mix):
     assert sum(reversed(backwards), []) == sequence(mix, steps)
 
 
+@settings(deadline=None)
 @given(mixes(), st.integers(1, 7))
 def test_the_size_of_a_batch_does_not_change_the_sequence(mix, examples):
     other = Mix(mix.names, mix.sizes, mix._shares, examples, mix.seed)
@@ -41,6 +43,7 @@ def test_the_size_of_a_batch_does_not_change_the_sequence(mix, examples):
     assert sequence(mix, math.ceil(n / mix.examples))[:n] == sequence(other, math.ceil(n / examples))[:n]
 
 
+@settings(deadline=None)
 @given(mixes())
 def test_tasks_come_in_the_order_of_the_divisor_method(mix):
     # The reference replays one draw after another: next is the task with the least (2 c + 1) / (2 s).
@@ -53,6 +56,7 @@ def test_tasks_come_in_the_order_of_the_divisor_method(mix):
     assert mix.drawn(5).tolist() == counts
 
 
+@settings(deadline=None)
 @given(mixes(), st.one_of(st.integers(0, 50), st.integers(10**6, 10**12)))
 def test_counts_stay_near_their_share(mix, step):
     drawn, m, k = mix.drawn(step), step * mix.examples, len(mix.sizes)
@@ -62,12 +66,14 @@ def test_counts_stay_near_their_share(mix, step):
         assert abs(count - part * m) <= (1 + part * (k - 2)) / 2
 
 
+@settings(deadline=None)
 @given(mixes(), st.one_of(st.integers(0, 50), st.integers(10**6, 10**12)))
 def test_drawn_counts_the_batches_before(mix, step):
     tasks, _ = mix.batch(step)
     assert (mix.drawn(step + 1) - mix.drawn(step)).tolist() == np.bincount(tasks, minlength=len(mix.sizes)).tolist()
 
 
+@settings(deadline=None)
 @given(mixes())
 def test_an_epoch_of_a_task_is_every_row_once(mix):
     seen = [[] for _ in mix.sizes]
@@ -79,6 +85,7 @@ def test_an_epoch_of_a_task_is_every_row_once(mix):
             assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(n))
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 9))
 def test_proportional_reads_every_row_once_an_epoch(n, epochs):
     total = sum(n)
@@ -114,6 +121,7 @@ def test_the_permutation_is_pinned():
     assert permutation(0, "x").tolist() == [] and permutation(1, "x").tolist() == [0]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.text(max_size=5))
 def test_permutation_is_one(n, key):
     assert sorted(permutation(n, key).tolist()) == list(range(n))
@@ -161,7 +169,7 @@ def test_steps():
     assert steps_for(2.5, [4], 5) == 2
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 60), st.integers(0, 10**7))
 def test_a_batch_far_into_a_run_costs_no_replay(k, step):
     mix = Mix([str(i) for i in range(k)], [1000 + i for i in range(k)], range(1, k + 1), 16, 0)
