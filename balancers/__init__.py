@@ -5,34 +5,39 @@
 >>> weights = holder.update(Signals(step=0, valid_loss=[2.1, 1.4]))
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from balancers.holder import Holder
+from balancers.methods import METHODS, make, method
 from balancers.protocol import Array, Balancer, Signal, Signals, State, describe
 
 if TYPE_CHECKING:
+    from balancers.bounded import Bounded
     from balancers.coba import CoBa
+    from balancers.dwa import DWA
     from balancers.equal import Equal
+    from balancers.famo import FAMO, FAMOValid
+    from balancers.gls import GLS
+    from balancers.gradnorm import GradNorm, GradNormValid
+    from balancers.grouped import Grouped
+    from balancers.lbtw import LBTW, LBTWValid
+    from balancers.metaweighting import MetaWeighting
+    from balancers.rlw import RLW
+    from balancers.scheduled import Scheduled
     from balancers.static import Static
     from balancers.tokens import Tokens
-
-METHODS: dict[str, str] = {
-    "CoBa": "balancers.coba:CoBa",
-    "Equal": "balancers.equal:Equal",
-    "Static": "balancers.static:Static",
-    "Tokens": "balancers.tokens:Tokens",
-}
+    from balancers.torchjd import TorchJD
+    from balancers.uncertainty import Uncertainty
 
 __all__ = [
-    "METHODS", "Array", "Balancer", "CoBa", "Equal", "Holder", "Signal", "Signals", "State", "Static", "Tokens",
-    "describe",
-]  # fmt: skip
+    "METHODS", "Array", "Balancer", "Bounded", "CoBa", "DWA", "Equal", "FAMO", "FAMOValid", "GLS", "GradNorm",
+    "GradNormValid", "Grouped", "Holder", "LBTW", "LBTWValid", "MetaWeighting", "RLW", "Scheduled", "Signal", "Signals",
+    "State", "Static", "Tokens", "TorchJD", "Uncertainty", "describe", "make",
+]
 
 
 def __getattr__(name: str) -> Any:
     """A method is imported when its name is asked for, so that one with an extra does not burden the others."""
     if name not in METHODS:
         raise AttributeError(f"module 'balancers' has no attribute {name!r}; the methods are {', '.join(METHODS)}")
-    module, attribute = METHODS[name].split(":")
-    return getattr(import_module(module), attribute)
+    return method(name)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from balancers.maths import positive, softmax
+from balancers.maths import positive, share, softmax, whole
 from balancers.protocol import Array, Balancer, Signal, Signals, State
 
 Divergence = Literal["abs", "signed", "released"]
@@ -69,10 +69,8 @@ class CoBa(Balancer):
     needs: ClassVar[Signal] = Signal.VALID_LOSS
 
     def __post_init__(self) -> None:
-        for name in ("window", "warmup"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"CoBa {name}: found {value!r}, wanted a whole number >= 1")
+        whole("CoBa window", self.window)
+        whole("CoBa warmup", self.warmup)
         positive("CoBa tau", self.tau)
         if self.gate is not None:
             positive("CoBa gate", self.gate)
@@ -156,7 +154,7 @@ class CoBa(Balancer):
         weights = df * rcs + (1 - df) * acs
         if released:
             weights = _sharpen(weights, seen)
-        state["weights"] = np.where(seen, weights * seen.mean(), 1 / len(seen))
+        state["weights"] = share(weights, seen)
         return {"slope": slope, "rcs": rcs, "acs": acs, "df": np.array(df), **explain}
 
     def _group(self, signals: Signals) -> float:
@@ -198,8 +196,8 @@ def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
         x: (n,). y: (n, K), nan = not observed. group: (n,), what is equal belongs together.
 
     Returns:
-        (K,) slopes, 0 where x does not vary within a group or y only by rounding; (K,) standard errors, inf where nothing is left to
-        estimate them from.
+        (K,) slopes, 0 where x does not vary within a group or y only by rounding; (K,) standard errors, inf where
+        nothing is left to estimate them from.
     """
     seen = ~np.isnan(y)
     member = (group == np.unique(group)[:, None]).astype(np.float64)  # (G, n)

@@ -19,7 +19,7 @@ class Holder:
 
     Attributes:
         weights: (K,) float64, those of the newest update; before the first one equal, times ``loss_weight``.
-        explain: name to array, what the newest update gave as its reasons.
+        explain: name to array, the newest reasons that an update gave (one without a new measurement gives none).
 
     Raises:
         ValueError: bad names, loss weights, signals or weights, and a state that belongs to something else.
@@ -48,7 +48,7 @@ class Holder:
         signals.check(self.tasks)
         self._state, weights, explain = self.balancer.update(self._state, signals)
         self._check(weights, signals.step)
-        self.weights, self.explain = self._apply_loss_weight(weights), explain
+        self.weights, self.explain = self._apply_loss_weight(weights), explain or self.explain
         return self.weights
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Holder:
         return {"meta": self._meta, "arrays": {"weights": self.weights.copy(), **arrays}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave. Raises ValueError if it is another method's, other settings' or tasks'."""
+        """Take over what ``state_dict`` gave. Raises ValueError if method, settings or tasks are not those of here."""
         meta = saved["meta"]
         differ = [key for key in sorted(self._meta.keys() | meta.keys()) if self._meta.get(key) != meta.get(key)]
         if differ:
@@ -78,8 +78,8 @@ class Holder:
 
     def _apply_loss_weight(self, weights: Array) -> Array:
         product = weights * self.loss_weight
-        total = product.sum()
-        return product * (weights.sum() / total) if total > 0 else product
+        total, wanted = product.sum(), weights.sum()
+        return product * (wanted / total) if min(total, wanted) > 0 else product
 
     def _check(self, weights: Array, step: int) -> None:
         name, k = self._meta["method"], len(self.tasks)
@@ -87,8 +87,10 @@ class Holder:
             found = f"{weights.dtype} {weights.shape}" if isinstance(weights, np.ndarray) else type(weights).__name__
             raise ValueError(f"{name} at step {step}: found weights of {found}, wanted a float64 array of ({k},)")
         each = dict(zip(self.tasks, weights.tolist(), strict=True))
-        if not (np.isfinite(weights) & (weights >= 0)).all():
-            raise ValueError(f"{name} at step {step}: found weights {each}, wanted finite numbers >= 0")
+        low = 0 if self.balancer.non_negative else -np.inf
+        if not (np.isfinite(weights) & (weights >= low)).all():
+            wanted = "finite numbers" + " >= 0" * self.balancer.non_negative
+            raise ValueError(f"{name} at step {step}: found weights {each}, wanted {wanted}")
         if self.balancer.sums_to_one and abs(weights.sum() - 1) > 1e-9:
             raise ValueError(
                 f"{name} at step {step}: found weights {each} with sum {weights.sum()}, wanted sum 1 (or declare "

@@ -26,6 +26,8 @@ class Signal(enum.Flag):
     TRAIN_LOSS = enum.auto()
     VALID_LOSS = enum.auto()
     GRAM = enum.auto()
+    REPLAY_LOSS = enum.auto()
+    VALID_GRAM = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Signals:
     tokens: Array | None = None  # (K,) target tokens per task in global batch t
     train_loss: Array | None = None  # (K,) nats per target token of the last global batch; nan = absent
     valid_loss: Array | None = None  # (K,) nats per target token of the newest probe; nan = absent; None = none was due
-    valid_base: Array | None = None  # (K,) initial loss of the probe's own examples; nan or None = the task's first probe
+    valid_base: Array | None = None  # (K,) initial loss of the probe's examples; nan or None = the task's first probe
     valid_group: int | None = None  # which group of the fixed cut of the validation rows the probe read
     gram: Array | None = None  # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
+    replay_loss: Array | None = None  # (K,) the last global batch once more, at the parameters after its update
+    valid_gram: Array | None = None  # (K, K) inner products of validation gradient (row) and gradient of batch t
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -55,7 +59,7 @@ class Signals:
     def check(self, tasks: Sequence[str]) -> None:
         """Raise ValueError for an array of the wrong shape, a loss that is infinite or below 0, an odd token count."""
         if self.step < 0:
-            raise ValueError(f"Signals.step: found {self.step}, wanted the number of optimizer updates completed (>= 0)")
+            raise ValueError(f"Signals.step: found {self.step}, wanted the optimizer updates completed, >= 0")
         k = len(tasks)
         for field in fields(self):
             value = getattr(self, field.name)
@@ -70,7 +74,7 @@ class Signals:
             signed = field.name.endswith("gram")
             wanted = "a finite number" if signed else "a finite number >= 0"
             bad = ~np.isfinite(value) if signed else ~(np.isfinite(value) & (value >= 0))
-            if field.name.startswith(("train", "valid")) and not signed:
+            if field.name != "tokens" and not signed:
                 bad &= ~np.isnan(value)
                 wanted += ", or nan where the task is absent"
             if bad.any():
@@ -88,7 +92,8 @@ class Balancer(abc.ABC):
     resume and tests need nothing else. Randomness comes from a seed in the state.
     """
 
-    needs: ClassVar[Signal]
+    needs: ClassVar[Signal]  # a wrapper makes it a property
+    non_negative: ClassVar[bool] = True  # False where a task's gradient may be subtracted
     sums_to_one: ClassVar[bool] = True  # False where the scale of the weights carries meaning
 
     def bind(self, tasks: Sequence[str]) -> Self:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from balancers import CoBa, Signals
-from balancers.coba import least_squares
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from balancers import CoBa, Signals
+from balancers.coba import least_squares
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "coba.json").read_text())
