@@ -54,6 +54,11 @@ def test_deal_keeps_one_long_row_apart_from_many_short_ones():
     assert sorted(sum(ranks[0][0], [])) == [0] and len(ranks[1][0]) == 10
 
 
+def test_deal_gives_back_what_the_largest_takes():
+    ranks = deal([40, 30, 20, 10], 2, 40)
+    assert ranks == [[[[0]], [[3]]], [[[1]], [[2]]]]
+
+
 def test_deal_with_more_ranks_than_examples():
     ranks = deal([5, 7], 4, 10)
     assert ranks == [[[[1]]], [[[0]]], [[]], [[]]]
@@ -98,12 +103,15 @@ def test_collate_padded():
 
 
 def test_collate_packed():
-    batch = collate([[A, B], [C]], pad_id=0, packed=True)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 9, 8], [4, 9, 9, 5, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    batch = collate([[A, B, B], [C]], pad_id=0, packed=True)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 9, 8, 9, 8], [4, 9, 9, 5, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
     assert batch.attention_mask is None
-    assert batch.keep.tolist() == [[True, True, False, True, False], [False, True, False, False, False]]
-    assert batch.labels.tolist() == [2, 3, 8, 9] and batch.task.tolist() == [0, 0, 2, 1]
+    assert batch.keep.tolist() == [
+        [True, True, False, True, False, True, False],
+        [False, True, False, False, False, False, False],
+    ]
+    assert batch.labels.tolist() == [2, 3, 8, 8, 9] and batch.task.tolist() == [0, 0, 2, 2, 1]
 
 
 @pytest.mark.parametrize("packed", [False, True])

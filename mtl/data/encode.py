@@ -122,7 +122,7 @@ class Encoder:
         if not completion:
             raise RowProblem("no target", "the completion is empty")
         before, both = self._ids(prompt), self._ids(prompt + completion)
-        if both[: len(before)] != before or len(both) == len(before):
+        if both[: len(before)] != before:
             both = before + self._ids(completion)
         ids = [*self._opening, *both, self._eos()]
         start = len(self._opening) + len(before)
