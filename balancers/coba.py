@@ -102,60 +102,69 @@ class CoBa(Balancer):
         return step + (self.divergence == "released") < self.warmup
 
     def _probe(self, state: State, signals: Signals) -> dict[str, Array]:
-        """Take in one probe: fit slopes, and put the weights they give into the state."""
-        released = self.divergence == "released"
-        fresh = np.isnan(state["base"]) & (signals.valid_loss > 0)
-        state["base"] = np.where(fresh, signals.valid_loss, state["base"])
-        base = state["base"]
-        if signals.valid_base is not None:
-            base = np.where(signals.valid_base > 0, signals.valid_base, base)
-        with np.errstate(over="ignore"):
-            ratio = np.minimum(signals.valid_loss / base, 1e100)  # far out, and its square is still finite
-        ratio[fresh & released | np.isnan(state["base"])] = np.nan
-        row = int(state["probes"]) % self.window
-        state["probes"] = state["probes"] + 1
-        state["step"] = _put(state["step"], row, signals.step)
-        state["group"] = _put(state["group"], row, self._group(signals))
-        state["ratio"] = _put(state["ratio"], row, ratio)
-
+        """Take in one probe, and put the weights that its scores give into the state."""
+        released, fresh = self.divergence == "released", self._observe(state, signals)
         n = min(int(state["probes"]), self.window)
-        x, y, group = state["step"][:n], state["ratio"][:n], state["group"][:n]
-        slope, error = least_squares(x, y, np.zeros(n))
-        explain = {}
-        if self.slope == "panel":
-            inner, inner_error = least_squares(x, y, group)
-            fits = np.isfinite(inner_error) & (np.unique(group, return_counts=True)[1] > 1).all()
-            slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
-            explain["panel"] = fits.astype(np.float64)
+        slope, error, explain = self._slopes(state, n)
         # A task's first observation has no slope: a zero there would be a plateau that nobody observed.
         seen = ~np.isnan(state["base"])
         slope = np.where(seen & ~fresh, slope, np.nan)
         counts = not (released and self._warming(signals.step))
-        state["slopes"] = _put(state["slopes"], row, slope if counts else np.nan)
+        state["slopes"] = _put(state["slopes"], self._row(state), slope if counts else np.nan)
 
-        if released:
-            envelope = np.max(y, axis=1, initial=-np.inf, where=~np.isnan(y))
-            envelope[np.isinf(envelope)] = np.nan
-            a_max = float(least_squares(x, envelope[:, None], np.zeros(n))[0][0])
-        else:
-            a_max = float(np.max(slope, initial=-np.inf, where=~np.isnan(slope)))
+        a_max = self._a_max(state, slope, n)
         df = self._divergence_factor(state, a_max) if counts and math.isfinite(a_max) else 1.0
 
         trust = np.ones_like(slope)
         if self.gate is not None:
             with np.errstate(over="ignore"):
                 noise = np.divide(self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0)
-                trust = np.nan_to_num(np.maximum(0, 1 - noise**2))
-            explain["gate"] = trust
+                trust = explain["gate"] = np.nan_to_num(np.maximum(0, 1 - noise**2))
         rcs = _scores(trust * slope, np.nansum(np.abs(slope)) / max(1, seen.sum()), seen)
         last = min(n, max(1, self.window - self.warmup + 1) if released else self.window)
-        past = state["slopes"][np.arange(state["probes"] - last, state["probes"]) % self.window]
+        past = state["slopes"][np.arange(int(state["probes"]) - last, int(state["probes"])) % self.window]
         acs = _scores(-trust * slope, np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1), seen)
         weights = df * rcs + (1 - df) * acs
-        if released:
-            weights = _sharpen(weights, seen)
-        state["weights"] = share(weights, seen)
+        state["weights"] = share(_sharpen(weights, seen) if released else weights, seen)
         return {"slope": slope, "rcs": rcs, "acs": acs, "df": np.array(df), **explain}
+
+    def _observe(self, state: State, signals: Signals) -> np.ndarray:
+        """Put a probe's ratios into the window; (K,) bool, the tasks that it saw first."""
+        fresh = np.isnan(state["base"]) & (signals.valid_loss > 0)
+        base = state["base"] = np.where(fresh, signals.valid_loss, state["base"])
+        unseen = np.isnan(base)
+        if signals.valid_base is not None:
+            base = np.where(signals.valid_base > 0, signals.valid_base, base)
+        with np.errstate(over="ignore"):
+            ratio = np.minimum(signals.valid_loss / base, 1e100)  # far out, and its square is still finite
+        ratio[unseen | fresh if self.divergence == "released" else unseen] = np.nan
+        state["probes"] += 1
+        for name, value in (("step", signals.step), ("group", self._group(signals)), ("ratio", ratio)):
+            state[name] = _put(state[name], self._row(state), value)
+        return fresh
+
+    def _row(self, state: State) -> int:
+        """Where the newest probe stands in the window."""
+        return (int(state["probes"]) - 1) % self.window
+
+    def _slopes(self, state: State, n: int) -> tuple[Array, Array, dict[str, Array]]:
+        """Slopes and standard errors over the window's n probes; with panel slopes, which tasks have them."""
+        step, ratio, group = state["step"][:n], state["ratio"][:n], state["group"][:n]
+        slope, error = least_squares(step, ratio, np.zeros(n))
+        if self.slope == "ols":
+            return slope, error, {}
+        inner, inner_error = least_squares(step, ratio, group)
+        fits = np.isfinite(inner_error) & (np.unique(group, return_counts=True)[1] > 1).all()
+        slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
+        return slope, error, {"panel": fits.astype(np.float64)}
+
+    def _a_max(self, state: State, slope: Array, n: int) -> float:
+        if self.divergence != "released":
+            return float(np.max(slope, initial=-np.inf, where=~np.isnan(slope)))
+        ratio = state["ratio"][:n]
+        envelope = np.max(ratio, axis=1, initial=-np.inf, where=~np.isnan(ratio))
+        envelope[np.isinf(envelope)] = np.nan
+        return float(least_squares(state["step"][:n], envelope[:, None], np.zeros(n))[0][0])
 
     def _group(self, signals: Signals) -> float:
         if self.slope == "ols":
@@ -169,11 +178,10 @@ class CoBa(Balancer):
 
     def _divergence_factor(self, state: State, a_max: float) -> float:
         """DF, with a_max appended to the history."""
-        entries = int(state["entries"]) + 1
-        state["entries"] = np.array(entries)
+        state["entries"] += 1
+        state["divisor"] += a_max if self.divergence == "signed" else abs(a_max)
+        entries, divisor = int(state["entries"]), float(state["divisor"])
         state["history"] = _put(state["history"], entries - 1, a_max)
-        state["divisor"] = state["divisor"] + (a_max if self.divergence == "signed" else abs(a_max))
-        divisor = float(state["divisor"])
         scale = self.tau * entries / divisor if divisor else 0.0
         if not math.isfinite(scale):  # the sum is nothing but rounding
             scale = 0.0
@@ -225,7 +233,6 @@ def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
 
 def _scores(slope: Array, scale: Array | float, seen: Array) -> Array:
     """softmax over the seen tasks of slope / scale; nan where unseen. No slope or no scale counts as 0."""
-    scale = np.broadcast_to(scale, slope.shape)
     with np.errstate(over="ignore"):
         logit = np.divide(slope, scale, out=np.zeros_like(slope), where=(scale > 0) & ~np.isnan(slope))
     return softmax(logit, seen)

@@ -47,11 +47,9 @@ class DWA(Balancer):
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
         if signals.train_loss is not None:
-            state = state | {
-                "updates": state["updates"] + 1,
-                "sum": state["sum"] + np.nan_to_num(signals.train_loss),
-                "count": state["count"] + ~np.isnan(signals.train_loss),
-            }
+            state["updates"] += 1
+            state["sum"] += np.nan_to_num(signals.train_loss)
+            state["count"] += ~np.isnan(signals.train_loss)
             if state["updates"] % self.period == 0:
                 total, count, k = state["sum"], state["count"], len(state["sum"])
                 mean = np.divide(total, count, out=np.full(k, np.nan), where=count > 0)

@@ -46,8 +46,15 @@ class Holder:
     def update(self, signals: Signals) -> Array:
         """The weights (K,) float64 for the global batch about to be trained on."""
         signals.check(self.tasks)
-        self._state, weights, explain = self.balancer.update(self._state, signals)
+        state, weights, explain = self.balancer.update(self._state, signals)
+        self._state = {name: np.asarray(each) for name, each in state.items()}  # array + 1 is no array if it is 0-d
         self._check(weights, signals.step)
+        odd = [name for name, each in self._state.items() if each.dtype == object]
+        if odd:
+            raise ValueError(
+                f"{self._meta['method']} at step {signals.step}: found objects in the state at {odd}, wanted numpy "
+                f"arrays of numbers, so that a checkpoint can hold them"
+            )
         self.weights, self.explain = self._apply_loss_weight(weights), explain or self.explain
         return self.weights
 

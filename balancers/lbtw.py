@@ -54,7 +54,7 @@ class LBTW(Balancer):
             taken = state["due"] & (loss > 0)
             state["base"] = np.where(taken, loss, state["base"])
             state["due"] = state["due"] & ~taken
-            state["updates"] = state["updates"] + 1
+            state["updates"] += 1
             base = state["base"] if given is None else np.where(given > 0, given, state["base"])
             state["ratio"] = latest(state["ratio"], loss / base)
         seen = ~np.isnan(state["ratio"])

@@ -8,7 +8,6 @@ from balancers.protocol import Array, State
 
 def softmax(logit: Array, where: NDArray[np.bool_] | bool = True) -> Array:
     """softmax of (K,) over the entries ``where``; the others are nan. Rising logits never overflow."""
-    where = np.broadcast_to(where, logit.shape)
     exp = np.exp(logit - np.max(logit, initial=-np.inf, where=where), out=np.full_like(logit, np.nan), where=where)
     return exp / np.nansum(exp)
 

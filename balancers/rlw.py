@@ -45,7 +45,8 @@ class RLW(Balancer):
         count = 2 * int(state["draw"])
         radius, angle = (_uniform(state["key"], count + i) for i in (0, 1))
         normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
-        return state | {"draw": state["draw"] + 1}, softmax(normal), {}
+        state["draw"] += 1
+        return state, softmax(normal), {}
 
 
 def _uniform(key: np.ndarray, count: int) -> Array:

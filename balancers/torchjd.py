@@ -76,7 +76,7 @@ class TorchJD(Balancer):
         if len(gram) == 1:
             return np.ones(1)
         weighting = self._weighting(len(gram))
-        state["draws"] = state["draws"] + 1
+        state["draws"] += 1
         if self.method == "NashMTL":
             # TorchJD offers it for matrices of gradients only; any matrix with this Gramian has the same answer.
             values, vectors = np.linalg.eigh(gram)

@@ -160,6 +160,16 @@ class Scaled(Given):
     sums_to_one = False
 
 
+class Forgetful(Given):
+    def update(self, state, signals):
+        return {"count": None}, np.array(self.given), {}
+
+
+def test_holder_refuses_a_state_that_no_checkpoint_can_hold():
+    with pytest.raises(ValueError, match=r"Forgetful at step 0: found objects in the state at \['count'\]"):
+        Holder(Forgetful([1.0]), ["a"]).update(Signals(step=0))
+
+
 def test_loss_weight_keeps_the_sum():
     held = Holder(Given([0.5, 0.25, 0.25]), ["a", "b", "c"], loss_weight=[1, 2, 4])
     np.testing.assert_allclose(held.weights, np.array([1, 2, 4]) / 7)

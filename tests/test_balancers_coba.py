@@ -1,6 +1,7 @@
 """CoBa against golden numbers, its properties on any curves, and the corners."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,17 @@ def test_gate_turns_noise_into_equal_weights_and_leaves_trends_alone():
     assert explained[-1]["gate"].shape == (3,)
     trend = curves(100) + 1e-6 * rng.normal(size=(100, 3))
     np.testing.assert_allclose(run(CoBa(20, 10, gate=2.0), trend)[0], run(CoBa(20, 10), trend)[0], atol=0.02)
+
+
+def test_panel_slopes_have_a_fraction_of_the_plain_error_on_a_recorded_run():
+    benchmark = runpy.run_path(str(GOLDEN.parent.parent / "benchmarks" / "slopes.py"))
+    recording = benchmark["Recording"].load(GOLDEN / "recorded_run.npz", "rows")
+    published = {(28, 4): (0.00075, 0.00067, 0.00032), (28, 8): (0.00043, 0.00032, 0.00011),
+                 (14, 8): (0.00167, 0.00129, 0.00048)}
+    for (probes, rows), want in published.items():
+        found = benchmark["errors"](recording, probes, rows)
+        np.testing.assert_allclose([found[name] for name in ("plain", "paired", "panel")], want, rtol=0.2)
+        assert 2.3 < found["plain"] / found["panel"] < 4
 
 
 def test_state_grows_by_eight_bytes_a_probe():
