@@ -117,7 +117,7 @@ class Checkpoints:
                 plain = {k: v for k, v in asdict(state).items() if k not in RunState.ARRAYS}
                 arrays = {f"run.{k}": v for k in RunState.ARRAYS if (v := getattr(state, k)) is not None}
                 arrays |= {f"balancer.{k}": v for k, v in held["arrays"].items()}
-                save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "state.safetensors")
+                save_file({k: np.array(v, order="C") for k, v in arrays.items()}, folder / "state.safetensors")
                 record = {"format": FORMAT, "run": plain, "best": self.best, "balancer": held["meta"], "identity": self.identity}
                 write_json(folder / "state.json", record)
 
