@@ -19,7 +19,7 @@ class Holder:
 
     Attributes:
         weights: (K,) float64, those of the newest update; before the first one equal, times ``loss_weight``.
-        explain: name to array, the newest reasons that an update gave (one without a new measurement gives none).
+        explain: name to array, the newest update's reasons; empty where it had no new measurement.
 
     Raises:
         ValueError: bad names, loss weights, signals or weights, and a state that belongs to something else.
@@ -55,7 +55,7 @@ class Holder:
                 f"{self._meta['method']} at step {signals.step}: found objects in the state at {odd}, wanted numpy "
                 f"arrays of numbers, so that a checkpoint can hold them"
             )
-        self.weights, self.explain = self._apply_loss_weight(weights), explain or self.explain
+        self.weights, self.explain = self._apply_loss_weight(weights), explain
         return self.weights
 
     def state_dict(self) -> dict[str, Any]:
