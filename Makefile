@@ -27,8 +27,9 @@ test: $(VENV)/with-test
 test-all: $(VENV)/with-test
 	$(BIN)/python -m pytest $(ARGS)
 
-figure: $(VENV)/with-plot
-	$(BIN)/python launch/figure.py $(ARGS)
+figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs that there are
+	$(BIN)/python launch/report.py $(wildcard runs/quickstart runs/quickstart-equal runs/quickstart-tokens) \
+	    --figure docs/quickstart.png
 
 # An editable install with one of pyproject.toml's extras.
 $(VENV)/with-%: pyproject.toml constraints.txt | $(BIN)/python
