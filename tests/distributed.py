@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 300  # seconds
+TIMEOUT = 600  # seconds
 
 
 def run_distributed(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -28,7 +29,7 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any) -> lis
     with tempfile.TemporaryDirectory() as folder:
         call = Path(folder) / "call.pickle"
         call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
-        processes = []
+        processes, logs = [], []
         for rank in range(world):
             env = {
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
@@ -36,14 +37,21 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any) -> lis
                 "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             }  # fmt: skip
             command = [sys.executable, __file__, str(call), str(Path(folder) / f"{rank}.pickle")]
-            processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-        errors = []
+            # A file, not a pipe: a rank that fills its pipe while another's is read would stop, and all with it.
+            logs.append(Path(folder) / f"{rank}.log")
+            with logs[-1].open("w") as log:
+                processes.append(subprocess.Popen(command, env=env, stderr=log))
+        deadline = time.monotonic() + TIMEOUT
         try:
-            errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+            for process in processes:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass  # killed below; the report says -9
         finally:
             for process in processes:
                 process.kill()
-        report = "\n".join(f"--- rank {r}, exit {p.returncode}\n{e}" for r, (p, e) in enumerate(zip(processes, errors)))
+                process.wait()
+        report = "\n".join(f"--- rank {r}, exit {p.returncode}\n{log.read_text()}" for r, (p, log) in enumerate(zip(processes, logs)))
         assert all(process.returncode == 0 for process in processes), report
         return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world)]
 
