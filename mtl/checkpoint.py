@@ -166,10 +166,12 @@ class Checkpoints:
 
     def _point_and_prune(self, name: str) -> None:
         write_text(self.folder / "latest", name)
-        kept = {self.best, *sorted(p.name for p in self.folder.glob("step-*"))[-self.keep :]}
-        for old in self.folder.glob("step-*"):
-            if old.name not in kept:
-                shutil.rmtree(old)
+        folders = sorted(p.name for p in self.folder.glob("step-*"))
+        # What stands after this one was being written when a run was killed.
+        kept = {self.best, *folders[: folders.index(name) + 1][-self.keep :]}
+        for folder in folders:
+            if folder not in kept:
+                shutil.rmtree(self.folder / folder)
 
 
 def write_text(path: Path, text: str) -> None:
