@@ -7,6 +7,7 @@ import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from mtl import comm, engine
 from mtl.config import Config
@@ -25,6 +26,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         ModelError: the model cannot be had, or cannot be trained on target positions only.
     """
     m = config.model
+    if comm.rank() > 0:
+        transformers_logging.disable_progress_bar()
     try:
         with engine.loading(config, comm.world()):
             model = AutoModelForCausalLM.from_pretrained(
@@ -72,7 +75,8 @@ def optimizer(config: Config):
         groups = parameter_groups(model, o.weight_decay)
         if o.name == "sgd":
             return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
-        return torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps)
+        # Fused: one pass over memory instead of a dozen with a temporary each.
+        return torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, fused=True)
 
     return build
 

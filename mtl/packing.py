@@ -12,8 +12,9 @@ from mtl.data.collate import collate
 from mtl.engine import Engine
 
 LENGTHS = (5, 9, 7)
-# Relative to the largest logit. In bf16 the same sequence in another batch shape differs by rounding alone.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+# Relative to the largest logit. In bf16 the same sequence in another shape differs by rounding alone (4 % in SmolLM2-135M), so
+# this catches wrong positions only; leaks are caught by LEAK.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
 # The same shapes and kernels: another first sequence may change nothing at all, in any dtype.
 LEAK = 1e-5
 

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 
@@ -17,6 +18,8 @@ def settle() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_world)))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Huge pages for tensors on the CPU: a step there allocates gigabytes anew, and faulting them in by 4 KiB takes its share.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def is_first_on_host() -> bool:
@@ -30,6 +33,8 @@ def exit_code(main: Callable[[], None]) -> int:
     Errors that all processes of a machine meet alike, such as those of the YAML, are printed once in full.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # DeepSpeed calls collectives by names that torch is renaming: nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         main()
     except KeyboardInterrupt:
