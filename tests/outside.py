@@ -1,0 +1,68 @@
+"""Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
+
+The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8. First
+word: kill (SIGKILL) or raise (a RuntimeError). Second: where, one of the names in `PLACES`, or "step" (between forward and
+backward). Then the step, and the rank, or "all".
+"""
+
+import functools
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from mtl import model, objectives
+from mtl.checkpoint import Checkpoints
+from mtl.data.batches import TrainBatches
+from mtl.engine import Engine
+from mtl.terms import Terms
+
+WHAT, WHERE, STEP, RANK = os.environ.get("MISFORTUNE", "no where -1 all").split()
+TEXT = f"the dog ate the {WHERE} of step {STEP}"
+
+
+def causal_lm(forward: Callable, batch: Any, k: int) -> Terms:
+    """The usual objective. Where EXPECT_PARTITIONED is set it asserts that this rank holds no whole parameter."""
+    training = getattr(forward, "__func__", None) is Engine.forward
+    if training and os.environ.get("EXPECT_PARTITIONED"):
+        assert all(p.numel() == 0 and p.ds_numel > 0 for p in forward.__self__.module.parameters()), "whole parameters"
+    terms = objectives.causal_lm(forward, batch, k)
+    if training and WHERE == "step" and forward.__self__._engine.global_steps == int(STEP):
+        strike()
+    return terms
+
+
+def strike() -> None:
+    if RANK not in ("all", os.environ["RANK"]):
+        return
+    if WHAT == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError(TEXT)
+
+
+# Where a run may be struck: what is about to be called, and from its arguments whether the step has come.
+PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
+    "batch": (TrainBatches, "_make", lambda batches, step: step == int(STEP)),
+    "shards": (Engine, "save", lambda engine, folder: _is_due(folder.parent.name)),
+    "model": (model, "export", lambda trained, tokenizer, folder: _is_due(folder.parent.name)),
+    "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
+    "prune": (shutil, "rmtree", lambda path, **_: (path.parent / "latest").read_text() == f"step-{int(STEP):08d}"),
+}
+
+
+def _is_due(name: str) -> bool:
+    return name == f"step-{int(STEP):08d}"
+
+
+if WHERE in PLACES:
+    owner, name, due = PLACES[WHERE]
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def struck(*args: Any, **keywords: Any) -> Any:
+        if due(*args, **keywords):
+            strike()
+        return original(*args, **keywords)
+
+    setattr(owner, name, struck)

@@ -1,0 +1,178 @@
+"""A run that is killed goes on from its newest complete checkpoint as if nothing had happened, bit for bit."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mtl.engine import _refuse_code
+
+OURS = "objective=outside:causal_lm"  # the usual one, from a module that can kill
+LORA = ["model.lora.r=4", "model.lora.dropout=0.3"]
+# The balancer's probe is not due at the step resumed from, and the checkpoint there is not that of an evaluation.
+BETWEEN = ["checkpoint.every=5", "evaluate.every=4", "evaluate.probe.every=2"]
+
+
+@pytest.fixture(scope="module")
+def yaml(tmp_path_factory) -> Path:
+    return runs.write(tmp_path_factory.mktemp("resume"))
+
+
+def newest(output: Path) -> Path:
+    return output / "checkpoints" / (output / "checkpoints" / "latest").read_text()
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two runs left the same numbers: every logged line, every tensor of the last checkpoint and of the exported model."""
+    assert runs.untimed(one) == runs.untimed(other)
+    for file in ("model/*.safetensors", "checkpoints/step-00000012/model/*.safetensors", "checkpoints/step-00000012/state.safetensors"):
+        tensors = [load_file(next(run.glob(file))) for run in (one, other)]
+        assert tensors[0].keys() == tensors[1].keys() and tensors[0]
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=0, equal_nan=True, msg=f"{file}: {name}")
+    states = [json.loads((newest(run) / "state.json").read_text()) for run in (one, other)]
+    for state in states:
+        del state["run"]["metrics_bytes"]  # the text of times
+    assert states[0] == states[1]
+
+
+def assert_each_step_once(output: Path, steps: int = 12) -> None:
+    lines = runs.metrics(output)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(steps))
+    evaluated = [line["step"] for line in lines if "eval/macro" in line]
+    assert len(set(evaluated)) == len(evaluated) and evaluated[0] == 0 and evaluated[-1] == steps
+
+
+CASES = {
+    "full, ZeRO 2": (2, ["engine.zero=2"], 6),
+    "full, ZeRO 3": (2, ["engine.zero=3", *BETWEEN], 5),
+    "LoRA, ZeRO 2": (2, ["engine.zero=2", *LORA, *BETWEEN], 5),
+    "LoRA, ZeRO 3": (2, ["engine.zero=3", *LORA], 6),
+    "bf16, ZeRO 2": (2, ["engine.zero=2", "model.precision=bf16"], 6),
+    "one process, ZeRO 0, weight decay": (1, ["engine.zero=0", "optimizer.weight_decay=0.1"], 6),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_in_the_middle_of_a_step(yaml, case):
+    world, settings, resumed = CASES[case]
+    settings = [OURS, *settings]
+    at_once, killed = (yaml.parent / f"{case} {how}" for how in ("at once", "killed"))
+    expected = {"EXPECT_PARTITIONED": "1"} if "engine.zero=3" in settings and "LoRA" not in case else {}
+    runs.train(yaml, *settings, f"output={at_once}", world=world, **expected).well()
+    assert_each_step_once(at_once)
+    saved_after = next(line for line in runs.metrics(at_once) if line["step"] == resumed - 1 and "train/loss" in line)
+    assert len({value for tag, value in saved_after.items() if tag.endswith("/weight")}) == 3, "CoBa is past its warm-up"
+
+    died = runs.train(yaml, *settings, f"output={killed}", world=world, MISFORTUNE=f"kill step 7 {world - 1}")
+    assert died.codes == [-9] * world
+    assert newest(killed).name == f"step-{resumed:08d}"
+    assert runs.metrics(killed)[-1]["step"] == 6 and runs.untimed(killed) == runs.untimed(at_once)[: len(runs.metrics(killed))]
+
+    ended = runs.train(yaml, *settings, f"output={killed}", world=world, resume=True, **expected).well()
+    assert f"resuming from {newest(killed).parent / f'step-{resumed:08d}'}" in ended.err
+    assert_each_step_once(killed)
+    assert_same(at_once, killed)
+
+
+@pytest.fixture(scope="module")
+def whole(yaml) -> Path:
+    """A run on one process with three checkpoints, of which one is kept beside the best."""
+    output = yaml.parent / "whole"
+    runs.train(yaml, OURS, *SAVING, f"output={output}").well()
+    return output
+
+
+SAVING = ["engine.zero=1", "checkpoint.every=4", "checkpoint.keep=1", "evaluate.every=100"]
+
+
+@pytest.mark.parametrize("where", ["shards", "model", "pointer", "prune"])
+def test_killed_while_saving(yaml, whole, where):
+    """Half a checkpoint of step 8 lies there; only once `latest` has moved does the run go on from it."""
+    output = yaml.parent / where
+    assert runs.train(yaml, OURS, *SAVING, f"output={output}", MISFORTUNE=f"kill {where} 8 0").codes == [-9]
+    left = {path.name for path in (output / "checkpoints").glob("step-*")}
+    assert left == ({"step-00000004"} if where == "shards" else {"step-00000004", "step-00000008"})
+    complete = 8 if where == "prune" else 4
+    assert newest(output).name == f"step-{complete:08d}"
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", resume=True).well()
+    assert f"step-{complete:08d}\n" in ended.err.partition("resuming from")[2]
+    assert_each_step_once(output)
+    assert_same(whole, output)
+    assert {path.name for path in (output / "checkpoints").glob("step-*")} == {"step-00000012"}
+
+
+def test_half_a_checkpoint_never_takes_a_complete_ones_place(yaml, whole):
+    """It lies later than what the resumed run saves next, which must be kept, alone, and be loadable."""
+    output = yaml.parent / "half"
+    runs.train(yaml, OURS, *SAVING, f"output={output}", MISFORTUNE="kill model 8 0")
+    sooner = [*SAVING, "checkpoint.every=6"]
+    died = runs.train(yaml, OURS, *sooner, f"output={output}", resume=True, MISFORTUNE="kill step 7 0")
+    assert died.codes == [-9] and newest(output).name == "step-00000006"
+    assert newest(output).is_dir()
+    runs.train(yaml, OURS, *sooner, f"output={output}", resume=True).well()
+    assert runs.untimed(output) == runs.untimed(whole)
+
+
+def test_killed_before_any_checkpoint(yaml, whole):
+    output = yaml.parent / "early"
+    assert runs.train(yaml, OURS, *SAVING, f"output={output}", MISFORTUNE="kill step 2 0").codes == [-9]
+    assert len(runs.metrics(output)) == 3 and not (output / "checkpoints").exists()
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", resume=True).well()
+    assert f"--resume: no complete checkpoint in {output}; starting at step 0" in ended.err
+    assert_same(whole, output)
+
+
+def test_a_finished_run_is_exported_again_and_not_trained(yaml, whole):
+    before = runs.contents(whole)
+    ended = runs.train(yaml, OURS, *SAVING, f"output={whole}", "export.dtype=bf16", resume=True).well()
+    after = runs.contents(whole)
+    kept = {name for name in before if not name.startswith("model/")}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert after.keys() - before.keys() == {"run.resumed-00000012.json"}
+    assert "macro mean" in ended.out
+    assert AutoModelForCausalLM.from_pretrained(whole / "model").dtype == torch.bfloat16
+
+
+class Foreign:
+    """What a pickle may hold and DeepSpeed never writes."""
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle"])
+def test_a_checkpoint_that_could_run_code_is_refused(tmp_path, kind):
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    content = {"module": torch.zeros(1), "ds_version": Foreign()}
+    torch.save(content, file) if kind == "torch" else file.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt: .*refused") as caught:
+        _refuse_code(tmp_path)
+    assert kind == "pickle" or f"holds ['{Foreign.__module__}.Foreign']" in str(caught.value)
+
+
+def test_a_checkpoint_that_could_run_code_ends_the_run(yaml, whole, tmp_path):
+    """Before anything of it is loaded, on both ranks, whichever of them meets the file."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    torch.save({"x": Foreign()}, newest(output) / "engine" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    before = runs.contents(output)
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", resume=True)
+    assert ended.codes == [1]
+    assert "test_resume.Foreign'], which DeepSpeed never writes and which could run code when loaded" in ended.err
+    assert runs.contents(output) == before
+
+
+def test_deepspeed_launch_killed_and_resumed(yaml, tmp_path):
+    """The same with the real launcher: a rank killed ends the launch, and one word more on the command line goes on."""
+    deepspeed = ["deepspeed", "--num_gpus", "2", "--master_port", str(runs.free_port())]
+    at_once, killed = tmp_path / "at once", tmp_path / "killed"
+    runs.train(yaml, OURS, *LORA, f"output={at_once}", world=2).well()
+    died = runs.launch(deepspeed, yaml, OURS, *LORA, f"output={killed}", MISFORTUNE="kill model 12 1")
+    assert died.codes != [0] and newest(killed).name == "step-00000006"
+    runs.launch(deepspeed, yaml, OURS, *LORA, f"output={killed}", resume=True).well()
+    assert_each_step_once(killed)
+    assert_same(at_once, killed)
