@@ -2,6 +2,8 @@
 
 import os
 
+from hypothesis import settings
+
 os.environ |= {
     "OMP_NUM_THREADS": "1",  # several processes share few cores; one thread each also makes sums repeat bit for bit
     "OMP_WAIT_POLICY": "passive",
@@ -9,3 +11,6 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",  # a test that asks the network fails here as it does in CI
     "HF_DATASETS_OFFLINE": "1",
 }
+
+settings.register_profile("shared", deadline=None)  # cores are shared with process groups: time says nothing
+settings.load_profile("shared")

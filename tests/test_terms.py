@@ -1,0 +1,184 @@
+"""The loss formula, the objective, the schedule and the collectives without a group: closed forms and properties."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtl import comm
+from mtl.data.collate import collate
+from mtl.objectives import causal_lm
+from mtl.schedule import lr
+from mtl.step import fetch
+from mtl.terms import Terms, combine
+
+K = 4
+token = st.tuples(st.floats(2**-7, 20, width=32), st.integers(0, K - 1))
+weights_of_all = st.lists(st.floats(0, 100), min_size=K, max_size=K)
+
+
+def terms_of(tokens: list[tuple[float, int]], k: int = K) -> Terms:
+    losses = torch.tensor([loss for loss, _ in tokens], dtype=torch.float32)
+    return Terms.by_task(losses, torch.tensor([task for _, task in tokens], dtype=torch.int64), k)
+
+
+def global_loss(tokens: list[tuple[float, int]], weights: list[float]) -> float:
+    own = [[loss for loss, task in tokens if task == k] for k in range(K)]
+    return sum(w * sum(mine) / len(mine) for w, mine in zip(weights, own) if mine)
+
+
+def test_terms_by_hand():
+    terms = terms_of([(1.0, 0), (2.0, 2), (0.5, 0)], k=3)
+    assert terms.sums.tolist() == [1.5, 0.0, 2.0] and terms.counts.tolist() == [2, 0, 1]
+    assert terms.sums.dtype == torch.float32 and terms.counts.dtype == torch.int64
+
+
+def test_combine_by_hand():
+    terms = terms_of([(1.0, 0), (2.0, 2), (0.5, 0)], k=3)
+    weights, counts = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([4, 0, 2])
+    loss = combine(terms, weights, counts, world=2)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.item() == pytest.approx(2 * (0.5 * 1.5 / 4 + 0.2 * 2.0 / 2))
+
+
+def test_combine_has_the_gradient_of_the_formula():
+    losses = torch.tensor([1.0, 2.0, 0.5], requires_grad=True)
+    terms = Terms.by_task(losses, torch.tensor([0, 2, 0]), 3)
+    combine(terms, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([4, 0, 2]), world=2).backward()
+    np.testing.assert_allclose(losses.grad.numpy(), [2 * 0.5 / 4, 2 * 0.2 / 2, 2 * 0.5 / 4], rtol=1e-6)
+
+
+@given(st.lists(st.tuples(token, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), weights_of_all,
+       st.integers(1, 4), st.integers(1, 4))  # fmt: skip
+def test_no_cut_changes_the_loss(tokens, weights, world, micros):
+    """Summed over micro-batches and averaged over ranks, whatever token lies where, the parts give the global loss."""
+    everything = [t for t, _, _ in tokens]
+    counts = terms_of(everything).counts
+    w = torch.tensor(weights, dtype=torch.float64)
+    total = 0.0
+    for rank in range(world):
+        for micro in range(micros):
+            mine = [t for t, r, m in tokens if r % world == rank and m % micros == micro]
+            total += combine(terms_of(mine), w, counts, world).item() / world
+    assert total == pytest.approx(global_loss(everything, weights), rel=1e-5, abs=1e-9)
+
+
+@given(st.lists(token, min_size=1, max_size=30), weights_of_all, st.permutations(range(K)))
+def test_renaming_tasks_changes_nothing(tokens, weights, order):
+    """Task k becomes order[k]: sums, counts and weights go along, the loss stays."""
+    terms, renamed = terms_of(tokens), terms_of([(loss, order[task]) for loss, task in tokens])
+    assert torch.equal(renamed.sums[list(order)], terms.sums) and torch.equal(renamed.counts[list(order)], terms.counts)
+    moved = torch.empty(K, dtype=torch.float64)
+    moved[list(order)] = torch.tensor(weights, dtype=torch.float64)
+    one = combine(terms, torch.tensor(weights, dtype=torch.float64), terms.counts, 1)
+    assert combine(renamed, moved, renamed.counts, 1).item() == pytest.approx(one.item(), rel=1e-5, abs=1e-9)
+
+
+@given(st.lists(token, min_size=1, max_size=30))
+def test_weights_in_proportion_to_tokens_give_the_token_mean(tokens):
+    terms = terms_of(tokens)
+    loss = combine(terms, terms.counts / terms.counts.sum().double(), terms.counts, 1)
+    assert loss.item() == pytest.approx(sum(loss for loss, _ in tokens) / len(tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_one_tasks_nan_stays_its_own(value):
+    terms = terms_of([(1.0, 0), (value, 1), (2.0, 2)])
+    assert terms.sums[[0, 2, 3]].tolist() == [1.0, 2.0, 0.0] and not terms.sums[1].isfinite()
+
+
+@pytest.mark.parametrize("weight", (math.nan, math.inf))
+def test_a_task_that_is_absent_contributes_nothing_whatever_its_weight(weight):
+    terms = terms_of([(3.0, 0)])
+    loss = combine(terms, torch.tensor([1.0, weight, 0.5, 0.5], dtype=torch.float64), torch.tensor([3, 0, 0, 7]), 1)
+    assert loss.item() == 1.0
+
+
+# --- the objective
+
+
+class Bigram(torch.nn.Module):
+    """Logits of the next token from the present one alone, on the kept positions, as transformers' models give them."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, *, input_ids, position_ids, attention_mask, logits_to_keep, use_cache):
+        assert not use_cache and position_ids.shape == input_ids.shape == logits_to_keep.shape
+        return SimpleNamespace(logits=self.table.to(torch.bfloat16)[input_ids[logits_to_keep]])
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_causal_lm_is_the_negative_log_probability_of_each_target(packed):
+    pieces = [
+        (np.array([1, 2, 3, 4]), np.array([False, True, False, True]), 1),
+        (np.array([5, 0]), np.array([False, True]), 0),
+        (np.array([4, 4, 2]), np.array([False, False, True]), 1),
+    ]
+    model = Bigram(6)
+    terms = causal_lm(model, collate([pieces[:2], pieces[2:]] if packed else [[p] for p in pieces], 0, packed), 3)
+    log_p = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)  # bf16 logits, but the loss in fp32
+    np.testing.assert_allclose(terms.sums.tolist(), [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0], rtol=1e-6)
+    assert terms.counts.tolist() == [1, 3, 0] and terms.sums.dtype == torch.float32
+
+
+def test_a_micro_batch_without_targets_still_reaches_the_head():
+    """At ZeRO 3 a rank that skipped the head would leave the others waiting for its part of it."""
+    model = Bigram(6)
+    terms = causal_lm(model, collate([], 0, packed=False), 2)
+    combine(terms, torch.ones(2, dtype=torch.float64), torch.tensor([5, 3]), 1).backward()
+    assert terms.sums.tolist() == [0, 0] and model.table.grad is not None and not model.table.grad.any()
+
+
+# --- the schedule
+
+
+def rates(steps: int, **settings) -> list[float]:
+    return [lr(step, peak=2.0, steps=steps, **settings) for step in range(steps)]
+
+
+def test_schedules_by_hand():
+    assert rates(5, name="constant") == [2.0] * 5
+    assert rates(5, name="linear") == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
+    assert rates(5, name="linear", floor=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25, 1.0])
+    assert rates(5, name="cosine") == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0])
+    assert rates(6, name="linear", warmup=2) == pytest.approx([1.0, 2.0, 2.0, 4 / 3, 2 / 3, 0.0])
+    assert rates(1, name="cosine") == [2.0] and rates(2, name="cosine", warmup=1) == [2.0, 2.0]
+
+
+@given(st.integers(1, 60), st.integers(0, 70), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1))
+def test_schedules_rise_then_fall_to_the_floor(steps, warmup, name, floor):
+    found = rates(steps, name=name, warmup=warmup, floor=floor)
+    rising, falling = found[:warmup], found[warmup:]
+    assert all(rate > 0 for rate in rising) and rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert max(found) <= 2.0 and all(rate >= 2.0 * floor - 1e-12 for rate in falling)
+    if warmup <= steps:
+        assert warmup == 0 or found[warmup - 1] == 2.0
+    if warmup < steps:
+        assert falling[0] == pytest.approx(2.0)
+    if name != "constant" and steps - warmup > 1:
+        assert falling[-1] == pytest.approx(2.0 * floor)
+
+
+# --- collectives where there is no group
+
+
+def test_without_a_group_collectives_are_the_identity():
+    tensor = torch.tensor([1.0, 2.0])
+    assert (comm.rank(), comm.world(), comm.active()) == (0, 1, False)
+    assert comm.sum_(tensor) is tensor and comm.broadcast_(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
+    assert comm.together(lambda: 7) == 7
+    with pytest.raises(KeyError, match="row 7"):
+        comm.together(lambda: {}["row 7"])
+
+
+def test_fetch_counts_targets_and_positions():
+    rows = [(np.arange(5), np.array([False, True, True, False, True]), 2), (np.arange(3), np.array([False, False, True]), 0)]
+    batch = fetch(lambda: [collate([[row] for row in rows], 0, False), collate([], 0, False)], 3)
+    assert batch.tokens.tolist() == [1, 0, 3] and batch.tokens.dtype == torch.int64
+    assert batch.positions == 2 * 5 + 2 and len(batch.micros) == 2
