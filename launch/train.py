@@ -93,6 +93,8 @@ def main() -> None:
             resolve(config, ("trackers", str(i)), plugins.TRACKER, args.allow_code)(output=output, steps=steps, start=state.step)
             for i in range(len(config.trackers))
         ]
+        if not any(isinstance(sink, trackers.Jsonl) for sink in sinks):  # always: the table below and resume read it
+            sinks.append(trackers.Jsonl(output=output, steps=steps, start=state.step))
 
     objective = resolve(config, "objective", plugins.OBJECTIVE, args.allow_code)
     state = run(Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks), state)

@@ -8,10 +8,15 @@ in training and the bare module's in evaluation.
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mtl.data.collate import MicroBatch
 from mtl.terms import Terms
+
+SLICE = 2**25  # logits in fp32 at once: 128 MiB
 
 OBJECTIVES = {"causal_lm": "mtl.objectives:causal_lm"}
 
@@ -33,5 +38,19 @@ def causal_lm(forward: Callable, batch: MicroBatch, k: int) -> Terms:
         logits_to_keep=batch.keep,
         use_cache=False,
     ).logits
-    losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-    return Terms.by_task(losses, batch.task, k)
+    return Terms.by_task(token_losses(logits, batch.labels), batch.task, k)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row, (T,) float32, nats, from logits (T, V) of any float dtype and labels (T,) int64.
+
+    In slices of rows that are computed again in the backward pass: beside the logits and their gradient no (T, V) tensor is
+    ever held, where plain cross-entropy holds a copy in fp32, its log-softmax and the gradients of both.
+    """
+    rows = max(1, SLICE // logits.shape[-1])
+    slices = zip(logits.split(rows), labels.split(rows), strict=True)
+    return torch.cat([checkpoint(_token_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in slices])
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="none")
