@@ -1,0 +1,262 @@
+"""What is wrong with a run is said before it starts: what, where, and what to do. Nothing that lies there is touched."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+
+from mtl import engine, plugins
+from mtl.checkpoint import CheckpointError, check_output
+from mtl.config import ConfigError
+from mtl.data.cache import prepare
+from mtl.data.encode import load_tokenizer
+from mtl.data.encoded import DataError
+
+
+@pytest.fixture(scope="module")
+def yaml(tmp_path_factory) -> Path:
+    return runs.write(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(scope="module")
+def finished(yaml) -> Path:
+    """A run of 4 steps."""
+    output = yaml.parent / "finished"
+    runs.train(yaml, *FOUR, f"output={output}").well()
+    return output
+
+
+FOUR = ["train.steps=4", "evaluate.every=100"]
+
+
+def error_of(yaml: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plugins.read(str(yaml), overrides)
+    return str(caught.value)
+
+
+# The YAML
+
+
+def with_line(yaml: Path, folder: Path, old: str, new: str) -> tuple[Path, str]:
+    """A copy of the YAML with a line changed, and `file:line` of that line."""
+    text = yaml.read_text()
+    assert text.count(old) == 1
+    path = folder / "bad.yaml"
+    path.write_text(text.replace(old, new))
+    return path, f"{path}:{text[: text.index(old)].count(chr(10)) + new[: len(new) - len(new.lstrip())].count(chr(10)) + 1}"
+
+
+WRONG = {
+    "unknown key": ("batch: {examples: 6,", "batch: {example: 6,", "batch.example: found an unknown key, wanted ", "Did you mean examples?"),
+    "wrong type": ("train: {steps: 12}", "train: {steps: twelve}", "train.steps: found 'twelve', wanted a whole number >= 1", ""),
+    "unknown balancer": ("{name: CoBa,", "{name: Koba,", "balancer.name: found 'Koba', wanted ", "Did you mean CoBa?"),
+    "balancer's keyword": ("window: 5,", "windows: 5,", "balancer.windows: found an unknown keyword, wanted one of window=200", "Did you mean window?"),
+    "balancer's value": ("window: 5,", "window: 0,", "balancer.window: CoBa window: found 0, wanted ", ""),
+    "unknown tracker": ("engine: {zero: 2,", "trackers: [console, jsonn]\nengine: {zero: 2,", "trackers.1: found 'jsonn', wanted ", "Did you mean jsonl?"),
+    "unknown format": ("format: text", "format: txt", "tasks.prose.format: found 'txt', wanted ", "Did you mean text?"),
+    "code from outside": ("format: text", "format: elsewhere:rows", "tasks.prose.format: found 'elsewhere:rows', code from outside", "add --allow-code elsewhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_yaml(yaml, tmp_path, case):
+    old, new, *texts = WRONG[case]
+    path, where = with_line(yaml, tmp_path, old, new)
+    error = error_of(path)
+    assert error.startswith(f"{where}: ") and len(error.splitlines()) == 1, error
+    key, _, rest = texts[0].partition(":")
+    assert error.startswith(f"{where}: {key.removesuffix('.name')}") and rest in error and texts[1] in error, error
+
+
+def test_everything_that_is_wrong_is_said_at_once_and_the_exit_code_is_not_0(yaml, tmp_path):
+    path, where = with_line(yaml, tmp_path, "window: 5,", "windows: 5,")
+    ended = runs.train(path, "train.steps=-1", "tasks.copy.format=nothing", f"output={tmp_path}/run", world=2)
+    assert ended.codes == [1, 1]
+    full, rank_1 = (part for part in ended.err.split("error") if part.strip())
+    assert f"{where}: balancer.windows: found an unknown keyword" in full
+    assert "--set train.steps: train.steps: found -1, wanted a whole number >= 1" in full.replace("=-1:", ":")
+    assert "found 'nothing', wanted" in full
+    assert rank_1.startswith(" [rank 1]: ") and "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_such_yaml(tmp_path):
+    ended = runs.train(tmp_path / "x.yml")
+    assert ended.codes == [1] and f"{tmp_path}/x.yml: found no such file, wanted a YAML config." in ended.err
+
+
+# DeepSpeed's keys beside ours
+
+
+@pytest.mark.parametrize(
+    "override, key, ours",
+    [
+        ("gradient_clipping=0.5", "optimizer.clip", "1.0"),
+        ("zero_optimization.stage=3", "engine.zero", "2"),
+        ("bf16.enabled=true", "model.precision", "False"),
+        ("train_batch_size=8", "batch.examples", "1"),
+        ("gradient_accumulation_steps=4", "batch.tokens", "1"),
+        ("zero_optimization.offload_optimizer={device: nvme}", None, None),
+        ("optimizer={type: Adam, params: {lr: 1.0}}", "optimizer", "none"),
+    ],
+)
+def test_a_deepspeed_key_that_contradicts_ours_names_both_places(yaml, override, key, ours):
+    config = plugins.read(str(yaml), [f"engine.deepspeed.{override}", *["engine.offload.optimizer=cpu"] * (key is None)])
+    with pytest.raises(ConfigError) as caught:
+        engine.ds_config(config, 1)
+    name = override.partition("=")[0]
+    error = str(caught.value)
+    assert f"--set engine.deepspeed.{name}" in error and f"engine.deepspeed.{name}" in error.partition(": ")[2]
+    if key is None:
+        assert "engine.offload.optimizer at --set engine.offload.optimizer" in error
+    elif key == "optimizer":
+        assert "wanted none, because `optimizer` decides" in error
+    else:
+        assert f"wanted {ours}. {key} at {yaml}" in error
+
+
+@pytest.mark.parametrize("override", ["gradient_clipping=1.0", "gradient_clipping=auto", "zero_optimization.stage=2"])
+def test_a_deepspeed_key_that_agrees_with_ours_is_fine(yaml, override):
+    config = plugins.read(str(yaml), [f"engine.deepspeed.{override}", "engine.deepspeed.zero_optimization.reduce_bucket_size=1000"])
+    written = engine.ds_config(config, 1)
+    assert written["gradient_clipping"] == 1.0 and written["zero_optimization"]["stage"] == 2
+    assert written["zero_optimization"]["reduce_bucket_size"] == 1000
+
+
+# The model and the data
+
+
+def prepared(yaml: Path, *overrides: str):
+    config = plugins.read(str(yaml), overrides)
+    return prepare(config, load_tokenizer(config.model), plugins.formats(config), lambda text: None)
+
+
+def test_a_model_that_is_not_there(yaml, tmp_path):
+    ended = runs.train(yaml, f"model.name={tmp_path}/none", f"output={tmp_path}/run")
+    assert ended.codes == [1] and f"model.name {tmp_path}/none" in ended.err and not (tmp_path / "run").exists()
+
+
+def test_files_that_are_not_there_are_all_named(yaml, tmp_path):
+    overrides = [f"tasks.copy.train={tmp_path}/a.jsonl", f"tasks.prose.validation={tmp_path}/b.jsonl"]
+    ended = runs.train(yaml, *overrides, f"output={tmp_path}/run")
+    assert ended.codes == [1] and not (tmp_path / "run").exists()
+    for key, name in ("copy.train", "a"), ("prose.validation", "b"):
+        assert f"tasks.{key}: nothing found under '{tmp_path}/{name}.jsonl', tried the file or folder" in ended.err
+
+
+def test_an_empty_task(yaml, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError) as caught:
+        prepared(yaml, f"tasks.chat.validation={tmp_path}/empty.jsonl")
+    assert "tasks.chat.validation: found no usable row\n  0 of 0 rows kept" in str(caught.value)
+
+
+def test_a_task_whose_targets_are_all_masked(yaml, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "5 + 1?"}]}] * 5
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = runs.train(yaml, f"tasks.chat.train={path}", f"output={tmp_path}/run")
+    assert ended.codes == [1] and not (tmp_path / "run").exists()
+    assert "tasks.chat.train: found no usable row" in ended.err
+    assert "5 rows dropped: no target" in ended.err and f"{path}:1: " in ended.err
+
+
+def test_rows_that_cannot_be_read_are_reported_and_the_run_goes_on(yaml, tmp_path):
+    path = tmp_path / "damaged.jsonl"
+    good = Path(yaml.parent / "copy.train.jsonl").read_text().splitlines()
+    path.write_text("\n".join([good[0], '{"prompt": "a', *good[1:], '{"prompt": "a"}', '{"prompt": "a", "completion": ""}']) + "\n")
+    ended = runs.train(yaml, *FOUR, f"tasks.copy.train={path}", f"output={tmp_path}/run").well()
+    report = [line.strip() for line in ended.err.partition("copy: ")[2].partition("chat: ")[0].splitlines()]
+    assert f"train: {len(good)} of {len(good) + 3} rows kept" in "\n".join(report)
+    assert [line.removeprefix("train: ") for line in report if "dropped" in line] == [
+        "1 row dropped: missing key", "1 row dropped: no target", "1 row dropped: unreadable",
+    ]  # fmt: skip
+    assert any(f"{path}:2: not JSON" in line for line in report)
+    assert any(f"{path}:{len(good) + 2}: " in line and "completion" in line for line in report)
+
+
+# On top of what lies there
+
+
+def test_a_run_does_not_start_on_another(yaml, finished):
+    before = runs.contents(finished)
+    ended = runs.train(yaml, *FOUR, f"output={finished}", world=2)
+    assert ended.codes == [1, 1]
+    assert f"error: output: {finished} already holds a run. Add --resume to go on with it, or choose another" in ended.err
+    assert runs.contents(finished) == before
+
+
+def test_an_output_folder_that_holds_something_else_is_fine(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    check_output(tmp_path, resume=False)
+    (tmp_path / "metrics.jsonl").touch()
+    check_output(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        check_output(tmp_path, resume=False)
+
+
+def other_tasks(yaml: Path, folder: Path) -> Path:
+    path = folder / "x.yaml"
+    path.write_text(yaml.read_text().replace("  prose:\n", "  verse:\n"))
+    return path
+
+
+def other_data(yaml: Path, folder: Path) -> Path:
+    name = "prose.train.jsonl"
+    (folder / name).write_text((yaml.parent / name).read_text() + '{"text": "one more"}\n')
+    path = folder / "x.yaml"
+    path.write_text(yaml.read_text().replace(f"{yaml.parent}/{name}", f"{folder}/{name}"))
+    return path
+
+
+CHANGES = {
+    "tasks": (other_tasks, [], "  tasks: checkpoint ['copy', 'chat', 'prose'], now ['copy', 'chat', 'verse']"),
+    "data": (other_data, [], "  tasks.prose.train (content): checkpoint '"),
+    "balancer": (None, ["balancer=Equal"], "method: saved 'CoBa', here 'Equal'"),
+    "balancer's settings": (None, ["balancer.window=6"], "Resume with what was saved, or start afresh"),
+    "loss weight": (None, ["tasks.copy.loss_weight=2.0"], "loss_weight: saved [1.0, 1.0, 1.0], here [2.0, 1.0, 1.0]"),
+    "world size": (None, [], "  world size: checkpoint 1, now 2"),
+    "seed": (None, ["train.seed=1"], "  train: checkpoint {'steps': 4, 'epochs': None, 'seed': 0}, now "),
+    "batch": (None, ["batch.examples=7"], "  batch.examples: checkpoint 6, now 7"),
+    "ZeRO stage": (None, ["engine.zero=1"], "  engine.zero: checkpoint 2, now 1"),
+    "learning rate": (None, ["optimizer.lr=0.1"], "  optimizer: checkpoint {"),
+    "adapters": (None, ["model.lora.r=4"], "  model.lora: checkpoint None, now {"),
+    "judge": (None, ["evaluate.best=worst"], "  evaluate.best: checkpoint 'macro', now 'worst'"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_run_does_not_go_on_as_another(yaml, finished, tmp_path, case):
+    change, overrides, text = CHANGES[case]
+    other = change(yaml, tmp_path) if change else yaml
+    before = runs.contents(finished)
+    ended = runs.train(other, *FOUR, *overrides, f"output={finished}", resume=True, world=2 if case == "world size" else 1)
+    assert set(ended.codes) == {1} and text in ended.err, ended.err
+    assert "Traceback" not in ended.err
+    assert runs.contents(finished) == before
+
+
+def test_shares_cannot_change_when_a_run_goes_on(yaml, tmp_path):
+    """They decide which rows are drawn next."""
+    output = tmp_path / "run"
+    explicit = ["mix.shares=explicit", "tasks.copy.share=1", "tasks.chat.share=1"]
+    runs.train(yaml, *FOUR, *explicit, "tasks.prose.share=1", f"output={output}").well()
+    before = runs.contents(output)
+    ended = runs.train(yaml, *FOUR, *explicit, "tasks.prose.share=2", f"output={output}", resume=True)
+    assert ended.codes == [1] and "tasks.prose.share: checkpoint 1.0, now 2.0" in ended.err
+    assert runs.contents(output) == before
+
+
+@pytest.mark.parametrize("missing", ["state.json", "state.safetensors", "engine", "."])
+def test_a_checkpoint_that_is_not_whole(yaml, finished, tmp_path, missing):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    folder = output / "checkpoints" / (output / "checkpoints" / "latest").read_text()
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    before = runs.contents(output)
+    ended = runs.train(yaml, *FOUR, f"output={output}", resume=True)
+    assert ended.codes == [1] and str(folder / missing) in ended.err
+    assert runs.contents(output) == before
