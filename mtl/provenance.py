@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "peft", "accelerat
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
     "model.name", "model.revision", "model.precision", "model.lora", "objective", "mix", "batch.examples", "train", "optimizer",
-    "schedule", "evaluate.probe", "engine.zero",
+    "schedule", "evaluate.best", "evaluate.probe", "engine.zero",
 )  # fmt: skip
 
 
@@ -47,6 +47,8 @@ def identity(config: Config, tasks: list[TaskData], world: int) -> dict[str, Any
             value = value[key]
         same[path] = value
     for task in tasks:
+        for key in ("share", "epochs"):
+            same[f"tasks.{task.name}.{key}"] = resolved["tasks"][task.name][key]
         same[f"tasks.{task.name}.train (content)"] = task.train.fingerprint
         same[f"tasks.{task.name}.validation (content)"] = task.validation.fingerprint
     return {"tasks": [task.name for task in tasks], **same}
