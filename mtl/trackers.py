@@ -93,7 +93,7 @@ class TensorBoard:
         except ImportError as e:
             raise ValueError("trackers: tensorboard is not installed: pip install 'coba-mtl[tensorboard]'.") from e
         # Events at or after `start` are of the run that was cut off there.
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start or None)
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():

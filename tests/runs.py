@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,15 @@ def launch(launcher: Sequence[str], yaml: Path, *overrides: str, resume: bool = 
     env = {**os.environ, **ENVIRONMENT, **environment, "PYTHONPATH": str(Path(__file__).parent)}
     env.pop("OMP_NUM_THREADS")  # the program's own business, as for a user
     began = time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, cwd=yaml.parent)
-    return Ended([done.returncode], done.stdout, done.stderr, time.monotonic() - began)
+    out, err = (yaml.parent / f"launch.{end}" for end in ("out", "err"))
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True)
+        try:
+            process.wait(TIMEOUT)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # ranks that outlive their launcher
+    return Ended([process.returncode], out.read_text(), err.read_text(), time.monotonic() - began)
 
 
 def arguments(yaml: Path, overrides: Sequence[str], resume: bool) -> list[str]:
