@@ -1,16 +1,22 @@
 """The model: loaded, adapted, exported. Anything `AutoModelForCausalLM` loads."""
 
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from mtl import comm, engine
-from mtl.config import Config
+from mtl.config import Config, ConfigError
+
+SHARD = "5GB"  # the largest file of an exported model
 
 
 class ModelError(ValueError):
@@ -25,33 +31,70 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     Raises:
         ModelError: the model cannot be had, or cannot be trained on target positions only.
     """
-    m = config.model
     if comm.rank() > 0:
         transformers_logging.disable_progress_bar()
+    with _refusals(config), engine.loading(config, comm.world()):
+        model = AutoModelForCausalLM.from_pretrained(_name(config), **_origin(config), **_settings(config))
+    return _adapt(model, config, tokenizer)
+
+
+def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """What `load` gives, on the meta device: every parameter's name, shape and dtype, and no weight is read.
+
+    Raises:
+        ModelError: as `load`.
+    """
+    with _refusals(config):
+        settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, **_settings(config))
+            return _adapt(model, config, tokenizer)
+
+
+def _name(config: Config) -> str:
+    return os.path.expanduser(config.model.name)
+
+
+def _origin(config: Config) -> dict[str, Any]:
+    return {"revision": config.model.revision, "trust_remote_code": config.model.allow_remote_code}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    # dtype always: transformers takes the checkpoint's otherwise.
+    dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
+    return {"dtype": dtype, "attn_implementation": config.model.attention}
+
+
+@contextmanager
+def _refusals(config: Config) -> Iterator[None]:
+    """Say in our words, with the switch that helps, why transformers does not give a model."""
+    m = config.model
     try:
-        with engine.loading(config, comm.world()):
-            model = AutoModelForCausalLM.from_pretrained(
-                m.name,
-                revision=m.revision,
-                # Always passed: transformers takes the checkpoint's dtype otherwise.
-                dtype=torch.bfloat16 if m.precision == "bf16" else torch.float32,
-                attn_implementation=m.attention,
-                trust_remote_code=m.allow_remote_code,
-            )
+        yield
+    except (ModelError, ConfigError):
+        raise
     except (OSError, ValueError, ImportError) as e:
-        hint = "Set model.allow_remote_code: true if you trust its code." if "trust_remote_code" in str(e) else ""
+        text, hint = " ".join(str(e).split()), ""
+        if "trust_remote_code" in text:
+            text, hint = "it runs code that comes with it", "If you trust that code: model.allow_remote_code: true."
+        elif "gated" in text:
+            hint = "Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN."
         raise ModelError(
-            f"{config.where('model.name')}: model.name: {m.name!r} could not be loaded as a causal language model: {e} {hint}"
+            f"{config.where('model.name')}: model.name: {m.name!r} could not be loaded as a causal language model: {text} {hint}"
         ) from e
+
+
+def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The loaded model made ready to train: checked, fitted to the tokenizer, with adapters and checkpointing."""
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ModelError(
             f"{config.where('model.name')}: model.name: {type(model).__name__} does not take `logits_to_keep`, which the loss "
             "needs to run the head on target positions only. Use a model that does, or a newer transformers."
         )
-    _fit_embeddings(model, len(tokenizer))
-    if m.lora is not None:
+    _fit_embeddings(model, config, len(tokenizer))
+    if config.model.lora is not None:
         model = _add_lora(model, config)
-    if m.activation_checkpointing:
+    if config.model.activation_checkpointing:
         # Reentrant checkpointing cannot give per-task gradients, and needs inputs that require gradients.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -91,16 +134,54 @@ def export(trained: "engine.Engine", tokenizer: PreTrainedTokenizerBase, folder:
 
     def write() -> None:
         if comm.rank() == 0:
-            trained.module.save_pretrained(folder, state_dict=state)
+            if is_adapter:
+                trained.module.save_pretrained(folder, state_dict=state)
+                trained.module.generation_config.save_pretrained(folder)
+            else:
+                trained.module.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
             tokenizer.save_pretrained(folder)
 
     comm.together(write)
 
 
-def _fit_embeddings(model: nn.Module, tokens: int) -> None:
-    rows = engine.shape(model.get_input_embeddings().weight)[0]
-    if tokens > rows:
-        model.resize_token_embeddings(tokens)
+def merge(folder: Path, allow_remote_code: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """An adapter's base model, in fp32, with the adapter added to its weights; and the tokenizer beside the adapter.
+
+    Raises:
+        ModelError: the base model cannot be had.
+    """
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    name = settings.base_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=allow_remote_code)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            name, revision=settings.revision, dtype=torch.float32, trust_remote_code=allow_remote_code
+        )
+    except (OSError, ValueError, ImportError) as e:
+        text = " ".join(str(e).split())
+        hint = "If you trust its code: --allow-remote-code." if "trust_remote_code" in text else "It must be where the run found it."
+        raise ModelError(f"the adapter's base model {name!r} could not be loaded: {text[:300]} {hint}") from e
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:  # the adapter holds the rows that are made here
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).merge_and_unload(), tokenizer
+
+
+def _fit_embeddings(model: nn.Module, config: Config, tokens: int) -> None:
+    """Add rows for tokens that the model does not know; rows beyond the tokenizer's (padding to a round number) stay."""
+    table = model.get_input_embeddings().weight
+    rows = engine.shape(table)[0]
+    if tokens <= rows:
+        return
+    trained = config.model.lora.modules_to_save if config.model.lora else None
+    name = next(name for name, part in model.named_modules() if part is model.get_input_embeddings()).rpartition(".")[2]
+    if trained is not None and name not in trained:
+        raise ModelError(
+            f"{config.where('model.lora')}: model.lora.modules_to_save: found {list(trained)}, wanted {name} in it (and the head, "
+            f"where it is not tied): the tokenizer has {tokens:,} tokens, the model {rows:,}, and new rows that are neither "
+            "trained nor saved with the adapter would be noise."
+        )
+    # New rows are drawn around the mean of the old ones; without weights there is none.
+    model.resize_token_embeddings(tokens, mean_resizing=not table.is_meta)
 
 
 def _add_lora(model: nn.Module, config: Config) -> nn.Module:
@@ -111,6 +192,7 @@ def _add_lora(model: nn.Module, config: Config) -> nn.Module:
             model,
             peft.LoraConfig(
                 task_type="CAUSAL_LM",
+                revision=config.model.revision,
                 r=lora.r,
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,

@@ -1,0 +1,65 @@
+"""Everything up to the first step, without a cluster: `python launch/check.py --config x.yaml --world 8`.
+
+Prints the YAML with its defaults, what became of each task's rows, the arithmetic of batches and validation, an example of
+each task with its targets marked, and the memory a process needs. Exit code 0: a run could start.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+from mtl import process
+from mtl.cli import options
+
+process.settle()  # before torch is imported
+
+from mtl import dryrun, plugins
+from mtl.checkpoint import check_output
+from mtl.config import dump
+from mtl.data.cache import prepare
+from mtl.data.encode import load_tokenizer
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options(parser)
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="processes of the run (GPUs); default 1")
+    parser.add_argument("--resume", action="store_true", help="check a run that is to go on: `output` may hold it already")
+    parser.add_argument("--prepare", action="store_true", help="only encode the data into the cache, for the run to find")
+    args = parser.parse_args()
+    if args.world < 1:
+        parser.error(f"--world: found {args.world}, wanted at least 1")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what the terminal cannot show
+    config = plugins.read(args.config, args.set, args.allow_code)
+    if not args.prepare:
+        section(f"{args.config}, with defaults", dump(config.resolved()).splitlines())
+    tokenizer = load_tokenizer(config.model)
+    tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
+    section("Data", dryrun.data(tasks))
+    if args.prepare:
+        print(f"encoded in {Path(config.cache).expanduser()}")
+        return
+    section("Batches", dryrun.batches(config, tasks, args.world))
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for task in tasks:
+        head = f"{task.name}: {task.train.where(0)}, targets {'in green' if color else 'in [[ ]]'}"
+        section(head, dryrun.example(task.train, 0, tokenizer, color).splitlines())
+    section("Memory of one process", dryrun.needs(config, tasks, tokenizer, args.world))
+    check_output(Path(config.output).expanduser(), args.resume)
+    print(f"{args.config}: nothing stands in the way of a run")
+
+
+def section(title: str, lines: list[str]) -> None:
+    print(f"{title}\n" + "\n".join(f"  {line}" for line in lines) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(process.exit_code(main))

@@ -1,0 +1,199 @@
+"""`launch/check.py`: what it foretells is what the run's own parts do, and its exit code says whether a run could start."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+import toys
+
+from mtl import dryrun, memory, model, plugins, process
+from mtl.config import load
+from mtl.data.batches import Layout, TrainBatches
+from mtl.data.cache import prepare
+from mtl.data.encode import load_tokenizer
+from mtl.data.encoded import Encoded
+from mtl.data.plan import layout_for, mix_for
+
+# PEFT 0.21 reads a property that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+PROGRAM = runs.ROOT / "launch" / "check.py"
+
+
+@pytest.fixture(scope="module")
+def yaml(tmp_path_factory) -> Path:
+    return runs.write(tmp_path_factory.mktemp("check"))
+
+
+@pytest.fixture
+def check(yaml, monkeypatch, capsys):
+    """Run the program in this process: its exit code, what it printed and its messages."""
+    main = runpy.run_path(str(PROGRAM), run_name="check")["main"]
+
+    def call(*arguments: str, config: Path = yaml) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["check.py", "--config", str(config), *arguments])
+        code = process.exit_code(main)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def parts(yaml: Path, *overrides: str):
+    config = load(yaml, overrides)
+    tokenizer = load_tokenizer(config.model)
+    return config, tokenizer, prepare(config, tokenizer, plugins.formats(config), lambda text: None)
+
+
+def test_it_prints_everything_and_leaves_nothing_behind(check, yaml):
+    code, out, _ = check("--world", "2")
+    assert code == 0, out
+    for line in (
+        "    warmup: 0",  # a default of the schedule's
+        "copy (train): 24 of 24 rows kept:",
+        "12 steps of 6 examples on 2 processes: 72 draws of 44 rows",
+        "packing is auto",
+        "copy   33.3%    24             2.00            12.0               1.00",
+        "LlamaForCausalLM, fp32, ZeRO 2, 2 processes",
+        "nothing stands in the way of a run",
+    ):
+        assert line in out, line
+    assert out.count("[[") == 1 + 2 + 1 + out.count("in [[ ]]"), "copy has one run of targets, chat two, prose one"
+    assert not (yaml.parent / "run").exists()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world", [1, 3])
+def test_batches_are_cut_as_the_run_cuts_them(yaml, packing, world):
+    config, _, tasks = parts(yaml, f"batch.packing={str(packing).lower()}", "batch.examples=9")
+    mix, steps = mix_for(config, tasks), 7
+    (found,) = (dryrun.cut(tasks, mix, one, steps) for one in dryrun.layouts(config, tasks, world, 128).values())
+    micros = []  # [rank][step] -> micro-batches, as the run makes them
+    for rank in range(world):
+        batches = TrainBatches(tasks, mix, layout_for(config, tasks, world, rank, 0, packing, 128))
+        micros.append([batches.batch(step) for step in range(steps)])
+        batches.close()
+    for rank in micros:
+        assert [len(step) for step in rank] == found.micros.tolist()
+    sizes = [[m.input_ids.numel() for rank in micros for m in rank[step]] for step in range(steps)]
+    np.testing.assert_array_equal(found.positions, [sum(step) for step in sizes])
+    assert found.largest == max(max(step) for step in sizes)
+    assert found.targets == max(len(m.labels) for rank in micros for step in rank for m in step)
+
+
+def test_an_example_is_shown_with_its_targets_marked():
+    tokenizer = toys.tokenizer()
+    text = tokenizer("ab é cd", add_special_tokens=False)["input_ids"]
+    target = np.zeros(len(text), dtype=bool)
+    target[3:6] = True  # 'é' is two tokens of one character, and a space
+    split = Encoded.of([(text, target)])
+    assert dryrun.example(split, 0, tokenizer, color=False) == "ab [[é ]]cd"
+    assert dryrun.example(split, 0, tokenizer, color=True) == "ab \033[32mé \033[0mcd"
+
+
+def test_a_long_example_is_shown_around_its_first_target():
+    tokenizer = toys.tokenizer()
+    ids = tokenizer("x" * 1000 + "y" * 1000, add_special_tokens=False)["input_ids"]
+    split = Encoded.of([(ids, np.arange(2000) >= 1000)])
+    shown = dryrun.example(split, 0, tokenizer, color=False)
+    assert shown == "(800 tokens before) " + "x" * 200 + "[[" + "y" * 200 + "]] (and 800 more tokens)"
+
+
+def estimate(yaml: Path, world: int, *overrides: str) -> tuple[dict[str, memory.Part], int, int]:
+    config, tokenizer, _ = parts(yaml, *overrides)
+    skeleton = model.skeleton(config, tokenizer)
+    sizes = [(p.numel(), p.requires_grad) for p in skeleton.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
+    found = memory.estimate(config, config.engine.zero, skeleton, world, positions=100, targets=40)
+    return {part.name: part for part in found}, total, trained
+
+
+FULL = ["engine.deepspeed={}"]
+LORA = ["model.lora={r: 2}", *FULL]
+
+
+# Bytes a parameter of one of 4 ranks: weights, gradients, optimizer.
+@pytest.mark.parametrize(
+    "settings, weights, gradients, optimizer",
+    [
+        (["model.precision=fp32", "engine.zero=0"], 4, 4, 8),
+        (["model.precision=fp32", "engine.zero=1"], 4, 4, 12 / 4),
+        (["model.precision=fp32", "engine.zero=2"], 4, 4 / 4, 12 / 4),
+        (["model.precision=fp32", "engine.zero=3"], 4 / 4, 4 / 4, 8 / 4),
+        (["model.precision=bf16", "engine.zero=2"], 2, 4 / 4, 12 / 4),
+        (["model.precision=bf16", "engine.zero=3"], 2 / 4, 4 / 4, 12 / 4),
+        (["model.precision=fp32", "engine.zero=0", "optimizer.name=sgd"], 4, 4, 0),
+        (["model.precision=fp32", "engine.zero=2", "optimizer.name=sgd", "optimizer.momentum=0.9"], 4, 4 / 4, 8 / 4),
+    ],
+)
+@pytest.mark.parametrize("adapters", [FULL, LORA])
+def test_memory_of_parameters_by_stage(yaml, settings, weights, gradients, optimizer, adapters):
+    found, total, trained = estimate(yaml, 4, *settings, *adapters)
+    assert (trained == total) == (adapters is FULL) and trained
+    assert found["weights"].bytes == weights * total
+    assert found["gradients"].bytes == gradients * trained
+    assert found["optimizer"].bytes == pytest.approx(optimizer * trained)
+    assert not any(found[name].rough for name in ("weights", "gradients", "optimizer"))
+    assert found["logits"].rough and found["logits"].bytes == 40 * 259 * (10 if "bf16" in settings[0] else 12)
+
+
+def test_offloaded_memory_is_elsewhere(yaml):
+    found, *_ = estimate(yaml, 2, *FULL, "engine.zero=3", "engine.offload={optimizer: cpu, parameters: cpu}")
+    assert found["optimizer"].where == found["weights"].where == "cpu" and found["gradients"].where == "device"
+    assert any(line.startswith("total, cpu") for line in memory.table(list(found.values())))
+
+
+@pytest.mark.parametrize("settings", [[], ["model.lora={r: 2}"], ["model.precision=bf16"]])
+def test_the_skeleton_is_the_model_without_weights(yaml, settings):
+    config, tokenizer, _ = parts(yaml, *settings)
+    skeleton, loaded = model.skeleton(config, tokenizer), model.load(config, tokenizer)
+    assert all(p.is_meta for p in skeleton.parameters())
+
+    def described(module: torch.nn.Module) -> dict:
+        return {name: (p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()}
+
+    assert described(skeleton) == described(loaded)
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["tasks.copy.train=nowhere.jsonl"], "tasks.copy.train: "),
+        (["model.nmae=x"], "Did you mean name?"),
+        (["model.attention=nonsense"], "model.name"),
+        (["engine.deepspeed.gradient_clipping=3.0"], "optimizer.clip"),
+        (["model.lora.target_modules=[nowhere]"], "model.lora"),
+    ],
+)
+def test_what_would_end_a_run_ends_the_check(check, overrides, text):
+    code, out, err = check(*(part for one in overrides for part in ("--set", one)))
+    assert code == 1 and "nothing stands in the way" not in out
+    assert text in err and "Traceback" not in err, err
+
+
+def test_a_folder_that_holds_a_run_is_found(check, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    code, _, err = check("--set", f"output={tmp_path}")
+    assert code == 1 and "already holds a run" in err
+    assert check("--set", f"output={tmp_path}", "--resume")[0] == 0
+
+
+def test_prepare_fills_the_cache_only(check, tmp_path):
+    code, out, err = check("--prepare", "--set", f"cache={tmp_path}/cache")
+    assert code == 0 and out.rstrip().endswith(f"encoded in {tmp_path}/cache") and "Memory" not in out and "defaults" not in out
+    assert err.count("encoding ") == 6
+    code, _, err = check("--set", f"cache={tmp_path}/cache")
+    assert code == 0 and "encoding" not in err
+
+
+def test_more_processes_than_examples_is_said(check):
+    assert "warning: 2 of 8 processes get no example of a batch" in check("--world", "8")[1]
+
+
+def test_layouts_follow_the_setting(yaml):
+    config, _, tasks = parts(yaml, "batch.packing=false")
+    found = dryrun.layouts(config, tasks, 2, 128)
+    assert list(found) == ["padded"] and isinstance(found["padded"], Layout) and found["padded"].row_length is None
