@@ -21,10 +21,10 @@ FLOORS = {
     "mtl.terms": 3,
     "mtl.card": 4, "mtl.checkpoint": 4, "mtl.export": 4, "mtl.model": 4, "mtl.packing": 4, "mtl.plugins": 4, "mtl.provenance": 4,
     "mtl.report": 4, "mtl.trackers": 4,
-    "mtl.dryrun": 5, "mtl.evaluate": 5, "mtl.run": 5, "mtl.step": 5,
+    "mtl.dryrun": 5, "mtl.evaluate": 5, "mtl.integrations": 5, "mtl.patience": 5, "mtl.run": 5, "mtl.step": 5,
     "launch": 6, "mtl.cli": 6,
 }  # fmt: skip
-FAMILIES = ("balancers", "mtl.data", "launch")  # one floor for all that is below
+FAMILIES = ("balancers", "mtl.data", "mtl.integrations", "launch")  # one floor for all that is below
 EXTRAS = {"balancers.torchjd": {"torch", "torchjd"}}  # what an extra may import, once it is asked for
 
 

@@ -1,0 +1,153 @@
+"""Balancers in loops that are not ours give what those loops, or one plain process, would give."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import run_distributed
+
+from balancers import DWA, FAMO, CoBa, Equal, GradNorm, Static, Tokens
+from mtl import comm
+from mtl.integrations.loop import Balance
+
+NAMES = ["code", "math", "law"]
+
+
+def micro_batches(step: int, ranks: int = 1, rank: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(inputs (T, 4), labels (T,), task (T,)): four micro-batches a step of unequal size, one of them without
+    targets.
+    """
+    made = []
+    for m in range(4):
+        generator = torch.Generator().manual_seed(100 * step + m)
+        n = [7, 0, 3, 12][(m + step) % 4]
+        made.append((
+            torch.randn(n, 4, generator=generator),
+            torch.randint(5, (n,), generator=generator),
+            torch.randint(2 if step == 1 else 3, (n,), generator=generator),  # no third task in step 1
+        ))  # fmt: skip
+    return made[rank::ranks]
+
+
+def linear() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(4, 5)
+
+
+def train(balance: Balance, steps: range, model: torch.nn.Module, ranks: int = 1, rank: int = 0) -> list[np.ndarray]:
+    """The loop of the module's docstring; gradients are averaged over ranks as DDP does. Returns the losses of each
+    step.
+    """
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in steps:
+        batch = micro_batches(step, ranks, rank)
+        balance.begin(torch.cat([task for _, _, task in batch]))
+        optimizer.zero_grad()
+        for inputs, labels, task in batch:
+            balance.loss(F.cross_entropy(model(inputs), labels, reduction="none"), task).backward()
+        for p in model.parameters():
+            p.grad = comm.sum_(p.grad) / comm.world()
+        optimizer.step()
+        losses.append(balance.end())
+    return losses
+
+
+def reference(weights: np.ndarray, steps: range) -> tuple[list[np.ndarray], torch.nn.Module]:
+    model = linear()
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in steps:
+        inputs, labels, task = (torch.cat(parts) for parts in zip(*micro_batches(step), strict=True))
+        each = F.cross_entropy(model(inputs), labels, reduction="none")
+        means = [each[task == k].mean() for k in range(3)]
+        optimizer.zero_grad()
+        sum(w * m for w, m in zip(weights, means, strict=True) if not m.isnan()).backward()
+        optimizer.step()
+        losses.append(np.array([m.item() for m in means]))
+    return losses, model
+
+
+def test_a_plain_loop_without_a_process_group():
+    model, wanted = linear(), reference(np.array([0.5, 0.3, 0.2]), range(4))
+    found = train(Balance(Static({"code": 5, "math": 3, "law": 2}), NAMES), range(4), model)
+    np.testing.assert_allclose(found, wanted[0], rtol=1e-6)
+    assert np.isnan(found[1][2])
+    torch.testing.assert_close(model.weight, wanted[1].weight, rtol=1e-6, atol=1e-7)
+
+
+def on_two_ranks() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    model = linear()
+    losses = train(Balance(Static({"code": 5, "math": 3, "law": 2}), NAMES), range(4), model, comm.world(), comm.rank())
+    balance = Balance(Equal(), NAMES)
+    mean = balance.mean(torch.tensor([1.0 + comm.rank(), 2.0]), torch.tensor([0, comm.rank()]))
+    return losses, model.weight.detach().numpy(), mean
+
+
+def test_two_ranks_make_the_update_of_one():
+    losses, model = reference(np.array([0.5, 0.3, 0.2]), range(4))
+    for found in run_distributed(on_two_ranks, 2):
+        np.testing.assert_allclose(found[0], losses, rtol=1e-6)
+        np.testing.assert_allclose(found[1], model.weight.detach().numpy(), rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(found[2], [5 / 3, 2.0, np.nan])
+
+
+def test_tokens_is_the_mean_over_tokens():
+    balance = Balance(Tokens(), NAMES)
+    inputs, labels, task = (torch.cat(parts) for parts in zip(*micro_batches(0), strict=True))
+    weights = balance.begin(task)
+    np.testing.assert_allclose(weights, np.bincount(task.numpy(), minlength=3) / len(task))
+    logits = linear()(inputs)
+    loss = balance.loss(F.cross_entropy(logits, labels, reduction="none"), task)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=1e-6, atol=0)
+
+
+def test_saved_and_restored_it_goes_on_bit_for_bit():
+    def make() -> Balance:
+        return Balance(DWA(period=2), NAMES, [1, 2, 1])
+
+    whole, model = make(), linear()
+    first = train(whole, range(4), model)
+    file = io.BytesIO()
+    torch.save({"balance": whole.state_dict(), "model": model.state_dict()}, file)
+    rest = train(whole, range(4, 8), model)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again, other = make(), linear()
+    again.load_state_dict(saved["balance"]), other.load_state_dict(saved["model"])
+    assert again.step == 4 and len(first) == 4
+    np.testing.assert_array_equal(train(again, range(4, 8), other), rest)
+    np.testing.assert_array_equal(again.weights, whole.weights)
+    assert len(set(whole.weights)) == 3, "DWA has moved"
+
+
+def test_signals_the_caller_measures():
+    task = torch.tensor([0, 1])
+    balance = Balance(CoBa(window=4, warmup=1), NAMES[:2])
+    with pytest.raises(ValueError, match="found no valid_loss at step 0, wanted it: CoBa reads it"):
+        balance.begin(task)
+    for step in range(6):
+        balance.begin(task, valid_loss=[2.0 - 0.1 * step, 1.0 + 0.1 * step], valid_group=0)
+        balance.loss(torch.ones(2), task), balance.end()
+    assert abs(balance.weights[0] - balance.weights[1]) > 0.1
+    with pytest.raises(ValueError, match=r"found \['gram'\]; CoBa reads \['valid_base', 'valid_group', 'valid_loss'\]"):
+        balance.begin(task, gram=np.eye(2))
+    with pytest.raises(ValueError, match="found no gram at step 0, wanted it: GradNorm reads it"):
+        Balance(GradNorm(), NAMES[:2]).begin(task)
+    famo = Balance(FAMO(), NAMES[:2])
+    famo.begin(task), famo.loss(torch.ones(2), task), famo.end()
+    with pytest.raises(ValueError, match="found no replay_loss at step 1"):
+        famo.begin(task)
+
+
+def test_calls_out_of_order():
+    balance, task = Balance(Equal(), NAMES), torch.tensor([0])
+    with pytest.raises(ValueError, match="no step is open. Call begin"):
+        balance.loss(torch.ones(1), task)
+    with pytest.raises(ValueError, match="no step is open"):
+        balance.end()
+    balance.begin(task)
+    with pytest.raises(ValueError, match="step 0 is still open. Call end"):
+        balance.begin(task)
+    with pytest.raises(ValueError, match="step 0 is still open. Call end"):
+        balance.state_dict()
