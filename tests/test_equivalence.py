@@ -129,6 +129,7 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 def start(folder: str, make: type[torch.optim.Optimizer] | None = None, **overrides: object) -> engine.Engine:
     """A fresh engine. Adapters are filled with seeded noise: the zeros they begin with would hide half of their gradients."""
     gc.collect()
+    gc.freeze()  # what is alive is mostly modules: leaving them out makes collections, DeepSpeed's too, 20 times faster
     config = configuration(folder, **overrides)
     loaded = model.load(config, toys.tokenizer())
     generator = torch.Generator().manual_seed(1)
@@ -446,10 +447,10 @@ def test_gradients(name, results, first_gradient):
 
 @pytest.mark.parametrize("name", named("llama sgd") + named("gpt2 sgd"))
 def test_five_sgd_updates(name, results, trajectory):
-    family, wanted = name.split()[0], trajectory(name.split()[0])
+    wanted = trajectory(name.split()[0])
     for found in results[name]:  # the losses are the same on every rank
         np.testing.assert_allclose(found["losses"], wanted.losses, rtol=1e-6)
-    assert furthest(results[name][0]["parameters"], wanted.parameters) < 1e-6, family
+    assert furthest(results[name][0]["parameters"], wanted.parameters) < 1e-6
     assert furthest(results[name][0]["parameters"], results[name][0]["before"]) > 1e-2
     for found, norm in zip(results[name][0]["norms"], wanted.norms, strict=True):
         assert found is None if name.endswith("zero 0") else math.isclose(found, norm, rel_tol=1e-6)
@@ -515,6 +516,8 @@ def test_activation_checkpointing_gives_the_same_gradients(name, results, first_
 
 # --- LoRA
 
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+
 
 def adapted(folder: str, state: dict[str, np.ndarray]) -> torch.nn.Module:
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
@@ -523,6 +526,7 @@ def adapted(folder: str, state: dict[str, np.ndarray]) -> torch.nn.Module:
     return result
 
 
+@peft_warns
 @pytest.mark.parametrize("zero", (2, 3))
 def test_lora(zero, results, folders):
     found = results[f"lora zero {zero}"][0]
@@ -533,6 +537,7 @@ def test_lora(zero, results, folders):
     assert max(x for name, x in change.items() if "lora_" not in name) == 0
 
 
+@peft_warns
 @pytest.mark.parametrize("zero", (2, 3))
 @pytest.mark.parametrize("kind", ("gradient", "checkpointing"))
 def test_lora_gradients(kind, zero, results, folders):
@@ -631,4 +636,4 @@ def test_validation(name, results, folders):
 def test_isolation_is_measured_in_an_engine(name, results):
     one, two = results[name]
     assert one.holds and one == two
-    assert one.tolerance == (3e-2 if "bf16" in name else 2e-5)
+    assert one.leak == 0 and one.apart < (0.02 if "bf16" in name else 1e-6)
