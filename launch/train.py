@@ -16,7 +16,7 @@ process.settle()  # before torch is imported
 import torch
 
 from balancers import Holder
-from mtl import comm, engine, model, packing, plugins, provenance, report, trackers
+from mtl import comm, engine, gram, model, packing, plugins, provenance, report, trackers
 from mtl.checkpoint import Checkpoints, RunState, check_output, write_json
 from mtl.data.batches import TrainBatches, ValidationCut
 from mtl.data.cache import prepare
@@ -76,6 +76,7 @@ def main() -> None:
 
     balancer = resolve(config, "balancer", plugins.BALANCER, args.allow_code)()
     holder = Holder(balancer, names, [task.loss_weight for task in config.tasks.values()])
+    differentiated = gram.supply(holder.balancer.needs, trained.module, config)
     checkpoints = Checkpoints(output, config.checkpoint.keep, provenance.identity(config, tasks, world), tokenizer)
     state = RunState()
     if args.resume:
@@ -97,7 +98,8 @@ def main() -> None:
             sinks.append(trackers.Jsonl(output=output, steps=steps, start=state.step))
 
     objective = resolve(config, "objective", plugins.OBJECTIVE, args.allow_code)
-    state = run(Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks), state)
+    parts = Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks, differentiated)
+    state = run(parts, state)
 
     for sink in sinks:
         sink.close()

@@ -49,6 +49,11 @@ class RunState:
         metrics_bytes: length of metrics.jsonl, to cut it back on resume.
         base_sums, base_tokens: (K, G) float64, the full pass at step 0.
         train_loss: (K,) float64, nats per target token of the last update.
+        replay_loss: (K,) float64, the same examples once more after it, where the balancer asks.
+        weights: (K,) float64, those of the last update.
+        lowest: (K,) float64, the lowest loss on a full pass so far, nats per target token.
+        stalled: (K,) float64, full passes since.
+        held: (K,) float64, the part of all weights at which a task that is done is held; nan = not held.
     """
 
     step: int = 0
@@ -59,8 +64,13 @@ class RunState:
     base_sums: np.ndarray | None = None
     base_tokens: np.ndarray | None = None
     train_loss: np.ndarray | None = None
+    replay_loss: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    lowest: np.ndarray | None = None
+    stalled: np.ndarray | None = None
+    held: np.ndarray | None = None
 
-    ARRAYS = ("base_sums", "base_tokens", "train_loss")
+    ARRAYS = ("base_sums", "base_tokens", "train_loss", "replay_loss", "weights", "lowest", "stalled", "held")
 
 
 def check_output(output: Path, resume: bool) -> None:

@@ -7,6 +7,7 @@ reported at once, each with its file and line. `docs/config.md` and `docs/config
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -243,6 +244,28 @@ class Probe(Section):
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them."""
 
 
+class Gram(Section):
+    """The tasks' single gradients, where the balancer reads their inner products."""
+
+    params: Text = "all"
+    """Trainable parameters they are taken by: all; last_layer (the model's last block); adapter (LoRA's); or a regular
+    expression that is searched for in the parameters' names. Memory: one gradient a task in fp32, on every device."""
+    every: Count = 1
+    """Optimizer steps between them; in between the balancer keeps its weights."""
+
+
+class Patience(Section):
+    """What happens to a task that has stopped improving, by its validation loss on the full passes."""
+
+    evaluations: Count
+    """Full passes in a row without a new lowest loss of the task after which it is done."""
+    action: Literal["log", "freeze", "drop"] = "log"
+    """log: say so, once. freeze: the task's part of all weights stays what it was. drop: its weight is 0. The other
+    tasks share the rest. When all tasks are done the run ends."""
+    margin: NotNegative = 0.0
+    """How much lower than the lowest so far counts as an improvement, in nats per target token."""
+
+
 class Evaluate(Section):
     """Validation."""
 
@@ -255,6 +278,8 @@ class Evaluate(Section):
     of the tasks'), or a task's name."""
     probe: Probe = Probe()
     """The balancer's probe."""
+    patience: Patience | None = None
+    """When a task counts as done, and what happens then; null: never."""
 
 
 class Checkpoint(Section):
@@ -324,6 +349,8 @@ class Config(Section):
     """Learning rate over the steps."""
     balancer: Spec = Spec(name="CoBa")
     """What sets the tasks' weights: a method of `balancers`, or a class of yours."""
+    gram: Gram = Gram()
+    """The balancer's gradients."""
     objective: Spec = Spec(name="causal_lm")
     """What is minimized."""
     evaluate: Evaluate = Evaluate()
@@ -493,12 +520,22 @@ def _offload(get: Get) -> Iterator[Finding]:
             yield ("engine", "offload", "nvme_path"), "nothing", "a path", f"engine.offload.{key}: nvme needs it."
 
 
+def _gram(get: Get) -> Iterator[Finding]:
+    params = get("gram", "params")
+    try:
+        re.compile(params)
+    except re.error as error:
+        yield ("gram", "params"), show(params), "all, last_layer, adapter or a regular expression", f"As one: {error}."
+    if params == "adapter" and get("model", "lora") is None:
+        yield ("gram", "params"), "adapter", "all, last_layer or a regular expression", "There is no model.lora."
+
+
 def _export(get: Get) -> Iterator[Finding]:
     if get("export", "which") == "best" and not get("checkpoint", "best"):
         yield ("export", "which"), "best", "last or none", "With checkpoint.best: false the best one is not kept."
 
 
-RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _export)
+RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _gram, _export)
 TASK_RULES = (_name, _share)
 
 

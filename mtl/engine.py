@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -254,6 +254,16 @@ class Engine:
         """A forward of the bare module in the training precision. The caller decides about gradients and eval mode."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self.module(**inputs)
+
+    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """This rank's gradients of a loss computed with `evaluate`, whole, None = unused. The engine's own are left alone."""
+        found = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        offload = getattr(self._engine.optimizer, "parameter_offload", None)
+        if offload is not None:
+            # ZeRO 3 releases a module's parameters when gradients reach its inputs, which those of a few parameters never do.
+            offload.release_backward_leftovers()
+            offload.partition_all_parameters()
+        return found
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add this micro-batch's gradients. `last`: it is the step's last one, after which ranks are averaged."""

@@ -13,6 +13,7 @@ from mtl import comm
 from mtl.data.batches import ValidationCut
 from mtl.engine import Engine
 from mtl.objectives import Objective
+from mtl.step import GlobalBatch
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,16 @@ def _pass(engine: Engine, objective: Objective, cut: ValidationCut, groups: rang
                 totals[1, :, column] += terms.counts
     sums, tokens = comm.sum_(totals).cpu().numpy()
     return Validation(sums, tokens)
+
+
+def replay(engine: Engine, objective: Objective, batch: GlobalBatch, k: int) -> np.ndarray:
+    """(K,) losses of a training batch once more, nats per target token; nan = absent. A collective.
+
+    In training mode: with the random state that the update began with, dropout hides the same units again.
+    """
+    sums = torch.zeros(k, dtype=torch.float64, device=engine.device)
+    engine.train()
+    with torch.no_grad():
+        for micro in batch.micros:
+            sums += objective(engine.evaluate, micro.to(engine.device), k).sums
+    return (comm.sum_(sums).cpu() / batch.tokens).numpy()

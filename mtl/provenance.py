@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "peft", "accelerat
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
     "model.name", "model.revision", "model.precision", "model.lora", "objective", "mix", "batch.examples", "train", "optimizer",
-    "schedule", "evaluate.best", "evaluate.probe", "engine.zero",
+    "schedule", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram", "engine.zero",
 )  # fmt: skip
 
 

@@ -2,20 +2,23 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from balancers import Holder, Signal, Signals
-from mtl import comm, evaluate, schedule, trackers
+from mtl import comm, evaluate, gram, schedule, trackers
 from mtl.checkpoint import Checkpoints, RunState
 from mtl.config import Config
 from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.data.collate import MicroBatch
 from mtl.engine import Engine
 from mtl.evaluate import Validation
 from mtl.objectives import Objective
+from mtl.patience import Patience, hold
 from mtl.step import GlobalBatch, StepReport, fetch, train_step
 from mtl.trackers import Tracker
 
@@ -28,6 +31,7 @@ class Parts:
         names: the K tasks, in the order of every (K,) array.
         steps: optimizer updates in the whole run.
         trackers: empty on every rank but 0.
+        differentiated: what gradients are taken by, where the balancer reads their products.
     """
 
     config: Config
@@ -40,28 +44,38 @@ class Parts:
     cut: ValidationCut
     checkpoints: Checkpoints
     trackers: list[Tracker]
+    differentiated: Sequence[nn.Parameter] = ()
+
+    @property
+    def patience(self) -> Patience | None:
+        given = self.config.evaluate.patience
+        return given and Patience(given.evaluations, given.action, given.margin)
 
 
 def run(parts: Parts, state: RunState) -> RunState:
-    """Train from `state.step` to `parts.steps`. A collective. Returns the state at the end."""
+    """Train from `state.step` to `parts.steps`, or until all tasks are done. A collective. Returns the last state."""
     config, names, k = parts.config, parts.names, len(parts.names)
     started, first = time.monotonic(), state.step
     while True:
         t = state.step
         is_best = _due(config.evaluate.every, t, parts.steps) and state.evaluated < t and _evaluate(parts, state)
-        if t > first and (is_best or _due(config.checkpoint.every, t, parts.steps)):
+        is_over = t == parts.steps or bool(parts.patience and parts.patience.done(state).all())
+        if t > first and (is_best or is_over or _due(config.checkpoint.every, t, parts.steps)):
             _save(parts, state, is_best)
-        if t == parts.steps:
+        if is_over:
             return state
 
         began = time.monotonic()
         batch = fetch(lambda t=t: parts.batches.batch(t), k)
-        weights = _weigh(parts, state, batch)
+        state.weights = weights = _weigh(parts, state, batch)
         _seed(config.train.seed, t)
         lr = _lr(config, t, parts.steps)
         report = train_step(parts.engine, parts.objective, batch, weights, lr, names)
         state.step, state.train_loss = t + 1, report.losses
         state.target_tokens += int(batch.tokens.sum())
+        if Signal.REPLAY_LOSS in parts.holder.balancer.needs:
+            _seed(config.train.seed, t)
+            state.replay_loss = evaluate.replay(parts.engine, parts.objective, batch, k)
 
         now = time.monotonic()
         values = _train_values(names, weights, report, batch, parts.holder)
@@ -88,6 +102,9 @@ def _evaluate(parts: Parts, state: RunState) -> bool:
     values = {f"eval/{name}/loss": summary[name] for name in parts.names}
     values |= {f"eval/{what}": summary[what] for what in ("macro", "token", "worst")}
     _log(parts, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
+    if parts.patience:
+        for text in parts.patience.observe(state, validation.losses, parts.names):
+            _say(parts, f"step {state.step}/{parts.steps}  {text}")
 
     key = parts.config.evaluate.best
     if not np.isfinite(summary[key]):
@@ -103,22 +120,47 @@ def _weigh(parts: Parts, state: RunState, batch: GlobalBatch) -> np.ndarray:
 
     Rank 0 alone: numpy on mixed hosts differs in last bits, and weights that differ between ranks are a wrong gradient.
     """
-    t, needs, every = state.step, parts.holder.balancer.needs, parts.config.evaluate.probe.every
+    t, needs = state.step, parts.holder.balancer.needs
+    every, gram_every = parts.config.evaluate.probe.every, parts.config.gram.every
+    group = t // every % parts.cut.groups
     signals = {"step": t}
     if Signal.TOKENS in needs:
         signals["tokens"] = batch.tokens.numpy()
     if Signal.TRAIN_LOSS in needs:
         signals["train_loss"] = state.train_loss
+    if Signal.REPLAY_LOSS in needs:
+        signals["replay_loss"] = state.replay_loss
     if Signal.VALID_LOSS in needs and t % every == 0:
-        group = t // every % parts.cut.groups
         signals["valid_loss"] = evaluate.probe(parts.engine, parts.objective, parts.cut, group, len(parts.names))
         signals["valid_base"] = Validation(state.base_sums, state.base_tokens).group(group)
         signals["valid_group"] = group
+    if (Signal.GRAM | Signal.VALID_GRAM) & needs and t % gram_every == 0:
+        signals |= _products(parts, t, group)
 
     weights = torch.zeros(len(parts.names), dtype=torch.float64)
     if comm.together(lambda: parts.holder.update(Signals(**signals)) if comm.rank() == 0 else None) is not None:
-        weights.copy_(torch.from_numpy(parts.holder.weights))
+        held = parts.holder.weights
+        weights.copy_(torch.from_numpy(held if state.held is None else hold(state.held, held)))
     return comm.broadcast_(weights).numpy()
+
+
+def _products(parts: Parts, step: int, group: int) -> dict[str, np.ndarray]:
+    """The Gramian of batch `step`'s gradients, and that of a validation group's with them, as the balancer needs."""
+
+    def measure(make: Callable[[int], list[list[MicroBatch]]], number: int) -> Tensor:
+        tasks = comm.together(lambda: make(number))
+        return gram.gradients(parts.engine, parts.objective, tasks, parts.differentiated)
+
+    found = {}
+    _seed(parts.config.train.seed, step)
+    parts.engine.train()
+    ours = measure(parts.batches.by_task, step)
+    if Signal.GRAM in parts.holder.balancer.needs:
+        found["gram"] = gram.products(ours, ours)
+    if Signal.VALID_GRAM in parts.holder.balancer.needs:
+        parts.engine.eval()
+        found["valid_gram"] = gram.products(measure(parts.cut.by_task, group), ours)
+    return found
 
 
 def _train_values(
@@ -163,5 +205,9 @@ def _save(parts: Parts, state: RunState, is_best: bool) -> None:
     state.metrics_bytes = trackers.metrics_bytes(parts.checkpoints.output)
     folder = parts.checkpoints.save(parts.engine, parts.holder, state, is_best=is_best)
     best = f", the best so far ({parts.config.evaluate.best} {state.best['value']:.4f})" if is_best else ""
+    _say(parts, f"step {state.step}/{parts.steps}  saved {folder}{best} in {time.monotonic() - began:.1f} s")
+
+
+def _say(parts: Parts, text: str) -> None:
     for tracker in parts.trackers:
-        tracker.say(f"step {state.step}/{parts.steps}  saved {folder}{best} in {time.monotonic() - began:.1f} s")
+        tracker.say(text)

@@ -32,6 +32,15 @@ class Layout:
         """This rank's part of `collate.deal`."""
         return deal(lengths, self.world, self.tokens, self.row_length)[self.rank]
 
+    def by_task(self, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> list[list[MicroBatch]]:
+        """The same examples dealt task by task: K lists of this rank's micro-batches, each as long on every rank."""
+        apart = []
+        for k in range(len(splits)):
+            mine = np.flatnonzero(task == k)
+            dealt = self.deal([int(splits[k].lengths[n]) for n in row[mine]])
+            apart.append([self.collate(micro, splits, task[mine], row[mine]) for micro in dealt])
+        return apart
+
     def collate(self, micro: Micro, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> MicroBatch:
         """The micro-batch of examples whose task and row stand at the indices in `micro`."""
 
@@ -66,6 +75,10 @@ class TrainBatches:
             if n not in self._coming:
                 self._coming[n] = self._worker.submit(self._make, n)
         return self._coming.pop(step).result()
+
+    def by_task(self, step: int) -> list[list[MicroBatch]]:
+        """The examples of `batch(step)` task by task: K lists of this rank's micro-batches, each as long on every rank."""
+        return self._worker.submit(lambda: self.layout.by_task(self._splits, *self.mix.batch(step))).result()
 
     def close(self) -> None:
         """Stop the thread; what it prepared is forgotten."""
@@ -109,12 +122,18 @@ class ValidationCut:
 
         Over all ranks every row of the group stands in exactly one of them.
         """
-        rows = self.rows(group)
-        task = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
-        row = np.concatenate(rows)
+        task, row = self._examples(group)
         if group not in self._dealt:  # the same every time, and the costly part where a group is large
             self._dealt[group] = self.layout.deal(
                 [int(self._splits[k].lengths[n]) for k, n in zip(task, row, strict=True)]
             )
         for micro in self._dealt[group]:
             yield self.layout.collate(micro, self._splits, task, row)
+
+    def by_task(self, group: int) -> list[list[MicroBatch]]:
+        """The examples of `group` task by task: K lists of this rank's micro-batches, each as long on every rank."""
+        return self.layout.by_task(self._splits, *self._examples(group))
+
+    def _examples(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.rows(group)
+        return np.repeat(np.arange(len(rows)), [len(some) for some in rows]), np.concatenate(rows)

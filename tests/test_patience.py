@@ -1,0 +1,89 @@
+"""When a task is done, what becomes of its weight, and when the run ends."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtl.checkpoint import RunState
+from mtl.patience import Patience, hold
+
+NAMES = ["a", "b"]
+NAN = np.nan
+
+
+def observe(
+    patience: Patience, passes: list[list[float]], state: RunState | None = None
+) -> tuple[RunState, list[list[str]]]:
+    state = state or RunState(weights=np.array([0.75, 0.25]))
+    return state, [patience.observe(state, np.array(losses), NAMES) for losses in passes]
+
+
+FALLING_AND_FLAT = [[3, 1], [2, 1.5], [1, 1.25]]
+
+
+def test_log_names_a_task_once_and_again_when_it_goes_on():
+    patience = Patience(2)
+    state, told = observe(patience, [*FALLING_AND_FLAT, [0.9, 1.1], [0.8, 0.5]])
+    assert told == [[], [], ["b is done: 2 full passes without a loss below 1.0000"], [],
+                    ["b goes on after all, with a loss of 0.5000"]]  # fmt: skip
+    assert not patience.done(state).any() and np.isnan(state.held).all()
+    np.testing.assert_array_equal(state.lowest, [0.8, 0.5])
+
+
+def test_freeze_keeps_the_part_of_the_weights_it_had():
+    patience = Patience(2, "freeze")
+    state, told = observe(patience, FALLING_AND_FLAT)
+    assert told[-1] == ["b is done: 2 full passes without a loss below 1.0000; its part of the weights stays 0.250"]
+    np.testing.assert_array_equal(state.held, [NAN, 0.25])
+    state.weights = np.array([0.5, 0.5])
+    state, told = observe(patience, [[0.9, 0.1]], state)
+    assert told == [[]] and patience.done(state).tolist() == [False, True], "what is done stays done"
+    np.testing.assert_array_equal(state.held, [NAN, 0.25])
+
+
+def test_drop_and_the_end_of_the_run():
+    patience = Patience(1, "drop")
+    state, told = observe(patience, [[3, 1], [2, 1]])
+    assert told[-1] == ["b is done: 1 full passes without a loss below 1.0000; its weight is now 0"]
+    assert not patience.done(state).all()
+    state, _ = observe(patience, [[2, 0.5]], state)
+    assert patience.done(state).all()
+
+
+def test_the_margin():
+    state, _ = observe(Patience(1, margin=0.1), [[1, 1], [0.95, 0.85]])
+    np.testing.assert_array_equal(state.stalled, [1, 0])
+    np.testing.assert_array_equal(state.lowest, [1, 0.85])
+
+
+def test_before_the_first_pass_nothing_is_done():
+    assert not Patience(1).done(RunState()).any()
+
+
+@pytest.mark.parametrize(
+    "held, weights, wanted",
+    [
+        ([NAN, NAN, NAN], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]),
+        ([NAN, 0.0, NAN], [0.5, 0.3, 0.2], [5 / 7, 0, 2 / 7]),
+        ([NAN, 0.4, NAN], [0.5, 0.3, 0.2], [0.6 * 5 / 7, 0.4, 0.6 * 2 / 7]),
+        ([0.2, 0.4, NAN], [0.5, 0.3, 0.2], [0.2, 0.4, 0.4]),
+        ([NAN, 0.4, NAN], [5.0, 3.0, 2.0], [6 * 5 / 7, 4, 6 * 2 / 7]),
+        ([NAN, 0.5, NAN], [0.0, 1.0, 0.0], [0.25, 0.5, 0.25]),
+        ([NAN, 1.0, NAN], [0.5, 0.3, 0.2], [0, 1, 0]),
+        ([0.2, 0.3, 0.5], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5]),
+        ([NAN, 0.0, NAN], [-0.5, 1.7, -0.2], [-0.5, 0, -0.2]),
+    ],
+)
+def test_weights_around_held_tasks(held, weights, wanted):
+    np.testing.assert_allclose(hold(np.array(held), np.array(weights)), wanted, atol=1e-15)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=6))
+def test_the_sum_stays(tasks):
+    weights = np.array([w + 0.01 for w, _ in tasks])
+    done = np.array([d for _, d in tasks])
+    done[0] = False
+    held = np.where(done, weights / weights.sum(), NAN)
+    np.testing.assert_allclose(hold(held, weights), weights, rtol=1e-9), "held at what they are: nothing changes"
+    np.testing.assert_allclose(hold(np.where(done, 0.0, NAN), weights).sum(), weights.sum(), rtol=1e-9)
