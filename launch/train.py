@@ -108,7 +108,7 @@ def main() -> None:
         print(report.table(report.read(output)), flush=True)
         if config.export.which != "none":
             source = checkpoints.exported(config.export.which)
-            print(f"{config.export.which} model, of {source.name}: {export(source / 'model', output / 'model', config.export.dtype)}")
+            print(f"{config.export.which} model, of {source.name}: {export(source, output / 'model', config.export.dtype)}")
     comm.barrier()
 
 
