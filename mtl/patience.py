@@ -47,7 +47,7 @@ class Patience:
                 "freeze": f"; its part of the weights stays {state.held[i]:.3f}",
                 "drop": "; its weight is now 0",
             }
-            since = f"{int(state.stalled[i])} full passes without a loss below {state.lowest[i]:.4f}"
+            since = f"its lowest loss is {state.lowest[i]:.4f}, full passes since: {int(state.stalled[i])}"
             told.append(f"{names[i]} is done: {since}{what[self.action]}")
         return told + [
             f"{names[i]} goes on after all, with a loss of {losses[i]:.4f}" for i in np.flatnonzero(was & ~now)

@@ -25,7 +25,7 @@ FALLING_AND_FLAT = [[3, 1], [2, 1.5], [1, 1.25]]
 def test_log_names_a_task_once_and_again_when_it_goes_on():
     patience = Patience(2)
     state, told = observe(patience, [*FALLING_AND_FLAT, [0.9, 1.1], [0.8, 0.5]])
-    assert told == [[], [], ["b is done: 2 full passes without a loss below 1.0000"], [],
+    assert told == [[], [], ["b is done: its lowest loss is 1.0000, full passes since: 2"], [],
                     ["b goes on after all, with a loss of 0.5000"]]  # fmt: skip
     assert not patience.done(state).any() and np.isnan(state.held).all()
     np.testing.assert_array_equal(state.lowest, [0.8, 0.5])
@@ -34,7 +34,7 @@ def test_log_names_a_task_once_and_again_when_it_goes_on():
 def test_freeze_keeps_the_part_of_the_weights_it_had():
     patience = Patience(2, "freeze")
     state, told = observe(patience, FALLING_AND_FLAT)
-    assert told[-1] == ["b is done: 2 full passes without a loss below 1.0000; its part of the weights stays 0.250"]
+    assert told[-1] == ["b is done: its lowest loss is 1.0000, full passes since: 2; its part of the weights stays 0.250"]
     np.testing.assert_array_equal(state.held, [NAN, 0.25])
     state.weights = np.array([0.5, 0.5])
     state, told = observe(patience, [[0.9, 0.1]], state)
@@ -45,7 +45,7 @@ def test_freeze_keeps_the_part_of_the_weights_it_had():
 def test_drop_and_the_end_of_the_run():
     patience = Patience(1, "drop")
     state, told = observe(patience, [[3, 1], [2, 1]])
-    assert told[-1] == ["b is done: 1 full passes without a loss below 1.0000; its weight is now 0"]
+    assert told[-1] == ["b is done: its lowest loss is 1.0000, full passes since: 1; its weight is now 0"]
     assert not patience.done(state).all()
     state, _ = observe(patience, [[2, 0.5]], state)
     assert patience.done(state).all()
