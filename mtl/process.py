@@ -2,10 +2,11 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def settle() -> None:
@@ -13,6 +14,7 @@ def settle() -> None:
 
     Launchers leave this to us: processes that each start a thread per core, and spin while they wait, are 3-10 times slower.
     """
+    os.environ |= from_srun(os.environ)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_world)))
@@ -20,6 +22,39 @@ def settle() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Huge pages for tensors on the CPU: a step there allocates gigabytes anew, and faulting them in by 4 KiB takes its share.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def from_srun(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, where `srun` started several processes itself and nothing else has told them who they are.
+
+    In a batch script or a shell of an allocation, outside of any `srun`, SLURM counts tasks too; a process there is alone.
+    """
+    e = environment
+    if "RANK" in e or "SLURM_PROCID" not in e or int(e.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {}
+    node, first = int(e["SLURM_NODEID"]), _first_host(e.get("SLURM_STEP_NODELIST") or e["SLURM_JOB_NODELIST"])
+    port = 20_000 + (int(e["SLURM_JOB_ID"]) * 31 + int(e["SLURM_STEP_ID"])) % 10_000  # below those that systems hand out
+    found = {
+        "RANK": e["SLURM_PROCID"],
+        "WORLD_SIZE": e["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": e["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": _tasks_per_node(e["SLURM_STEP_TASKS_PER_NODE"])[node],
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(port),
+    }
+    return {name: e.get(name, value) for name, value in found.items()}
+
+
+def _first_host(nodes: str) -> str:
+    """Of SLURM's short form: `gpu[07-09,12],fat1` -> gpu07."""
+    prefix, number, suffix = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes).groups()
+    return f"{prefix}{number or ''}{suffix}"
+
+
+def _tasks_per_node(counts: str) -> list[str]:
+    """Of SLURM's short form: `8(x2),4` -> 8, 8, 4."""
+    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups() for part in counts.split(",")]
+    return [count for count, times in found for _ in range(int(times or 1))]
 
 
 def is_first_on_host() -> bool:
@@ -35,6 +70,7 @@ def exit_code(main: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # DeepSpeed calls collectives by names that torch is renaming: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # so does PEFT one of transformers'
     try:
         main()
     except KeyboardInterrupt:

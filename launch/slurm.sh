@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A run on a SLURM cluster, one process a GPU. Everything after the script's name goes to launch/train.py:
+#   sbatch --nodes=2 launch/slurm.sh --config configs/quickstart.yaml --set engine.zero=3
+# Submitted again, or requeued after a preemption, it goes on from the newest checkpoint (set checkpoint.every).
+#SBATCH --job-name=coba-mtl
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+# Not --gpus-per-task: a process picks its GPU by SLURM_LOCALID among all of its node's.
+
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+PYTHON=${PYTHON:-.venv/bin/python}
+
+# The data are encoded by one process before the others hold their GPUs; where they are already, this takes seconds.
+srun --nodes=1 --ntasks=1 "$PYTHON" launch/check.py --prepare "$@"
+
+# SLURM's variables tell each process its rank (mtl/process.py). One that fails ends all.
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" launch/train.py --resume "$@"

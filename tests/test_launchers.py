@@ -1,0 +1,231 @@
+"""Whatever starts the processes, they are the same run; and the templates that ship are at least well formed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import yaml as pyyaml
+
+from mtl import cli, process
+
+LAUNCH = runs.ROOT / "launch"
+STEPS = ["train.steps=3", "evaluate.every=100"]
+STEP = {
+    "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NUM_TASKS": "20", "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_STEP_NODELIST": "gpu[07-09]",
+}  # fmt: skip
+
+
+def test_srun_tells_a_process_its_place():
+    assert process.from_srun(STEP) == {
+        "RANK": "9", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu07", "MASTER_PORT": "27137",
+    }  # fmt: skip
+    last = {**STEP, "SLURM_PROCID": "19", "SLURM_NODEID": "2", "SLURM_LOCALID": "3"}
+    assert process.from_srun(last)["LOCAL_WORLD_SIZE"] == "4"
+    assert process.from_srun({**STEP, "MASTER_PORT": "29500"})["MASTER_PORT"] == "29500", "what is set stays"
+    other = process.from_srun({**STEP, "SLURM_STEP_ID": "2"})["MASTER_PORT"]
+    assert other != "27137", "two steps of a job may run at once"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"RANK": "0"},  # started by torchrun or deepspeed inside of srun
+        {"SLURM_STEP_NUM_TASKS": "1"},  # srun --ntasks=1, as to prepare the data
+        {"SLURM_STEP_NUM_TASKS": None},  # the batch script itself, where SLURM_PROCID is 0
+        {"SLURM_PROCID": None},
+    ],
+)
+def test_srun_is_left_alone_where_it_does_not_decide(changed):
+    environment = {name: value for name, value in {**STEP, **changed}.items() if value is not None}
+    assert process.from_srun(environment) == {}
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("gpu[07-09]", "gpu07"),
+        ("gpu[12,07-09],fat1", "gpu12"),
+        ("fat1,gpu[07-09]", "fat1"),
+        ("n1", "n1"),
+        ("rack-a-[001-004]-ib,x", "rack-a-001-ib"),
+        ("node-1.example.com", "node-1.example.com"),
+    ],
+)
+def test_the_first_host_leads(nodes, first):
+    assert process.from_srun({**STEP, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+@pytest.fixture(scope="module")
+def yaml(tmp_path_factory) -> Path:
+    return runs.write(tmp_path_factory.mktemp("launchers"))
+
+
+@pytest.fixture(scope="module")
+def alike(yaml):
+    """Asserts that a run in a folder is the one that two forked processes make."""
+    expected = yaml.parent / "expected"
+    runs.train(yaml, *STEPS, f"output={expected}", world=2).well()
+
+    def check(output: Path) -> None:
+        mine, others = runs.untimed(output), runs.untimed(expected)
+        assert [line.keys() for line in mine] == [line.keys() for line in others]
+        for line, other in zip(mine, others, strict=True):
+            np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=1e-5)
+
+    return check
+
+
+def test_srun_starts_a_run(yaml, alike):
+    """As srun does it: the same command twice, with nothing but SLURM's variables to tell them apart."""
+    output = yaml.parent / "srun"
+    command = [sys.executable, str(runs.PROGRAM), *runs.arguments(yaml, [*STEPS, f"output={output}"], resume=False)]
+    environment = {
+        **os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent), "MASTER_PORT": str(runs.free_port()),
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    tasks = [
+        subprocess.Popen(command, env={**environment, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}, stderr=subprocess.PIPE, text=True)
+        for n in range(2)
+    ]
+    errors = [task.communicate(timeout=runs.TIMEOUT)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    alike(output)
+
+
+def test_accelerate_starts_a_run(yaml, alike):
+    output = yaml.parent / "accelerate"
+    port = str(runs.free_port())
+    launcher = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--main_process_port", port]
+    runs.launch(launcher, yaml, *STEPS, f"output={output}").well()
+    alike(output)
+
+
+def test_the_console_script_runs_the_programs(yaml):
+    command = [sys.executable, "-m", "mtl.cli"]
+    environment = {**os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT)}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, cwd=yaml.parent)
+
+    shown = call("--help")
+    assert shown.returncode == 0 and all(re.search(rf"^  {name} +\w", shown.stdout, re.M) for name in cli.PROGRAMS), shown.stdout
+    wrong = call("trian")
+    assert wrong.returncode == 2 and "usage: mtl" in wrong.stderr
+    checked = call("check", "--config", str(yaml), "--world", "2")
+    assert checked.returncode == 0 and "nothing stands in the way" in checked.stdout, checked.stderr
+    refused = call("train", "--config", str(yaml), "--set", "train.steps=none")
+    assert refused.returncode == 1 and "train.steps" in refused.stderr
+
+
+def test_the_console_script_passes_everything_on(tmp_path, monkeypatch):
+    for name in ("train", "check"):
+        (tmp_path / f"{name}.py").write_text("import sys; from pathlib import Path; Path('said').write_text(repr(sys.argv[1:]))")
+    monkeypatch.setattr(cli, "folder", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mtl", "--local_rank=1", "train", "--config", "x.yaml", "--set", "a=b"])
+    cli.main()
+    assert (tmp_path / "said").read_text() == "['--config', 'x.yaml', '--set', 'a=b']"
+
+
+# --- templates and the page about clusters
+
+
+def options_of(program: str) -> set[str]:
+    """A program's long options, from its own parser's help."""
+    help_ = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z][\w-]*", help_.stdout))
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, set[str]]:
+    from accelerate.commands.launch import launch_command_parser
+    from deepspeed.launcher import runner
+    from torch.distributed.run import get_args_parser
+
+    def of(parser) -> set[str]:
+        return {name for action in parser._actions for name in action.option_strings}
+
+    found = {f"launch/{name}.py": options_of(str(LAUNCH / f"{name}.py")) for name in ("train", "check", "export")}
+    deepspeed = set(re.findall(r"[\"'](--\w+)[\"']", Path(runner.__file__).read_text()))
+    return found | {"torchrun": of(get_args_parser()), "accelerate": of(launch_command_parser()), "deepspeed": deepspeed}
+
+
+def assert_known(command: list[str], options: dict[str, set[str]]) -> None:
+    """Every long option belongs to the launcher or, after it, to the program."""
+    owner = next(word for word in command if word in options or word.startswith("launch/"))
+    for word in command:
+        if word in options:
+            owner = word
+        elif word.startswith("--"):
+            assert word.partition("=")[0] in options[owner], f"{owner} has no {word}: {shlex.join(command)}"
+
+
+def commands(text: str) -> list[list[str]]:
+    text = text.replace("-m mtl.cli train", "launch/train.py")
+    return [shlex.split(one) for one in re.findall(r"`((?:deepspeed|torchrun|accelerate|python) [^`]*launch/[^`]*)`", text)]
+
+
+def test_the_commands_of_the_cluster_page_exist(options):
+    found = commands((runs.ROOT / "docs" / "cluster.md").read_text())
+    assert len(found) > 8
+    for command in found:
+        assert_known(command, options)
+        for word in command:
+            assert not word.startswith("launch/") or (runs.ROOT / word).is_file(), word
+
+
+def test_the_slurm_script(options):
+    script = LAUNCH / "slurm.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert os.access(script, os.X_OK)
+    for line in text.splitlines():
+        if line.startswith("srun"):
+            program = line[line.index("launch/") :].replace('"$@"', "--config x.yaml")
+            assert_known(shlex.split(program), options)
+    assert text.index("#SBATCH") < text.index("set -euo"), "sbatch reads no option after the first command"
+    outside = subprocess.run(["bash", str(script)], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert outside.returncode != 0 and "submit this with sbatch" in outside.stderr
+
+
+def test_the_slurm_script_prepares_then_trains(tmp_path):
+    """With an srun that only says what it was given."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "srun $*"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": "py"}
+    command = ["bash", str(LAUNCH / "slurm.sh"), "--config", "x.yaml", "--set", "a=b c"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == [
+        "srun --nodes=1 --ntasks=1 py launch/check.py --prepare --config x.yaml --set a=b c",
+        "srun --kill-on-bad-exit=1 --cpus-per-task=8 py launch/train.py --resume --config x.yaml --set a=b c",
+    ]
+
+
+def test_the_kubernetes_job(options):
+    job = pyyaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"]["replicas"] == 1 and replicas["Worker"]["template"] == replicas["Master"]["template"]
+    pod = replicas["Master"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    command = shlex.split(container["args"][0])[1:]
+    assert_known(command, options)
+    assert f"--nproc_per_node={container['resources']['limits']['nvidia.com/gpu']}" in command
+    subprocess.run(["bash", "-n", "-c", container["args"][0]], check=True)
+
+
+def test_the_hostfile():
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert dict(fetch_hostfile(str(LAUNCH / "hostfile"))) == {"worker-1": 8, "worker-2": 8}
