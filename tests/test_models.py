@@ -1,0 +1,175 @@
+"""Anything `AutoModelForCausalLM` loads: unlike architectures through one step, tokenizers with more or fewer tokens than usual,
+and models that are refused with the switch that lets them in."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+import toys
+import transformers
+from distributed import run_distributed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mtl import engine, model, packing
+from mtl.config import parse
+from mtl.data.collate import collate
+from mtl.export import export
+from mtl.objectives import causal_lm
+from mtl.step import fetch, train_step
+
+# PEFT 0.21 reads a property that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+SIZES = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 257, "pad_token_id": 257,
+}  # fmt: skip
+ARCHITECTURES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "GPT2": {
+        "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 128,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+    "Phi": {},
+    "Gemma": {"head_dim": 8},
+    "Mixtral": {"num_local_experts": 4},
+}  # fmt: skip
+
+
+def build(name: str) -> transformers.PreTrainedModel:
+    own_names = {"vocab_size": 259, "bos_token_id": 257, "eos_token_id": 257, "pad_token_id": 257}
+    sizes = (own_names if name == "GPT2" else SIZES) | ARCHITECTURES[name]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**sizes), dtype=torch.float32)
+
+
+def one_step(names: list[str]) -> list[dict[str, float]]:
+    """Each model through one step of ours, and a copy through one of plain PyTorch with transformers' own loss."""
+    config = parse(
+        "model: {name: x, precision: fp32}\ntasks: {a: {train: a, validation: a, format: text}}\ntrain: {steps: 1}\n"
+        "optimizer: {name: sgd, lr: 0.1, clip: null}\noutput: x\nengine: {zero: 2}"
+    )
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in (9, 5, 12):
+        ids, target = rng.integers(0, 257, n).astype(np.int32), np.arange(n) >= 3
+        rows.append([(ids, target, 0)])
+    batch = collate(rows, 257, packed=False)
+    labels = torch.full_like(batch.input_ids, -100)
+    labels[:, 1:][batch.keep[:, :-1]] = batch.labels
+    found = []
+    for name in names:
+        mine = build(name)
+        plain = copy.deepcopy(mine).train()
+        trained = engine.Engine(mine, config, model.optimizer(config))
+        isolated = packing.measure(trained, 259)
+        report = train_step(trained, causal_lm, fetch(lambda: [batch], 1), np.ones(1), 0.1, ["a"])
+        loss = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        loss.backward()
+        before = {n: p.detach().clone() for n, p in plain.named_parameters()}
+        torch.optim.SGD(plain.parameters(), lr=0.1).step()
+        after = trained.state_dict()
+        found.append({
+            "loss": abs(float(report.losses[0]) - float(loss.detach())),
+            "parameters": max(float((after[n] - p).abs().max()) for n, p in plain.named_parameters()),
+            "moved": max(float((before[n] - p).abs().max()) for n, p in plain.named_parameters()),
+            "packs": isolated.holds,
+        })  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def stepped() -> dict[str, dict[str, float]]:
+    return dict(zip(ARCHITECTURES, run_distributed(one_step, 1, list(ARCHITECTURES))[0], strict=True))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_step_is_that_of_plain_pytorch(stepped, name):
+    found = stepped[name]
+    assert found["loss"] < 1e-6 and found["parameters"] < 1e-6 < 1e-3 < found["moved"]
+    assert found["packs"]
+
+
+def more_tokens(folder: Path) -> Path:
+    """The usual toy run, with a tokenizer that has three tokens more than the model."""
+    path = runs.write(folder)
+    tokenizer = toys.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "</tool>", "<think>"]})
+    tokenizer.save_pretrained(folder / "model")
+    rows = [json.loads(line) for line in (folder / "prose.train.jsonl").read_text().splitlines()]
+    (folder / "prose.train.jsonl").write_text("".join(json.dumps({"text": f"<tool>{row['text']}</tool>"}) + "\n" for row in rows))
+    return path
+
+
+STEPS = ["train.steps=3", "evaluate.every=100"]
+ROWS = "model.lora={r: 2, modules_to_save: [embed_tokens, lm_head]}"
+
+
+def test_new_tokens_get_rows_and_are_trained(tmp_path):
+    yaml = more_tokens(tmp_path)
+    runs.train(yaml, *STEPS).well()
+    loaded, tokenizer = (kind.from_pretrained(tmp_path / "run" / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert len(tokenizer) == 262
+    assert loaded.get_input_embeddings().weight.shape == loaded.lm_head.weight.shape == (262, 64)
+    assert loaded.config.vocab_size == 262
+    ids = tokenizer("<tool>ab", return_tensors="pt", return_token_type_ids=False)
+    assert ids["input_ids"][0, 0] == 259 and torch.isfinite(loaded(**ids).logits).all()
+
+
+def test_new_tokens_beside_an_adapter_must_be_trained_with_it(tmp_path):
+    yaml = more_tokens(tmp_path)
+    ended = runs.train(yaml, *STEPS, "model.lora.r=2")
+    assert ended.codes == [1]
+    assert "model.lora.modules_to_save: found [], wanted embed_tokens in it" in ended.err
+    assert "the tokenizer has 262 tokens, the model 259" in ended.err
+    runs.train(yaml, *STEPS, ROWS).well()
+    merged = export(tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "merged", merge=True)
+    assert AutoModelForCausalLM.from_pretrained(merged).get_input_embeddings().weight.shape == (262, 64)
+
+
+def test_a_tokenizer_without_a_pad_token(tmp_path):
+    """Padding is masked by length: whatever fills it, the losses are the same."""
+    yaml = runs.write(tmp_path)
+    runs.train(yaml, *STEPS, "batch.packing=false", f"output={tmp_path}/eos").well()
+    tokenizer = toys.tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id is None
+    runs.train(yaml, *STEPS, "batch.packing=false", f"output={tmp_path}/none").well()
+    assert runs.untimed(tmp_path / "eos") == runs.untimed(tmp_path / "none")
+
+
+def config_for(name: Path | str):
+    return parse(
+        f"model: {{name: {name}, precision: fp32}}\ntasks: {{a: {{train: a, validation: a, format: text}}}}\n"
+        "train: {steps: 1}\noutput: x\nengine: {zero: 0}"
+    )
+
+
+@pytest.mark.parametrize("how", [model.load, model.skeleton])
+def test_a_model_with_code_of_its_own_is_refused(tmp_path, how):
+    settings = {
+        "model_type": "foreign", "architectures": ["Foreign"],
+        "auto_map": {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.Foreign"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "foreign.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(model.ModelError) as caught:
+        how(config_for(tmp_path), toys.tokenizer())
+    assert "it runs code that comes with it" in str(caught.value) and "model.allow_remote_code: true" in str(caught.value)
+    assert str(caught.value).startswith("config:1: model.name: ")
+
+
+def test_a_gated_model_names_the_way_in(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(model.ModelError, match="gated repo. Make sure .* `hf auth login` or set HF_TOKEN"):
+        model.load(config_for("someone/secret"), toys.tokenizer())
