@@ -9,9 +9,11 @@ import reference
 import torch
 import toys
 from distributed import run_distributed
-from test_equivalence import BF16, LORA, NAMES, PAD, STAGES, adapted, load, parameters, run_jobs, start
+from test_equivalence import BF16, LORA, NAMES, PAD, STAGES, adapted, configuration, load, parameters, run_jobs, start
 
+from balancers import Signal
 from mtl import comm, gram
+from mtl.config import ConfigError
 from mtl.data.batches import Layout, TrainBatches, ValidationCut
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
@@ -209,3 +211,10 @@ def test_products_are_summed_in_double_precision(monkeypatch):
     found = gram.products(rows * 1e-20, rows * 1e-20)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, (rows.double() @ rows.double().T).numpy() * 1e-40, rtol=1e-6)
+
+
+def test_a_signal_that_is_not_measured_is_refused(monkeypatch):
+    monkeypatch.setattr(gram, "MEASURED", Signal.TOKENS)
+    wanted = "balancer: found CoBa, which needs Signal.VALID_LOSS, wanted one that needs nothing but Signal.TOKENS"
+    with pytest.raises(ConfigError, match=wanted):
+        gram.supply(Signal.VALID_LOSS, toys.tiny_llama(), configuration("m"))

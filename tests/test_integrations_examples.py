@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from distributed import ROOT
+from distributed import ROOT, run_distributed
 
 CALLS = {
     "plain": "import plain; b = plain.main(30)",
@@ -29,3 +29,16 @@ def test_example(name):
         [sys.executable, "-c", f"{CALLS[name]}\n{check}"], env=env, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr
+
+
+def on_two_ranks() -> tuple[list[float], list[float]]:
+    sys.path.insert(0, str(ROOT / "examples"))
+    import with_accelerate
+
+    balance = with_accelerate.main(20, cpu=True)
+    return balance.weights.tolist(), balance.losses.tolist()
+
+
+def test_accelerate_on_two_processes():
+    one, other = run_distributed(on_two_ranks, 2)
+    assert one == other and abs(one[0][0] - one[0][1]) > 1e-3
