@@ -1,0 +1,214 @@
+"""The loop gives every balancer what it declares: each kind of signal at ZeRO 0-3, every balancer at ZeRO 2, two
+processes.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_gram
+import toys
+from distributed import run_distributed
+from test_equivalence import NAMES, STAGES, configuration, parameters, start
+
+import runs
+from balancers import METHODS, Holder, Signal, Signals, make
+from mtl import comm, gram
+from mtl.checkpoint import RunState
+from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.objectives import causal_lm
+from mtl.run import Parts, run
+
+STEPS = 5
+KINDS: dict[str, Any] = {  # one balancer for each kind of signal
+    "none": "Equal",
+    "tokens": "Tokens",
+    "train": {"name": "DWA", "period": 1},
+    "valid": {"name": "CoBa", "window": 3, "warmup": 1},
+    "gram": {"name": "TorchJD", "method": "UPGrad"},
+    "replay": "FAMO",
+    "valid gram": "MetaWeighting",
+}
+OTHERS: dict[str, Any] = {
+    "Bounded": {"name": "Bounded", "floor": 0.1, "balancer": "GradNorm"},
+    "FAMOValid": "FAMOValid",
+    "GLS": "GLS",
+    "GradNorm": "GradNorm",
+    "GradNormValid": "GradNormValid",
+    "Grouped": {"name": "Grouped", "groups": {"fruit": NAMES[:2]}, "balancer": {"name": "TorchJD", "method": "MGDA"}},
+    "LBTW": "LBTW",
+    "LBTWValid": "LBTWValid",
+    "RLW": "RLW",
+    "Scheduled": {"name": "Scheduled", "warmup": 2, "balancer": {"name": "LBTW"}},
+    "Static": {"name": "Static", "weights": [3, 2, 1]},
+    "TorchJD": {"name": "TorchJD", "method": "PCGrad"},
+    "Uncertainty": "Uncertainty",
+}
+
+
+class Memory:
+    """Checkpoints that are not written, and a tracker that remembers."""
+
+    def __init__(self, output: Path):
+        self.output, self.lines, self.said = output, [], []
+
+    def save(self, *_: Any, **__: Any) -> Path:
+        return self.output
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.lines.append((step, dict(values)))
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+class Recorder(Holder):
+    """Remembers what the loop measured."""
+
+    def update(self, signals: Signals) -> np.ndarray:
+        self.seen = [*getattr(self, "seen", []), signals]
+        return super().update(signals)
+
+
+def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any]:
+    layout = test_gram.layout(packed=False)
+    batches, cut = (
+        TrainBatches(test_gram.TASKS, test_gram.MIX, layout),
+        ValidationCut(test_gram.TASKS, test_gram.GROUPS, 0, layout),
+    )
+    holder = Recorder(make(given), NAMES)
+    with tempfile.TemporaryDirectory() as folder:
+        memory = Memory(Path(folder))
+        chosen = gram.supply(holder.balancer.needs, trained.module, config)
+        trackers = [memory] if comm.rank() == 0 else []
+        run(Parts(config, NAMES, STEPS, trained, causal_lm, holder, batches, cut, memory, trackers, chosen), RunState())
+    batches.close()
+    weights = [[line[f"train/{name}/weight"] for name in NAMES] for _, line in memory.lines if "train/loss" in line]
+    return {"weights": np.array(weights), "seen": getattr(holder, "seen", []), "parameters": parameters(trained)}
+
+
+def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
+    found = {}
+    for zero in STAGES:
+        settings = {
+            "engine__zero": zero,
+            "optimizer__lr": 0.05,
+            "evaluate__every": 100,
+            "gram__every": 2,
+            "schedule__name": "constant",
+        }
+        trained, config = start(folder, **settings), configuration(folder, **settings)
+        for name, given in {**KINDS, **(OTHERS if zero == 2 else {})}.items():
+            found[name, zero] = train(trained, config, given)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, Any]]:
+    pytest.importorskip("torchjd")
+    folder = toys.save(toys.tiny_llama(), tmp_path_factory.mktemp("model"))
+    return run_distributed(every_kind, 2, folder)[0]
+
+
+def test_every_method_is_here():
+    named = {each if isinstance(each, str) else each["name"] for each in (*KINDS.values(), *OTHERS.values())}
+    assert named == set(METHODS)
+
+
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_signal_at_every_stage(kind, zero, results):
+    found, wanted = results[kind, zero], results[kind, 0]
+    assert found["weights"].shape == (STEPS, 3)
+    # Loose for CoBa's sake: a softmax of slopes through three probes enlarges the rounding of the losses.
+    np.testing.assert_allclose(found["weights"], wanted["weights"], rtol=1e-3, atol=1e-4)
+    for name, array in wanted["parameters"].items():
+        np.testing.assert_allclose(found["parameters"][name], array, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", [*KINDS, *OTHERS])
+def test_every_balancer_trains(name, results):
+    found = results[name, 2]
+    assert np.isfinite(found["weights"]).all() and len(found["seen"]) == STEPS
+    if name not in ("none",):
+        assert np.abs(found["weights"] - 1 / 3).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", [*KINDS, *OTHERS])
+def test_only_what_is_declared_is_measured(name, results):
+    needs = make({**KINDS, **OTHERS}[name]).needs
+    for signals in results[name, 2]["seen"]:
+        due = {
+            Signal.TOKENS: True,
+            Signal.TRAIN_LOSS: signals.step > 0,
+            Signal.REPLAY_LOSS: signals.step > 0,
+            Signal.VALID_LOSS: True,
+            Signal.GRAM: signals.step % 2 == 0,
+            Signal.VALID_GRAM: signals.step % 2 == 0,
+        }
+        for flag, is_due in due.items():
+            assert (getattr(signals, flag.name.lower()) is not None) == (flag in needs and is_due), (flag, signals.step)
+
+
+def test_the_replayed_batch_has_been_learned(results):
+    """Its examples' losses after the update: near those before it, and on the whole lower."""
+    for signals in results["replay", 2]["seen"][1:]:
+        fall = (signals.train_loss - signals.replay_loss)[~np.isnan(signals.train_loss)]
+        assert 0 < fall.sum() and np.abs(fall).max() < 1
+
+
+CASES = {
+    "gradients, with dropout": [
+        "balancer=GradNorm",
+        "gram={params: adapter, every: 3}",
+        "model.lora={r: 4, dropout: 0.3}",
+    ],
+    "validation gradients": ["balancer=MetaWeighting", "gram={params: last_layer, every: 2}"],
+    "replay, patience": ["balancer=FAMO", "evaluate.patience={evaluations: 1, action: freeze, margin: 0.5}"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_goes_on_bit_for_bit(case, tmp_path):
+    yaml = runs.write(tmp_path)
+    settings = ["objective=outside:causal_lm", "engine.zero=1", "evaluate.every=4", "checkpoint.every=5", *CASES[case]]
+    at_once, killed = tmp_path / "at once", tmp_path / "killed"
+    runs.train(yaml, *settings, f"output={at_once}").well()
+    assert runs.train(yaml, *settings, f"output={killed}", MISFORTUNE="kill step 7 0").codes == [-9]
+    runs.train(yaml, *settings, f"output={killed}", resume=True).well()
+    assert runs.untimed(killed) == runs.untimed(at_once)
+    weights = [
+        [line[f"train/{task}/weight"] for task in ("copy", "chat", "prose")]
+        for line in runs.metrics(at_once)
+        if "train/loss" in line
+    ]
+    assert len({tuple(each) for each in weights}) > 3
+
+
+def test_gradients_that_cannot_be_had(tmp_path):
+    yaml = runs.write(tmp_path)
+    ended = runs.train(yaml, "balancer=GradNorm", "gram.params=no_such_layer", f"output={tmp_path / 'run'}")
+    assert (
+        ended.codes == [1] and "gram.params: found 'no_such_layer', which no trainable parameter matches" in ended.err
+    )
+    ended = runs.train(yaml, "balancer=GradNorm", "gram.params=adapter", f"output={tmp_path / 'run'}")
+    assert ended.codes == [1] and "There is no model.lora" in ended.err
+
+
+def test_the_run_ends_when_all_tasks_are_done(tmp_path):
+    yaml = runs.write(tmp_path)
+    # Nothing counts as an improvement but the first loss, so all have stalled at the second pass.
+    patience = "evaluate.patience={evaluations: 1, action: drop, margin: 100.0}"
+    ended = runs.train(yaml, "evaluate.every=3", "balancer=Equal", patience, f"output={tmp_path / 'run'}").well()
+    steps = [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line]
+    assert steps == [0, 1, 2]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000003"
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    for task in ("copy", "chat", "prose"):
+        assert f"{task} is done: its lowest loss is" in ended.err
+    again = runs.train(
+        yaml, "evaluate.every=3", "balancer=Equal", patience, f"output={tmp_path / 'run'}", resume=True
+    ).well()
+    assert [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line] == steps, again.err
