@@ -32,8 +32,10 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any) -> lis
         processes, logs = [], []
         for rank in range(world):
             env = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             }  # fmt: skip
             command = [sys.executable, __file__, str(call), str(Path(folder) / f"{rank}.pickle")]
@@ -51,7 +53,10 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any) -> lis
             for process in processes:
                 process.kill()
                 process.wait()
-        report = "\n".join(f"--- rank {r}, exit {p.returncode}\n{log.read_text()}" for r, (p, log) in enumerate(zip(processes, logs)))
+        report = "\n".join(
+            f"--- rank {rank}, exit {process.returncode}\n{log.read_text()}"
+            for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
+        )
         assert all(process.returncode == 0 for process in processes), report
         return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world)]
 

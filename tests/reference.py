@@ -15,11 +15,11 @@ Example = tuple[np.ndarray, np.ndarray, int]  # token ids (n,), target mask (n,)
 
 @dataclass
 class Trajectory:
-    """Losses (steps, K) in nats per target token, nan = absent; gradient norms (steps,) before clipping; parameters at the end."""
+    """What a run of updates leaves."""
 
-    losses: np.ndarray
-    norms: np.ndarray
-    parameters: dict[str, np.ndarray]
+    losses: np.ndarray  # (steps, K), nats per target token; nan = absent
+    norms: np.ndarray  # (steps,), of the gradient before clipping
+    parameters: dict[str, np.ndarray]  # at the end
 
 
 def example_loss(model: nn.Module, ids: np.ndarray, target: np.ndarray) -> Tensor:
@@ -33,12 +33,12 @@ def task_losses(model: nn.Module, examples: Sequence[Example], k: int) -> tuple[
     """Each task's loss (None = absent) and its number of target tokens."""
     tokens = np.array([sum(int(target.sum()) for _, target, task in examples if task == i) for i in range(k)])
     sums = [sum(example_loss(model, ids, target) for ids, target, task in examples if task == i) for i in range(k)]
-    return [s / int(n) if n else None for s, n in zip(sums, tokens)], tokens
+    return [s / int(n) if n else None for s, n in zip(sums, tokens, strict=True)], tokens
 
 
 def weighted(losses: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
     """sum_k w_k loss_k over the tasks that are present."""
-    return sum(float(w) * loss for w, loss in zip(weights, losses) if loss is not None)
+    return sum(float(w) * loss for w, loss in zip(weights, losses, strict=True) if loss is not None)
 
 
 def gradient(model: nn.Module, examples: Sequence[Example], weights: Sequence[float]) -> dict[str, np.ndarray]:

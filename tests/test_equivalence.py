@@ -1,7 +1,7 @@
 """However a global batch is cut, laid out and sharded, the update is the one a single plain-PyTorch process makes.
 
-Every number here comes from real engines in real process groups. A process group costs seconds to start, so all jobs of one
-world size run in one group, and the tests then compare what the jobs returned with `reference`.
+Every number here comes from real engines in real process groups. A process group costs seconds to start, so all jobs of
+one world size run in one group, and the tests then compare what the jobs returned with `reference`.
 """
 
 import gc
@@ -36,8 +36,8 @@ NAMES = ["apples", "bees", "cedars"]
 PAD = 257  # eos too, and a token that data may hold
 ROW = 64
 
-# Five global batches in cells of example tasks. A cell is a micro-batch where the cut is finest: some lack a task, some have
-# no example at all (the first step's on one of two ranks, as its last), one batch lacks a task, and their number varies.
+# Five global batches in cells of example tasks. A cell is a micro-batch where the cut is finest: some lack a task, some
+# have no example at all (the first step's is one rank's last), one batch lacks a task, and their number varies.
 MIXED = [
     [(0, 1, 0), (1,), (2, 0, 1), ()],
     [(0,), (0, 0, 1)],
@@ -71,7 +71,12 @@ def flat(batch: list[Cell]) -> Cell:
 
 
 def micro_batches(batch: list[Cell], cut: str, packed: bool) -> list[MicroBatch]:
-    """This rank's part of a global batch. cut: "cells" (in turn over the ranks), "merged" (each rank's cells made one), "dealt"."""
+    """This rank's part of a global batch.
+
+    Args:
+        cut: "cells", in turn over the ranks; "merged", each rank's cells made one; "dealt", as `deal` cuts them all.
+        packed: two examples a row (dealt: as many as fit), else one.
+    """
     rank, world = comm.rank(), comm.world()
     if cut == "dealt":
         examples = flat(batch)
@@ -100,7 +105,7 @@ def configuration(folder: str, **overrides: object) -> Config:
 
 
 class Expose(torch.optim.Optimizer):
-    """Overwrites the parameters with their gradients: what an optimizer is handed, without the rounding of a difference."""
+    """Overwrites the parameters with their gradients: what an optimizer is handed, without a difference's rounding."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         super().__init__(parameters, {"lr": 0.0})
@@ -127,7 +132,7 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def start(folder: str, make: type[torch.optim.Optimizer] | None = None, **overrides: object) -> engine.Engine:
-    """A fresh engine. Adapters are filled with seeded noise: the zeros they begin with would hide half of their gradients."""
+    """A fresh engine. Adapters get seeded noise: the zeros they begin with would hide half of their gradients."""
     gc.collect()
     gc.freeze()  # what is alive is mostly modules: leaving them out makes collections, DeepSpeed's too, 20 times faster
     config = configuration(folder, **overrides)
@@ -158,7 +163,9 @@ def update(trained: engine.Engine, batch: list[Cell], weights: Sequence[float], 
     train_step(trained, causal_lm, fetched, np.array(weights), 0.0, NAMES)
 
 
-def train(folder: str, cut: str = "cells", packed: bool = False, by_tokens: bool = False, **overrides: object) -> dict[str, Any]:
+def train(
+    folder: str, cut: str = "cells", packed: bool = False, by_tokens: bool = False, **overrides: object
+) -> dict[str, Any]:
     """Five updates."""
     trained = start(folder, **overrides)
     before = parameters(trained)
@@ -493,9 +500,9 @@ def test_weights_act_where_every_micro_batch_holds_one_task(name, results, folde
     weights = LOUD if name.startswith("loud") else QUIET
     batch = flat(examples_of(PURE)[0])
     own = [reference.gradient(load(folders["llama"]), batch, np.eye(3)[k]) for k in range(3)]
-    wanted = {n: sum(w * g[n] for w, g in zip(weights, own)) for n in own[0]}
+    wanted = {n: sum(w * g[n] for w, g in zip(weights, own, strict=True)) for n in own[0]}
     assert apart(results[name][0]["gradient"], wanted) < 1e-6
-    swapped = {n: sum(w * g[n] for w, g in zip(weights[1::-1] + weights[2:], own)) for n in own[0]}
+    swapped = {n: sum(w * g[n] for w, g in zip(weights[1::-1] + weights[2:], own, strict=True)) for n in own[0]}
     assert apart_together(results[name][0]["gradient"], swapped) > 0.5
 
 
@@ -516,7 +523,8 @@ def test_activation_checkpointing_gives_the_same_gradients(name, results, first_
 
 # --- LoRA
 
-peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+# PEFT asks transformers for it when it adds an adapter.
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def adapted(folder: str, state: dict[str, np.ndarray]) -> torch.nn.Module:
@@ -530,7 +538,9 @@ def adapted(folder: str, state: dict[str, np.ndarray]) -> torch.nn.Module:
 @pytest.mark.parametrize("zero", (2, 3))
 def test_lora(zero, results, folders):
     found = results[f"lora zero {zero}"][0]
-    wanted = reference.train(adapted(folders["llama"], found["before"]), BATCHES, WEIGHTS, RATES["sgd"], optimizer("sgd"))
+    wanted = reference.train(
+        adapted(folders["llama"], found["before"]), BATCHES, WEIGHTS, RATES["sgd"], optimizer("sgd")
+    )
     assert furthest(found["parameters"], wanted.parameters) < 1e-6
     change = {name: np.abs(array).max() for name, array in moved(found).items()}
     assert min(x for name, x in change.items() if "lora_" in name) > 1e-4
@@ -557,7 +567,8 @@ def test_bf16_stays_close_to_fp32(name, results, trajectory):
     found, wanted = results[name][0], trajectory("llama")
     np.testing.assert_allclose(found["losses"], wanted.losses, rtol=1e-3)
     start = results["llama sgd 2x2 zero 2"][0]["before"]
-    assert apart_together(moved(found), {n: wanted.parameters[n] - start[n] for n in start}) < (0.01 if "auto" in name else 0.04)
+    change = {n: wanted.parameters[n] - start[n] for n in start}
+    assert apart_together(moved(found), change) < (0.01 if "auto" in name else 0.04)
     assert found["dtypes"] == {torch.float32 if "auto" in name else torch.bfloat16}
     if "auto" in name:  # and it does compute in bf16
         assert np.nanmax(np.abs(found["losses"] - wanted.losses)) > 1e-4
@@ -565,7 +576,7 @@ def test_bf16_stays_close_to_fp32(name, results, trajectory):
 
 @pytest.mark.parametrize("zero", (1, 2, 3))
 def test_bf16_gradients_add_up_in_fp32(zero, results, first_gradient):
-    """Each micro-batch's gradient is the same bf16 numbers in both cuts; were they added or sent in bf16, the sums would differ."""
+    """A micro-batch's gradient is the same bf16 numbers in both cuts; added or sent in bf16, the sums would differ."""
     whole, parts = (results[f"bf16 gradient {cut} zero {zero}"][0]["gradient"] for cut in ("1x4", "2x2"))
     assert apart(parts, whole) < 1e-6
     assert apart(parts, first_gradient("llama")) < 0.02
@@ -596,7 +607,8 @@ def test_an_error_on_one_rank_ends_both(results):
     one, two = results["one rank fails"]
     assert one["found"][0] == one["found"][1] == ("RankError", "rank 1 failed: KeyError: 'row 7'")
     assert two["found"][0] == two["found"][1] == ("KeyError", "'row 7'")
-    assert (one["found"][2], two["found"][2]) == (("ValueError", "rank 0 is out of rows"), ("ValueError", "rank 1 is out of rows"))
+    for rank, found in enumerate((one, two)):
+        assert found["found"][2] == ("ValueError", f"rank {rank} is out of rows")
     assert (one["then"], two["then"]) == (0, 1)  # and the group still works
     assert (one["sum"], two["sum"]) == (3, 3) and (one["sent"], two["sent"]) == (1, 1)
 
@@ -628,7 +640,8 @@ def test_validation(name, results, folders):
         np.testing.assert_allclose(full.losses, (losses * tokens).sum(1) / tokens.sum(1), rtol=1e-6)
     summary = results[name][0]["full"].summary(NAMES)
     means = (losses * tokens).sum(1) / tokens.sum(1)
-    wanted = dict(zip(NAMES, means)) | {"macro": means.mean(), "worst": means.max(), "token": (losses * tokens).sum() / tokens.sum()}
+    wanted = dict(zip(NAMES, means, strict=True)) | {"macro": means.mean(), "worst": means.max()}
+    wanted["token"] = (losses * tokens).sum() / tokens.sum()
     assert summary == pytest.approx(wanted, rel=1e-6)
 
 

@@ -17,10 +17,10 @@ FLOORS = {
     "mtl.process": 0,  # before torch is imported
     "mtl.config": 1, "mtl.document": 1, "mtl.words": 1, "mtl.spec": 1,
     "mtl.data": 2,
-    "mtl.comm": 3, "mtl.engine": 3, "mtl.gram": 3, "mtl.memory": 3, "mtl.objectives": 3, "mtl.reshard": 3, "mtl.schedule": 3,
-    "mtl.terms": 3,
-    "mtl.card": 4, "mtl.checkpoint": 4, "mtl.export": 4, "mtl.model": 4, "mtl.packing": 4, "mtl.plugins": 4, "mtl.provenance": 4,
-    "mtl.report": 4, "mtl.trackers": 4,
+    "mtl.comm": 3, "mtl.engine": 3, "mtl.gram": 3, "mtl.memory": 3, "mtl.objectives": 3, "mtl.reshard": 3,
+    "mtl.schedule": 3, "mtl.terms": 3,
+    "mtl.card": 4, "mtl.checkpoint": 4, "mtl.export": 4, "mtl.model": 4, "mtl.packing": 4, "mtl.plugins": 4,
+    "mtl.provenance": 4, "mtl.report": 4, "mtl.trackers": 4,
     "mtl.dryrun": 5, "mtl.evaluate": 5, "mtl.integrations": 5, "mtl.patience": 5, "mtl.run": 5, "mtl.step": 5,
     "launch": 6, "mtl.cli": 6,
 }  # fmt: skip

@@ -28,7 +28,7 @@ def terms_of(tokens: list[tuple[float, int]], k: int = K) -> Terms:
 
 def global_loss(tokens: list[tuple[float, int]], weights: list[float]) -> float:
     own = [[loss for loss, task in tokens if task == k] for k in range(K)]
-    return sum(w * sum(mine) / len(mine) for w, mine in zip(weights, own) if mine)
+    return sum(w * sum(mine) / len(mine) for w, mine in zip(weights, own, strict=True) if mine)
 
 
 def test_terms_by_hand():
@@ -123,7 +123,9 @@ def test_causal_lm_is_the_negative_log_probability_of_each_target(packed):
     model = Bigram(6)
     terms = causal_lm(model, collate([pieces[:2], pieces[2:]] if packed else [[p] for p in pieces], 0, packed), 3)
     log_p = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)  # bf16 logits, but the loss in fp32
-    np.testing.assert_allclose(terms.sums.tolist(), [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        terms.sums.tolist(), [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0], rtol=1e-6
+    )
     assert terms.counts.tolist() == [1, 3, 0] and terms.sums.dtype == torch.float32
 
 
@@ -178,7 +180,10 @@ def test_without_a_group_collectives_are_the_identity():
 
 
 def test_fetch_counts_targets_and_positions():
-    rows = [(np.arange(5), np.array([False, True, True, False, True]), 2), (np.arange(3), np.array([False, False, True]), 0)]
+    rows = [
+        (np.arange(5), np.array([False, True, True, False, True]), 2),
+        (np.arange(3), np.array([False, False, True]), 0),
+    ]
     batch = fetch(lambda: [collate([[row] for row in rows], 0, False), collate([], 0, False)], 3)
     assert batch.tokens.tolist() == [1, 0, 3] and batch.tokens.dtype == torch.int64
     assert batch.positions == 2 * 5 + 2 and len(batch.micros) == 2
