@@ -215,7 +215,7 @@ def other_data(yaml: Path, folder: Path) -> Path:
 CHANGES = {
     "tasks": (other_tasks, [], "  tasks: checkpoint ['copy', 'chat', 'prose'], now ['copy', 'chat', 'verse']"),
     "data": (other_data, [], "  tasks.prose.train (content): checkpoint '"),
-    "balancer": (None, ["balancer=Equal"], "method: saved 'CoBa', here 'Equal'"),
+    "balancer": (None, ["balancer=Equal"], "method: saved 'balancers.coba:CoBa', here 'balancers.equal:Equal'"),
     "balancer's settings": (None, ["balancer.window=6"], "Resume with what was saved, or start afresh"),
     "loss weight": (None, ["tasks.copy.loss_weight=2.0"], "loss_weight: saved [1.0, 1.0, 1.0], here [2.0, 1.0, 1.0]"),
     "world size": (None, [], "  world size: checkpoint 1, now 2"),
