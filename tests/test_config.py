@@ -169,7 +169,7 @@ def test_a_config_cannot_be_changed():
 
 @pytest.mark.parametrize(("line", "error"), [
     ("bath: {}", "bath: found an unknown key, wanted model, tasks, mix, batch, train, optimizer, schedule, balancer, "
-                 "objective, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?"),
+                 "gram, objective, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?"),
     ("mix: {lr: 1}", "mix.lr: found an unknown key, wanted shares or temperature. Did you mean optimizer.lr?"),
     ("mix: {xyz: 1}", "mix.xyz: found an unknown key, wanted shares or temperature."),
     ("batch: {tokens: '4096'}", "batch.tokens: found '4096', wanted a whole number >= 1. Remove the quotes."),
@@ -217,6 +217,11 @@ def test_a_config_cannot_be_changed():
                                    "mix.shares: temperature needs it."),
     ("mix: {temperature: 2}", "mix.temperature: found 2, wanted nothing. "
                               "It has no meaning with mix.shares: proportional."),
+    ("gram: {params: adapter}", "gram.params: found adapter, wanted all, last_layer or a regular expression. "
+                                "There is no model.lora."),
+    ("gram: {params: 'a['}", "gram.params: found 'a[', wanted all, last_layer, adapter or a regular expression. "
+                             "As one: unterminated character set at position 1."),
+    ("evaluate: {patience: {}}", "evaluate.patience.evaluations: found nothing, wanted a whole number >= 1."),
     ("checkpoint: {best: false}", "export.which: found best, wanted last or none. "
                                   "With checkpoint.best: false the best one is not kept."),
 ])
@@ -431,7 +436,8 @@ def test_any_text_is_read_or_refused(text):
 def test_resolved_holds_every_key():
     resolved = parse(MINIMAL).resolved()
     assert list(resolved) == list(config.Config.model_fields)
-    assert resolved["evaluate"] == {"every": 100, "tokens": None, "best": "macro", "probe": {"every": 1, "groups": 8}}
+    probe = {"every": 1, "groups": 8}
+    assert resolved["evaluate"] == {"every": 100, "tokens": None, "best": "macro", "probe": probe, "patience": None}
     assert resolved["balancer"] == "CoBa" and resolved["tasks"]["v1.5"]["format"] == {"name": "text", "column": "body"}
     assert resolved["optimizer"]["betas"] == [0.9, 0.999]
 
