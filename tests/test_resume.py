@@ -129,6 +129,21 @@ def test_killed_before_any_checkpoint(yaml, whole):
     assert_same(whole, output)
 
 
+def test_the_best_checkpoint_survives_a_kill(yaml):
+    """It lies before the one resumed from, nothing later is better, and it is what is exported."""
+    diverging = ["optimizer.lr=0.1", "schedule.warmup=12", "evaluate.every=2", "checkpoint.every=4", "checkpoint.keep=1"]
+    output = yaml.parent / "best"
+    assert runs.train(yaml, OURS, *diverging, f"output={output}", MISFORTUNE="kill step 9 0").codes == [-9]
+    ended = runs.train(yaml, OURS, *diverging, f"output={output}", resume=True).well()
+    losses = {line["step"]: line["eval/macro"] for line in runs.metrics(output) if "eval/macro" in line}
+    best = min(losses, key=losses.get)
+    assert best == 6 and newest(output).name == "step-00000012", losses
+    assert f"best model, of step-0000000{best}: " in ended.out
+    kept = {path.name: path for path in (output / "checkpoints").glob("step-*")}
+    assert kept.keys() == {"step-00000006", "step-00000012"}
+    assert (output / "model/model.safetensors").read_bytes() == (kept["step-00000006"] / "model/model.safetensors").read_bytes()
+
+
 def test_a_finished_run_is_exported_again_and_not_trained(yaml, whole):
     before = runs.contents(whole)
     ended = runs.train(yaml, OURS, *SAVING, f"output={whole}", "export.dtype=bf16", resume=True).well()
