@@ -48,7 +48,8 @@ def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings, **_settings(config))
-            return _adapt(model, config, tokenizer)
+            # PEFT gives adapters the base model's dtype, but not on the meta device.
+            return _adapt(model, config, tokenizer).to(_settings(config)["dtype"])
 
 
 def _name(config: Config) -> str:

@@ -146,7 +146,7 @@ def test_offloaded_memory_is_elsewhere(yaml):
     assert any(line.startswith("total, cpu") for line in memory.table(list(found.values())))
 
 
-@pytest.mark.parametrize("settings", [[], ["model.lora={r: 2}"], ["model.precision=bf16"]])
+@pytest.mark.parametrize("settings", [[], ["model.lora={r: 2}"], ["model.precision=bf16", "model.lora={r: 2}"]])
 def test_the_skeleton_is_the_model_without_weights(yaml, settings):
     config, tokenizer, _ = parts(yaml, *settings)
     skeleton, loaded = model.skeleton(config, tokenizer), model.load(config, tokenizer)
