@@ -22,7 +22,6 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_example(name):
-    pytest.importorskip({"with_lightning": "lightning", "with_accelerate": "accelerate"}.get(name, "torch"))
     check = "assert b.step == 30 and b.losses.min() < 4 and abs(b.weights[0] - b.weights[1]) > 1e-3, vars(b)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

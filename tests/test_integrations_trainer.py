@@ -250,7 +250,6 @@ def test_what_is_refused(alone):
 
 
 def test_trl():
-    pytest.importorskip("trl")
     (found,) = run_distributed(sft, 1)
     assert_close(found["tokens"], found["own"], 1e-6)
     assert len(set(found["coba"]["weights"])) == 3

@@ -107,7 +107,6 @@ def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, Any]]:
-    pytest.importorskip("torchjd")
     folder = toys.save(toys.tiny_llama(), tmp_path_factory.mktemp("model"))
     return run_distributed(every_kind, 2, folder)[0]
 
