@@ -3,7 +3,7 @@
 Facts this file rests on (DeepSpeed 0.19.8; the tests measure them again):
 
 - A varying number of micro-batches per step is exact with accumulation 1 in the configuration and the boundary set by hand
-  before each backward. Forgetting it is silently wrong at ZeRO 1-3, so `backward` demands `last`.
+  before each backward. Forgetting it is silently wrong at ZeRO 1 and 2, so `backward` demands `last`.
 - DeepSpeed's defaults clip gradients at 1.0 and accumulate in the model's dtype, so every key that matters is written here.
 - `client_state` hands every rank rank 0's copy, and `latest` is written before the last barrier: neither is used.
 """
@@ -12,6 +12,7 @@ import ctypes
 import io
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -29,7 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from mtl import comm
+from mtl import comm, reshard
 from mtl.config import Config, ConfigError
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -237,9 +238,11 @@ class Engine:
         self.world = comm.world()
         if zero_stage(config) != config.engine.zero:
             say(f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: fp32 master weights for bf16 start there")
+        built, names = optimizer(model), {id(p): n for n, p in model.named_parameters()}
+        self._order = [names[id(p)] for group in built.param_groups for p in group["params"]]
         with redirect_stdout(io.StringIO()):  # it prints memory figures
             self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer(model), config=ds_config(config, self.world), dist_init_required=False
+                model=model, optimizer=built, config=ds_config(config, self.world), dist_init_required=False
             )
         self.module: nn.Module = self._engine.module
         self.device = device()
@@ -303,6 +306,26 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, custom_load_fn=self._read_module)
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint it can load there.")
+
+    def reshard(self, folder: Path, scratch: Path) -> None:
+        """`load` of a checkpoint of another world size or stage, by way of files in `scratch`, a folder that is removed. A collective.
+
+        Raises:
+            ValueError: as `load`, or where the optimizer's state is offloaded to NVMe, which DeepSpeed saves in another form.
+        """
+        if self._engine.zero_nvme_offload_optimizer() or (folder / "offloaded_tensors").exists():
+            raise ValueError(f"{folder}: state offloaded to NVMe goes on with the same number of processes and ZeRO stage only.")
+        comm.together(lambda: _refuse_code(folder))
+        comm.together(lambda: shutil.rmtree(scratch, ignore_errors=True) if comm.rank() == 0 else None)
+        self.save(scratch / "engine")
+        comm.barrier()
+        known = {id(p): name for name, p in self.module.named_parameters()}
+        every = self.module.named_parameters(remove_duplicate=False)
+        aliases = {name: known[id(p)] for name, p in every if p.requires_grad}
+        comm.together(lambda: reshard.fill(folder, scratch / "engine", comm.rank(), self._order, aliases))
+        self.load(scratch / "engine")
+        comm.barrier()  # none still reads
+        comm.together(lambda: shutil.rmtree(scratch) if comm.rank() == 0 else None)
 
     def state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
         """The whole parameters and persistent buffers, on the CPU of rank 0 (elsewhere empty). A collective.
