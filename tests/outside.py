@@ -1,8 +1,8 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
-The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8. First
-word: kill (SIGKILL) or raise (a RuntimeError). Second: where, one of the names in `PLACES`, or "step" (between forward and
-backward). Then the step, and the rank, or "all".
+The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
+First word: kill (SIGKILL) or raise (a RuntimeError). Second: where, one of the names in `PLACES`, or "step" (between
+forward and backward). Then the step, and the rank, or "all".
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Runs of `launch/train.py` on a toy model, started as a user starts them or, in a tenth of the time, by forking.
 
-A run needs seconds to import torch, transformers and DeepSpeed. So one process (this file as a program) imports them once and
-forks for every rank of every run: from there on the program itself runs, in processes that may fail, kill each other or die.
+A run needs seconds to import torch, transformers and DeepSpeed. So one process (this file as a program) imports them
+once and forks for every rank of every run: from there on the program itself runs, in processes that may fail or die.
 """
 
 import functools
@@ -23,7 +23,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "launch" / "train.py"
 TIMEOUT = 240  # seconds
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
 
 YAML = """\
 model: {{name: {folder}/model, precision: fp32}}
@@ -69,7 +74,7 @@ class Ended:
     """How a run ended.
 
     Attributes:
-        codes: exit code of each rank, that of the launcher where there is one; minus the signal's number where one ended it.
+        codes: exit code of each rank, or of the launcher; minus the signal's number where one ended it.
         out, err: what the ranks wrote, in the order of the ranks.
         seconds: from start to end.
     """
@@ -103,16 +108,26 @@ def train(yaml: Path, *overrides: str, world: int = 1, resume: bool = False, **e
     return Ended(json.loads(answer), out, err, time.monotonic() - began)
 
 
-def launch(launcher: Sequence[str], yaml: Path, *overrides: str, resume: bool = False, more: Sequence[str] = (), **environment) -> Ended:
-    """Run the program as a user does. launcher: `deepspeed --num_gpus 2`, `torchrun --nproc_per_node 2`, `python` ..."""
+def launch(
+    launcher: Sequence[str], yaml: Path, *overrides: str, resume: bool = False, more: Sequence[str] = (), **environment
+) -> Ended:
+    """Run the program as a user does. launcher: `deepspeed --num_gpus 2`, `torchrun --nproc_per_node 2`, `python`."""
     name, *options = launcher
-    command = [str(Path(sys.executable).parent / name), *options, str(PROGRAM), *arguments(yaml, overrides, resume), *more]
+    command = [
+        str(Path(sys.executable).parent / name),
+        *options,
+        str(PROGRAM),
+        *arguments(yaml, overrides, resume),
+        *more,
+    ]
     env = {**os.environ, **ENVIRONMENT, **environment, "PYTHONPATH": str(Path(__file__).parent)}
     env.pop("OMP_NUM_THREADS")  # the program's own business, as for a user
     began = time.monotonic()
     out, err = (yaml.parent / f"launch.{end}" for end in ("out", "err"))
     with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True
+        )
         try:
             process.wait(TIMEOUT)
         finally:
@@ -154,7 +169,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @functools.cache
 def _server() -> subprocess.Popen:
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def _serve() -> None:
@@ -186,7 +203,8 @@ def _fork(rank: int, job: dict[str, Any]) -> int:
             file = os.open(f"{job['folder']}/{rank}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"]), "LOCAL_WORLD_SIZE": str(job["world"]),
+            **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
+            **{name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), **job["environment"],
         }  # fmt: skip
         sys.argv = [str(PROGRAM), *job["arguments"]]

@@ -1,4 +1,4 @@
-"""The program as a user starts it: by every launcher, to an exported model; and an error of one rank, which ends all."""
+"""The program as a user starts it: by every launcher, to an exported model; an error of one rank, which ends all."""
 
 import ast
 import re
@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runs
 from mtl import plugins
 
 STEPS = ["train.steps=4", "evaluate.every=2", "checkpoint.every=null"]
@@ -65,7 +65,9 @@ def test_plain_python_gives_the_same_losses(yaml, launched):
             assert one[tag] == pytest.approx(two[tag], rel=1e-4, abs=1e-6), (one["step"], tag)
 
 
-@pytest.mark.parametrize("given", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]])
+@pytest.mark.parametrize(
+    "given", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]]
+)
 def test_what_launchers_append_is_accepted(monkeypatch, given):
     program = runpy.run_path(str(runs.PROGRAM))
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.yaml", *given])
@@ -141,7 +143,9 @@ def test_every_yaml_that_ships_is_read(path):
 
 
 def test_the_yaml_of_the_readme_is_read(tmp_path):
-    for n, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", (runs.ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)):
+    for n, text in enumerate(
+        re.findall(r"^```yaml\n(.*?)^```", (runs.ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    ):
         path = tmp_path / f"{n}.yaml"
         path.write_text(text)
         if re.search(r"^tasks:", text, re.MULTILINE):

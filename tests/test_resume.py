@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import runs
 from mtl.engine import _refuse_code
 
 OURS = "objective=outside:causal_lm"  # the usual one, from a module that can kill
@@ -29,9 +29,13 @@ def newest(output: Path) -> Path:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Two runs left the same numbers: every logged line, every tensor of the last checkpoint and of the exported model."""
+    """Two runs left the same numbers: every logged line, every tensor of the last checkpoint and the exported model."""
     assert runs.untimed(one) == runs.untimed(other)
-    for file in ("model/*.safetensors", "checkpoints/step-00000012/model/*.safetensors", "checkpoints/step-00000012/state.safetensors"):
+    for file in (
+        "model/*.safetensors",
+        "checkpoints/step-00000012/model/*.safetensors",
+        "checkpoints/step-00000012/state.safetensors",
+    ):
         tensors = [load_file(next(run.glob(file))) for run in (one, other)]
         assert tensors[0].keys() == tensors[1].keys() and tensors[0]
         for name, tensor in tensors[0].items():
@@ -68,12 +72,17 @@ def test_killed_in_the_middle_of_a_step(yaml, case):
     runs.train(yaml, *settings, f"output={at_once}", world=world, **expected).well()
     assert_each_step_once(at_once)
     saved_after = next(line for line in runs.metrics(at_once) if line["step"] == resumed - 1 and "train/loss" in line)
-    assert len({value for tag, value in saved_after.items() if tag.endswith("/weight")}) == 3, "CoBa is past its warm-up"
+    assert len({value for tag, value in saved_after.items() if tag.endswith("/weight")}) == 3, (
+        "CoBa is past its warm-up"
+    )
 
     died = runs.train(yaml, *settings, f"output={killed}", world=world, MISFORTUNE=f"kill step 7 {world - 1}")
     assert died.codes == [-9] * world
     assert newest(killed).name == f"step-{resumed:08d}"
-    assert runs.metrics(killed)[-1]["step"] == 6 and runs.untimed(killed) == runs.untimed(at_once)[: len(runs.metrics(killed))]
+    assert (
+        runs.metrics(killed)[-1]["step"] == 6
+        and runs.untimed(killed) == runs.untimed(at_once)[: len(runs.metrics(killed))]
+    )
 
     ended = runs.train(yaml, *settings, f"output={killed}", world=world, resume=True, **expected).well()
     assert f"resuming from {newest(killed).parent / f'step-{resumed:08d}'}" in ended.err
@@ -131,7 +140,13 @@ def test_killed_before_any_checkpoint(yaml, whole):
 
 def test_the_best_checkpoint_survives_a_kill(yaml):
     """It lies before the one resumed from, nothing later is better, and it is what is exported."""
-    diverging = ["optimizer.lr=0.1", "schedule.warmup=12", "evaluate.every=2", "checkpoint.every=4", "checkpoint.keep=1"]
+    diverging = [
+        "optimizer.lr=0.1",
+        "schedule.warmup=12",
+        "evaluate.every=2",
+        "checkpoint.every=4",
+        "checkpoint.keep=1",
+    ]
     output = yaml.parent / "best"
     assert runs.train(yaml, OURS, *diverging, f"output={output}", MISFORTUNE="kill step 9 0").codes == [-9]
     ended = runs.train(yaml, OURS, *diverging, f"output={output}", resume=True).well()
@@ -141,7 +156,9 @@ def test_the_best_checkpoint_survives_a_kill(yaml):
     assert f"best model, of step-0000000{best}: " in ended.out
     kept = {path.name: path for path in (output / "checkpoints").glob("step-*")}
     assert kept.keys() == {"step-00000006", "step-00000012"}
-    assert (output / "model/model.safetensors").read_bytes() == (kept["step-00000006"] / "model/model.safetensors").read_bytes()
+    assert (output / "model/model.safetensors").read_bytes() == (
+        kept["step-00000006"] / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_a_finished_run_is_exported_again_and_not_trained(yaml, whole):
