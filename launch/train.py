@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from mtl import process
+from mtl.cli import options
 
 process.settle()  # before torch is imported
 
@@ -29,12 +30,8 @@ from mtl.spec import resolve
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="the experiment's YAML")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in optimizer.lr=1e-5")
+    options(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
-    parser.add_argument(
-        "--allow-code", action="append", default=[], metavar="PACKAGE", help="a package whose code the YAML may name"
-    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
     return parser.parse_args()
 
@@ -77,7 +74,8 @@ def main() -> None:
     balancer = resolve(config, "balancer", plugins.BALANCER, args.allow_code)()
     holder = Holder(balancer, names, [task.loss_weight for task in config.tasks.values()])
     differentiated = gram.supply(holder.balancer.needs, trained.module, config)
-    checkpoints = Checkpoints(output, config.checkpoint.keep, provenance.identity(config, tasks, world), tokenizer)
+    layout = {"processes": world, "zero": engine.zero_stage(config)}
+    checkpoints = Checkpoints(output, config.checkpoint.keep, provenance.identity(config, tasks), tokenizer, layout, say)
     state = RunState()
     if args.resume:
         found = checkpoints.latest()

@@ -18,6 +18,7 @@ Data order, learning rate and randomness are functions of seed, step and rank: n
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ class Checkpoints:
         keep: how many of the newest checkpoints stay; the best one stays beside them.
         identity: what a run must share with a checkpoint to go on from it exactly: dotted name -> plain value.
         tokenizer: goes with every exported model.
+        layout: {"processes": ..., "zero": ...}: how the engine's state is cut. Another one is no obstacle.
+        say: takes what is done otherwise than asked for.
 
     Attributes:
         best: name of the best checkpoint's folder so far.
@@ -104,6 +107,8 @@ class Checkpoints:
     keep: int
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
+    layout: dict[str, int]
+    say: Callable[[str], None] = lambda text: None
     best: str | None = field(default=None, init=False)
 
     @property
@@ -129,6 +134,7 @@ class Checkpoints:
                 arrays |= {f"balancer.{k}": v for k, v in held["arrays"].items()}
                 save_file({k: np.array(v, order="C") for k, v in arrays.items()}, folder / "state.safetensors")
                 record = {"format": FORMAT, "run": plain, "best": self.best, "balancer": held["meta"], "identity": self.identity}
+                record["layout"] = self.layout
                 write_json(folder / "state.json", record)
 
         comm.together(write)  # every shard is on disk when this returns
@@ -139,7 +145,7 @@ class Checkpoints:
         """Continue from the newest complete checkpoint; there must be one. A collective.
 
         Raises:
-            CheckpointError: it is of other tasks, data, batches, model or world. Nothing has been touched.
+            CheckpointError: it is of other tasks, data, batches or model. Nothing has been touched.
             ValueError: it is of another balancer.
         """
         folder = self.latest()
@@ -149,7 +155,12 @@ class Checkpoints:
         arrays = comm.together(lambda: load_file(folder / "state.safetensors"))
         mine = {k.removeprefix("balancer."): v for k, v in arrays.items() if k.startswith("balancer.")}
         holder.load_state_dict({"meta": record["balancer"], "arrays": mine})
-        engine.load(folder / "engine")
+        if record["layout"] == self.layout:
+            engine.load(folder / "engine")
+        else:
+            old, new = (f"ZeRO {one['zero']} (processes: {one['processes']})" for one in (record["layout"], self.layout))
+            self.say(f"{folder.name} is of {old}; its parameters and optimizer state are cut anew for {new}")
+            engine.reshard(folder / "engine", self.folder / ".resharded")
         self.best = record["best"]
         return RunState(**record["run"], **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")})
 

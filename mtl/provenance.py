@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "peft", "accelerat
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
     "model.name", "model.revision", "model.precision", "model.lora", "objective", "mix", "batch.examples", "train", "optimizer",
-    "schedule", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram", "engine.zero",
+    "schedule", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
 )  # fmt: skip
 
 
@@ -37,10 +37,10 @@ def record(config: Config, tasks: list[TaskData], steps: int, world: int) -> dic
     }
 
 
-def identity(config: Config, tasks: list[TaskData], world: int) -> dict[str, Any]:
+def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
     """Name to plain value: what a checkpoint and the run that goes on from it must share."""
     resolved = config.resolved()
-    same: dict[str, Any] = {"world size": world}
+    same: dict[str, Any] = {}
     for path in DECIDES:
         value: Any = resolved
         for key in path.split("."):
