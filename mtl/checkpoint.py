@@ -165,9 +165,22 @@ class Checkpoints:
         return RunState(**record["run"], **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")})
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """The newest complete checkpoint; None where there is none yet.
+
+        Raises:
+            CheckpointError: what `latest` names is gone, or was changed by hand.
+        """
         pointer = self.folder / "latest"
-        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+        if not pointer.is_file():
+            return None
+        folder = self.folder / pointer.read_text(encoding="utf-8").strip()
+        if not (folder / "state.json").is_file():
+            others = sorted(path.parent.name for path in self.folder.glob("step-*/state.json"))
+            move = f"Write one of {others} into it." if others else "There is none: start anew in another `output:` folder."
+            raise CheckpointError(
+                f"{pointer}: found {folder.name}, wanted the name of a complete checkpoint: {folder}/state.json does not exist. {move}"
+            )
+        return folder
 
     def exported(self, which: str) -> Path:
         """The checkpoint to export: "best" (the last one, where none was better than the start) or "last"."""
