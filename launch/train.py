@@ -4,6 +4,7 @@ Builds everything top to bottom and runs it. Also starts under torchrun, and alo
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def main() -> None:
         if rank == 0:
             print(text, file=sys.stderr, flush=True)
 
+    identity = provenance.identity(config, tasks)
+    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
     mix = mix_for(config, tasks)
     steps = steps_of(config, mix)
     for task, share in zip(tasks, mix.shares, strict=True):
@@ -75,39 +78,46 @@ def main() -> None:
     holder = Holder(balancer, names, [task.loss_weight for task in config.tasks.values()])
     differentiated = gram.supply(holder.balancer.needs, trained.module, config)
     layout = {"processes": world, "zero": engine.zero_stage(config)}
-    checkpoints = Checkpoints(output, config.checkpoint.keep, provenance.identity(config, tasks), tokenizer, layout, say)
+    checkpoints = Checkpoints(output, config.checkpoint.keep, identity, tokenizer, layout, say)
     state = RunState()
     if args.resume:
-        found = checkpoints.latest()
-        state = checkpoints.load(trained, holder) if found else state
+        found = comm.together(checkpoints.latest)
+        comm.same(str(found and found.name), "newest checkpoint")
+        if found:
+            state = checkpoints.load(trained, holder)
+        else:
+            comm.together(checkpoints.check_beginning)
         say(f"resuming from {found}" if found else f"--resume: no complete checkpoint in {output}; starting at step 0")
 
-    sinks: list[trackers.Tracker] = []
-    if rank == 0:
+    def begin() -> list[trackers.Tracker]:
+        if rank > 0:
+            return []
         output.mkdir(parents=True, exist_ok=True)
-        name = f"run.resumed-{state.step:08d}.json" if args.resume else "run.json"
-        write_json(output / name, provenance.record(config, tasks, steps, world))
+        name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
+        write_json(output / name, provenance.record(config, tasks, steps, world, identity))
         trackers.cut_metrics(output, state.metrics_bytes)
-        sinks = [
-            resolve(config, ("trackers", str(i)), plugins.TRACKER, args.allow_code)(output=output, steps=steps, start=state.step)
-            for i in range(len(config.trackers))
-        ]
+        settings = {"output": output, "steps": steps, "start": state.step}
+        paths = [("trackers", str(i)) for i in range(len(config.trackers))]
+        sinks = [resolve(config, path, plugins.TRACKER, args.allow_code)(**settings) for path in paths]
         if not any(isinstance(sink, trackers.Jsonl) for sink in sinks):  # always: the table below and resume read it
-            sinks.append(trackers.Jsonl(output=output, steps=steps, start=state.step))
+            sinks.append(trackers.Jsonl(**settings))
+        return sinks
 
-    objective = resolve(config, "objective", plugins.OBJECTIVE, args.allow_code)
-    parts = Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks, differentiated)
-    state = run(parts, state)
-
-    for sink in sinks:
-        sink.close()
-    batches.close()
-    if rank == 0:
-        print(report.table(report.read(output)), flush=True)
-        if config.export.which != "none":
+    def end() -> None:
+        for sink in sinks:
+            sink.close()
+        if rank == 0:
+            print(report.table(report.read(output)), flush=True)
+        if rank == 0 and config.export.which != "none":
             source = checkpoints.exported(config.export.which)
             print(f"{config.export.which} model, of {source.name}: {export(source, output / 'model', config.export.dtype)}")
-    comm.barrier()
+
+    sinks = comm.together(begin)
+    objective = resolve(config, "objective", plugins.OBJECTIVE, args.allow_code)
+    parts = Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks, differentiated)
+    run(parts, state)
+    batches.close()
+    comm.together(end)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
         step-00000120/
           engine/                  DeepSpeed's shards: weights, optimizer
           model/                   the model (or adapter) as a Hugging Face folder, for use right away
-          state.json               step, best so far, kept list, balancer, identity
+          state.json               step, best so far, balancer, identity, layout (processes and ZeRO stage)
           state.safetensors        the balancer's arrays, initial validation losses, last train losses
       model/                       the exported model, at the end
 
@@ -32,6 +32,7 @@ from mtl import comm, model
 from mtl.engine import Engine
 
 FORMAT = 1
+SCRATCH = ".resharded"
 
 
 class CheckpointError(ValueError):
@@ -122,6 +123,8 @@ class Checkpoints:
         """
         name = f"step-{state.step:08d}"
         folder = self.folder / name
+        # A run killed while it wrote this very step may have left files, of other processes too.
+        comm.together(lambda: shutil.rmtree(folder, ignore_errors=True) if comm.rank() == 0 else None)
         engine.save(folder / "engine")
         model.export(engine, self.tokenizer, folder / "model")
         self.best = name if is_best else self.best
@@ -151,7 +154,7 @@ class Checkpoints:
         folder = self.latest()
         assert folder is not None, "ask latest() first"
         record = comm.together(lambda: json.loads((folder / "state.json").read_text()))
-        self._check(record, folder)
+        comm.together(lambda: self._check(record, folder))
         arrays = comm.together(lambda: load_file(folder / "state.safetensors"))
         mine = {k.removeprefix("balancer."): v for k, v in arrays.items() if k.startswith("balancer.")}
         holder.load_state_dict({"meta": record["balancer"], "arrays": mine})
@@ -160,9 +163,16 @@ class Checkpoints:
         else:
             old, new = (f"ZeRO {one['zero']} (processes: {one['processes']})" for one in (record["layout"], self.layout))
             self.say(f"{folder.name} is of {old}; its parameters and optimizer state are cut anew for {new}")
-            engine.reshard(folder / "engine", self.folder / ".resharded")
+            shards = record["layout"]["processes"] if record["layout"]["zero"] else 0
+            engine.reshard(folder / "engine", self.folder / SCRATCH, shards)
         self.best = record["best"]
         return RunState(**record["run"], **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")})
+
+    def check_beginning(self) -> None:
+        """Raise CheckpointError where a run that was stopped before its first checkpoint was another one."""
+        beginning = self.output / "run.json"
+        if beginning.is_file():
+            self._check(json.loads(beginning.read_text(encoding="utf-8")), beginning)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None where there is none yet.
@@ -206,6 +216,7 @@ class Checkpoints:
         for folder in folders:
             if folder not in kept:
                 shutil.rmtree(self.folder / folder)
+        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)  # of a run killed while it cut its state anew
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 Tensors may live on any device: under a GPU-only backend they are moved there and back.
 """
 
+import hashlib
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
@@ -68,6 +69,22 @@ def together(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     raise RankError("; ".join(f"rank {r} failed: {text}" for r, text in enumerate(texts) if text))
+
+
+def same(text: str, what: str) -> None:
+    """Agree that every rank holds the same text. A collective.
+
+    Raises:
+        ValueError: on the ranks that hold another one than rank 0; RankError on the others.
+    """
+    mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    first = broadcast_(torch.tensor([mine]))
+
+    def check() -> None:
+        if int(first) != mine:
+            raise ValueError(f"rank {rank()} has another {what} than rank 0. Here: {text[:1000]}")
+
+    together(check)
 
 
 def _on_backend_device(tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:

@@ -286,7 +286,7 @@ class Checkpoint(Section):
     """What is kept to resume from."""
 
     every: Count | None = None
-    """Optimizer steps between checkpoints; null: at the end only."""
+    """Optimizer steps between checkpoints, besides those at a new best and at the end; null: these only."""
     keep: Count = 2
     """Checkpoints kept, the newest ones."""
     best: bool = True

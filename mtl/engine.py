@@ -248,6 +248,7 @@ class Engine:
         self.device = device()
         self.frozen = [n for n, p in self.module.named_parameters() if not p.requires_grad]
         self._autocast = config.model.precision == "bf16_autocast"
+        self._stage = zero_stage(config)
 
     def forward(self, **inputs: Any) -> Any:
         """The training forward, through DeepSpeed."""
@@ -273,13 +274,20 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float | None:
-        """Update the parameters with learning rate `lr`. Returns the global gradient norm before clipping, where known."""
+    def step(self, lr: float) -> float:
+        """Update the parameters with learning rate `lr`; not where the gradient is not finite.
+
+        Returns: the global gradient norm before clipping.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if not self._stage:  # there DeepSpeed computes no norm, and would step whatever the gradient
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            if norm.isfinite():
+                self._engine.step()
+            return float(norm)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return float(self._engine.get_global_grad_norm())
 
     def train(self) -> None:
         self._engine.train()
@@ -302,20 +310,23 @@ class Engine:
         Raises:
             ValueError: a file is missing, holds anything but tensors and plain data, or is of another model.
         """
-        comm.together(lambda: _refuse_code(folder))
+        comm.together(lambda: _refuse(folder, self.world if self._stage else 0))
         path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, custom_load_fn=self._read_module)
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint it can load there.")
 
-    def reshard(self, folder: Path, scratch: Path) -> None:
+    def reshard(self, folder: Path, scratch: Path, shards: int) -> None:
         """`load` of a checkpoint of another world size or stage, by way of files in `scratch`, a folder that is removed. A collective.
+
+        Args:
+            shards: processes that wrote optimizer state into `folder`; 0 at ZeRO 0.
 
         Raises:
             ValueError: as `load`, or where the optimizer's state is offloaded to NVMe, which DeepSpeed saves in another form.
         """
         if self._engine.zero_nvme_offload_optimizer() or (folder / "offloaded_tensors").exists():
             raise ValueError(f"{folder}: state offloaded to NVMe goes on with the same number of processes and ZeRO stage only.")
-        comm.together(lambda: _refuse_code(folder))
+        comm.together(lambda: _refuse(folder, shards))
         comm.together(lambda: shutil.rmtree(scratch, ignore_errors=True) if comm.rank() == 0 else None)
         self.save(scratch / "engine")
         comm.barrier()
@@ -363,10 +374,15 @@ _EXPECTED_GLOBALS = {
 }
 
 
-def _refuse_code(folder: Path) -> None:
+def _refuse(folder: Path, shards: int) -> None:
+    """Raise ValueError for a checkpoint that is not whole, or that could run code."""
     files = sorted(folder.glob("*.pt"))
-    if not files:
-        raise ValueError(f"{folder}: no DeepSpeed checkpoint files (*.pt) there.")
+    found = sum("zero_pp_rank_" in file.name and file.name.endswith("_optim_states.pt") for file in files)
+    if not files or found != shards:
+        raise ValueError(
+            f"{folder}: found {len(files)} DeepSpeed files (*.pt), {found} of them with optimizer state, wanted that of {shards} "
+            "processes: the checkpoint is not whole."
+        )
     for file in files:
         if not is_zipfile(file):
             raise ValueError(f"{file}: no file that torch.save writes (a zip archive); it may be damaged, and is refused.")
@@ -376,8 +392,3 @@ def _refuse_code(folder: Path) -> None:
                 f"{file}: holds {foreign}, which DeepSpeed never writes and which could run code when loaded. "
                 "Load checkpoints from sources you trust only; this one is refused."
             )
-
-
-def zero_partitioned(module: nn.Module) -> bool:
-    """Whether ZeRO 3 holds the module's parameters in parts."""
-    return any(hasattr(p, "ds_id") for p in module.parameters())

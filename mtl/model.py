@@ -208,6 +208,4 @@ def _add_lora(model: nn.Module, config: Config) -> nn.Module:
     except ValueError as e:
         names = sorted({n.rsplit(".", 1)[-1] for n, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise ModelError(f"{config.where('model.lora')}: model.lora: {e} Linear modules of this model: {names}.") from e
-    if config.model.activation_checkpointing:
-        adapted.enable_input_require_grads()
     return adapted

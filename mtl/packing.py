@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl import comm
 from mtl.config import Config, ConfigError
 from mtl.data.collate import collate
 from mtl.engine import Engine
@@ -72,13 +73,15 @@ def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str],
     if wanted is False:
         return False
     found = measure(engine, vocabulary)
+    # Ranks on unlike hardware may differ about a borderline case, and must not pack unlike.
+    holds = not comm.sum_(torch.tensor([float(not found.holds)])).item()
     figures = f"packed differs from apart by {found.apart:.1e}, leak {found.leak:.1e} (of the largest logit)"
     name = type(engine.module).__name__
-    if not found.holds and wanted is True:
+    if not holds and wanted is True:
         hint = f"{name} lets packed sequences see each other: {figures}."
         raise ConfigError([config.error("batch.packing", "true", "auto or false", hint)])
-    say(f"batches are packed: {figures}" if found.holds else f"batches are padded, because {name} does not isolate: {figures}")
-    return found.holds
+    say(f"batches are packed: {figures}" if holds else f"batches are padded, because {name} does not isolate: {figures}")
+    return holds
 
 
 def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:

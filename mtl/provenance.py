@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mtl.checkpoint import FORMAT
 from mtl.config import Config
 from mtl.data.encoded import TaskData
 
@@ -14,13 +15,16 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "peft", "accelerat
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
     "model.name", "model.revision", "model.precision", "model.lora", "objective", "mix", "batch.examples", "train", "optimizer",
-    "schedule", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
+    "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
 )  # fmt: skip
 
 
-def record(config: Config, tasks: list[TaskData], steps: int, world: int) -> dict[str, Any]:
+def record(
+    config: Config, tasks: list[TaskData], steps: int, world: int, identity: dict[str, Any]
+) -> dict[str, Any]:
     """Everything needed to say later what this run was."""
     return {
+        "format": FORMAT,
         "command": sys.argv,
         "config": config.resolved(),
         "steps": steps,
@@ -34,6 +38,7 @@ def record(config: Config, tasks: list[TaskData], steps: int, world: int) -> dic
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git": _git_revision(),
+        "identity": identity,
     }
 
 

@@ -80,6 +80,7 @@ def run(parts: Parts, state: RunState) -> RunState:
         now = time.monotonic()
         values = _train_values(names, weights, report, batch, parts.holder)
         values["train/lr"] = lr
+        values["train/target_tokens"] = state.target_tokens
         values["train/tokens_per_second"] = int(batch.tokens.sum()) / (now - began)
         values["time/step_seconds"] = now - began
         values["time/left_seconds"] = (now - started) / (state.step - first) * (parts.steps - state.step)
@@ -135,7 +136,7 @@ def _weigh(parts: Parts, state: RunState, batch: GlobalBatch) -> np.ndarray:
         signals["valid_base"] = Validation(state.base_sums, state.base_tokens).group(group)
         signals["valid_group"] = group
     if (Signal.GRAM | Signal.VALID_GRAM) & needs and t % gram_every == 0:
-        signals |= _products(parts, t, group)
+        signals |= _products(parts, t, t // gram_every % parts.cut.groups)
 
     weights = torch.zeros(len(parts.names), dtype=torch.float64)
     if comm.together(lambda: parts.holder.update(Signals(**signals)) if comm.rank() == 0 else None) is not None:
@@ -173,8 +174,7 @@ def _train_values(
         values[f"train/{name}/weight"] = float(weights[i])
         values[f"train/{name}/tokens"] = int(batch.tokens[i])
     values["train/positions"] = batch.positions
-    if report.grad_norm is not None:
-        values["train/grad_norm"] = report.grad_norm
+    values["train/grad_norm"] = report.grad_norm
     method = type(holder.balancer).__name__.lower()
     for what, array in holder.explain.items():
         if np.ndim(array) == 0:

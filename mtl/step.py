@@ -39,11 +39,11 @@ class StepReport:
 
     Attributes:
         losses: (K,) float64, nats per target token over the global batch; nan where the task is absent.
-        grad_norm: global gradient norm before clipping; None where DeepSpeed does not compute it.
+        grad_norm: global gradient norm before clipping.
     """
 
     losses: np.ndarray
-    grad_norm: float | None
+    grad_norm: float
 
 
 def fetch(micros: Callable[[], list[MicroBatch]], k: int) -> GlobalBatch:
@@ -72,7 +72,7 @@ def train_step(
         names: the K tasks' names, for errors.
 
     Raises:
-        NonFinite: on every rank; for a loss before the update, for a gradient norm after it.
+        NonFinite: on every rank, for a loss or a gradient. The parameters are as they were.
     """
     k, last = len(names), len(batch.micros) - 1
     tokens, weights = batch.tokens.to(engine.device), torch.as_tensor(weights).to(engine.device)
@@ -88,8 +88,8 @@ def train_step(
     if bad:
         raise NonFinite(f"the loss of {', '.join(bad)} is not finite. The parameters were not updated. {_ADVICE}")
     grad_norm = engine.step(lr)
-    if grad_norm is not None and not np.isfinite(grad_norm):
-        raise NonFinite(f"the gradient norm is {grad_norm}: this update has spoiled the parameters. {_ADVICE}")
+    if not np.isfinite(grad_norm):
+        raise NonFinite(f"the gradient norm is {grad_norm}. The parameters were not updated. {_ADVICE}")
     return StepReport(losses, grad_norm)
 
 

@@ -92,8 +92,9 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ValueError("trackers: tensorboard is not installed: pip install 'coba-mtl[tensorboard]'.") from e
-        # Events at or after `start` are of the run that was cut off there.
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start)
+        # Events after `start` are of the run that was cut off there. Those at it stay, or its validation would be lost: a
+        # resumed run does not repeat it. The training events of that step then stand twice, with the same numbers.
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mtl import model, objectives
@@ -47,8 +48,12 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "shards": (Engine, "save", lambda engine, folder: _is_due(folder.parent.name)),
     "model": (model, "export", lambda trained, tokenizer, folder: _is_due(folder.parent.name)),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
-    "prune": (shutil, "rmtree", lambda path, **_: (path.parent / "latest").read_text() == f"step-{int(STEP):08d}"),
+    "prune": (shutil, "rmtree", lambda path, **_: _is_pointed_at(path.parent / "latest")),
 }
+
+
+def _is_pointed_at(pointer: Path) -> bool:
+    return pointer.is_file() and _is_due(pointer.read_text())
 
 
 def _is_due(name: str) -> bool:

@@ -231,14 +231,17 @@ def nudge(folder: str, **overrides: object) -> dict[str, Any]:
     return {"before": before, "once": once, "after": parameters(trained)}
 
 
-def spoiled(folder: str, value: float, **overrides: object) -> dict[str, Any]:
-    """One task's loss is not finite, on the last rank alone."""
+def spoiled(folder: str, value: float | None, **overrides: object) -> dict[str, Any]:
+    """One task's loss is `value`, on the last rank alone; None: the loss is as it was, but its gradient is infinite."""
     trained = start(folder, **overrides)
     before = parameters(trained)
 
     def objective(forward: Callable, batch: MicroBatch, k: int) -> Terms:
         terms = causal_lm(forward, batch, k)
         ill = (torch.arange(k) == NAMES.index("bees")) & (terms.counts > 0) & (comm.rank() == comm.world() - 1)
+        if value is None:
+            terms.sums.register_hook(lambda gradient: torch.where(ill, math.inf, gradient))
+            return terms
         return Terms(torch.where(ill, value, terms.sums), terms.counts)
 
     fetched = fetch(lambda: micro_batches(examples_of(MIXED)[0], "cells", False), len(NAMES))
@@ -247,6 +250,17 @@ def spoiled(folder: str, value: float, **overrides: object) -> dict[str, Any]:
     except NonFinite as e:
         error = str(e)
     return {"error": error, "before": before, "after": parameters(trained)}
+
+
+def same(_: str) -> list[str]:
+    found = []
+    for text in ("the same", f"order of {comm.rank()}"):
+        try:
+            comm.same(text, "order")
+            found.append("agreed")
+        except (ValueError, comm.RankError) as e:
+            found.append(f"{type(e).__name__}: {e}")
+    return found
 
 
 def one_rank_fails(_: str) -> dict[str, Any]:
@@ -341,6 +355,7 @@ for z in STAGES:
     job(f"clip zero {z}", train, engine__zero=z, optimizer__clip=CLIP)
     job(f"quiet zero {z}", gradient, batches=PURE, weights=QUIET, engine__zero=z)
     job(f"nan zero {z}", spoiled, value=math.nan, engine__zero=z)
+    job(f"steep zero {z}", spoiled, value=None, engine__zero=z)
 for z in (2, 3):
     job(f"lora zero {z}", train, engine__zero=z, **LORA)
     job(f"lora gradient zero {z}", gradient, engine__zero=z, **LORA)
@@ -358,6 +373,7 @@ for z in (1, 2, 3):
 job("bf16 zero 0", train, engine__zero=0, **BF16)
 job("autocast zero 2", train, engine__zero=2, model__precision="bf16_autocast")
 job("one rank fails", one_rank_fails)
+job("same", same)
 for n, z in ((1, 2), (2, 2), (2, 3)):
     for p in (False, True):
         job(f"validation {n} {'packed' if p else 'padded'} zero {z}", validate, world=n, packed=p, engine__zero=z)
@@ -460,7 +476,7 @@ def test_five_sgd_updates(name, results, trajectory):
     assert furthest(results[name][0]["parameters"], wanted.parameters) < 1e-6
     assert furthest(results[name][0]["parameters"], results[name][0]["before"]) > 1e-2
     for found, norm in zip(results[name][0]["norms"], wanted.norms, strict=True):
-        assert found is None if name.endswith("zero 0") else math.isclose(found, norm, rel_tol=1e-6)
+        assert math.isclose(found, norm, rel_tol=1e-6)
 
 
 def test_a_task_that_is_absent_from_the_batch_has_no_loss(results):
@@ -491,7 +507,7 @@ def test_clipping(zero, results, trajectory):
     assert wanted.norms.min() > 2 * CLIP  # it is in force
     assert furthest(found["parameters"], wanted.parameters) < 1e-6
     for mine, norm in zip(found["norms"], wanted.norms, strict=True):  # before clipping
-        assert mine is None if zero == 0 else math.isclose(mine, norm, rel_tol=1e-6)
+        assert math.isclose(mine, norm, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("name", named("loud") + named("quiet"))
@@ -601,6 +617,19 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_both_before_the_update(name,
     for rank in results[name]:
         assert f"the loss of bees ({value}) is not finite" in rank["error"]
     assert furthest(results[name][0]["after"], results[name][0]["before"]) == 0
+
+
+@pytest.mark.parametrize("name", named("steep"))
+def test_a_gradient_that_is_not_finite_ends_both_without_an_update(name, results):
+    for rank in results[name]:
+        assert rank["error"].startswith(("the gradient norm is nan.", "the gradient norm is inf."))
+    assert furthest(results[name][0]["after"], results[name][0]["before"]) == 0
+
+
+def test_other_texts_on_other_ranks_are_noticed(results):
+    one, two = results["same"]
+    assert one == ["agreed", "RankError: rank 1 failed: ValueError: rank 1 has another order than rank 0. Here: order of 1"]
+    assert two == ["agreed", "ValueError: rank 1 has another order than rank 0. Here: order of 1"]
 
 
 def test_an_error_on_one_rank_ends_both(results):

@@ -29,6 +29,7 @@ def test_every_page_the_readme_links_to_exists():
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
     missing = [target for target in targets if not (Path(__file__).parent.parent / target).exists()]
     assert targets and not missing
+    assert "@@" not in README, "a figure still to be filled in"
 
 
 def test_the_quickstarts_configurations_differ_in_the_balancer_and_the_folder_only():

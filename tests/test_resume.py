@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import runs
-from mtl.engine import _refuse_code
+from mtl.engine import _refuse
 
 OURS = "objective=outside:causal_lm"  # the usual one, from a module that can kill
 LORA = ["model.lora.r=4", "model.lora.dropout=0.3"]
@@ -138,6 +138,27 @@ def test_killed_before_any_checkpoint(yaml, whole):
     assert_same(whole, output)
 
 
+def test_a_run_stopped_before_any_checkpoint_goes_on_as_itself_only(yaml):
+    """A first start may have --resume already, as jobs that are queued again do."""
+    output = yaml.parent / "queued"
+    started = runs.train(yaml, OURS, *SAVING, f"output={output}", resume=True, MISFORTUNE="kill step 2 0")
+    assert started.codes == [-9] and (output / "run.json").is_file()
+    before = runs.contents(output)
+    other = runs.train(yaml, OURS, *SAVING, f"output={output}", "train.seed=7", resume=True)
+    assert other.codes == [1] and f"{output}/run.json cannot be continued: the run has changed." in other.err
+    assert runs.contents(output) == before
+
+
+def test_a_shard_that_is_missing_ends_both_ranks(yaml, tmp_path):
+    output = tmp_path / "run"
+    runs.train(yaml, OURS, *SAVING, f"output={output}", "train.steps=4", world=2).well()
+    (shard,) = (output / "checkpoints" / "step-00000004" / "engine").glob("*zero_pp_rank_1_*_optim_states.pt")
+    shard.unlink()
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", "train.steps=4", world=2, resume=True)
+    assert ended.codes == [1, 1]
+    assert f"{shard.parent}: found 2 DeepSpeed files (*.pt), 1 of them with optimizer state, wanted that of 2 processes" in ended.err
+
+
 def test_the_best_checkpoint_survives_a_kill(yaml):
     """It lies before the one resumed from, nothing later is better, and it is what is exported."""
     diverging = [
@@ -182,7 +203,7 @@ def test_a_checkpoint_that_could_run_code_is_refused(tmp_path, kind):
     content = {"module": torch.zeros(1), "ds_version": Foreign()}
     torch.save(content, file) if kind == "torch" else file.write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt: .*refused") as caught:
-        _refuse_code(tmp_path)
+        _refuse(tmp_path, 0)
     assert kind == "pickle" or f"holds ['{Foreign.__module__}.Foreign']" in str(caught.value)
 
 

@@ -38,7 +38,7 @@ def steps(output: Path) -> list[dict]:
 
 def test_every_step_has_its_tags_and_no_other(finished):
     every = {f"train/{task}/{what}" for task in TASKS for what in ("loss", "weight", "tokens")}
-    every |= {f"train/{what}" for what in ("loss", "positions", "grad_norm", "lr", "tokens_per_second")}
+    every |= {f"train/{what}" for what in ("loss", "positions", "grad_norm", "lr", "target_tokens", "tokens_per_second")}
     every |= {"step", "time/step_seconds", "time/left_seconds"}
     probed = {f"coba/{task}/{what}" for task in TASKS for what in ("slope", "rcs", "acs")} | {"coba/df"}
     for line in steps(finished[0]):
@@ -249,10 +249,12 @@ def test_tensorboard_holds_what_metrics_hold(finished):
 def test_tensorboard_forgets_what_came_after_a_checkpoint(tmp_path, start):
     for begin, value in (0, 1.0), (start, 2.0):
         board = trackers.TensorBoard(tmp_path, steps=3, start=begin)
-        for step in range(begin, 2):
+        for step in range(begin, 3):
             board.log(step, {"loss": value})
         board.close()
-    assert events(tmp_path / "tensorboard")["loss"] == [(0, 2.0 if start == 0 else 1.0), (1, 2.0)]
+    # What was measured at the step resumed from stays: its validation is not repeated.
+    kept = [(0, 1.0), (1, 1.0)] if start else [(0, 2.0)]
+    assert events(tmp_path / "tensorboard")["loss"] == [*kept, (1, 2.0), (2, 2.0)]
 
 
 def test_a_tracker_that_is_not_asked_for_writes_nothing(tmp_path, capsys):

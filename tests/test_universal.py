@@ -111,7 +111,7 @@ def read(folder: Path, jobs: list[tuple[str, tuple[int, int], int]]) -> list[dic
     for number, (kind, (world, old), stage) in enumerate(jobs):
         here, scratch = folder / f"{kind}-{world}-{old}", folder / f"scratch-{comm.world()}-{number}"
         trained = build(kind, stage)
-        trained.reshard(here / "engine", scratch / "x")
+        trained.reshard(here / "engine", scratch / "x", world if old else 0)
         trained.save(scratch / "again")
         then = trained.state_dict(trainable_only=True)
         train(trained, range(3, 5))
