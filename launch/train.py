@@ -118,6 +118,7 @@ def main() -> None:
     run(parts, state)
     batches.close()
     comm.together(end)
+    comm.leave()
 
 
 if __name__ == "__main__":

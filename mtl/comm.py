@@ -46,6 +46,16 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     return _on_backend_device(tensor, lambda t: dist.broadcast(t, source))
 
 
+def leave() -> None:
+    """Leave the process group, when all ranks are ready to. A collective.
+
+    A group that is still open when Python exits may abort the process: its threads run on while what they use is taken down.
+    """
+    if active():
+        barrier()
+        dist.destroy_process_group()
+
+
 def together(work: Callable[[], T]) -> T:
     """Run `work` on this rank, then agree that it failed nowhere.
 
