@@ -74,7 +74,7 @@ class Files:
         if not self.paths:
             self.whole = _open(folder / "mp_rank_00_model_states.pt")
             return
-        shapes = _open(next(iter(sorted(folder.glob("*_model_states.pt")))))["param_shapes"]
+        shapes = _shapes(folder)
         for rank, path in enumerate(self.paths):
             shard = Shard(_open(path), shapes, rank, len(self.paths))
             self.shards.append(shard)
