@@ -153,8 +153,7 @@ def needs(config: Config, tasks: Sequence[TaskData], tokenizer: PreTrainedTokeni
 
 
 def _micros_of_group(tasks: Sequence[TaskData], groups: ValidationCut, layout: Layout, g: int) -> int:
-    lengths = [int(task.validation.lengths[n]) for task, rows in zip(tasks, groups.rows(g), strict=True) for n in rows]
-    return len(layout.deal(lengths))
+    return len(layout.deal([task.validation for task in tasks], *groups.examples(g)))
 
 
 def _positions(micro: list[list[int]], lengths: Sequence[int]) -> int:

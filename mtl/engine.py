@@ -30,7 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from mtl import comm, reshard
+from mtl import comm, head, reshard
 from mtl.config import Config, ConfigError
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -235,6 +235,7 @@ class Engine:
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         say: Callable[[str], None] = lambda text: None,
     ):
+        head.install(model)
         self.world = comm.world()
         if zero_stage(config) != config.engine.zero:
             say(f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: fp32 master weights for bf16 start there")

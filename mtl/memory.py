@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mtl.config import Config
+from mtl.head import SLICE
 
 BUCKET = 500_000_000  # elements, DeepSpeed's default `zero_optimization.reduce_bucket_size`
 HOST = ("cpu", "nvme")
@@ -86,7 +87,8 @@ def _activations(config: Config, model: nn.Module, positions: int, targets: int)
     checkpointed = config.model.activation_checkpointing
     blocks = layers * positions * size * hidden + layer if checkpointed else layers * layer
     note = f"{layers} layers of {hidden}, {positions:,} positions" + ", recomputed" * checkpointed
-    head = f"{targets:,} targets x {vocabulary:,}: logits, their fp32 copy and its gradient"
+    targets = min(targets, -(-SLICE // vocabulary))
+    head = f"{targets:,} targets x {vocabulary:,}: logits of a slice, their fp32 log-softmax and its gradient"
     return [
         Part("activations", blocks, rough=True, note=note),
         Part("logits", targets * vocabulary * (size + 4 + 4), rough=True, note=head),

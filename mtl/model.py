@@ -1,6 +1,5 @@
 """The model: loaded, adapted, exported. Anything `AutoModelForCausalLM` loads."""
 
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from mtl import comm, engine
+from mtl import comm, engine, head
 from mtl.config import Config, ConfigError
 
 SHARD = "5GB"  # the largest file of an exported model
@@ -87,11 +86,12 @@ def _refusals(config: Config) -> Iterator[None]:
 
 def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """The loaded model made ready to train: checked, fitted to the tokenizer, with adapters and checkpointing."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    try:
+        head.decoder_of(model)
+    except TypeError as e:
         raise ModelError(
-            f"{config.where('model.name')}: model.name: {type(model).__name__} does not take `logits_to_keep`, which the loss "
-            "needs to run the head on target positions only. Use a model that does, or a newer transformers."
-        )
+            f"{config.where('model.name')}: model.name: {e}, so the head cannot run on target positions only. Use another model."
+        ) from e
     _fit_embeddings(model, config, len(tokenizer))
     if config.model.lora is not None:
         model = _add_lora(model, config)

@@ -168,7 +168,8 @@ def _train_values(
     names: list[str], weights: np.ndarray, report: StepReport, batch: GlobalBatch, holder: Holder
 ) -> dict[str, float]:
     present = ~np.isnan(report.losses)
-    values = {"train/loss": float((weights * report.losses)[present].sum())}
+    values = {"train/loss": float((weights * report.losses)[present].sum() + sum(report.penalties.values()))}
+    values |= {f"train/{name}": value for name, value in report.penalties.items()}
     for i, name in enumerate(names):
         values[f"train/{name}/loss"] = float(report.losses[i])
         values[f"train/{name}/weight"] = float(weights[i])

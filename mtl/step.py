@@ -40,10 +40,12 @@ class StepReport:
     Attributes:
         losses: (K,) float64, nats per target token over the global batch; nan where the task is absent.
         grad_norm: global gradient norm before clipping.
+        penalties: by name, what the loss holds beside the tasks' losses.
     """
 
     losses: np.ndarray
     grad_norm: float
+    penalties: dict[str, float]
 
 
 def fetch(micros: Callable[[], list[MicroBatch]], k: int) -> GlobalBatch:
@@ -76,21 +78,25 @@ def train_step(
     """
     k, last = len(names), len(batch.micros) - 1
     tokens, weights = batch.tokens.to(engine.device), torch.as_tensor(weights).to(engine.device)
-    sums = torch.zeros(k, dtype=torch.float64, device=engine.device)
+    totals: Tensor | float = 0.0
     engine.train()
     for i, micro in enumerate(batch.micros):
         terms = objective(engine.forward, micro.to(engine.device), k)
         engine.backward(combine(terms, weights, tokens, engine.world), last=i == last)
-        sums += terms.sums.detach()
-    losses = (comm.sum_(sums) / tokens).cpu().numpy()  # 0/0 = nan: absent
+        mine = [penalty.detach() * terms.counts.sum() for penalty in terms.penalties.values()]
+        totals += torch.cat([terms.sums.detach(), *(x[None] for x in mine)]).double()
+    found = comm.sum_(totals).cpu()
+    losses = (found[:k] / batch.tokens).numpy()  # 0/0 = nan: absent
+    penalties = dict(zip(terms.penalties, (found[k:] / batch.tokens.sum()).tolist(), strict=True))
 
-    bad = [f"{n} ({x})" for n, x, c in zip(names, losses, batch.tokens, strict=True) if c and not np.isfinite(x)]
+    seen = [(n, x) for n, x, c in zip(names, losses, batch.tokens, strict=True) if c]
+    bad = [f"{n} ({x})" for n, x in (*seen, *penalties.items()) if not np.isfinite(x)]
     if bad:
         raise NonFinite(f"the loss of {', '.join(bad)} is not finite. The parameters were not updated. {_ADVICE}")
     grad_norm = engine.step(lr)
     if not np.isfinite(grad_norm):
         raise NonFinite(f"the gradient norm is {grad_norm}. The parameters were not updated. {_ADVICE}")
-    return StepReport(losses, grad_norm)
+    return StepReport(losses, grad_norm, penalties)
 
 
 _ADVICE = "Lower optimizer.lr, or look at the rows of this step; --resume continues from the last checkpoint."

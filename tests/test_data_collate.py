@@ -96,7 +96,7 @@ def test_collate_padded():
         [0, 1, 2, 3],
         [0, 1],
     ]
-    assert batch.keep.tolist() == [[True, True, False, False], [False, True, False, False], [True, False, False, False]]
+    assert batch.at.tolist() == [0, 1, 5, 8] and batch.most == 4
     assert batch.labels.tolist() == [2, 3, 9, 8] and batch.task.tolist() == [0, 0, 1, 2]
     assert batch.counts(4).tolist() == [2, 1, 1, 0]
     assert {batch.input_ids.dtype, batch.position_ids.dtype, batch.labels.dtype, batch.task.dtype} == {torch.int64}
@@ -107,17 +107,15 @@ def test_collate_packed():
     assert batch.input_ids.tolist() == [[1, 2, 3, 9, 8, 9, 8], [4, 9, 9, 5, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
     assert batch.attention_mask is None
-    assert batch.keep.tolist() == [
-        [True, True, False, True, False, True, False],
-        [False, True, False, False, False, False, False],
-    ]
+    assert batch.at.tolist() == [0, 1, 3, 5, 8] and batch.most == 5
+    assert collate([[A, B, B], [C]], pad_id=0, packed=True, most=9).most == 9
     assert batch.labels.tolist() == [2, 3, 8, 8, 9] and batch.task.tolist() == [0, 0, 2, 2, 1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_to_moves_everything_there_is(packed):
     moved = collate([[A]], pad_id=0, packed=packed).to("meta")
-    tensors = [value for value in vars(moved).values() if value is not None]
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 6 - packed and {tensor.device.type for tensor in tensors} == {"meta"}
 
 
@@ -125,7 +123,7 @@ def test_to_moves_everything_there_is(packed):
 def test_a_dummy_row_has_no_target(packed):
     batch = collate([], pad_id=7, packed=packed)
     assert batch.input_ids.tolist() == [[7, 7]] and batch.position_ids.tolist() == [[0, 1]]
-    assert not batch.keep.any() and batch.labels.shape == batch.task.shape == (0,)
+    assert batch.at.shape == batch.labels.shape == batch.task.shape == (0,) and batch.most == 0
     assert batch.counts(2).tolist() == [0, 0]
     assert (batch.attention_mask is None) == packed
 
@@ -179,7 +177,7 @@ def test_batches_are_made_ahead_and_do_not_depend_on_it():
     eager, lazy = (TrainBatches(tasks, mix, Layout(1, 0, 64, 257), ahead=n) for n in (3, 0))
     for step in [0, 1, 2, 7, 8, 3]:
         for one, two in zip(eager.batch(step), lazy.batch(step), strict=True):
-            assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.keep, two.keep)
+            assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.at, two.at)
     eager.close(), lazy.close()
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from balancers import Holder, Signals
 from balancers.tokens import Tokens
-from mtl import comm, engine, evaluate, model, packing
+from mtl import comm, engine, evaluate, head, model, packing
 from mtl.config import Config, parse
 from mtl.data.batches import Layout, ValidationCut
 from mtl.data.collate import MicroBatch, collate, deal
@@ -78,15 +78,16 @@ def micro_batches(batch: list[Cell], cut: str, packed: bool) -> list[MicroBatch]
         packed: two examples a row (dealt: as many as fit), else one.
     """
     rank, world = comm.rank(), comm.world()
+    most = sum(int(target.sum()) for _, target, _ in flat(batch))
     if cut == "dealt":
         examples = flat(batch)
         dealt = deal([len(ids) for ids, _, _ in examples], world, ROW, ROW if packed else None)[rank]
-        return [collate([[examples[i] for i in row] for row in micro], PAD, packed) for micro in dealt]
+        return [collate([[examples[i] for i in row] for row in micro], PAD, packed, most) for micro in dealt]
     cells = batch[rank::world]
     if cut == "merged":
         cells = [flat(cells)]
     wide = 2 if packed else 1
-    return [collate([cell[i : i + wide] for i in range(0, len(cell), wide)], PAD, packed) for cell in cells]
+    return [collate([cell[i : i + wide] for i in range(0, len(cell), wide)], PAD, packed, most) for cell in cells]
 
 
 def configuration(folder: str, **overrides: object) -> Config:
@@ -306,7 +307,8 @@ def isolation(folder: str, **overrides: object) -> packing.Isolation:
 def run_jobs(folders: dict[str, str], jobs: dict[str, tuple[Callable, dict[str, Any]]]) -> dict[str, Any]:
     results = {}
     for name, (function, arguments) in jobs.items():
-        others = {key: value for key, value in arguments.items() if key != "family"}
+        others = {key: value for key, value in arguments.items() if key not in ("family", "slice_")}
+        head.SLICE = arguments.get("slice_", 2**25)
         try:
             results[name] = function(folders[arguments.get("family", "llama")], **others)
         except Exception as e:
@@ -326,11 +328,12 @@ CUTS = {
     "2 dealt": {"world": 2, "cut": "dealt"},
     "2 dealt packed": {"world": 2, "cut": "dealt", "packed": True},
     "1 dealt packed": {"world": 1, "cut": "dealt", "packed": True},
+    "2x2 sliced": {"world": 2, "cut": "cells", "slice_": 259 * 20},
 }
 STAGES = (0, 1, 2, 3)
 ALL_CUTS = [(cut, zero) for cut in ("1x4", "2x2", "2x1") for zero in STAGES]
-MORE_CUTS = [("2x1 packed", 1), ("2x2 packed", 3), ("2 dealt", 2), ("2 dealt packed", 2), ("1 dealt packed", 3)]
-GPT2_CUTS = [("2x2 packed", 0), ("2x2 packed", 1), ("2x2", 2), ("2x2", 3), ("1x4", 2), ("2x1", 2)]
+MORE_CUTS = [("2x1 packed", 1), ("2x2 packed", 3), ("2 dealt", 2), ("2 dealt packed", 2), ("1 dealt packed", 3), ("2x2 sliced", 2), ("2x2 sliced", 3)]
+GPT2_CUTS = [("2x2 packed", 0), ("2x2 packed", 1), ("2x2", 2), ("2x2", 3), ("1x4", 2), ("2x1", 2), ("2x2 sliced", 3)]
 LOUD, QUIET = (0.98, 0.01, 0.01), (0.01, 0.98, 0.01)
 LORA = {"model__lora__r": 4, "model__lora__alpha": 8}
 BF16 = {"model__precision": "bf16"}
@@ -360,6 +363,7 @@ for z in (2, 3):
     job(f"lora zero {z}", train, engine__zero=z, **LORA)
     job(f"lora gradient zero {z}", gradient, engine__zero=z, **LORA)
     job(f"lora checkpointing zero {z}", gradient, engine__zero=z, model__activation_checkpointing="true", **LORA)
+    job(f"lora gradient sliced zero {z}", gradient, slice_=259 * 20, engine__zero=z, model__activation_checkpointing="true", **LORA)
     job(f"checkpointing zero {z}", gradient, engine__zero=z, model__activation_checkpointing="true")
     job(f"tokens zero {z}", train, engine__zero=z, by_tokens=True)
     job(f"loud zero {z}", gradient, batches=PURE, weights=LOUD, engine__zero=z)

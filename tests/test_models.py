@@ -4,6 +4,7 @@ and models that are refused with the switch that lets them in."""
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ import transformers
 from distributed import run_distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtl import engine, model, packing
+from mtl import comm, engine, head, model, packing, plugins
 from mtl.config import parse
 from mtl.data.collate import collate
 from mtl.export import export
 from mtl.objectives import causal_lm
+from mtl.spec import resolve
 from mtl.step import fetch, train_step
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -62,7 +64,7 @@ def one_step(names: list[str]) -> list[dict[str, float]]:
         rows.append([(ids, target, 0)])
     batch = collate(rows, 257, packed=False)
     labels = torch.full_like(batch.input_ids, -100)
-    labels[:, 1:][batch.keep[:, :-1]] = batch.labels
+    labels.view(-1)[batch.at + 1] = batch.labels
     found = []
     for name in names:
         mine = build(name)
@@ -94,6 +96,62 @@ def test_a_step_is_that_of_plain_pytorch(stepped, name):
     found = stepped[name]
     assert found["loss"] < 1e-6 and found["parameters"] < 1e-6 < 1e-3 < found["moved"]
     assert found["packs"]
+
+
+ROUTED = 0.02
+
+
+def router_steps(slices: int) -> dict[str, Any]:
+    """Mixtral through one step of ours in two micro-batches a process, and through one of plain PyTorch."""
+    head.SLICE = 259 * slices
+    mine = build("Mixtral")
+    plain = copy.deepcopy(mine).train()
+    config = parse(
+        "model: {name: x, precision: fp32}\ntasks: {a: {train: a, validation: a, format: text}}\ntrain: {steps: 1}\n"
+        f"objective: {{name: causal_lm, router_loss: {ROUTED}}}\n"
+        "optimizer: {name: sgd, lr: 0.1, clip: null}\noutput: x\nengine: {zero: 2}"
+    )
+    objective = resolve(config, "objective", plugins.OBJECTIVE, ())
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(0, 257, n).astype(np.int32), np.arange(n) >= 3, 0) for n in (9, 5, 12, 8)]
+    micros = [collate([[row]], 257, False, most=9) for row in rows]
+    trained = engine.Engine(mine, config, model.optimizer(config))
+    before = trained.state_dict()
+    report = train_step(trained, objective, fetch(lambda: micros[comm.rank() :: comm.world()], 1), np.ones(1), 0.1, ["a"])
+    after = trained.state_dict()
+
+    total, routed, tokens = 0.0, 0.0, sum(len(m.labels) for m in micros)
+    for micro in micros:
+        labels = torch.full_like(micro.input_ids, -100)
+        labels.view(-1)[micro.at + 1] = micro.labels
+        outputs = plain(input_ids=micro.input_ids, attention_mask=micro.attention_mask, labels=labels, output_router_logits=True)
+        share = len(micro.labels) / tokens
+        # With labels transformers adds its own coefficient's part: taken out again, ours put in.
+        token_mean = outputs.loss - plain.router_aux_loss_coef * outputs.aux_loss
+        total, routed = total + share * token_mean, routed + share * ROUTED * outputs.aux_loss
+    (total + routed).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    return {
+        "losses": (report.losses.tolist(), [float(total.detach())]),
+        "penalties": (report.penalties, {"router_loss": float(routed.detach())}),
+        "apart": max(float((after[n] - p.detach()).abs().max()) for n, p in plain.named_parameters()) if after else None,
+        "router moved": max(float((after[n] - before[n]).abs().max()) for n in after if ".gate." in n) if after else None,
+    }
+
+
+@pytest.mark.parametrize("slices", [3, 1000])
+def test_the_router_loss_is_a_term_of_its_own(slices):
+    ranks = run_distributed(router_steps, 2, slices)
+    for found in ranks:
+        assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+        assert found["penalties"][0] == pytest.approx(found["penalties"][1], rel=1e-6)
+    assert ranks[0]["apart"] < 1e-6 < 1e-4 < ranks[0]["router moved"]
+
+
+def test_a_router_loss_is_refused_where_there_is_no_router(tmp_path):
+    ended = runs.train(runs.write(tmp_path), *STEPS, "objective={name: causal_lm, router_loss: 0.02}")
+    assert ended.codes == [1]
+    assert "objective.router_loss: found 0.02, wanted 0: this model gives no router loss (aux_loss)." in ended.err
 
 
 def more_tokens(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import transformers as hf
 from torch import nn
 from toys import tiny_gpt2, tiny_llama
 
+from mtl import head
 from mtl.config import ConfigError, parse
 from mtl.data.collate import collate
 from mtl.objectives import causal_lm
@@ -117,6 +118,7 @@ def test_packed_is_padded(name):
         target[0], target[-1] = False, True
         pieces.append((rng.integers(0, VOCABULARY, n), target, i % 2))
     module = made(ISOLATING[name]).eval()
+    head.install(module)
 
     def run(micros: list[list[list]], packed: bool) -> tuple[np.ndarray, torch.Tensor]:
         module.zero_grad()

@@ -1,15 +1,16 @@
 """The loss formula, the objective, the schedule and the collectives without a group: closed forms and properties."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from mtl import comm
+from mtl import comm, head
 from mtl.data.collate import collate
 from mtl.objectives import causal_lm
 from mtl.schedule import lr
@@ -101,28 +102,44 @@ def test_a_task_that_is_absent_contributes_nothing_whatever_its_weight(weight):
 # --- the objective
 
 
-class Bigram(torch.nn.Module):
-    """Logits of the next token from the present one alone, on the kept positions, as transformers' models give them."""
+class Table(torch.nn.Embedding):
+    def forward(self, ids):
+        return BaseModelOutput(super().forward(ids))
+
+
+class Bigram(PreTrainedModel):
+    """Logits of the next token from the present one alone: the decoder looks up a row of logits, the head passes it on."""
+
+    config_class = PretrainedConfig
 
     def __init__(self, vocabulary: int):
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0)))
+        super().__init__(PretrainedConfig(vocab_size=vocabulary))
+        self.decoder = Table(vocabulary, vocabulary, dtype=torch.bfloat16)
 
-    def forward(self, *, input_ids, position_ids, attention_mask, logits_to_keep, use_cache):
-        assert not use_cache and position_ids.shape == input_ids.shape == logits_to_keep.shape
-        return SimpleNamespace(logits=self.table.to(torch.bfloat16)[input_ids[logits_to_keep]])
+    def forward(self, *, input_ids, position_ids, attention_mask, use_cache):
+        assert not use_cache and position_ids.shape == input_ids.shape
+        return CausalLMOutput(logits=self.decoder(input_ids).last_hidden_state)
 
 
+def bigram(vocabulary: int) -> Bigram:
+    torch.manual_seed(0)
+    model = Bigram(vocabulary)
+    head.install(model)
+    return model
+
+
+@pytest.mark.parametrize("rows", (1, 2, 100))
 @pytest.mark.parametrize("packed", (False, True))
-def test_causal_lm_is_the_negative_log_probability_of_each_target(packed):
+def test_causal_lm_is_the_negative_log_probability_of_each_target(packed, rows, monkeypatch):
+    monkeypatch.setattr(head, "SLICE", 6 * rows)
     pieces = [
         (np.array([1, 2, 3, 4]), np.array([False, True, False, True]), 1),
         (np.array([5, 0]), np.array([False, True]), 0),
         (np.array([4, 4, 2]), np.array([False, False, True]), 1),
     ]
-    model = Bigram(6)
+    model = bigram(6)
     terms = causal_lm(model, collate([pieces[:2], pieces[2:]] if packed else [[p] for p in pieces], 0, packed), 3)
-    log_p = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)  # bf16 logits, but the loss in fp32
+    log_p = model.decoder.weight.detach().double().log_softmax(-1)  # bf16 logits, but the loss in fp32
     np.testing.assert_allclose(
         terms.sums.tolist(), [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0], rtol=1e-6
     )
@@ -131,10 +148,24 @@ def test_causal_lm_is_the_negative_log_probability_of_each_target(packed):
 
 def test_a_micro_batch_without_targets_still_reaches_the_head():
     """At ZeRO 3 a rank that skipped the head would leave the others waiting for its part of it."""
-    model = Bigram(6)
+    model = bigram(6)
     terms = causal_lm(model, collate([], 0, packed=False), 2)
     combine(terms, torch.ones(2, dtype=torch.float64), torch.tensor([5, 3]), 1).backward()
-    assert terms.sums.tolist() == [0, 0] and model.table.grad is not None and not model.table.grad.any()
+    found = model.decoder.weight.grad
+    assert terms.sums.tolist() == [0, 0] and found is not None and not found.any()
+
+
+def test_a_penalty_is_averaged_over_micro_batches_by_their_target_tokens():
+    cells = [terms_of([(1.0, 0)] * 3), terms_of([(1.0, 1)]), terms_of([])]
+    values = [torch.tensor(x, requires_grad=True) for x in (2.0, 10.0, 99.0)]
+    weights, counts = torch.full((K,), 0.25, dtype=torch.float64), torch.tensor([3, 1, 0, 0])
+    loss = sum(
+        combine(Terms(cell.sums, cell.counts, {"router_loss": value}), weights, counts, 2)
+        for cell, value in zip(cells, values, strict=True)
+    )
+    assert loss.item() / 2 == pytest.approx(0.25 * 1 + 0.25 * 1 + (3 * 2 + 1 * 10) / 4)
+    loss.backward()
+    assert [float(value.grad) for value in values] == pytest.approx([2 * 0.75, 2 * 0.25, 0.0])
 
 
 # --- the schedule

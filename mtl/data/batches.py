@@ -28,27 +28,33 @@ class Layout:
         self.world, self.rank, self.tokens, self.pad_id, self.packed = world, rank, tokens, pad_id, packed
         self.row_length = (row_length or tokens) if packed else None
 
-    def deal(self, lengths: Sequence[int]) -> list[Micro]:
-        """This rank's part of `collate.deal`."""
-        return deal(lengths, self.world, self.tokens, self.row_length)[self.rank]
+    def deal(self, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> list[tuple[Micro, int]]:
+        """This rank's part of `collate.deal` of some examples; with each micro-batch the most targets any rank has in it."""
+        pairs = list(zip(task.tolist(), row.tolist(), strict=True))
+        dealt = deal([int(splits[k].lengths[n]) for k, n in pairs], self.world, self.tokens, self.row_length)
+        targets = [int(splits[k].targets[n]) for k, n in pairs]
+        most = [max(sum(targets[i] for row in micro for i in row) for micro in turn) for turn in zip(*dealt, strict=True)]
+        return list(zip(dealt[self.rank], most, strict=True))
 
     def by_task(self, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> list[list[MicroBatch]]:
         """The same examples dealt task by task: K lists of this rank's micro-batches, each as long on every rank."""
         apart = []
         for k in range(len(splits)):
             mine = np.flatnonzero(task == k)
-            dealt = self.deal([int(splits[k].lengths[n]) for n in row[mine]])
-            apart.append([self.collate(micro, splits, task[mine], row[mine]) for micro in dealt])
+            dealt = self.deal(splits, task[mine], row[mine])
+            apart.append([self.collate(*micro, splits, task[mine], row[mine]) for micro in dealt])
         return apart
 
-    def collate(self, micro: Micro, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> MicroBatch:
+    def collate(
+        self, micro: Micro, most: int, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray
+    ) -> MicroBatch:
         """The micro-batch of examples whose task and row stand at the indices in `micro`."""
 
         def piece(i: int) -> tuple[np.ndarray, np.ndarray, int]:
             k, n = int(task[i]), int(row[i])
             return splits[k].ids(n), splits[k].target(n), k
 
-        return collate([[piece(i) for i in indices] for indices in micro], self.pad_id, self.packed)
+        return collate([[piece(i) for i in indices] for indices in micro], self.pad_id, self.packed, most)
 
 
 class TrainBatches:
@@ -86,8 +92,8 @@ class TrainBatches:
 
     def _make(self, step: int) -> list[MicroBatch]:
         task, row = self.mix.batch(step)
-        lengths = [int(self._splits[k].lengths[n]) for k, n in zip(task, row, strict=True)]
-        return [self.layout.collate(micro, self._splits, task, row) for micro in self.layout.deal(lengths)]
+        dealt = self.layout.deal(self._splits, task, row)
+        return [self.layout.collate(*micro, self._splits, task, row) for micro in dealt]
 
 
 class ValidationCut:
@@ -110,7 +116,7 @@ class ValidationCut:
         self._splits = [task.validation for task in tasks]
         # permutation()[place] is a row: the rows at places g, g + G, g + 2G ... are those of group g.
         self._orders = [permutation(len(task.validation), f"{seed}/{task.name}/validation") for task in tasks]
-        self._dealt: dict[int, list[Micro]] = {}
+        self._dealt: dict[int, list[tuple[Micro, int]]] = {}
 
     def rows(self, group: int) -> list[np.ndarray]:
         """K ascending int64 arrays: the rows of each task in group `group`."""
@@ -122,18 +128,17 @@ class ValidationCut:
 
         Over all ranks every row of the group stands in exactly one of them.
         """
-        task, row = self._examples(group)
+        task, row = self.examples(group)
         if group not in self._dealt:  # the same every time, and the costly part where a group is large
-            self._dealt[group] = self.layout.deal(
-                [int(self._splits[k].lengths[n]) for k, n in zip(task, row, strict=True)]
-            )
+            self._dealt[group] = self.layout.deal(self._splits, task, row)
         for micro in self._dealt[group]:
-            yield self.layout.collate(micro, self._splits, task, row)
+            yield self.layout.collate(*micro, self._splits, task, row)
 
     def by_task(self, group: int) -> list[list[MicroBatch]]:
         """The examples of `group` task by task: K lists of this rank's micro-batches, each as long on every rank."""
-        return self.layout.by_task(self._splits, *self._examples(group))
+        return self.layout.by_task(self._splits, *self.examples(group))
 
-    def _examples(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+    def examples(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Task and row, (n,) int64 each, of the examples in group `group`."""
         rows = self.rows(group)
         return np.repeat(np.arange(len(rows)), [len(some) for some in rows]), np.concatenate(rows)

@@ -23,9 +23,10 @@ class MicroBatch:
     input_ids: Tensor  # (R, L) int64
     position_ids: Tensor  # (R, L) int64, restart at 0 with each example
     attention_mask: Tensor | None  # (R, L) int64, 1 = token, where rows are padded; None where they are packed
-    keep: Tensor  # (R, L) bool, the position predicts a target: it is the one before the target token
-    labels: Tensor  # (T,) int64, the ids to predict, in row-major order of keep
+    at: Tensor  # (T,) int64, ascending flat positions (row * L + column) that predict a target: the one before the target token
+    labels: Tensor  # (T,) int64, the ids to predict there
     task: Tensor  # (T,) int64, the task of each target
+    most: int  # the largest T of any rank's micro-batch of this forward
 
     def counts(self, k: int) -> Tensor:
         """(k,) int64: target tokens of each task."""
@@ -33,11 +34,13 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         values = (getattr(self, field.name) for field in fields(self))
-        return MicroBatch(*(None if v is None else v.to(device, non_blocking=True) for v in values))
+        return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values))
 
 
-def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool) -> MicroBatch:
+def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: int = 0) -> MicroBatch:
     """Lay rows of examples out as one micro-batch; no rows at all give one dummy row without targets.
+
+    `most`: target tokens of the rank that has most of them in this forward, where it may be another.
 
     Padded (one example a row): padding stands on the right and is masked by length, never by id: pad is often eos.
     Packed (any number of examples a row): position ids restart with each example, and no mask is given, which is how
@@ -64,15 +67,15 @@ def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool) -> Micro
         position_ids[r, end:] = np.arange(width - end)
     if not rows:
         position_ids[0], mask[0] = np.arange(width), 1
-    keep = np.zeros(shape, dtype=bool)
-    keep[:, :-1] = target[:, 1:]
+    labels = input_ids[target]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         attention_mask=None if packed else torch.from_numpy(mask),
-        keep=torch.from_numpy(keep),
-        labels=torch.from_numpy(input_ids[target]),
+        at=torch.from_numpy(np.flatnonzero(target) - 1),  # in the same row: no row begins with a target
+        labels=torch.from_numpy(labels),
         task=torch.from_numpy(task[target]),
+        most=max(most, len(labels)),
     )
 
 
