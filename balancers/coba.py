@@ -10,7 +10,7 @@ from balancers.maths import positive, share, softmax, whole
 from balancers.protocol import Array, Balancer, Signal, Signals, State
 
 Divergence = Literal["abs", "signed", "released"]
-Slope = Literal["ols", "panel"]
+Slope = Literal["auto", "ols", "panel"]
 CHUNK = 8192  # history entries handled at once: 64 KiB stay in the cache, a temporary as long as the history does not
 
 
@@ -37,10 +37,11 @@ class CoBa(Balancer):
             (codefuse-ai/MFTCoder 8ba13f4): a_max is the slope of ``max_i r_i``, DF is not clamped, no slope is kept
             before W, ACS sees the last N - W + 1, a task's first probe is no observation, warm-up ends a step earlier,
             and the weights go through ``softmax(K * w)`` and, where one is below 1/(10K), ``0.9 * w + 1/(10K)``.
-        slope: "ols", or "panel", our addition: least squares with one intercept for each group of validation rows, so
-            that the difference between groups is not taken for progress. It needs ``Signals.valid_group`` and every
-            group of the window twice, so N >= 2 * groups; with fewer, and for a task that was absent too often,
-            the slope is the plain one and ``explain["panel"]`` is 0.
+        slope: "ols", least squares as published; or "panel", our addition: with one intercept for each group of
+            validation rows, so that the difference between groups is not taken for progress. It needs
+            ``Signals.valid_group`` and every group of the window twice, so N >= 2 * groups; with fewer, and for a task
+            that was absent too often, the slope is the plain one and ``explain["panel"]`` is 0. "auto": panel where
+            the signals name a group, which is plain least squares where they never do.
         gate: None, or a number of standard errors, our addition: each task's two scores are multiplied by
             ``max(0, 1 - (gate * error_i / a_i)^2)`` before the softmax, so that slopes which are noise give equal
             weights. The error is that of the same fit.
@@ -63,7 +64,7 @@ class CoBa(Balancer):
     warmup: int = 100
     tau: float = 5.0
     divergence: Divergence = "abs"
-    slope: Slope = "ols"
+    slope: Slope = "auto"
     gate: float | None = None
 
     needs: ClassVar[Signal] = Signal.VALID_LOSS
@@ -167,7 +168,7 @@ class CoBa(Balancer):
         return float(least_squares(state["step"][:n], envelope[:, None], np.zeros(n))[0][0])
 
     def _group(self, signals: Signals) -> float:
-        if self.slope == "ols":
+        if self.slope == "ols" or (self.slope == "auto" and signals.valid_group is None):
             return 0.0
         if signals.valid_group is None:
             raise ValueError(

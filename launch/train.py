@@ -23,7 +23,7 @@ from mtl.checkpoint import Checkpoints, RunState, check_output, write_json
 from mtl.data.batches import TrainBatches, ValidationCut
 from mtl.data.cache import prepare
 from mtl.data.encode import load_tokenizer
-from mtl.data.plan import layout_for, mix_for, steps_of
+from mtl.data.plan import layout_for, mix_for, probe_every, steps_of
 from mtl.export import export
 from mtl.run import Parts, run
 from mtl.spec import resolve
@@ -70,9 +70,10 @@ def main() -> None:
     batches = TrainBatches(tasks, mix, layout_for(config, tasks, world, rank, pad_id, packed, config.batch.tokens))
     eval_tokens = config.evaluate.tokens or config.batch.tokens
     eval_layout = layout_for(config, tasks, world, rank, pad_id, packed, eval_tokens)
-    cut = ValidationCut(tasks, config.evaluate.probe.groups, config.train.seed, eval_layout)
-    if cut.groups < config.evaluate.probe.groups:
-        say(f"evaluate.probe.groups: {cut.groups}, not {config.evaluate.probe.groups}: the smallest task has no more rows")
+    probe = config.evaluate.probe
+    cut = ValidationCut(tasks, probe.groups, config.train.seed, eval_layout, probe.examples)
+    if cut.groups < probe.groups:
+        say(f"evaluate.probe.groups: {cut.groups}, not {probe.groups}: the smallest task has no more rows")
 
     balancer = resolve(config, "balancer", plugins.BALANCER, args.allow_code)()
     holder = Holder(balancer, names, [task.loss_weight for task in config.tasks.values()])
@@ -114,7 +115,8 @@ def main() -> None:
 
     sinks = comm.together(begin)
     objective = resolve(config, "objective", plugins.OBJECTIVE, args.allow_code)
-    parts = Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks, differentiated)
+    every = probe_every(config, cut)
+    parts = Parts(config, names, steps, trained, objective, holder, batches, cut, checkpoints, sinks, differentiated, every)
     run(parts, state)
     batches.close()
     comm.together(end)

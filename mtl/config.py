@@ -238,10 +238,13 @@ class Schedule(Section):
 class Probe(Section):
     """The small validation batch that a balancer reads, where it needs one."""
 
-    every: Count = 1
-    """Optimizer steps between probes."""
-    groups: Count = 8
-    """Groups of whole examples each task's validation rows are cut into; a probe reads one of them."""
+    every: Count | None = None
+    """Optimizer steps between probes. null: at least 4, and so many that probes read no more than 3 examples where 8 are
+    trained on."""
+    groups: Count = 10
+    """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
+    examples: Count | None = 4
+    """Examples of each task in a group; null deals all validation rows out to the groups."""
 
 
 class Gram(Section):

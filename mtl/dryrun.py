@@ -16,7 +16,7 @@ from mtl.data.batches import Layout, ValidationCut
 from mtl.data.collate import deal
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
-from mtl.data.plan import layout_for, mix_for, steps_of
+from mtl.data.plan import layout_for, mix_for, probe_every, steps_of
 
 SAMPLED = 100  # steps whose batches are cut to measure the arithmetic, spread evenly over the run
 SHOWN = 400  # tokens of an example that are shown
@@ -93,12 +93,14 @@ def batches(config: Config, tasks: Sequence[TaskData], world: int) -> list[str]:
 
     evaluate = config.evaluate
     for name, layout in layouts(config, tasks, world, evaluate.tokens or config.batch.tokens).items():
-        groups = ValidationCut(tasks, evaluate.probe.groups, config.train.seed, layout)
-        counts = [_micros_of_group(tasks, groups, layout, g) for g in range(groups.groups)]
+        parts = ValidationCut(tasks, evaluate.probe.groups, config.train.seed, layout, evaluate.probe.examples)
+        counts = [_micros_of_part(tasks, parts, layout, part) for part in range(parts.parts)]
         passes = math.ceil(steps / evaluate.every) + 1
         lines.append(
-            f"validation, {name}: {passes:,} full passes of {sum(counts):,} micro-batches a process; a probe reads 1 of "
-            f"{groups.groups} groups, {_span(np.array(counts))} micro-batches"
+            f"validation, {name}: {passes:,} full passes of {sum(counts):,} micro-batches a process; a probe every "
+            f"{_of(probe_every(config, parts), 'step', 'steps')} reads 1 of {parts.groups} groups, "
+            f"{_span(np.array([sum(map(len, parts.rows(g))) for g in range(parts.groups)]))} examples in "
+            f"{_span(np.array(counts[: parts.groups]))} micro-batches"
         )
     return lines
 
@@ -152,8 +154,8 @@ def needs(config: Config, tasks: Sequence[TaskData], tokenizer: PreTrainedTokeni
     return [head, *memory.table(memory.estimate(config, stage, skeleton, world, largest, targets))]
 
 
-def _micros_of_group(tasks: Sequence[TaskData], groups: ValidationCut, layout: Layout, g: int) -> int:
-    return len(layout.deal([task.validation for task in tasks], *groups.examples(g)))
+def _micros_of_part(tasks: Sequence[TaskData], cut: ValidationCut, layout: Layout, part: int) -> int:
+    return len(layout.deal([task.validation for task in tasks], *cut.examples(part)))
 
 
 def _positions(micro: list[list[int]], lengths: Sequence[int]) -> int:

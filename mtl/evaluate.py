@@ -1,24 +1,30 @@
 """Per-task validation losses: the full pass, and the small probe a balancer reads.
 
-Validation is cut once into G groups of whole examples per task; probe p reads group p mod G of every task, and the full pass
-reads all groups. So the full pass at step 0 gives each group's initial loss, and slopes can be fitted within groups.
+Validation is cut once into G groups of whole examples per task, and what is left over; probe p reads group p mod G of every
+task, and the full pass reads everything. So the full pass at step 0 gives each group's initial loss, and slopes can be fitted
+within groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
 from mtl import comm
 from mtl.data.batches import ValidationCut
+from mtl.data.collate import MicroBatch
 from mtl.engine import Engine
 from mtl.objectives import Objective
 from mtl.step import GlobalBatch
 
+AT_ONCE = 64  # micro-batches made before their forwards: ranks agree that none failed to, and all need not fit in memory
+
 
 @dataclass(frozen=True)
 class Validation:
-    """Summed token losses (nats) and target tokens, (K, G) float64 each, over all ranks."""
+    """Summed token losses (nats) and target tokens, (K, parts of the cut) float64 each, over all ranks."""
 
     sums: np.ndarray
     tokens: np.ndarray
@@ -46,7 +52,7 @@ class Validation:
 
 def full_pass(engine: Engine, objective: Objective, cut: ValidationCut, k: int) -> Validation:
     """Every validation example once. A collective; every rank runs the same number of forwards."""
-    return _pass(engine, objective, cut, range(cut.groups), k)
+    return _pass(engine, objective, cut, range(cut.parts), k)
 
 
 def probe(engine: Engine, objective: Objective, cut: ValidationCut, group: int, k: int) -> np.ndarray:
@@ -54,15 +60,19 @@ def probe(engine: Engine, objective: Objective, cut: ValidationCut, group: int, 
     return _pass(engine, objective, cut, [group], k).group(0)
 
 
-def _pass(engine: Engine, objective: Objective, cut: ValidationCut, groups: range | list[int], k: int) -> Validation:
+def _pass(engine: Engine, objective: Objective, cut: ValidationCut, groups: Sequence[int], k: int) -> Validation:
     totals = torch.zeros(2, k, len(groups), dtype=torch.float64, device=engine.device)
     engine.eval()
     with torch.no_grad():
         for column, group in enumerate(groups):
-            for micro in comm.together(lambda g=group: list(cut.group(g))):
-                terms = objective(engine.evaluate, micro.to(engine.device), k)
-                totals[0, :, column] += terms.sums
-                totals[1, :, column] += terms.counts
+            coming = cut.group(group)
+            some: list[MicroBatch] | None = None
+            while some is None or len(some) == AT_ONCE:
+                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023 (called at once)
+                for micro in some:
+                    terms = objective(engine.evaluate, micro.to(engine.device), k)
+                    totals[0, :, column] += terms.sums
+                    totals[1, :, column] += terms.counts
     sums, tokens = comm.sum_(totals).cpu().numpy()
     return Validation(sums, tokens)
 

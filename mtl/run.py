@@ -32,6 +32,7 @@ class Parts:
         steps: optimizer updates in the whole run.
         trackers: empty on every rank but 0.
         differentiated: what gradients are taken by, where the balancer reads their products.
+        probe_every: optimizer steps between the probes that a balancer reads.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Parts:
     checkpoints: Checkpoints
     trackers: list[Tracker]
     differentiated: Sequence[nn.Parameter] = ()
+    probe_every: int = 1
 
     @property
     def patience(self) -> Patience | None:
@@ -122,7 +124,7 @@ def _weigh(parts: Parts, state: RunState, batch: GlobalBatch) -> np.ndarray:
     Rank 0 alone: numpy on mixed hosts differs in last bits, and weights that differ between ranks are a wrong gradient.
     """
     t, needs = state.step, parts.holder.balancer.needs
-    every, gram_every = parts.config.evaluate.probe.every, parts.config.gram.every
+    every, gram_every = parts.probe_every, parts.config.gram.every
     group = t // every % parts.cut.groups
     signals = {"step": t}
     if Signal.TOKENS in needs:

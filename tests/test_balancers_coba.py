@@ -237,6 +237,17 @@ def test_panel_sees_through_groups_of_different_difficulty():
     assert all((each["panel"] == 1).all() for each in explained[7:])
 
 
+@pytest.mark.parametrize("groups", [None, [i % 4 for i in range(20)]])
+def test_auto_is_panel_with_groups_and_plain_without(groups):
+    rng = np.random.default_rng(0)
+    ratio = 1 + rng.random((20, 3))
+    found, _ = run(CoBa(window=10, warmup=1), ratio, groups=groups)
+    wanted, _ = run(CoBa(window=10, warmup=1, slope="panel" if groups else "ols"), ratio, groups=groups)
+    other, _ = run(CoBa(window=10, warmup=1, slope="ols"), ratio, groups=groups)
+    np.testing.assert_array_equal(found, wanted)
+    assert (found == other).all() == (groups is None)
+
+
 def test_panel_without_groups_is_refused():
     with pytest.raises(ValueError, match=r"panel slopes at step 3: found no Signals\.valid_group"):
         run(CoBa(slope="panel"), np.ones((1, 2)), steps=[3])
@@ -302,7 +313,7 @@ def test_state_grows_by_eight_bytes_a_probe():
         ({"tau": "5"}, "CoBa tau: found '5'"),
         ({"gate": -1.0}, "CoBa gate: found -1.0"),
         ({"divergence": "sum"}, "CoBa divergence: found 'sum', wanted one of abs, signed, released"),
-        ({"slope": "theil"}, "CoBa slope: found 'theil', wanted one of ols, panel"),
+        ({"slope": "theil"}, "CoBa slope: found 'theil', wanted one of auto, ols, panel"),
     ],
 )
 def test_settings_out_of_range(keywords, text):

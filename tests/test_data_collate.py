@@ -219,6 +219,35 @@ def test_validation_groups_cover_every_row_once(groups, world, packed):
         assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
 
 
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 8))
+def test_groups_of_few_examples_are_fair_samples(groups, examples):
+    tasks = toy_tasks({"a": 7, "b": 40, "c": 13})
+    cut = ValidationCut(tasks, groups, 0, Layout(1, 0, 64, 257), examples)
+    assert cut.groups == max(1, min(groups, 7 // examples)) and cut.parts - cut.groups in (0, 1)
+    for k, task in enumerate(tasks):
+        n, targets = len(task.validation), task.validation.targets
+        rows = [cut.rows(part)[k] for part in range(cut.parts)]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(n))
+        # One row of each stratum: the j-th smallest of a group lies in the j-th stratum of all rows' target tokens.
+        edges = [n * i // examples for i in range(examples + 1)]
+        levels = np.sort(targets)
+        for group in rows[: cut.groups]:
+            assert len(group) == min(examples, n)
+            if n >= examples:
+                for mine, low, high in zip(np.sort(targets[group]), edges, edges[1:], strict=False):
+                    assert levels[low] <= mine <= levels[high - 1]
+
+
+def test_the_cut_follows_the_seed():
+    tasks = toy_tasks({"a": 30, "b": 30})
+    first, same, other = (ValidationCut(tasks, 3, seed, Layout(1, 0, 64, 257), 4) for seed in (0, 0, 1))
+    for part in range(first.parts):
+        for k in range(2):
+            assert first.rows(part)[k].tolist() == same.rows(part)[k].tolist()
+    assert any(first.rows(0)[k].tolist() != other.rows(0)[k].tolist() for k in range(2))
+
+
 def test_encoded_in_memory():
     split = Encoded.of([([1, 2, 3], [False, True, False]), ([4, 5], [False, True])], name="here")
     assert len(split) == 2 and split.lengths.tolist() == [3, 2] and split.targets.tolist() == [1, 1]

@@ -167,6 +167,7 @@ def test_the_best_checkpoint_survives_a_kill(yaml):
         "evaluate.every=2",
         "checkpoint.every=4",
         "checkpoint.keep=1",
+        "balancer={name: Equal}",
     ]
     output = yaml.parent / "best"
     assert runs.train(yaml, OURS, *diverging, f"output={output}", MISFORTUNE="kill step 9 0").codes == [-9]

@@ -40,7 +40,7 @@ def test_every_step_has_its_tags_and_no_other(finished):
     every = {f"train/{task}/{what}" for task in TASKS for what in ("loss", "weight", "tokens")}
     every |= {f"train/{what}" for what in ("loss", "positions", "grad_norm", "lr", "target_tokens", "tokens_per_second")}
     every |= {"step", "time/step_seconds", "time/left_seconds"}
-    probed = {f"coba/{task}/{what}" for task in TASKS for what in ("slope", "rcs", "acs")} | {"coba/df"}
+    probed = {f"coba/{task}/{what}" for task in TASKS for what in ("slope", "rcs", "acs", "panel")} | {"coba/df"}
     for line in steps(finished[0]):
         missing = {f"coba/{task}/slope" for task in TASKS} if line["step"] == 0 else set()  # one probe has no slope
         assert line.keys() == every | (probed - missing if line["step"] % 2 == 0 else set()), line["step"]

@@ -97,34 +97,42 @@ class TrainBatches:
 
 
 class ValidationCut:
-    """Every task's validation rows, cut once into the same number of groups of whole examples.
+    """Every task's validation rows, cut once into the same number of groups of whole examples, and what is left over.
 
-    Row i of a task stands in group p(i) mod G, where p is a permutation keyed by seed and task: a group is a fair
-    sample, the groups of a task differ in size by one row at most, and neither world size nor layout change the cut.
+    A group is a fair sample of its task: rows are sorted by their target tokens and cut into strata, and each group has one
+    row of each stratum, drawn by a permutation keyed by seed and task. Neither world size nor layout change the cut.
 
     Args:
         tasks: K tasks.
         groups: groups wanted. `self.groups`, the effective number, is limited by the smallest task so that every group
-            holds every task: whoever asks should say so when the two differ.
+            holds as many examples of every task as the others: whoever asks should say so when the two differ.
         seed: keys the cut.
         layout: how examples become micro-batches.
+        examples: of each task in a group (of a task with fewer rows: all of them). None: every row stands in a group, and
+            those of a task differ in size by one row at most.
+
+    Attributes:
+        parts: the groups, and one more where rows are left over.
     """
 
-    def __init__(self, tasks: Sequence[TaskData], groups: int, seed: int, layout: Layout):
-        self.groups = max(1, min(groups, *(len(task.validation) for task in tasks)))
-        self.layout = layout
+    def __init__(self, tasks: Sequence[TaskData], groups: int, seed: int, layout: Layout, examples: int | None = None):
         self._splits = [task.validation for task in tasks]
-        # permutation()[place] is a row: the rows at places g, g + G, g + 2G ... are those of group g.
-        self._orders = [permutation(len(task.validation), f"{seed}/{task.name}/validation") for task in tasks]
+        self.groups = max(1, min(groups, *(len(split) // (examples or 1) for split in self._splits)))
+        self.layout = layout
+        self._rows = [
+            _stratified(task.validation.targets, self.groups, examples, f"{seed}/{task.name}/validation") for task in tasks
+        ]
+        self.parts = self.groups + any(len(rows[self.groups]) for rows in self._rows)
         self._dealt: dict[int, list[tuple[Micro, int]]] = {}
 
-    def rows(self, group: int) -> list[np.ndarray]:
-        """K ascending int64 arrays: the rows of each task in group `group`."""
-        assert 0 <= group < self.groups
-        return [np.sort(order[group :: self.groups]) for order in self._orders]
+    def rows(self, part: int) -> list[np.ndarray]:
+        """K ascending int64 arrays: the rows of each task in group `part`, or, after the last group, of those left over."""
+        assert 0 <= part < self.parts
+        return [rows[part] for rows in self._rows]
 
     def group(self, group: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of group `group`, made one at a time: as many on every rank, at least one.
+        """This rank's micro-batches of group `group` (or what is left over), made one at a time: as many on every rank, at
+        least one.
 
         Over all ranks every row of the group stands in exactly one of them.
         """
@@ -142,3 +150,23 @@ class ValidationCut:
         """Task and row, (n,) int64 each, of the examples in group `group`."""
         rows = self.rows(group)
         return np.repeat(np.arange(len(rows)), [len(some) for some in rows]), np.concatenate(rows)
+
+
+def _stratified(targets: np.ndarray, groups: int, examples: int | None, key: str) -> list[np.ndarray]:
+    """Row numbers of `groups` groups of `examples` rows each, and of the rows left over: ascending, groups + 1 arrays.
+
+    Args:
+        targets: (n,) target tokens of each row.
+        examples: None deals out all rows.
+        key: of the permutations.
+    """
+    n = len(targets)
+    random = permutation(n, key)
+    order = random[np.argsort(targets[random], kind="stable")]  # rows of as many targets in random order
+    cuts = range(groups, n, groups) if examples is None else [n * i // examples for i in range(1, examples)]
+    found = np.empty(n, dtype=np.int64)
+    for i, stratum in enumerate(np.split(order, list(cuts))):
+        drawn = permutation(max(len(stratum), groups), f"{key}/{i}")  # [place]: what stands there in the stratum, or nothing
+        places = np.flatnonzero(drawn < len(stratum))
+        found[stratum[drawn[places]]] = places.clip(max=groups)
+    return [np.flatnonzero(found == group) for group in range(groups + 1)]
