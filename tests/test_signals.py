@@ -95,7 +95,12 @@ def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any
     batches.close()
     after = training_losses(trained)
     weights = [[line[f"train/{name}/weight"] for name in NAMES] for _, line in memory.lines if "train/loss" in line]
-    return {"weights": np.array(weights), "seen": getattr(holder, "seen", []), "after": after, "parameters": parameters(trained)}
+    return {
+        "weights": np.array(weights),
+        "seen": getattr(holder, "seen", []),
+        "after": after,
+        "parameters": parameters(trained),
+    }
 
 
 def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
