@@ -190,7 +190,10 @@ def sft() -> dict[str, Any]:
     def train(*given: Any, resume: bool = False, **more: Any) -> dict[str, Any]:
         trainer = make(*given, **more)
         trainer.train(resume_from_checkpoint=resume or None)
-        return outcome(trainer) | {"rows": trainer.train_dataset[:]}
+        rows = trainer.train_dataset
+        batch = trainer.data_collator([rows[i] for i in range(4)])
+        targets = trainer._targets(batch) if "task" in batch else None
+        return outcome(trainer) | {"rows": rows[:], "batch": batch, "targets": targets}
 
     def coba(folder: str, changes: dict, **more: Any) -> dict[str, Any]:
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
@@ -205,7 +208,11 @@ def sft() -> dict[str, Any]:
         if comm.active():
             torch.distributed.broadcast_object_list(shared)
         root = shared[0]
-        layouts = {"padded": {}, "packed": packed, "wrapped": packed | {"packing_strategy": "wrapped"}}
+        layouts = {
+            "padded": {},
+            "packed": packed,
+            "wrapped": packed | {"packing_strategy": "wrapped", "completion_only_loss": False},
+        }
         for layout in layouts if comm.world() == 1 else ("packed",):
             found["own", layout] = train(SFTTrainer, root, layouts[layout])
             found["tokens", layout] = train(BalancedSFT, root, layouts[layout], balancer=Tokens(), tasks=NAMES)
@@ -340,16 +347,28 @@ def test_trl_on_two_processes(trl):
                     np.testing.assert_allclose(found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-6)
 
 
-def test_packed_rows_keep_their_tasks(trl):
-    rows, several = trl[1][0]["tokens", "packed"]["rows"], 0
-    for ids, task, lengths in zip(rows["input_ids"], rows["task"], rows["seq_lengths"], strict=True):
-        ends = np.cumsum(lengths)
-        for start, end in zip(ends - lengths, ends, strict=True):
-            name = toys.tokenizer().decode(ids[start:end]).split()[0]
-            assert task[start:end] == [NAMES.index(name)] * (end - start)
-        several += len(set(task)) > 1
-    assert several > len(rows["task"]) / 2
-    assert rows["input_ids"] == trl[1][0]["own", "packed"]["rows"]["input_ids"], "packed as TRL does"
+@pytest.mark.parametrize("layout", ("packed", "wrapped"))
+def test_packed_rows_keep_their_tasks(layout, trl):
+    """Every text begins with its task's name and ends with <|end|>; those of a wrapped row may be cut anywhere."""
+    (found,) = trl[1]
+    rows, own = (found[run, layout]["rows"] for run in ("tokens", "own"))
+    assert rows["input_ids"] == own["input_ids"] and rows["labels"] == own["labels"], "packed as TRL does"
+    stream, task = (np.concatenate(rows[name]) for name in ("input_ids", "task"))
+    texts = np.split(np.arange(len(stream)), np.flatnonzero(stream == 257) + 1)
+    assert len(texts) == 121 and not len(texts.pop())
+    for text in texts:
+        name = toys.tokenizer().decode(stream[text]).split()[0]
+        assert set(task[text]) == {NAMES.index(name)}
+    assert sum(len(set(row)) > 1 for row in rows["task"]) > len(rows["task"]) / 2
+
+    batch, (keep, of_target) = found["tokens", layout]["batch"], found["tokens", layout]["targets"]
+    assert batch["input_ids"].shape == ((1, 4 * 48) if layout == "packed" else (4, 48))
+    first = np.concatenate(rows["task"][:4])
+    np.testing.assert_array_equal(batch["task"].ravel(), first)
+    label = np.concatenate([row for row in batch["labels"].numpy()])
+    starts = np.arange(len(label)) % batch["labels"].shape[1] == 0  # nothing predicts a row's first token
+    np.testing.assert_array_equal(of_target, first[(label != -100) & ~starts])
+    assert keep.sum() == len(of_target)
 
 
 def test_weights_act_on_packed_rows(trl):

@@ -15,8 +15,9 @@ from test_equivalence import NAMES, STAGES, configuration, parameters, start
 
 import runs
 from balancers import METHODS, Holder, Signal, Signals, make, torchjd
-from mtl import comm, evaluate, gram
+from mtl import comm, evaluate, gram, plugins
 from mtl.checkpoint import RunState
+from mtl.config import ConfigError
 from mtl.data.batches import TrainBatches, ValidationCut
 from mtl.data.encoded import TaskData
 from mtl.objectives import causal_lm
@@ -219,6 +220,14 @@ def test_the_replayed_batch_has_been_learned(results):
     for signals in results["replay", 2]["seen"][1:]:
         fall = (signals.train_loss - signals.replay_loss)[~np.isnan(signals.train_loss)]
         assert 0 < fall.sum() and np.abs(fall).max() < 1
+
+
+def test_tasks_of_a_group_count_as_one(tmp_path):
+    path, short = str(runs.write(tmp_path)), ["tasks.copy.group=short", "tasks.chat.group=short"]
+    config = plugins.read(path, [*short, "balancer={name: Static, weights: {short: 3, prose: 1}}"])
+    np.testing.assert_allclose(plugins.holder(config).update(Signals(0)), [0.375, 0.375, 0.25])
+    with pytest.raises(ConfigError, match=r"x.yaml:\d+: balancer: Grouped groups: .*no group with the name of a task"):
+        plugins.read(path, ["tasks.copy.group=prose"])
 
 
 CASES = {
