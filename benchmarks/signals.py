@@ -1,9 +1,17 @@
-"""What measuring a balancer's signals adds to a step: `python benchmarks/signals.py`. CPU seconds, over those of Equal.
+"""What each balancer adds to a step, in CPU time and memory: `python benchmarks/signals.py [--rounds 3] [--memory]`.
 
-One process, ZeRO 2, a random Llama of 12 million parameters, 6 tasks, 18 examples of 20 to 120 tokens a step in packed
-rows. CPU time, because it stands still when others use the machine.
+One process, ZeRO 2, a random Llama of 9 million parameters in fp32, 6 tasks, 18 examples of 20 to 120 tokens a step in
+packed rows, AdamW. All cases take turns on one engine, four steps each a round, so that whatever slows the machine
+down for a while slows all of them. CPU seconds of the process, not wall clock: they count no other program's work.
 """
 
+import argparse
+import gc
+import os
+import resource
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,28 +29,49 @@ from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
 from mtl.objectives import causal_lm
 from mtl.run import Parts, run
+from mtl.trackers import Tracker
 
-NAMES, WARM, STEPS = list("abcdef"), 2, 8
-CASES: list[tuple[str, Any, dict[str, Any]]] = [
-    ("Equal", "Equal", {}),
-    ("DWA (training losses)", "DWA", {}),
-    ("CoBa (probe each step)", {"name": "CoBa", "window": 5, "warmup": 1}, {}),
-    ("CoBa (probe every 4)", {"name": "CoBa", "window": 5, "warmup": 1}, {"evaluate.probe.every": 4}),
-    ("FAMO (replay)", "FAMO", {}),
-    ("GradNorm (Gramian, all)", "GradNorm", {}),
-    ("GradNorm (last layer)", "GradNorm", {"gram.params": "last_layer"}),
-    ("GradNorm (all, every 4)", "GradNorm", {"gram.every": 4}),
-    ("MetaWeighting (all)", "MetaWeighting", {}),
-]
+NAMES, TURN = list("abcdef"), 4  # a turn is as long as the rarest measurement's period
+COBA = {"name": "CoBa", "window": 5, "warmup": 1}
+LAST, FOURTH = {"gram.params": "last_layer"}, {"gram.every": 4}
+GRAMIAN = ("MGDA", "PCGrad", "CAGrad", "IMTLG", "NashMTL", "AlignedMTL", "UPGrad")
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("Equal", "Tokens")},
+    "Static": ({"name": "Static", "weights": [1, 2, 3, 4, 5, 6]}, {}),
+    **{name: (name, {}) for name in ("RLW", "DWA", "LBTW", "GLS", "Uncertainty")},
+    "FAMO, replay": ("FAMO", {}),
+    "FAMO, replay: false": ({"name": "FAMO", "replay": False}, {}),
+    "CoBa": (COBA, {}),
+    "CoBa, probe.every: 4": (COBA, {"evaluate.probe.every": 4}),
+    "CoBa, slope: panel, gate: 1": ({**COBA, "window": 16, "slope": "panel", "gate": 1.0}, {}),
+    **{name: (name, {}) for name in ("LBTWValid", "FAMOValid")},
+    "Scheduled CoBa": ({"name": "Scheduled", "warmup": 1, "balancer": COBA}, {}),
+    "Bounded CoBa": ({"name": "Bounded", "floor": 0.05, "balancer": COBA}, {}),
+    "Grouped CoBa": ({"name": "Grouped", "groups": {"ab": ["a", "b"]}, "balancer": COBA}, {}),
+    "GradNorm": ("GradNorm", {}),
+    "GradNorm, params: last_layer": ("GradNorm", LAST),
+    "GradNorm, every: 4": ("GradNorm", FOURTH),
+    "GradNorm, both": ("GradNorm", {**LAST, **FOURTH}),
+    "GradNormValid": ("GradNormValid", {}),
+    **{f"TorchJD {method}": ({"name": "TorchJD", "method": method}, {}) for method in GRAMIAN},
+    "MetaWeighting": ("MetaWeighting", {}),
+    "MetaWeighting, params: last_layer": ("MetaWeighting", LAST),
+}
+HELD = ("Equal", "GradNorm", "GradNorm, params: last_layer", "MetaWeighting")  # whose memory is measured
 
 
-class Nowhere:
-    """Keeps no checkpoint."""
+class Turn(Tracker):
+    """Ends each turn."""
 
-    output = Path(tempfile.mkdtemp())
+    class Over(Exception):
+        pass
 
-    def save(self, *_: Any, **__: Any) -> Path:
-        return self.output
+    def log(self, step: int, values: Any) -> None:
+        if "train/loss" in values and (step + 1) % TURN == 0:
+            raise self.Over
+
+    def say(self, text: str) -> None:
+        pass
 
 
 def encoded(rows: int, seed: int) -> Encoded:
@@ -54,45 +83,109 @@ def encoded(rows: int, seed: int) -> Encoded:
     return Encoded.of(made)
 
 
-def seconds(given: Any, overrides: dict[str, Any]) -> float:
-    """CPU seconds of a step."""
+def configuration(overrides: dict[str, Any]) -> Any:
     tasks = ", ".join(f"{name}: {{train: x, validation: x, format: text}}" for name in NAMES)
-    config = parse(
-        f"model: {{name: none, precision: fp32}}\ntasks: {{{tasks}}}\ntrain: {{steps: {STEPS}}}\noutput: nowhere\n"
-        "evaluate: {every: 1000, probe: {groups: 8}}\ncheckpoint: {best: false}\nexport: {which: none}",
+    return parse(
+        f"model: {{name: none, precision: fp32}}\ntasks: {{{tasks}}}\ntrain: {{steps: 100000}}\noutput: nowhere\n"
+        "evaluate: {every: 100000, probe: {groups: 8}}\ncheckpoint: {best: false}\nexport: {which: none}",
         overrides=[f"{key}={value}" for key, value in overrides.items()],
     )
+
+
+class Case:
+    """A run that goes on turn by turn."""
+
+    def __init__(self, trained: engine.Engine, name: str, folder: str, first: "Case | None" = None):
+        given, overrides = CASES[name]
+        config, layout = configuration(overrides), Layout(1, 0, 512, 0, packed=True, row_length=256)
+        data = [TaskData(name, encoded(60, i), encoded(16, 100 + i)) for i, name in enumerate(NAMES)]
+        self.batches = TrainBatches(data, Mix(NAMES, [60] * 6, [1] * 6, 18, 0), layout)
+        holder = Holder(make(given), NAMES)
+        chosen = gram.supply(holder.balancer.needs, trained.module, config)
+        cut, nowhere = ValidationCut(data, 8, 0, layout), type("Nowhere", (), {"output": Path(folder)})()
+        self.parts = Parts(
+            config, NAMES, 100000, trained, causal_lm, holder, self.batches, cut, nowhere, [Turn()], chosen
+        )
+        self.state = RunState()
+        if first is not None:  # whose pass over all validation rows at step 0 does for all
+            seen = first.state
+            self.state.base_sums, self.state.base_tokens, self.state.evaluated = seen.base_sums, seen.base_tokens, 0
+
+    def turn(self) -> float:
+        """CPU seconds of a step."""
+        began = time.process_time()
+        try:
+            run(self.parts, self.state)
+        except Turn.Over:
+            pass
+        return (time.process_time() - began) / TURN
+
+
+def start() -> engine.Engine:
     llama = LlamaConfig(
         vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4
     )
-    trained = engine.Engine(LlamaForCausalLM(llama), config, model.optimizer(config))
-    data = [TaskData(name, encoded(60, i), encoded(16, 100 + i)) for i, name in enumerate(NAMES)]
-    layout = Layout(1, 0, 512, 0, packed=True, row_length=256)
-    batches = TrainBatches(data, Mix(NAMES, [60] * 6, [1] * 6, 18, 0), layout)
-    holder = Holder(make(given), NAMES)
-    chosen = gram.supply(holder.balancer.needs, trained.module, config)
-    clock: list[float] = []
+    config = configuration({})
+    return engine.Engine(LlamaForCausalLM(llama), config, model.optimizer(config))
 
-    class Clock:
-        def log(self, step: int, values: Any) -> None:
-            clock.append(time.process_time())
 
-        def say(self, text: str) -> None:
-            pass
+def times(rounds: int, folder: str) -> None:
+    trained = start()
+    first = Case(trained, "Equal", folder)
+    first.turn()
+    cases = {name: Case(trained, name, folder, first) for name in CASES}
+    found: dict[str, list[float]] = {name: [] for name in CASES}
+    for turn in range(rounds + 1):  # the first, when balancers begin, is not counted
+        gc.collect()
+        for name, case in cases.items():
+            seconds = case.turn()
+            if turn:
+                found[name].append(seconds)
+    for case in (first, *cases.values()):
+        case.batches.close()
+    print("| balancer | CPU seconds a step, median of turns | over Equal |\n|---|---:|---:|")
+    for name, each in found.items():
+        ratios = [mine / equal for mine, equal in zip(each, found["Equal"], strict=True)]
+        print(f"| {name} | {statistics.median(each):.3f} | {statistics.median(ratios):.2f} |")
 
-    cut = ValidationCut(data, 8, 0, layout)
-    run(Parts(config, NAMES, STEPS, trained, causal_lm, holder, batches, cut, Nowhere(), [Clock()], chosen), RunState())
-    batches.close()
-    steps = np.diff(clock[:-1])  # the first entry is the full pass at step 0, the last that at the end
-    return float(steps[WARM:].mean())
+
+def peak(name: str, folder: str) -> None:
+    case = Case(start(), name, folder)
+    case.turn()
+    case.batches.close()
+    count = sum(p.numel() for p in case.parts.differentiated)
+    print(name, count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, sep="|")
+
+
+def memory() -> None:
+    print(
+        "| balancer | parameters differentiated by | peak MiB | over Equal | K x N x 4 bytes |\n|---|---:|---:|---:|---:|"
+    )
+    least = None
+    for name in HELD:
+        command = [sys.executable, __file__, "--peak-of", name]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        _, count, found = out.strip().splitlines()[-1].split("|")
+        least = least or float(found)
+        whole = len(NAMES) * int(count) * 4 / 2**20
+        print(
+            f"| {name} | {int(count):,} | {float(found):.0f} | {float(found) - least:.0f} | {whole:.0f} |", flush=True
+        )
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each case that count")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead, a process each")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        return memory()
     engine.init_process_group(5)
-    found = {name: seconds(given, overrides) for name, given, overrides in CASES}
-    print("| balancer | CPU seconds a step | over Equal |\n|---|---:|---:|")
-    for name, value in found.items():
-        print(f"| {name} | {value:.3f} | {value / found['Equal']:.2f} |")
+    with tempfile.TemporaryDirectory() as folder:
+        peak(args.peak_of, folder) if args.peak_of else times(args.rounds, folder)
+    sys.stdout.flush()
+    os._exit(0)  # the group's threads are not what is measured
 
 
 if __name__ == "__main__":

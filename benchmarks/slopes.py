@@ -2,8 +2,8 @@
 
 The recording holds every validation row's loss at every probe, so each estimator can be fed what it would have read
 and compared with the slope of all rows. The rows are cut into groups once (row i into group i mod G), and probe p reads
-group (p + shift) mod G. Everything is in ratio per optimizer step, the root mean square over tasks, shifts and all
-windows but the first, which the steep fall after step 0 rules.
+group (p + shift) mod G; the fixed subset is group 0. Everything is in ratio per optimizer step, the root mean square
+over tasks, shifts and all windows but the first, which the steep fall after step 0 rules.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def errors(run: Recording, probes: int, rows: int) -> dict[str, float]:
         estimates = {
             "plain": slopes(read / whole[0], one),
             "paired": slopes(read / means[group, 0], one),
-            "fixed subset": slopes(means[shift] / means[shift, 0], one),
+            "fixed subset": slopes(means[0] / means[0, 0], one),
             "panel": slopes(read / whole[0], group),
         }
         for name, each in estimates.items():

@@ -17,7 +17,6 @@ process.settle()  # before torch is imported
 
 import torch
 
-from balancers import Holder
 from mtl import comm, engine, gram, model, packing, plugins, provenance, report, trackers
 from mtl.checkpoint import Checkpoints, RunState, check_output, write_json
 from mtl.data.batches import TrainBatches, ValidationCut
@@ -75,8 +74,7 @@ def main() -> None:
     if cut.groups < probe.groups:
         say(f"evaluate.probe.groups: {cut.groups}, not {probe.groups}: the smallest task has no more rows")
 
-    balancer = resolve(config, "balancer", plugins.BALANCER, args.allow_code)()
-    holder = Holder(balancer, names, [task.loss_weight for task in config.tasks.values()])
+    holder = plugins.holder(config, args.allow_code)
     differentiated = gram.supply(holder.balancer.needs, trained.module, config)
     layout = {"processes": world, "zero": engine.zero_stage(config)}
     checkpoints = Checkpoints(output, config.checkpoint.keep, identity, tokenizer, layout, say)

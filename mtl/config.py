@@ -161,6 +161,8 @@ class Task(Section):
     """Passes over the task's rows, relative to the other tasks' (`mix.shares: epochs` only)."""
     loss_weight: Positive = 1.0
     """Factor on the balancer's weight; the weights' sum stays the balancer's."""
+    group: Text | None = None
+    """Tasks of the same group count as one for the balancer, which deals its weight equally to them; null: by itself."""
     cap: Count | None = None
     """Training rows used at most; null: all."""
     validation_cap: Count | None = None

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from balancers import METHODS, Balancer
-from mtl.config import Config, load
+from balancers import METHODS, Balancer, Grouped, Holder
+from mtl.config import Config, ConfigError, load
 from mtl.data.formats import FORMATS, Format
 from mtl.objectives import OBJECTIVES
 from mtl.spec import Kind, check, resolve
@@ -27,7 +27,26 @@ def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str]
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    return load(path, overrides, check(KINDS, allow_code))
+    config = load(path, overrides, check(KINDS, allow_code))
+    holder(config, allow_code)
+    return config
+
+
+def holder(config: Config, allow_code: Collection[str] = ()) -> Holder:
+    """The balancer with its tasks, those of a `group` counting as one.
+
+    Raises:
+        ConfigError: the balancer does not fit the tasks: their number, their names, their groups.
+    """
+    balancer, groups = resolve(config, "balancer", BALANCER, allow_code)(), {}
+    for name, task in config.tasks.items():
+        if task.group is not None:
+            groups.setdefault(task.group, []).append(name)
+    try:
+        weights = [task.loss_weight for task in config.tasks.values()]
+        return Holder(Grouped(balancer, groups) if groups else balancer, list(config.tasks), weights)
+    except ValueError as error:
+        raise ConfigError([f"{config.where('balancer')}: balancer: {error}"]) from error
 
 
 def formats(config: Config, allow_code: Collection[str] = ()) -> dict[str, Format]:

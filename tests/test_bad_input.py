@@ -55,6 +55,7 @@ WRONG = {
     "unknown balancer": ("{name: CoBa,", "{name: Koba,", "balancer.name: found 'Koba', wanted ", "Did you mean CoBa?"),
     "balancer's keyword": ("window: 5,", "windows: 5,", "balancer.windows: found an unknown keyword, wanted one of window=200", "Did you mean window?"),
     "balancer's value": ("window: 5,", "window: 0,", "balancer.window: CoBa window: found 0, wanted ", ""),
+    "balancer's tasks": ("{name: CoBa, window: 5, warmup: 3}", "{name: Static, weights: [1, 2]}", "balancer: Static weights: found 2 of them, wanted one for each of 3 tasks", ""),
     "unknown tracker": ("engine: {zero: 2,", "trackers: [console, jsonn]\nengine: {zero: 2,", "trackers.1: found 'jsonn', wanted ", "Did you mean jsonl?"),
     "unknown format": ("format: text", "format: txt", "tasks.prose.format: found 'txt', wanted ", "Did you mean text?"),
     "code from outside": ("format: text", "format: elsewhere:rows", "tasks.prose.format: found 'elsewhere:rows', code from outside", "add --allow-code elsewhere"),

@@ -3,6 +3,7 @@ refuse.
 """
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,15 @@ def pad(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
+def flatten(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """One row without padding. The first label of each is no target, so nothing is predicted across a border."""
+    return {
+        "input_ids": torch.tensor([[i for row in batch for i in row["input_ids"]]]),
+        "labels": torch.tensor([[i for row in batch for i in (-100, *row["labels"][1:])]]),
+        "position_ids": torch.tensor([[i for row in batch for i in range(len(row["input_ids"]))]]),
+    }
+
+
 VALID = {name: rows(5, 7 + k, name) for k, name in enumerate(NAMES)}
 
 
@@ -69,14 +79,17 @@ def arguments(folder: str, kind: Any, **changes: Any) -> Any:
 
 def outcome(trainer: Any) -> dict[str, Any]:
     return {
+        "zero": trainer.accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage()
+        if trainer.is_deepspeed_enabled
+        else None,
         "parameters": {n: p.detach().numpy().copy() for n, p in trainer.model.named_parameters()},
         "log": trainer.state.log_history,
         "weights": trainer.balance.weights.copy() if hasattr(trainer, "balance") else None,
     }
 
 
-def huggingface() -> dict[str, Any]:
-    """Runs of the Trainer on this process group."""
+def huggingface(engine: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Runs of the Trainer on this process group. engine: arguments of every run, such as a DeepSpeed configuration."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -86,12 +99,17 @@ def huggingface() -> dict[str, Any]:
         pass
 
     def train(
-        folder: str, resume: bool = False, kind: Any = BalancedTrainer, changes: dict | None = None, **more: Any
+        folder: str,
+        resume: bool = False,
+        kind: Any = BalancedTrainer,
+        changes: dict | None = None,
+        collator: Callable = pad,
+        **more: Any,
     ) -> dict:
         trainer = kind(
             toys.tiny_llama(),
-            arguments(folder, TrainingArguments, **(changes or {})),
-            data_collator=pad,
+            arguments(folder, TrainingArguments, **(engine or {}), **(changes or {})),
+            data_collator=collator,
             train_dataset=Dataset.from_list(rows(40, 0)),
             **more,
         )
@@ -99,17 +117,15 @@ def huggingface() -> dict[str, Any]:
         return outcome(trainer)
 
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            "own": train(folder, kind=Trainer),
-            "tokens": train(folder, balancer=Tokens(), tasks=NAMES),
-            "static": train(folder, balancer=Static([0.8, 0.15, 0.05]), tasks=NAMES),
-            "static, not averaged": train(
-                folder,
-                balancer=Static([0.8, 0.15, 0.05]),
-                tasks=NAMES,
-                changes={"average_tokens_across_devices": False},
-            ),
-        }
+        static = {"balancer": Static([0.8, 0.15, 0.05]), "tasks": NAMES}
+        found = {"own": train(folder, kind=Trainer), "static": train(folder, **static)}
+        if not engine:
+            alone = {"average_tokens_across_devices": False}
+            found |= {
+                "tokens": train(folder, balancer=Tokens(), tasks=NAMES),
+                "static, not averaged": train(folder, changes=alone, **static),
+                "static, flattened": train(folder, collator=flatten, **static),
+            }
         coba = {"tasks": NAMES, "eval_dataset": VALID, "probe_groups": 2}
 
         def balancer() -> CoBa:
@@ -148,7 +164,7 @@ def refusals(train: Any, folder: str) -> dict[str, str]:
 
 
 def sft() -> dict[str, Any]:
-    """Runs of TRL's SFTTrainer."""
+    """Runs of TRL's SFTTrainer on this process group, in padded and in packed rows."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -157,31 +173,55 @@ def sft() -> dict[str, Any]:
     class BalancedSFT(Balanced, SFTTrainer):
         pass
 
-    texts = [{"prompt": f"{i} +", "completion": f" {'x' * (i % 5 + 1)}", "task": NAMES[i % 3]} for i in range(24)]
-    valid = {name: Dataset.from_list([row for row in texts if row["task"] == name]) for name in NAMES}
+    texts = [
+        {"prompt": f"{NAMES[i % 3]} {i} +", "completion": f" {'x' * (i * i % 13 + 1)}", "task": NAMES[i % 3]}
+        for i in range(120)
+    ]
+    valid = {name: Dataset.from_list([row for row in texts[:24] if row["task"] == name]) for name in NAMES}
+    packed = {"packing": True, "max_length": 48}
 
     def make(kind: Any, folder: str, changes: dict | None = None, **more: Any) -> Any:
-        args = arguments(folder, SFTConfig, max_length=64, bf16=False, **(changes or {}))  # TRL would autocast
+        given = {"max_length": 64, "bf16": False} | (changes or {})  # TRL would autocast
+        args = arguments(folder, SFTConfig, **given)
         return kind(
             toys.tiny_llama(), args, train_dataset=Dataset.from_list(texts), processing_class=toys.tokenizer(), **more
         )
 
+    def train(*given: Any, resume: bool = False, **more: Any) -> dict[str, Any]:
+        trainer = make(*given, **more)
+        trainer.train(resume_from_checkpoint=resume or None)
+        rows = trainer.train_dataset
+        batch = trainer.data_collator([rows[i] for i in range(4)])
+        targets = trainer._targets(batch) if "task" in batch else None
+        return outcome(trainer) | {"rows": rows[:], "batch": batch, "targets": targets}
+
+    def coba(folder: str, changes: dict, **more: Any) -> dict[str, Any]:
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
+        balancer = CoBa(window=3, warmup=1)
+        return train(
+            BalancedSFT, folder, saving, balancer=balancer, tasks=NAMES, eval_dataset=valid, probe_groups=2, **more
+        )
+
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, trainer in {
-            "own": make(SFTTrainer, folder),
-            "tokens": make(BalancedSFT, folder, balancer=Tokens(), tasks=NAMES),
-            "coba": make(
-                BalancedSFT, folder, balancer=CoBa(window=3, warmup=1), tasks=NAMES, eval_dataset=valid, probe_groups=2
-            ),
-        }.items():
-            trainer.train()
-            found[name] = outcome(trainer)
-        for what in ("packing", "padding_free"):
-            try:
-                make(BalancedSFT, folder, {what: True}, balancer=Tokens(), tasks=NAMES)
-            except ValueError as error:
-                found[what] = str(error)
+        shared = [folder]
+        if comm.active():
+            torch.distributed.broadcast_object_list(shared)
+        root = shared[0]
+        layouts = {
+            "padded": {},
+            "packed": packed,
+            "wrapped": packed | {"packing_strategy": "wrapped", "completion_only_loss": False},
+        }
+        for layout in layouts if comm.world() == 1 else ("packed",):
+            found["own", layout] = train(SFTTrainer, root, layouts[layout])
+            found["tokens", layout] = train(BalancedSFT, root, layouts[layout], balancer=Tokens(), tasks=NAMES)
+        found["static", "packed"] = train(BalancedSFT, root, packed, balancer=Static([8, 1, 1]), tasks=NAMES)
+        found["static", "padded"] = train(BalancedSFT, root, {}, balancer=Static([8, 1, 1]), tasks=NAMES)
+        found["coba", "packed"] = coba(f"{root}/packed", packed)
+        coba(f"{root}/broken", packed | {"max_steps": 2})
+        found["resumed", "packed"] = coba(f"{root}/broken", packed, resume=True)
+        comm.barrier()
     return found
 
 
@@ -220,6 +260,11 @@ def test_two_processes_make_the_same_update(alone, two):
         assert_close(rank["static, not averaged"], alone["static"], 1e-6)
 
 
+def test_flattened_rows_keep_their_tasks(alone, two):
+    for run in (alone, *two):
+        assert_close(run["static, flattened"], run["static"], 1e-6)
+
+
 def test_weights_act(alone):
     name = "lm_head.weight"
     difference = alone["static"]["parameters"][name] - alone["tokens"]["parameters"][name]
@@ -249,9 +294,96 @@ def test_what_is_refused(alone):
     assert "label smoothing, wanted neither" in found["smoothing"]
 
 
-def test_trl():
-    (found,) = run_distributed(sft, 1)
-    assert_close(found["tokens"], found["own"], 1e-6)
-    assert len(set(found["coba"]["weights"])) == 3
-    for what in ("packing", "padding_free"):
-        assert f"found {what}=True, which mixes rows of different tasks in one and forgets their tasks" in found[what]
+DEEPSPEED = {
+    "zero_optimization": {"stage": 2},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,  # SGD
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+@pytest.fixture(scope="module")
+def sharded() -> list[dict[str, Any]]:
+    return run_distributed(huggingface, 2, {"deepspeed": DEEPSPEED})
+
+
+def test_under_the_trainers_own_deepspeed(sharded, alone):
+    """ZeRO 2 makes the update of one plain process, for the Trainer's own loss and for each of ours."""
+    for rank in sharded:
+        assert rank["static"]["zero"] == 2
+        for run in ("own", "static"):
+            assert_close(rank[run], alone[run], 1e-6)
+            np.testing.assert_allclose(losses(rank[run]), losses(alone[run]), atol=2e-4)
+        assert_close(rank["at once"], alone["at once"], 1e-5)
+        np.testing.assert_allclose(rank["at once"]["weights"], alone["at once"]["weights"], rtol=2e-3)
+        for name, array in rank["at once"]["parameters"].items():
+            np.testing.assert_array_equal(rank["resumed"]["parameters"][name], array, err_msg=name)
+        np.testing.assert_array_equal(rank["resumed"]["weights"], rank["at once"]["weights"])
+
+
+@pytest.fixture(scope="module")
+def trl() -> dict[int, list[dict]]:
+    return {world: run_distributed(sft, world) for world in (1, 2)}
+
+
+@pytest.mark.parametrize("layout", ("padded", "packed", "wrapped"))
+def test_in_trl_tokens_is_its_own_loss(layout, trl):
+    (found,) = trl[1]
+    assert_close(found["tokens", layout], found["own", layout], 1e-6)
+    assert losses(found["own", layout])[-1] < losses(found["own", layout])[0] - 0.5, "it has learned"
+
+
+def test_trl_on_two_processes(trl):
+    (alone,) = trl[1]
+    for rank in trl[2]:
+        for run in rank:
+            assert_close(rank[run], alone[run], 1e-6 if run[0] != "coba" else 1e-5)
+            for name in NAMES if run[0] != "own" else ():
+                for tag in ("loss", "weight"):
+                    found, wanted = (losses(each[run], f"{name}/{tag}") for each in (rank, alone))
+                    assert len(wanted) >= 2
+                    np.testing.assert_allclose(found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-6)
+
+
+@pytest.mark.parametrize("layout", ("packed", "wrapped"))
+def test_packed_rows_keep_their_tasks(layout, trl):
+    """Every text begins with its task's name and ends with <|end|>; those of a wrapped row may be cut anywhere."""
+    (found,) = trl[1]
+    rows, own = (found[run, layout]["rows"] for run in ("tokens", "own"))
+    assert rows["input_ids"] == own["input_ids"] and rows["labels"] == own["labels"], "packed as TRL does"
+    stream, task = (np.concatenate(rows[name]) for name in ("input_ids", "task"))
+    texts = np.split(np.arange(len(stream)), np.flatnonzero(stream == 257) + 1)
+    assert len(texts) == 121 and not len(texts.pop())
+    for text in texts:
+        name = toys.tokenizer().decode(stream[text]).split()[0]
+        assert set(task[text]) == {NAMES.index(name)}
+    assert sum(len(set(row)) > 1 for row in rows["task"]) > len(rows["task"]) / 2
+
+    batch, (keep, of_target) = found["tokens", layout]["batch"], found["tokens", layout]["targets"]
+    assert batch["input_ids"].shape == ((1, 4 * 48) if layout == "packed" else (4, 48))
+    first = np.concatenate(rows["task"][:4])
+    np.testing.assert_array_equal(batch["task"].ravel(), first)
+    label = np.concatenate([row for row in batch["labels"].numpy()])
+    starts = np.arange(len(label)) % batch["labels"].shape[1] == 0  # nothing predicts a row's first token
+    np.testing.assert_array_equal(of_target, first[(label != -100) & ~starts])
+    assert keep.sum() == len(of_target)
+
+
+def test_weights_act_on_packed_rows(trl):
+    (found,) = trl[1]
+    difference = [found[run, "packed"]["parameters"]["lm_head.weight"] for run in ("static", "tokens")]
+    assert np.abs(difference[0] - difference[1]).max() > 1e-3
+    run = found["static", "packed"]
+    by_task = np.array([losses(run, f"{name}/loss") for name in NAMES])
+    np.testing.assert_allclose([0.8, 0.1, 0.1] @ by_task, losses(run), atol=2e-3)  # the Trainer rounds what it logs
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_resumed_trl_goes_on_bit_for_bit(world, trl):
+    for found in trl[world]:
+        for name, array in found["coba", "packed"]["parameters"].items():
+            np.testing.assert_array_equal(found["resumed", "packed"]["parameters"][name], array, err_msg=name)
+        np.testing.assert_array_equal(found["resumed", "packed"]["weights"], found["coba", "packed"]["weights"])
+        assert len(set(found["coba", "packed"]["weights"])) == 3, "CoBa is past its warm-up"

@@ -14,10 +14,12 @@ from distributed import run_distributed
 from test_equivalence import NAMES, STAGES, configuration, parameters, start
 
 import runs
-from balancers import METHODS, Holder, Signal, Signals, make
-from mtl import comm, gram
+from balancers import METHODS, Holder, Signal, Signals, make, torchjd
+from mtl import comm, evaluate, gram, plugins
 from mtl.checkpoint import RunState
+from mtl.config import ConfigError
 from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.data.encoded import TaskData
 from mtl.objectives import causal_lm
 from mtl.run import Parts, run
 
@@ -31,7 +33,9 @@ KINDS: dict[str, Any] = {  # one balancer for each kind of signal
     "replay": "FAMO",
     "valid gram": "MetaWeighting",
 }
+GRAM_METHODS = ("AlignedMTL", "CAGrad", "IMTLG", "MGDA", "NashMTL", "PCGrad")  # and UPGrad, above
 OTHERS: dict[str, Any] = {
+    **{method: {"name": "TorchJD", "method": method} for method in GRAM_METHODS},
     "Bounded": {"name": "Bounded", "floor": 0.1, "balancer": "GradNorm"},
     "FAMOValid": "FAMOValid",
     "GLS": "GLS",
@@ -43,7 +47,6 @@ OTHERS: dict[str, Any] = {
     "RLW": "RLW",
     "Scheduled": {"name": "Scheduled", "warmup": 2, "balancer": {"name": "LBTW"}},
     "Static": {"name": "Static", "weights": [3, 2, 1]},
-    "TorchJD": {"name": "TorchJD", "method": "PCGrad"},
     "Uncertainty": "Uncertainty",
 }
 
@@ -72,6 +75,12 @@ class Recorder(Holder):
         return super().update(signals)
 
 
+def training_losses(trained: Any) -> np.ndarray:
+    """(K,) of every training row, nats per target token."""
+    rows = [TaskData(each.name, each.train, each.train) for each in test_gram.TASKS]
+    return evaluate.full_pass(trained, causal_lm, ValidationCut(rows, 1, 0, test_gram.layout(packed=False)), 3).losses
+
+
 def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any]:
     layout = test_gram.layout(packed=False)
     batches, cut = (
@@ -85,8 +94,14 @@ def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any
         trackers = [memory] if comm.rank() == 0 else []
         run(Parts(config, NAMES, STEPS, trained, causal_lm, holder, batches, cut, memory, trackers, chosen), RunState())
     batches.close()
+    after = training_losses(trained)
     weights = [[line[f"train/{name}/weight"] for name in NAMES] for _, line in memory.lines if "train/loss" in line]
-    return {"weights": np.array(weights), "seen": getattr(holder, "seen", []), "parameters": parameters(trained)}
+    return {
+        "weights": np.array(weights),
+        "seen": getattr(holder, "seen", []),
+        "after": after,
+        "parameters": parameters(trained),
+    }
 
 
 def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -99,9 +114,11 @@ def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
             "gram__every": 2,
             "schedule__name": "constant",
         }
-        trained, config = start(folder, **settings), configuration(folder, **settings)
+        config = configuration(folder, **settings)
         for name, given in {**KINDS, **(OTHERS if zero == 2 else {})}.items():
-            found[name, zero] = train(trained, config, given)
+            trained = start(folder, **settings)
+            before = training_losses(trained)
+            found[name, zero] = train(trained, config, given) | {"before": before}
     return found
 
 
@@ -114,6 +131,7 @@ def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, Any]]:
 def test_every_method_is_here():
     named = {each if isinstance(each, str) else each["name"] for each in (*KINDS.values(), *OTHERS.values())}
     assert named == set(METHODS)
+    assert {make(each).method for each in (KINDS["gram"], *map(OTHERS.get, GRAM_METHODS))} == set(torchjd.METHODS)
 
 
 @pytest.mark.parametrize("zero", STAGES)
@@ -129,10 +147,56 @@ def test_every_kind_of_signal_at_every_stage(kind, zero, results):
 
 @pytest.mark.parametrize("name", [*KINDS, *OTHERS])
 def test_every_balancer_trains(name, results):
-    found = results[name, 2]
-    assert np.isfinite(found["weights"]).all() and len(found["seen"]) == STEPS
-    if name not in ("none",):
+    """All tasks get better, under the weights that the method gives for what was measured."""
+    found, holder = results[name, 2], Holder(make({**KINDS, **OTHERS}[name]), NAMES)
+    assert [signals.step for signals in found["seen"]] == list(range(STEPS))
+    np.testing.assert_array_equal(found["weights"], [holder.update(signals) for signals in found["seen"]])
+    assert (found["after"] < found["before"] - 0.03).all()
+    if name != "none":
         assert np.abs(found["weights"] - 1 / 3).max() > 1e-6
+
+
+def aligned(gram: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(gram)
+    return np.sqrt(values[0]) * (vectors / np.sqrt(values)) @ vectors.T @ [0.5, 0.5]
+
+
+def conflict_averse(gram: np.ndarray, c: float = 0.5) -> np.ndarray:
+    part = np.linspace(0, 1, 100_001)
+    simplex, mean = np.stack([part, 1 - part]), np.array([0.5, 0.5])
+    length = c * np.sqrt(mean @ gram @ mean)
+    norms = np.sqrt((simplex * (gram @ simplex)).sum(0))
+    best = np.argmin(mean @ gram @ simplex + length * norms)
+    return mean + length / norms[best] * simplex[:, best]
+
+
+def nash(gram: np.ndarray) -> np.ndarray:  # w_i <g_i, sum_j w_j g_j> = 1/2 for both: the update's norm is 1
+    norms = np.sqrt(np.diag(gram))
+    return 1 / (norms * np.sqrt(2 * (1 + gram[0, 1] / norms.prod())))
+
+
+BY_HAND = {  # the published rules, solved for two tasks
+    "AlignedMTL": aligned,
+    "CAGrad": conflict_averse,
+    "IMTLG": lambda gram: np.sqrt(np.diag(gram))[::-1] / np.sqrt(np.diag(gram)).sum(),
+    "MGDA": lambda gram: (np.diag(gram)[::-1] - gram[0, 1]) / (np.trace(gram) - 2 * gram[0, 1]),
+    "NashMTL": nash,
+    "PCGrad": lambda gram: 1 - np.minimum(gram[0, 1], 0) / np.diag(gram),
+    "gram": lambda gram: 0.5 - 0.5 * np.minimum(gram[0, 1], 0) / np.diag(gram),  # UPGrad
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_weights_are_the_published_rules_of_the_recorded_gramian(name, results):
+    found, measured = results[name, 2], 0
+    for signals, weights in zip(found["seen"], found["weights"], strict=True):
+        if signals.gram is not None:
+            present = np.diag(signals.gram) > 0
+            gram = signals.gram[np.ix_(present, present)] / np.diag(signals.gram)[present].mean()
+            assert present.sum() == 2, "a task is absent from the batch"
+            np.testing.assert_allclose(weights[present], BY_HAND[name](gram), rtol=2e-4)
+            measured += 1
+    assert measured == 3
 
 
 @pytest.mark.parametrize("name", [*KINDS, *OTHERS])
@@ -156,6 +220,14 @@ def test_the_replayed_batch_has_been_learned(results):
     for signals in results["replay", 2]["seen"][1:]:
         fall = (signals.train_loss - signals.replay_loss)[~np.isnan(signals.train_loss)]
         assert 0 < fall.sum() and np.abs(fall).max() < 1
+
+
+def test_tasks_of_a_group_count_as_one(tmp_path):
+    path, short = str(runs.write(tmp_path)), ["tasks.copy.group=short", "tasks.chat.group=short"]
+    config = plugins.read(path, [*short, "balancer={name: Static, weights: {short: 3, prose: 1}}"])
+    np.testing.assert_allclose(plugins.holder(config).update(Signals(0)), [0.375, 0.375, 0.25])
+    with pytest.raises(ConfigError, match=r"x.yaml:\d+: balancer: Grouped groups: .*no group with the name of a task"):
+        plugins.read(path, ["tasks.copy.group=prose"])
 
 
 CASES = {

@@ -12,6 +12,7 @@ The training rows have a column `task` (a name, or its place in `tasks`). Everyt
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ class Balanced:
         others: what the Trainer takes, by name or by position.
 
     Raises:
-        ValueError: what cannot be weighed by task: packed or flattened rows, a loss function of one's own, label
-            smoothing, torch's DataParallel, tensor, context or sequence parallelism, a balancer that reads gradients.
+        ValueError: what cannot be weighed by task: a collator that moves or cuts tokens, a loss function of one's own,
+            label smoothing, torch's DataParallel, tensor, context or sequence parallelism, a balancer that reads
+            gradients.
     """
 
     def __init__(
@@ -85,29 +87,49 @@ class Balanced:
         if self._task_column not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, self._task_column]
 
-    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The collator's batch, and `task` (rows,) int64 where the rows name their tasks."""
-        tasks = [row.get(self._task_column) for row in rows]
-        batch = dict(self._collate_rows([{n: v for n, v in row.items() if n != self._task_column} for row in rows]))
-        if all(task is None for task in tasks):
-            return batch  # rows to evaluate
-        if len(batch["labels"]) != len(rows):
-            raise ValueError(
-                f"{len(rows)} rows became {len(batch['labels'])} in the collator, which loses their tasks. Use one that "
-                "pads."
-            )
-        batch[self._task_column] = torch.tensor([self._number(task) for task in tasks])
-        return batch
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """TRL's own. Where it packs, which it does with token ids and labels only, each token's task is packed along."""
+        column = self._task_column
+        if not packing or column not in (dataset.column_names or ()):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        from trl import pack_dataset
 
-    def _number(self, task: Any) -> int:
-        names = self.balance.holder.tasks
-        if task in names:
-            return names.index(task)
-        if isinstance(task, int | np.integer) and 0 <= task < len(names):
-            return int(task)
-        raise ValueError(
-            f"column {self._task_column!r}: found {task!r}, wanted one of {list(names)} or its place in the list"
-        )
+        uncut = copy(args)
+        uncut.max_length = None  # packing decides about what is too long
+        rows = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+        keywords = {"column": column, "names": self.balance.holder.tasks}
+        rows = rows.map(_by_token, fn_kwargs=keywords, remove_columns=rows.column_names)
+        packed = pack_dataset(rows, args.max_length, args.packing_strategy)
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The collator's batch; where the rows name their tasks also `task` int64, (rows,), or (R, L) of its tokens if
+        rows were packed or are flattened.
+        """
+        column, names = self._task_column, self.balance.holder.tasks
+        batch = dict(self._collate_rows([{n: v for n, v in row.items() if n != column} for row in rows]))
+        if all(row.get(column) is None for row in rows):
+            return batch  # rows to evaluate
+        if len(batch["labels"]) == len(rows) and not any(isinstance(row.get(column), list) for row in rows):
+            batch[column] = torch.tensor([_number(row.get(column), column, names) for row in rows])
+            return batch
+        lines = [_by_token(row, column, names) for row in rows]
+        if len(batch["labels"]) == 1:  # flattened
+            lines = [{name: [x for line in lines for x in line[name]] for name in ("input_ids", column)}]
+        task = torch.zeros_like(batch["input_ids"])  # 0 where padding is: no target is there
+        for i, line in enumerate(lines):
+            length = len(line["input_ids"])
+            if len(lines) != len(task) or not torch.equal(
+                batch["input_ids"][i, :length], torch.as_tensor(line["input_ids"])
+            ):
+                raise ValueError(
+                    "the collator moved or cut tokens, which loses their tasks: use one that pads at the end"
+                )
+            task[i, :length] = torch.tensor(line[column])
+        batch[column] = task
+        return batch
 
     # --- a step
 
@@ -143,7 +165,9 @@ class Balanced:
             raise ValueError(f"the rows have no column {self._task_column!r}: add it to every training row")
         keep = torch.zeros_like(inputs["labels"], dtype=torch.bool)
         keep[:, :-1] = inputs["labels"][:, 1:] != IGNORED
-        return keep, inputs[self._task_column][:, None].expand_as(keep)[keep]
+        task = inputs[self._task_column]
+        task = task.roll(-1, 1) if task.ndim == 2 else task[:, None].expand_as(keep)  # of the token that is predicted
+        return keep, task[keep]
 
     def _forward(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any]:
         """Losses of the target tokens (T,) in nats, their tasks (T,), and the model's outputs."""
@@ -251,12 +275,6 @@ class Balanced:
 
     def _refuse_arguments(self, args: Any) -> None:
         name = type(self).__name__
-        for what in ("packing", "padding_free"):
-            if getattr(args, what, False):
-                raise ValueError(
-                    f"{name}: found {what}=True, which mixes rows of different tasks in one and forgets "
-                    "their tasks. Set it to False."
-                )
         needs = self.balance.holder.balancer.needs
         if needs & ~(MEASURED_HERE | Signal.VALID_LOSS):
             raise ValueError(
@@ -287,3 +305,22 @@ class Balanced:
             raise ValueError(
                 f"{name}: the balancer reads validation losses: eval_dataset must map each of {names} to its rows."
             )
+
+
+def _number(task: Any, column: str, names: Sequence[str]) -> int:
+    if task in names:
+        return list(names).index(task)
+    if isinstance(task, int | np.integer) and 0 <= task < len(names):
+        return int(task)
+    raise ValueError(f"column {column!r}: found {task!r}, wanted one of {list(names)} or its place in the list")
+
+
+def _by_token(row: Mapping[str, Any], column: str, names: Sequence[str]) -> dict[str, Any]:
+    """A row's tokens, its labels if it has any, and each token's task, which a packed row has already."""
+    task, length = row[column], len(row["input_ids"])
+    tasks = task if isinstance(task, list) else [_number(task, column, names)] * length
+    if len(tasks) != length:
+        raise ValueError(
+            f"column {column!r}: found {len(tasks)} tasks in a row of {length} tokens, wanted one for each"
+        )
+    return {name: row[name] for name in ("input_ids", "labels") if name in row} | {column: tasks}
