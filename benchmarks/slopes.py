@@ -1,9 +1,12 @@
-"""The error of slope estimators on a recorded run: python benchmarks/slopes.py [--run tests/golden/recorded_run.npz].
+"""The error of slope estimators on a recorded run: python benchmarks/slopes.py [--defaults] [--run tests/golden/recorded_run.npz].
 
 The recording holds every validation row's loss at every probe, so each estimator can be fed what it would have read
 and compared with the slope of all rows. The rows are cut into groups once (row i into group i mod G), and probe p reads
 group (p + shift) mod G; the fixed subset is group 0. Everything is in ratio per optimizer step, the root mean square
 over tasks, shifts and all windows but the first, which the steep fall after step 0 rules.
+
+With --defaults: the trainer's default probes with panel slopes beside the published method's, one mini-batch of training
+size every step with plain slopes, both over the same span of steps and against the slope of all rows at every step.
 """
 
 import argparse
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from balancers.coba import least_squares
+from mtl.data.batches import stratified
 
 COLUMNS = ((28, 4), (28, 8), (14, 8))  # probes in the window, rows per probe
 
@@ -65,12 +69,70 @@ def errors(run: Recording, probes: int, rows: int) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean(each))) for name, each in squares.items()}
 
 
+TRAINED = 16 / 6  # rows a task in a training batch: the benchmark's 16 examples of 6 tasks
+EVERY, GROUPS, EXAMPLES = 4, 10, 4  # the trainer's defaults for such a batch
+SPANS = (80, 112)  # optimizer steps; panel slopes need every group twice, so 4 * 2 * 10 at least
+
+
+def online(run: Recording, span: int, seed: int) -> tuple[float, float]:
+    """Root mean square error of the published method's slopes and of the defaults', over tasks, phases and windows.
+
+    The recording has every other step; row losses in between are interpolated.
+    """
+    rng, k = np.random.default_rng(seed), run.loss.shape[1]
+    step = np.arange(run.step[0], run.step[-1] + 1)
+    before = np.searchsorted(run.step, step, side="right") - 1
+    after = np.minimum(before + 1, len(run.step) - 1)
+    part = np.where(after > before, (step - run.step[before]) / np.maximum(run.step[after] - run.step[before], 1), 0.0)
+    loss = run.loss[before] + part[:, None, None] * (run.loss[after] - run.loss[before])  # (steps, K, rows)
+    whole = loss.sum(axis=2) / run.weight.sum(axis=1)
+
+    def mean(t: int, task: int, rows: np.ndarray) -> float:
+        return loss[t, task, rows].sum() / run.weight[task, rows].sum() / whole[0, task]
+
+    def draw() -> np.ndarray:
+        return rng.choice(loss.shape[2], int(TRAINED + rng.random()), replace=False)
+
+    drawn = np.array([[mean(t, task, draw()) for task in range(k)] for t in range(len(step))])
+    cuts = [stratified(run.weight[task], GROUPS, EXAMPLES, f"{seed}/{task}") for task in range(k)]
+    squares: tuple[list, list] = [], []
+    none = np.zeros(span)
+    for phase in range(EVERY):
+        times = np.arange(2 + phase, len(step), EVERY)
+        group = np.arange(len(times)) % GROUPS
+        read = np.array([[mean(t, task, cuts[task][g]) for task in range(k)] for t, g in zip(times, group, strict=True)])
+        for start in range(2 + phase, len(step) - span + 1, EVERY):
+            w = slice(start, start + span)
+            true = least_squares(step[w], whole[w] / whole[0], none)[0]
+            mine = (times >= w.start) & (times < w.stop)
+            squares[0].append((least_squares(step[w], drawn[w], none)[0] - true) ** 2)
+            squares[1].append((least_squares(step[times[mine]], read[mine], group[mine])[0] - true) ** 2)
+    return float(np.sqrt(np.mean(squares[0]))), float(np.sqrt(np.mean(squares[1])))
+
+
+def defaults(run: Recording, seeds: int = 10) -> list[dict[str, float]]:
+    """For each span: the errors' medians over seeds, and the median, least and largest ratio of ours to the published."""
+    rows = []
+    for span in SPANS:
+        found = np.array([online(run, span, seed) for seed in range(seeds)])
+        ratio = found[:, 1] / found[:, 0]
+        published, ours = np.median(found, axis=0)
+        rows.append({"steps": span, "published": published, "ours": ours, "ratio": np.median(ratio), "min": ratio.min(), "max": ratio.max()})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="tests/golden/recorded_run.npz")
     parser.add_argument("--by", choices=["rows", "tokens"], default="rows", help="what counts the same in a mean loss")
+    parser.add_argument("--defaults", action="store_true", help="the trainer's defaults beside the published method, online")
     args = parser.parse_args()
     run = Recording.load(args.run, args.by)
+    if args.defaults:
+        print("| span, steps | published: a batch every step, plain | defaults | ratio | min | max |\n|---|---:|---:|---:|---:|---:|")
+        for row in defaults(Recording.load(args.run, "tokens")):
+            print("| {steps} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |".format(**row))
+        return
     table = [errors(run, probes, rows) for probes, rows in COLUMNS]
     print("| estimator | " + " | ".join(f"{probes} probes x {rows} rows" for probes, rows in COLUMNS) + " |")
     print("|---|" + "---:|" * len(COLUMNS))

@@ -120,7 +120,7 @@ class ValidationCut:
         self.groups = max(1, min(groups, *(len(split) // (examples or 1) for split in self._splits)))
         self.layout = layout
         self._rows = [
-            _stratified(task.validation.targets, self.groups, examples, f"{seed}/{task.name}/validation") for task in tasks
+            stratified(task.validation.targets, self.groups, examples, f"{seed}/{task.name}/validation") for task in tasks
         ]
         self.parts = self.groups + any(len(rows[self.groups]) for rows in self._rows)
         self._dealt: dict[int, list[tuple[Micro, int]]] = {}
@@ -152,7 +152,7 @@ class ValidationCut:
         return np.repeat(np.arange(len(rows)), [len(some) for some in rows]), np.concatenate(rows)
 
 
-def _stratified(targets: np.ndarray, groups: int, examples: int | None, key: str) -> list[np.ndarray]:
+def stratified(targets: np.ndarray, groups: int, examples: int | None, key: str) -> list[np.ndarray]:
     """Row numbers of `groups` groups of `examples` rows each, and of the rows left over: ascending, groups + 1 arrays.
 
     Args:
