@@ -6,7 +6,8 @@ Gradients are taken by `torch.autograd.grad` through the bare module. Through th
 2 and 3, and at ZeRO 1 it silently spoils both the Gramian and the update. Inner products of one rank's gradients
 alone would be those of other losses, hence the sum over ranks first.
 
-Memory: K gradients of the chosen parameters in fp32, whole, on every rank's device (`valid_gram`: 2 K). At ZeRO 3 too.
+Memory: K gradients of the chosen parameters in fp32, whole, on every rank's device (`valid_gram`: 2 K), and the one that
+is being computed. At ZeRO 3 too.
 """
 
 import re
