@@ -24,6 +24,7 @@ from balancers import Holder, make
 from mtl import engine, gram, model
 from mtl.checkpoint import RunState
 from mtl.config import parse
+from mtl.data import plan
 from mtl.data.batches import Layout, TrainBatches, ValidationCut
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
@@ -43,6 +44,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "FAMO, replay: false": ({"name": "FAMO", "replay": False}, {}),
     "CoBa": (COBA, {}),
     "CoBa, probe.every: 4": (COBA, {"evaluate.probe.every": 4}),
+    "CoBa, default probes": (COBA, {"evaluate.probe": "{}"}),
     "CoBa, slope: panel, gate: 1": ({**COBA, "window": 16, "slope": "panel", "gate": 1.0}, {}),
     **{name: (name, {}) for name in ("LBTWValid", "FAMOValid")},
     "Scheduled CoBa": ({"name": "Scheduled", "warmup": 1, "balancer": COBA}, {}),
@@ -87,7 +89,9 @@ def configuration(overrides: dict[str, Any]) -> Any:
     tasks = ", ".join(f"{name}: {{train: x, validation: x, format: text}}" for name in NAMES)
     return parse(
         f"model: {{name: none, precision: fp32}}\ntasks: {{{tasks}}}\ntrain: {{steps: 100000}}\noutput: nowhere\n"
-        "evaluate: {every: 100000, probe: {groups: 8}}\ncheckpoint: {best: false}\nexport: {which: none}",
+        "batch: {examples: 18}\n"
+        "evaluate: {every: 100000, probe: {every: 1, groups: 8, examples: null}}\n"
+        "checkpoint: {best: false}\nexport: {which: none}",
         overrides=[f"{key}={value}" for key, value in overrides.items()],
     )
 
@@ -98,16 +102,20 @@ class Case:
     def __init__(self, trained: engine.Engine, name: str, folder: str, first: "Case | None" = None):
         given, overrides = CASES[name]
         config, layout = configuration(overrides), Layout(1, 0, 512, 0, packed=True, row_length=256)
-        data = [TaskData(name, encoded(60, i), encoded(16, 100 + i)) for i, name in enumerate(NAMES)]
+        probe = config.evaluate.probe
+        rows = 2 * probe.groups if probe.examples is None else probe.examples * probe.groups
+        data = [TaskData(name, encoded(60, i), encoded(rows, 100 + i)) for i, name in enumerate(NAMES)]
         self.batches = TrainBatches(data, Mix(NAMES, [60] * 6, [1] * 6, 18, 0), layout)
         holder = Holder(make(given), NAMES)
         chosen = gram.supply(holder.balancer.needs, trained.module, config)
-        cut, nowhere = ValidationCut(data, 8, 0, layout), type("Nowhere", (), {"output": Path(folder)})()
+        cut = ValidationCut(data, probe.groups, 0, layout, probe.examples)
+        nowhere = type("Nowhere", (), {"output": Path(folder)})()
+        every = plan.probe_every(config, cut)
         self.parts = Parts(
-            config, NAMES, 100000, trained, causal_lm, holder, self.batches, cut, nowhere, [Turn()], chosen
+            config, NAMES, 100000, trained, causal_lm, holder, self.batches, cut, nowhere, [Turn()], chosen, every
         )
         self.state = RunState()
-        if first is not None:  # whose pass over all validation rows at step 0 does for all
+        if first is not None and first.parts.cut.groups == cut.groups:  # its pass over all validation rows does for all
             seen = first.state
             self.state.base_sums, self.state.base_tokens, self.state.evaluated = seen.base_sums, seen.base_tokens, 0
 
@@ -129,12 +137,12 @@ def start() -> engine.Engine:
     return engine.Engine(LlamaForCausalLM(llama), config, model.optimizer(config))
 
 
-def times(rounds: int, folder: str) -> None:
+def times(names: list[str], rounds: int, folder: str) -> None:
     trained = start()
     first = Case(trained, "Equal", folder)
     first.turn()
-    cases = {name: Case(trained, name, folder, first) for name in CASES}
-    found: dict[str, list[float]] = {name: [] for name in CASES}
+    cases = {name: Case(trained, name, folder, first) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):  # the first, when balancers begin, is not counted
         gc.collect()
         for name, case in cases.items():
@@ -175,6 +183,7 @@ def memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="beside Equal, such as 'CoBa' 'TorchJD MGDA'; all unless given")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each case that count")
     parser.add_argument("--memory", action="store_true", help="peak memory instead, a process each")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -183,7 +192,9 @@ def main() -> None:
         return memory()
     engine.init_process_group(5)
     with tempfile.TemporaryDirectory() as folder:
-        peak(args.peak_of, folder) if args.peak_of else times(args.rounds, folder)
+        peak(args.peak_of, folder) if args.peak_of else times(
+            list(dict.fromkeys(["Equal", *(args.cases or CASES)])), args.rounds, folder
+        )
     sys.stdout.flush()
     os._exit(0)  # the group's threads are not what is measured
 
