@@ -45,6 +45,7 @@ def main() -> None:
     check_output(output, args.resume)
 
     # Slow and without a process group, whose collectives would time out meanwhile.
+    engine.build_ops(config, lambda text: process.is_first_on_host() and print(text, file=sys.stderr, flush=True))
     tokenizer = load_tokenizer(config.model)
     tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
 
