@@ -43,7 +43,7 @@ def main() -> None:
     config = plugins.read(args.config, args.set, args.allow_code)
     if not args.prepare:
         section(f"{args.config}, with defaults", dump(config.resolved()).splitlines())
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.where("model.name"))
     tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
     section("Data", dryrun.data(tasks))
     if args.prepare:

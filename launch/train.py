@@ -46,7 +46,7 @@ def main() -> None:
 
     # Slow and without a process group, whose collectives would time out meanwhile.
     engine.build_ops(config, lambda text: process.is_first_on_host() and print(text, file=sys.stderr, flush=True))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.where("model.name"))
     tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
 
     engine.init_process_group(config.engine.timeout_minutes)

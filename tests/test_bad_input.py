@@ -251,7 +251,7 @@ def prepared(yaml: Path, *overrides: str):
 
 def test_a_model_that_is_not_there(yaml, tmp_path):
     ended = runs.train(yaml, f"model.name={tmp_path}/none", f"output={tmp_path}/run")
-    assert ended.codes == [1] and f"model.name {tmp_path}/none" in ended.err and not (tmp_path / "run").exists()
+    assert ended.codes == [1] and f"model.name: found no tokenizer of '{tmp_path}/none'" in ended.err and not (tmp_path / "run").exists()
 
 
 def test_files_that_are_not_there_are_all_named(yaml, tmp_path):

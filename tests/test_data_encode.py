@@ -327,7 +327,7 @@ def test_load_tokenizer(tmp_path):
 
 
 def test_load_tokenizer_errors(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer found for model.name .*nowhere"):
+    with pytest.raises(DataError, match="config: model.name: found no tokenizer of .*nowhere"):
         load_tokenizer(Model(name=str(tmp_path / "nowhere")))
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="model.chat_template .*none.jinja"):

@@ -177,10 +177,15 @@ def test_state_is_the_same_to_the_last_bit(resharded, case):
     assert "again" in found["left"] and "x" not in found["left"], "the files on the way are removed"
 
 
-# Not bf16: its gradients are rounded, and Adam makes whole steps of the sign of rounding; its state is compared above.
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "bf16"], ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_it_trains_on_as_it_would_have(resharded, case):
     found = resharded[name_of(case)]
+    if case[0] == "bf16":
+        # Gradients in bf16 are rounded after the ranks' mean, and Adam makes a whole step of a small gradient's sign: single
+        # parameters may differ by two steps. As a whole, runs that stayed in two such layouts drift apart by 5.5% of the way
+        # (2 processes against 1) and 1.5% (another ZeRO stage), these by 1.5%. A lost step count makes 52%, lost moments 105%.
+        assert found["drift"] < 0.05
+        return
     limit = {"sgd": 1e-6, "momentum": 1e-6, "adamw": 1e-4, "lora": 1e-4}[case[0]]  # Adam amplifies rounding
     assert found["after"] < limit < found["moved"]
 
