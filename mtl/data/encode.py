@@ -137,7 +137,12 @@ class Encoder:
                 "found a tokenizer without a chat template, wanted one: chat formats need it. Name a file as "
                 "model.chat_template, or use the format prompt_completion"
             )
-        if GENERATION_TAG.search(self.tokenizer.get_chat_template(tools=example.tools)):
+        template = self.tokenizer.get_chat_template(tools=example.tools)
+        calls = any(turn.get("tool_calls") for turn in example.messages)
+        for key, given in (("tools", example.tools), ("tool_calls", calls)):
+            if given and key not in template:  # it would leave them out without a word
+                raise RowProblem("template", f"found {key}, which the chat template does not read; set model.chat_template")
+        if GENERATION_TAG.search(template):
             made = self._render(example, len(example.messages), return_dict=True, return_assistant_tokens_mask=True)
             return made["input_ids"], [bool(one) for one in made["assistant_masks"]]
         return self._by_prefix(example)
