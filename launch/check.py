@@ -9,7 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
+    sys.path.insert(0, str(ROOT))
 
 from mtl import process
 from mtl.cli import options
@@ -41,7 +43,7 @@ def main() -> None:
     config = plugins.read(args.config, args.set, args.allow_code)
     if not args.prepare:
         section(f"{args.config}, with defaults", dump(config.resolved()).splitlines())
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.where("model.name"))
     tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
     section("Data", dryrun.data(tasks))
     if args.prepare:

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
+    sys.path.insert(0, str(ROOT))
 
 from mtl.config import dump, parse
 from mtl.process import exit_code

@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
+    sys.path.insert(0, str(ROOT))
 
 from mtl import process
 from mtl.cli import options
@@ -43,7 +45,8 @@ def main() -> None:
     check_output(output, args.resume)
 
     # Slow and without a process group, whose collectives would time out meanwhile.
-    tokenizer = load_tokenizer(config.model)
+    engine.build_ops(config, lambda text: process.is_first_on_host() and print(text, file=sys.stderr, flush=True))
+    tokenizer = load_tokenizer(config.model, config.where("model.name"))
     tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
 
     engine.init_process_group(config.engine.timeout_minutes)

@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-PROGRAMS = ("train", "check", "export", "report")
+PROGRAMS = ("train", "check", "export", "report", "migrate_mftcoder")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def folder() -> Path:
-    """Where the programs are: beside the package in a checkout, in it where it was installed with them."""
+    """Where the programs are: in the package where a wheel was installed, beside it in a checkout."""
     here = Path(__file__).resolve().parent
-    return next((path for path in (here.parent / "launch", here / "launch") if (path / "train.py").is_file()), here / "launch")
+    return here / "launch" if (here / "launch").is_dir() else here.parent / "launch"
 
 
 def main() -> None:
@@ -36,20 +36,20 @@ def main() -> None:
         print(_usage(), file=sys.stdout if named in ("-h", "--help") else sys.stderr)
         sys.exit(0 if named in ("-h", "--help") else 2)
     program = folder() / f"{named}.py"
-    if not program.is_file():
-        sys.exit(f"error: {program}: no such file. Install from a checkout (pip install -e .), or run launch/{named}.py there.")
     sys.argv = [str(program), *arguments[1:]]
     runpy.run_path(str(program), run_name="__main__")
 
 
 def _usage() -> str:
     first = {name: _document(folder() / f"{name}.py").partition("\n")[0] for name in PROGRAMS}
-    lines = [f"  {name:8} {text}" for name, text in first.items()]
-    return "\n".join(["usage: mtl PROGRAM [options]      (mtl PROGRAM --help)", "", *lines])
+    width = max(map(len, PROGRAMS))
+    lines = [f"  {name:{width}}  {text}" for name, text in first.items()]
+    where = f"programs, and templates for SLURM, Kubernetes and hostfiles: {folder()}"
+    return "\n".join(["usage: mtl PROGRAM [options]      (mtl PROGRAM --help)", "", *lines, "", where])
 
 
 def _document(program: Path) -> str:
-    return (ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))) or "") if program.is_file() else ""
+    return ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))) or ""
 
 
 if __name__ == "__main__":

@@ -61,6 +61,12 @@ Sources = Annotated[
     Wanted("a file, folder or hub name, or a list of them"),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
+DeepSpeed = Annotated[
+    dict[str, Any],
+    Wanted("a mapping, or the path of a JSON file"),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string", "minLength": 1}]}),
+]
+FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")]
 RESERVED = ("macro", "token", "worst", ".", "..")
 
@@ -311,7 +317,7 @@ class Offload(Section):
     """What is kept outside the accelerator's memory."""
 
     optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's state lives (cpu: zero 1-3; nvme: zero 3)."""
+    """Where the optimizer's state lives (cpu: zero 1-3; nvme: zero 3, and the run cannot be resumed)."""
     parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where the parameters live (zero 3)."""
     nvme_path: TextPath | None = None
@@ -327,8 +333,9 @@ class Engine(Section):
     """Offloading."""
     timeout_minutes: Positive = 30.0
     """Minutes a process waits for the others before it gives up."""
-    deepspeed: dict[str, Any] = {}
-    """Further keys of DeepSpeed's own config, verbatim; one that contradicts a key of ours is an error."""
+    deepspeed: DeepSpeed = {}
+    """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them, `"auto"` values included;
+    one that contradicts a key of ours is an error."""
 
 
 class Config(Section):
@@ -416,7 +423,7 @@ def load(
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    return _config(Document.read(path, overrides), check)
+    return _config(Document.read(path, overrides, FILES), check)
 
 
 def parse(
@@ -426,7 +433,7 @@ def parse(
     check: Callable[[Document], Iterable[Problem]] | None = None,
 ) -> Config:
     """`load` from a string; `origin` stands for the file's name in errors."""
-    return _config(Document(text, origin, overrides), check)
+    return _config(Document(text, origin, overrides, FILES), check)
 
 
 def _config(document: Document, check: Callable[[Document], Iterable[Problem]] | None) -> Config:

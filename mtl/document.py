@@ -4,6 +4,7 @@ YAML 1.2 core schema: `1e-4` is a number; `no`, `on` and dates are text; `010` i
 as written. Anchors and merge keys (`<<`) work, the same key twice is an error. No tag ever creates an object.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -80,25 +81,39 @@ _Dumper.add_representer(str, _text_node)
 
 
 class Document:
-    """A YAML text: its values (`data`: plain dicts, lists and scalars), their places, and what was wrong in it."""
+    """A YAML text: its values (`data`: plain dicts, lists and scalars), their places, and what was wrong in it.
 
-    def __init__(self, text: str = "", origin: str = "config", overrides: Iterable[str] = ()):
+    Args:
+        text: the YAML.
+        origin: its file's name in errors.
+        overrides: `key.path=value`, each value YAML; they are set in order.
+        files: keys whose value may be the path of a JSON file instead, which is read in its place.
+    """
+
+    def __init__(
+        self, text: str = "", origin: str = "config", overrides: Iterable[str] = (), files: Sequence[Keys] = ()
+    ):
         self.origin = origin
         self.problems: list[Problem] = []
         self._places: dict[Keys, Place] = {(): Place(origin)}
-        root = self._compose(text, Place(origin))
+        root = self._compose(text, Place(origin, 1))
         self.data: Any = None
         if root is not None:
-            self._places[()] = self._at(root, Place(origin))
+            self._places[()] = self._at(root, Place(origin, 1))
             self.data = self._value(root, (), self._places[()], ())
         if not self.problems and not isinstance(self.data, dict):
             found = "an empty file" if root is None else show(self.data)
             self._wrong((), self._places[()], found, "a mapping of keys to values")
+        self._files = files
         for override in overrides:
             self._override(override)
+        for keys in files:
+            above = functools.reduce(child, keys[:-1], self.data)
+            if isinstance(name := child(above, keys[-1]), str):
+                above[keys[-1]] = self._read(name, keys)
 
     @classmethod
-    def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Document":
+    def read(cls, path: str | Path, overrides: Iterable[str] = (), files: Sequence[Keys] = ()) -> "Document":
         """Reads a UTF-8 file.
 
         Raises:
@@ -119,7 +134,7 @@ class Document:
             ) from None
         except OSError as error:
             raise ConfigError([f"{path}: found an unreadable file ({error.strerror}), wanted a YAML config."]) from None
-        return cls(text, str(path), overrides)
+        return cls(text, str(path), overrides, files)
 
     def keys(self, path: str | Sequence[str | int]) -> Keys:
         """The keys of a dotted path. A key that contains dots may be quoted (`tasks."v1.5".cap`); unquoted, the longest
@@ -155,8 +170,8 @@ class Document:
             return yaml.compose(text, _Loader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            if mark and place.origin == self.origin:
-                place = Place(place.origin, mark.line + 1)
+            if place.line is not None:
+                place = Place(place.origin, mark.line + 1 if mark else None)
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
             column = f", column {mark.column + 1}" if mark else ""
             hint = "Indent with spaces." if "'\\t'" in reason else ""
@@ -177,6 +192,8 @@ class Document:
             below = child(here, key)
             if below is None:
                 below = {}
+            elif isinstance(below, str) and keys[:depth] in self._files:
+                below = self._read(below, keys[:depth]) or {}
             elif isinstance(below, str):  # `balancer: CoBa` is short for `balancer: {name: CoBa}`
                 below = {"name": below}
             if not self._put(here, keys[:depth], below, place):
@@ -186,6 +203,26 @@ class Document:
         for known in [known for known in self._places if known[: len(keys)] == keys]:
             del self._places[known]
         self._put(here, keys, self._value(node, keys, place, ()), place)
+
+    def _read(self, name: str, keys: Keys) -> Any:
+        """The content of a JSON file that stands for the value at `keys`; its own keys' places are in that file."""
+        place, wanted = self._places[keys], "a file with a JSON object"
+        try:
+            text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
+            content = json.loads(text, parse_constant=_no_number)
+        except OSError as error:
+            hint = f"Paths start at the current directory, {Path.cwd()}."
+            return self._wrong(keys, place, f"{show(name)}, which cannot be read ({error.strerror})", wanted, hint)
+        except json.JSONDecodeError as error:
+            reason = f"{name}:{error.lineno}: {error.msg}, column {error.colno}"
+            return self._wrong(keys, place, f"text that is not JSON ({reason})", wanted)
+        except ValueError as error:
+            return self._wrong(keys, place, f"text that is not JSON ({name}: {error})", wanted)
+        if not isinstance(content, dict):
+            return self._wrong(keys, place, f"{show(content)} in {name}", wanted)
+        # JSON is YAML, but for tabs between tokens; in its strings there are none.
+        node = self._compose(text.replace("\t", " "), Place(name, 1))
+        return None if node is None else self._value(node, keys, Place(name, 1), ())
 
     def _put(self, here: Any, keys: Keys, value: Any, place: Place) -> bool:
         key = keys[-1]
@@ -252,7 +289,7 @@ class Document:
         return merged | own
 
     def _at(self, node: yaml.Node, place: Place) -> Place:
-        return Place(self.origin, node.start_mark.line + 1) if place.origin == self.origin else place
+        return place if place.line is None else Place(place.origin, node.start_mark.line + 1)
 
     def _wrong(self, keys: Keys, place: Place, found: str, wanted: str, hint: str = "") -> None:
         self.problems.append(Problem(place, keys, _text(found, wanted, hint)))
@@ -260,6 +297,10 @@ class Document:
 
 def _text(found: str, wanted: str, hint: str) -> str:
     return f"found {found}, wanted {wanted}.{hint and ' ' + hint}"
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _scalar(kind: str, text: str) -> Any:

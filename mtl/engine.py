@@ -89,7 +89,7 @@ def ds_config(config: Config, world: int) -> dict[str, Any]:
         if where != "none":
             zero[theirs] = {"device": where, "pin_memory": device().type != "cpu"}
             if where == "nvme":
-                zero[theirs]["nvme_path"] = offload.nvme_path
+                zero[theirs]["nvme_path"] = os.path.expanduser(offload.nvme_path)
     ours = {
         "train_batch_size": world,
         "train_micro_batch_size_per_gpu": 1,
@@ -116,6 +116,29 @@ def ds_config(config: Config, world: int) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return merged
+
+
+def build_ops(config: Config, say: Callable[[str], None]) -> None:
+    """Compile what DeepSpeed needs for offloading to NVMe, where that is asked for: minutes, once on a file system.
+
+    Raises:
+        ConfigError: it cannot be compiled on this machine.
+    """
+    offload = config.engine.offload
+    key = next((key for key in ("optimizer", "parameters") if getattr(offload, key) == "nvme"), None)
+    if key is None:
+        return
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    wanted = "libaio's headers, a C++ compiler and ninja: apt-get install libaio-dev g++ (dnf: libaio-devel gcc-c++), pip install ninja"
+    path, reason = ("engine", "offload", key), "no libaio, or no compiler"
+    if builder.is_compatible(verbose=False):
+        say("offloading to NVMe: loading DeepSpeed's async_io op; the first time on a machine it is compiled, which takes minutes")
+        try:
+            builder.load(verbose=False)
+            return
+        except (OSError, RuntimeError, ImportError) as e:
+            reason = str(e).strip().splitlines()[-1]
+    raise ConfigError([config.error(path, f"nvme, where DeepSpeed's async_io op cannot be had ({reason})", wanted)])
 
 
 def zero_stage(config: Config) -> int:
@@ -239,6 +262,8 @@ class Engine:
         self.world = comm.world()
         if zero_stage(config) != config.engine.zero:
             say(f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: fp32 master weights for bf16 start there")
+        if config.engine.offload.optimizer == "nvme":
+            say("engine.offload.optimizer: nvme: such a run cannot be resumed, because DeepSpeed does not read its state back")
         built, names = optimizer(model), {id(p): n for n, p in model.named_parameters()}
         self._order = [names[id(p)] for group in built.param_groups for p in group["params"]]
         with redirect_stdout(io.StringIO()):  # it prints memory figures
@@ -309,8 +334,10 @@ class Engine:
         would run code is refused.
 
         Raises:
-            ValueError: a file is missing, holds anything but tensors and plain data, or is of another model.
+            ValueError: a file is missing, holds anything but tensors and plain data, or is of another model; or the optimizer's
+                state is offloaded to NVMe.
         """
+        _refuse_nvme(self._engine, folder)
         comm.together(lambda: _refuse(folder, self.world if self._stage else 0))
         path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, custom_load_fn=self._read_module)
         if path is None:
@@ -323,10 +350,9 @@ class Engine:
             shards: processes that wrote optimizer state into `folder`; 0 at ZeRO 0.
 
         Raises:
-            ValueError: as `load`, or where the optimizer's state is offloaded to NVMe, which DeepSpeed saves in another form.
+            ValueError: as `load`.
         """
-        if self._engine.zero_nvme_offload_optimizer() or (folder / "offloaded_tensors").exists():
-            raise ValueError(f"{folder}: state offloaded to NVMe goes on with the same number of processes and ZeRO stage only.")
+        _refuse_nvme(self._engine, folder)
         comm.together(lambda: _refuse(folder, shards))
         comm.together(lambda: shutil.rmtree(scratch, ignore_errors=True) if comm.rank() == 0 else None)
         self.save(scratch / "engine")
@@ -373,6 +399,15 @@ _EXPECTED_GLOBALS = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+
+
+def _refuse_nvme(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """DeepSpeed 0.19.8 loads such a checkpoint without an error, and the parameters are the base model's."""
+    if engine.zero_nvme_offload_optimizer() or (folder / "offloaded_tensors").exists():
+        raise ValueError(
+            f"{folder}: DeepSpeed does not read back the optimizer's state from NVMe (engine.offload.optimizer: nvme), so this "
+            "run cannot be resumed. Start anew in another `output`, with cpu if it must be; the checkpoint can still be exported."
+        )
 
 
 def _refuse(folder: Path, shards: int) -> None:

@@ -1,8 +1,8 @@
 """How much memory a rank needs, from shapes alone: exact about parameters and their state, rough about the rest.
 
 What is held follows the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, section 3) and, where DeepSpeed 0.19.8 differs,
-its sources: it keeps an fp32 master copy of what is trained at stages 1-3 even if the model is fp32, and allocates its
-communication buckets whole.
+what was counted in its engine: it keeps an fp32 master copy of what is trained at stages 1-3 even if the model is fp32, hands an
+offloaded optimizer a second copy of the gradients, and allocates its communication buckets whole.
 """
 
 from dataclasses import dataclass
@@ -55,17 +55,24 @@ def estimate(config: Config, stage: int, model: nn.Module, world: int, positions
         return world if stage >= stages else 1
 
     moments = {"adamw": 2, "sgd": 1 if config.optimizer.momentum else 0}[config.optimizer.name]
-    # Stage 3 trains fp32 weights in place; stages 1 and 2 copy them.
-    master = 4 * trained / world if stage in (1, 2) or stage == 3 and (bf16 or offload.optimizer != "none") else 0
+    master = 4 * trained / world if stage else 0
     on_optimizer = "device" if offload.optimizer == "none" else offload.optimizer
     on_parameters = "device" if offload.parameters == "none" else offload.parameters
+    on_gradients = "cpu" if stage == 3 and offload.optimizer != "none" else "device"
     copies = ["fp32 master weights"] * bool(master) + [f"{moments} moments in fp32"] * bool(moments)
     parts = [
         Part("weights", weights / share(3), on_parameters, note=f"{total:,} parameters{_over(share(3))}"),
-        Part("gradients", 4 * trained / share(2), note=f"{trained:,} trained, accumulated in fp32{_over(share(2))}"),
+        Part("gradients", 4 * trained / share(2), on_gradients, note=f"{trained:,} trained, accumulated in fp32{_over(share(2))}"),
         Part("optimizer", master + 4 * moments * trained / share(1), on_optimizer, note=f"{' and '.join(copies) or 'no state'}{_over(share(1))}"),
     ]
-    if bf16 and stage == 1:
+    if offload.optimizer != "none":
+        size, what = 4 * trained / world, "the optimizer's gradients"
+        if stage < 3:  # new weights wait there as well, and a parameter at a time passes through a buffer on either side
+            element, largest = (2 if bf16 else 4), max((n for n, _, grad in parameters if grad), default=0)
+            size, what = size + element * (trained / world + largest), f"{what}, and new weights on their way back"
+            parts.append(Part("buffer", element * largest, note="the largest parameter, on its way to the optimizer"))
+        parts.append(Part("transfers", size, on_optimizer, note=f"{what}{_over(world)}"))
+    elif bf16 and stage == 1:
         parts.append(Part("bf16 gradients", 2 * trained, note="of the micro-batch, before they are accumulated", rough=True))
     if stage and world > 1:
         bucket = config.engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)

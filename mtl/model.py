@@ -76,7 +76,7 @@ def _refusals(config: Config) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as e:
         text, hint = " ".join(str(e).split()), ""
         if "trust_remote_code" in text:
-            text, hint = "it runs code that comes with it", "If you trust that code: model.allow_remote_code: true."
+            text, hint = "it runs code that comes with it.", "If you trust that code: model.allow_remote_code: true."
         elif "gated" in text:
             hint = "Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN."
         raise ModelError(

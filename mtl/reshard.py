@@ -1,7 +1,7 @@
 """The state of one ZeRO layout (ranks, stage) cut anew for another: works on the files DeepSpeed writes, on every rank.
 
 DeepSpeed 0.19.8 has a universal checkpoint of its own for this. It holds AdamW's two moments and nothing else (SGD: KeyError
-'exp_avg'), has a form for stage 3 that stages 1 and 2 cannot read and the reverse, none for stage 0, and loads the first
+'exp_avg'), has a form for stage 3 that stages 1 and 2 cannot read and the reverse, none for stage 0, and at stage 3 loads the first
 parameter group's weight decay into all of them. What is needed is less: every file says which piece of which parameter it
 holds, so the new engine writes a checkpoint of its fresh state, its pieces are overwritten with the old values, and it is
 loaded as any other.

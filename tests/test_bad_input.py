@@ -127,6 +127,120 @@ def test_a_deepspeed_key_that_agrees_with_ours_is_fine(yaml, override):
     assert written["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
+# As Hugging Face's examples have it, indented with tabs
+DS_CONFIG = """\
+{
+\t"bf16": {"enabled": "auto"},
+\t"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+\t"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+\t"zero_optimization": {
+\t\t"stage": 2,
+\t\t"reduce_bucket_size": 5e6,
+\t\t"overlap_comm": true
+\t},
+\t"gradient_clipping": "auto",
+\t"train_batch_size": "auto"
+}
+"""
+
+
+@pytest.fixture
+def ds_json(yaml, tmp_path, monkeypatch) -> tuple[Path, str]:
+    """A YAML that names a DeepSpeed configuration, which lies in the current directory, and that line's place."""
+    (tmp_path / "ds.json").write_text(DS_CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return with_line(yaml, tmp_path, "deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", "deepspeed: ds.json")
+
+
+def test_a_deepspeed_json_stands_for_the_mapping(ds_json):
+    path, where = ds_json
+    config = plugins.read(str(path), ["engine.deepspeed.zero_optimization.allgather_bucket_size=7"])
+    written = engine.ds_config(config, 1)
+    assert written["zero_optimization"]["reduce_bucket_size"] == 5e6 and written["zero_optimization"]["overlap_comm"] is True
+    assert written["zero_optimization"]["allgather_bucket_size"] == 7
+    assert '"auto"' not in json.dumps(written) and not {"optimizer", "scheduler"} & written.keys()
+    assert config.where("engine.deepspeed") == where
+    assert config.where("engine.deepspeed.zero_optimization.stage") == "ds.json:6"
+    assert config.resolved()["engine"]["deepspeed"]["bf16"] == {"enabled": "auto"}, "the run's own YAML needs no other file"
+    assert plugins.read(str(path), ["engine.deepspeed={}"]).engine.deepspeed == {}
+    assert plugins.read(str(path), ["engine.deepspeed={}", "engine.deepspeed=ds.json"]).engine.deepspeed == config.engine.deepspeed | {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e6, "overlap_comm": True}
+    }
+
+
+def test_a_deepspeed_json_that_contradicts_names_both_lines(ds_json):
+    path, where = ds_json
+    with pytest.raises(ConfigError) as caught:
+        engine.ds_config(plugins.read(str(path), ["engine.zero=3", "optimizer.clip=0.5"]), 1)
+    key = "engine.deepspeed.zero_optimization.stage"
+    assert str(caught.value) == f"ds.json:6: {key}: found 2, wanted 3. engine.zero at --set engine.zero=3 makes it so; leave this key out."
+    Path("ds.json").write_text(DS_CONFIG.replace('"stage": 2', '"stage": 1'))
+    with pytest.raises(ConfigError) as caught:
+        engine.ds_config(plugins.read(str(path)), 1)
+    assert str(caught.value) == f"ds.json:6: {key}: found 1, wanted 2. engine.zero at {where} makes it so; leave this key out."
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (None, "'ds.json', which cannot be read (No such file or directory), wanted a file with a JSON object. Paths start at "),
+        (DS_CONFIG.replace('"bf16":', '"bf16"'), "text that is not JSON (ds.json:2: Expecting ':' delimiter, column 9), wanted "),
+        ('{"a": NaN}', "text that is not JSON (ds.json: NaN is no number in JSON), wanted "),
+        ("[1]", "a list (1) in ds.json, wanted a file with a JSON object."),
+        ("", "text that is not JSON (ds.json:1: Expecting value, column 1), wanted "),
+    ],
+)
+def test_a_deepspeed_json_that_cannot_be_read(ds_json, content, found):
+    path, where = ds_json
+    Path("ds.json").unlink() if content is None else Path("ds.json").write_text(content)
+    errors = error_of(path, "train.steps=0").splitlines()
+    assert len(errors) == 2 and errors[0].startswith(f"{where}: engine.deepspeed: found {found}"), errors
+    assert errors[1].startswith("--set train.steps=0: train.steps: found 0")
+
+
+def test_a_key_twice_in_a_deepspeed_json(ds_json):
+    Path("ds.json").write_text('{\n"a": {"b": 1,\n"b": 2}\n}')
+    assert error_of(ds_json[0]) == "ds.json:3: engine.deepspeed.a.b: found the key a second time (first: ds.json:2), wanted it once."
+
+
+# Offloading
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ("zero: 0, offload: {optimizer: cpu}", "engine.offload.optimizer: found cpu, wanted none at engine.zero 0. It needs zero 1."),
+        ("zero: 2, offload: {optimizer: nvme, nvme_path: /x}", "engine.offload.optimizer: found nvme, wanted none at engine.zero 2. It needs zero 3."),
+        ("zero: 2, offload: {parameters: cpu}", "engine.offload.parameters: found cpu, wanted none at engine.zero 2. It needs zero 3."),
+        ("zero: 3, offload: {parameters: nvme}", "engine.offload.nvme_path: found nothing, wanted a path. engine.offload.parameters: nvme needs it."),
+    ],
+)
+def test_what_a_stage_cannot_offload(yaml, tmp_path, settings, text):
+    path, where = with_line(yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings)
+    assert error_of(path) == f"{where}: {text}"
+
+
+@pytest.mark.parametrize("compatible, reason", [(False, "no libaio, or no compiler"), (True, "no ninja")])
+def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, compatible, reason):
+    class Builder:
+        def is_compatible(self, verbose):
+            return compatible
+
+        def load(self, verbose):
+            raise RuntimeError("Unable to load\nno ninja")
+
+    monkeypatch.setattr(type(engine.get_accelerator()), "create_op_builder", lambda self, name: Builder())
+    settings = "zero: 3, offload: {parameters: nvme, nvme_path: /x}"
+    path, where = with_line(yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings)
+    said = []
+    with pytest.raises(ConfigError) as caught:
+        engine.build_ops(plugins.read(str(path)), said.append)
+    error = str(caught.value)
+    assert error.startswith(f"{where}: engine.offload.parameters: found nvme, where DeepSpeed's async_io op cannot be had ({reason})")
+    assert "apt-get install libaio-dev" in error and len(said) == compatible
+    engine.build_ops(plugins.read(str(yaml)), said.append)  # nothing is offloaded
+
+
 # The model and the data
 
 
@@ -137,7 +251,7 @@ def prepared(yaml: Path, *overrides: str):
 
 def test_a_model_that_is_not_there(yaml, tmp_path):
     ended = runs.train(yaml, f"model.name={tmp_path}/none", f"output={tmp_path}/run")
-    assert ended.codes == [1] and f"model.name {tmp_path}/none" in ended.err and not (tmp_path / "run").exists()
+    assert ended.codes == [1] and f"model.name: found no tokenizer of '{tmp_path}/none'" in ended.err and not (tmp_path / "run").exists()
 
 
 def test_files_that_are_not_there_are_all_named(yaml, tmp_path):

@@ -112,6 +112,15 @@ def test_tools_reach_the_template():
     assert marked(Encoder(tokenizer(template=with_tools), 99), talk).startswith(f"clock;{START}user")
 
 
+def test_what_the_template_would_leave_out_is_refused():
+    talk = turns(("user", "a"), ("assistant", "b")).messages
+    with pytest.raises(RowProblem, match="found tools, which the chat template does not read"):
+        Encoder(TOK, 99)(Messages(talk, [{"function": {"name": "clock"}}]))
+    called = [talk[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}]
+    with pytest.raises(RowProblem, match="found tool_calls, which the chat template does not read"):
+        Encoder(TOK, 99)(Messages(called))
+
+
 def test_no_template():
     with pytest.raises(DataError, match="found a tokenizer without a chat template, wanted one"):
         Encoder(tokenizer(chat=False), 99)(TALK)
@@ -327,7 +336,7 @@ def test_load_tokenizer(tmp_path):
 
 
 def test_load_tokenizer_errors(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer found for model.name .*nowhere"):
+    with pytest.raises(DataError, match="config: model.name: found no tokenizer of .*nowhere"):
         load_tokenizer(Model(name=str(tmp_path / "nowhere")))
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="model.chat_template .*none.jinja"):

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,44 @@ def test_the_console_script_passes_everything_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mtl", "--local_rank=1", "train", "--config", "x.yaml", "--set", "a=b"])
     cli.main()
     assert (tmp_path / "said").read_text() == "['--config', 'x.yaml', '--set', 'a=b']"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with what the wheel of this checkout holds, and its scripts in bin/."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(runs.ROOT / name, folder)
+    for name in ("mtl", "balancers", "launch"):
+        shutil.copytree(runs.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(folder / "site"), str(wheel)], check=True)
+    return folder / "site"
+
+
+def test_a_wheel_holds_the_whole_package(installed):
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+    assert files(installed / "balancers") == files(runs.ROOT / "balancers")
+    assert files(installed / "mtl") == files(runs.ROOT / "mtl") | {f"launch/{name}" for name in files(LAUNCH)}
+
+
+def test_an_installed_wheel_needs_no_checkout(installed, yaml, tmp_path):
+    environment = {**os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(installed)}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        command = [str(installed / "bin" / "mtl"), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    assert call("--help").stdout.endswith(f": {installed / 'mtl' / 'launch'}\n"), "it says where the templates are"
+    checked = call("check", "--config", str(yaml), "--world", "2")
+    assert checked.returncode == 0 and "nothing stands in the way" in checked.stdout, checked.stderr
+    source = f"import sys, runpy; runpy.run_path({str(installed / 'mtl/launch/report.py')!r}); print(sys.path)"
+    shown = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert f"'{installed}'" in shown.stdout and f"'{installed / 'mtl'}'" not in shown.stdout, "where `import data` would be ours"
 
 
 # --- templates and the page about clusters

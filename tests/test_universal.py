@@ -52,7 +52,9 @@ CASES = [
     ("momentum", (3, 3), (1, 0)),
     ("bf16", (3, 3), (2, 1)),
     ("bf16", (3, 1), (2, 3)),
-    ("bf16", (3, 2), (1, 2)),
+    ("bf16", (2, 2), (1, 2)),
+    ("bf16", (1, 2), (2, 2)),
+    ("bf16", (2, 2), (2, 3)),
 ]
 
 
@@ -91,13 +93,13 @@ def train(trained: engine.Engine, steps: range) -> None:
 
 
 def write(folder: Path, jobs: list[tuple[str, int]]) -> None:
-    """Per job: a checkpoint after 3 steps, and the parameters then and after 2 more."""
+    """Per job: a checkpoint after 3 steps, and the parameters then and after 3 more."""
     for kind, stage in jobs:
         trained, here = build(kind, stage), folder / f"{kind}-{comm.world()}-{stage}"
         train(trained, range(3))
         trained.save(here / "engine")
         then = trained.state_dict(trainable_only=True)
-        train(trained, range(3, 5))
+        train(trained, range(3, 6))
         after = trained.state_dict(trainable_only=True)
         if comm.rank() == 0:
             torch.save((then, after, trained._order), here / "parameters.pt")
@@ -106,7 +108,7 @@ def write(folder: Path, jobs: list[tuple[str, int]]) -> None:
 
 
 def read(folder: Path, jobs: list[tuple[str, tuple[int, int], int]]) -> list[dict]:
-    """Per job: what changed on the way from another layout, and after 2 more steps."""
+    """Per job: what changed on the way from another layout, and after 3 more steps."""
     found = []
     for number, (kind, (world, old), stage) in enumerate(jobs):
         here, scratch = folder / f"{kind}-{world}-{old}", folder / f"scratch-{comm.world()}-{number}"
@@ -114,7 +116,7 @@ def read(folder: Path, jobs: list[tuple[str, tuple[int, int], int]]) -> list[dic
         trained.reshard(here / "engine", scratch / "x", world if old else 0)
         trained.save(scratch / "again")
         then = trained.state_dict(trainable_only=True)
-        train(trained, range(3, 5))
+        train(trained, range(3, 6))
         after = trained.state_dict(trainable_only=True)
         if comm.rank() == 0:
             expected, expected_after, order = torch.load(here / "parameters.pt")
@@ -132,6 +134,7 @@ def read(folder: Path, jobs: list[tuple[str, tuple[int, int], int]]) -> list[dic
                 "scalars": (before.scalars, now.scalars),
                 "then": distance(then, expected),
                 "after": distance(after, expected_after),
+                "drift": norm(after, expected_after) / norm(after, then),
                 "moved": distance(after, then),
                 "left": sorted(path.name for path in scratch.iterdir()),
             })  # fmt: skip
@@ -143,6 +146,11 @@ def read(folder: Path, jobs: list[tuple[str, tuple[int, int], int]]) -> list[dic
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys() and one
     return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+def norm(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """L2 norm of the difference over all parameters."""
+    return sum(float((one[name].float() - other[name].float()).square().sum()) for name in one) ** 0.5
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +177,15 @@ def test_state_is_the_same_to_the_last_bit(resharded, case):
     assert "again" in found["left"] and "x" not in found["left"], "the files on the way are removed"
 
 
-# Not bf16: its gradients are rounded, and Adam makes whole steps of the sign of rounding; its state is compared above.
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "bf16"], ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_it_trains_on_as_it_would_have(resharded, case):
     found = resharded[name_of(case)]
+    if case[0] == "bf16":
+        # Gradients in bf16 are rounded after the ranks' mean, and Adam makes a whole step of a small gradient's sign: single
+        # parameters may differ by two steps. As a whole, runs that stayed in two such layouts drift apart by 5.5% of the way
+        # (2 processes against 1) and 1.5% (another ZeRO stage), these by 1.5%. A lost step count makes 52%, lost moments 105%.
+        assert found["drift"] < 0.05
+        return
     limit = {"sgd": 1e-6, "momentum": 1e-6, "adamw": 1e-4, "lora": 1e-4}[case[0]]  # Adam amplifies rounding
     assert found["after"] < limit < found["moved"]
 

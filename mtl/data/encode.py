@@ -24,8 +24,12 @@ class TokenizerChoice(Protocol):
     chat_template: str | None
 
 
-def load_tokenizer(model: TokenizerChoice) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the chat template of `model.chat_template` (a file) if that is given.
+
+    Args:
+        model: the config's section.
+        where: file and line of its name, for errors.
 
     Raises: DataError if it cannot be loaded, or would run code that came with it.
     """
@@ -40,11 +44,10 @@ def load_tokenizer(model: TokenizerChoice) -> PreTrainedTokenizerBase:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise DataError(
-                f"the tokenizer of {name} runs code that comes with it. If you trust it: model.allow_remote_code: true"
+                f"{where}: model.name: {name!r} runs code that comes with it. If you trust it: model.allow_remote_code: true"
             ) from error
-        if "gated" in text:
-            text += " (log in with `hf auth login`, or set HF_TOKEN)"
-        raise DataError(f"no tokenizer found for model.name {name}: {text[:500]}") from error
+        hint = " Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN." if "gated" in text else ""
+        raise DataError(f"{where}: model.name: found no tokenizer of {name!r}: {text[:500]}{hint}") from error
     if model.chat_template is not None:
         path = Path(model.chat_template).expanduser()
         try:
@@ -134,7 +137,12 @@ class Encoder:
                 "found a tokenizer without a chat template, wanted one: chat formats need it. Name a file as "
                 "model.chat_template, or use the format prompt_completion"
             )
-        if GENERATION_TAG.search(self.tokenizer.get_chat_template(tools=example.tools)):
+        template = self.tokenizer.get_chat_template(tools=example.tools)
+        calls = any(turn.get("tool_calls") for turn in example.messages)
+        for key, given in (("tools", example.tools), ("tool_calls", calls)):
+            if given and key not in template:  # it would leave them out without a word
+                raise RowProblem("template", f"found {key}, which the chat template does not read; set model.chat_template")
+        if GENERATION_TAG.search(template):
             made = self._render(example, len(example.messages), return_dict=True, return_assistant_tokens_mask=True)
             return made["input_ids"], [bool(one) for one in made["assistant_masks"]]
         return self._by_prefix(example)
