@@ -139,6 +139,9 @@ class Model(Section):
     matrix products. The loss is computed in fp32 always."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile of the model's blocks, for lengths that vary; zero 0-2. The first steps take minutes longer. Needs a C++
+    compiler, on a GPU Triton. Off unless you have measured that it pays: it did not on the CPUs this was tried on."""
     chat_template: TextPath | None = None
     """File with a Jinja template that replaces the tokenizer's; null: the tokenizer's own."""
     lora: Lora | None = None
@@ -541,6 +544,12 @@ def _quantize(get: Get) -> Iterator[Finding]:
         yield ("model", "precision"), precision, "bf16 or bf16_autocast", "LLM.int8() computes in 8 and 16 bits only."
 
 
+def _compile(get: Get) -> Iterator[Finding]:
+    if get("model", "compile") and get("engine", "zero") == 3:
+        hint = "DeepSpeed gathers each module's parameters in hooks, which would break the compiled code apart at every one."
+        yield ("model", "compile"), "true", "false at engine.zero 3", hint
+
+
 def _gram(get: Get) -> Iterator[Finding]:
     params = get("gram", "params")
     try:
@@ -556,7 +565,7 @@ def _export(get: Get) -> Iterator[Finding]:
         yield ("export", "which"), "best", "last or none", "With checkpoint.best: false the best one is not kept."
 
 
-RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _quantize, _gram, _export)
+RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _quantize, _compile, _gram, _export)
 TASK_RULES = (_name, _share)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,7 +173,30 @@ def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase)
         # Reentrant checkpointing cannot give per-task gradients, and needs inputs that require gradients.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before
         enable({"use_reentrant": False})
+    if config.model.compile and not next(model.parameters()).is_meta:
+        _compile_blocks(model, config)
     return model
+
+
+def _compile_blocks(model: nn.Module, config: Config) -> None:
+    """Have each block compiled at its first call. In place: the names of parameters stay what checkpoints and exports know.
+
+    Blocks, not the whole: one is compiled for all, and what differs between micro-batches, the number of targets that the head
+    sees and the shape of the mask, is settled outside of them.
+
+    Raises:
+        ModelError: there is no compiler, or nothing to compile.
+    """
+    place = f"{config.where('model.compile')}: model.compile: found true, wanted"
+    if engine.device().type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ModelError(f"{place} a C++ compiler to do it with. Install g++, name one in CXX, or leave the key out.")
+    if engine.device().type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ModelError(f"{place} Triton to do it with. Run: pip install triton; or leave the key out.")
+    _, layers = engine.blocks(model)
+    if not len(layers):
+        raise ModelError(f"{place} a model with a list of blocks, which {type(model).__name__} has not. Leave the key out.")
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
