@@ -140,8 +140,8 @@ class Model(Section):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile of the model's blocks, for lengths that vary; zero 0-2. The first steps take minutes longer. Needs a C++
-    compiler, on a GPU Triton. Off unless you have measured that it pays: it did not on the CPUs this was tried on."""
+    """torch.compile of the model's blocks, for lengths that vary; zero 0-2. The first steps take up to minutes longer: worth it
+    where you have measured that the others are faster by more. Needs a C++ compiler; on a GPU Triton."""
     chat_template: TextPath | None = None
     """File with a Jinja template that replaces the tokenizer's; null: the tokenizer's own."""
     lora: Lora | None = None
