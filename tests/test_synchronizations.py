@@ -26,8 +26,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        masks = name.startswith(("index", "_index")) and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1] if isinstance(args[1], list | tuple)
+        masks = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
         )
         if masks or name in ("_local_scalar_dense", "nonzero", "masked_select"):
             self.counts[name] += 1
