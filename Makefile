@@ -45,7 +45,7 @@ $(BIN)/python:
 	done; echo "make: found no Python 3.11 or newer; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1
 
 # Write down the versions that .venv has now: upgrade there what should be newer, run make test-all, then this.
-constraints: $(foreach extra,quickstart test plot torchjd,$(VENV)/with-$(extra))
+constraints: $(foreach extra,quickstart test plot torchjd qlora,$(VENV)/with-$(extra))
 	@{ echo "# The versions CI runs with (Python 3.11); written by make constraints."; \
 	   $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'; } > constraints.txt
 

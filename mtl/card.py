@@ -30,6 +30,8 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
         "tags": ["coba-mtl", "multitask", method.rpartition(":")[2]],
     }
     kind = "full fine-tuning" if config["model"]["lora"] is None else "LoRA"
+    if config["model"].get("quantize"):
+        kind = f"LoRA on {config['model']['quantize']} weights"
     lines = [
         f"# {run.name or checkpoint.name}",
         "",

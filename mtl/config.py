@@ -145,10 +145,16 @@ class Model(Section):
     matrix products. The loss is computed in fp32 always."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile of the model's blocks, for lengths that vary; zero 0-2. The first steps take up to minutes longer: worth it
+    where you have measured that the others are faster by more. Needs a C++ compiler; on a GPU Triton."""
     chat_template: TextPath | None = None
     """File with a Jinja template that replaces the tokenizer's; null: the tokenizer's own."""
     lora: Lora | None = None
     """Adapters; null: every parameter is trained."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """How the frozen weights beside adapters are held (QLoRA; extra `qlora`): nf4: 4 bits, with double quantization, computed
+    with in the training precision; int8: LLM.int8(). Linear modules but the head. With `model.lora` and zero 0-2 only."""
 
 
 class Task(Section):
@@ -532,6 +538,25 @@ def _offload(get: Get) -> Iterator[Finding]:
             yield ("engine", "offload", "nvme_path"), "nothing", "a path", f"engine.offload.{key}: nvme needs it."
 
 
+def _quantize(get: Get) -> Iterator[Finding]:
+    kind, zero, precision = get("model", "quantize"), get("engine", "zero"), get("model", "precision")
+    if kind is None:
+        return
+    if get("model", "lora") is None:
+        yield ("model", "quantize"), kind, "null", "Quantized weights cannot be trained: add model.lora, for instance {r: 16}."
+    if zero == 3:
+        hint = "transformers loads a quantized model whole on every process: with zero 2 that costs the same, and works."
+        yield ("model", "quantize"), kind, "null at engine.zero 3", hint
+    if kind == "int8" and precision == "fp32":
+        yield ("model", "precision"), precision, "bf16 or bf16_autocast", "LLM.int8() computes in 8 and 16 bits only."
+
+
+def _compile(get: Get) -> Iterator[Finding]:
+    if get("model", "compile") and get("engine", "zero") == 3:
+        hint = "DeepSpeed gathers each module's parameters in hooks, which would break the compiled code apart at every one."
+        yield ("model", "compile"), "true", "false at engine.zero 3", hint
+
+
 def _gram(get: Get) -> Iterator[Finding]:
     params = get("gram", "params")
     try:
@@ -547,7 +572,7 @@ def _export(get: Get) -> Iterator[Finding]:
         yield ("export", "which"), "best", "last or none", "With checkpoint.best: false the best one is not kept."
 
 
-RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _gram, _export)
+RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _quantize, _compile, _gram, _export)
 TASK_RULES = (_name, _share)
 
 

@@ -235,6 +235,12 @@ def shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def blocks(module: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+    """The name of a model's longest list of blocks, and these; none where it has no list."""
+    lists = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList)]
+    return max(lists, key=lambda each: len(each[1]), default=("", ()))
+
+
 class Engine:
     """A model, its optimizer and DeepSpeed.
 

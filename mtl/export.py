@@ -80,6 +80,8 @@ def _merge(source: Path, target: Path, dtype: str | None, allow_remote_code: boo
 
     with safe_open(next(source.glob("*.safetensors")), framework="pt") as file:
         trained = file.get_tensor(next(iter(file.keys()))).dtype
-    merged, tokenizer = model.merge(source, allow_remote_code)
+    state = source.parent / "state.json"
+    run = json.loads(state.read_text(encoding="utf-8"))["identity"] if state.is_file() else {}
+    merged, tokenizer = model.merge(source, allow_remote_code, run.get("model.quantize"), run.get("model.precision", "fp32"))
     merged.to(DTYPES[dtype] if dtype else trained).save_pretrained(target, max_shard_size=model.SHARD)
     tokenizer.save_pretrained(target)

@@ -21,7 +21,7 @@ from balancers import Signal
 from mtl import comm
 from mtl.config import Config, ConfigError
 from mtl.data.collate import MicroBatch
-from mtl.engine import Engine, shape
+from mtl.engine import Engine, blocks, shape
 from mtl.objectives import Objective
 
 MEASURED = (
@@ -45,12 +45,9 @@ def select(module: nn.Module, which: str) -> dict[str, nn.Parameter]:
         case "all":
             chosen = trainable
         case "last_layer":
-            lists = [
-                (name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part)
-            ]
-            name, blocks = max(lists, key=lambda each: len(each[1]), default=("", ()))
-            prefix = f"{name}.{len(blocks) - 1}."
-            chosen = {n: p for n, p in trainable.items() if blocks and n.startswith(prefix)}
+            name, layers = blocks(module)
+            prefix = f"{name}.{len(layers) - 1}."
+            chosen = {n: p for n, p in trainable.items() if len(layers) and n.startswith(prefix)}
         case "adapter":
             chosen = {n: p for n, p in trainable.items() if "lora_" in n}
         case _:

@@ -45,7 +45,8 @@ def estimate(config: Config, stage: int, model: nn.Module, world: int, positions
         positions: token positions of the largest micro-batch.
         targets: target tokens of the micro-batch that has most.
     """
-    parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
+    # stored_bytes: of a quantized weight, which the skeleton has in its shape before
+    parameters = [(p.numel(), getattr(p, "stored_bytes", p.element_size()), p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _, _ in parameters), sum(n for n, _, grad in parameters if grad)
     weights = sum(n * size for n, size, _ in parameters)
     bf16, offload = config.model.precision == "bf16", config.engine.offload

@@ -1,6 +1,9 @@
 """The model: loaded, adapted, exported. Anything `AutoModelForCausalLM` loads."""
 
+import importlib.util
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +12,16 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from mtl import comm, engine, head
 from mtl.config import Config, ConfigError
 
 SHARD = "5GB"  # the largest file of an exported model
+# Bytes of a quantized weight: nf4 holds a byte for the scale of 64 weights, and 4 bytes for 256 scales, besides the 4 bits.
+STORED = {"nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 class ModelError(ValueError):
@@ -32,9 +38,14 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """
     if comm.rank() > 0:
         transformers_logging.disable_progress_bar()
-    with _refusals(config), engine.loading(config, comm.world()):
-        model = AutoModelForCausalLM.from_pretrained(_name(config), **_origin(config), **_settings(config))
-    return _adapt(model, config, tokenizer)
+    with engine.loading(config, comm.world()):
+        with _refusals(config):
+            quantization = _quantization(config.model.quantize, config.model.precision, engine.device())
+            model = AutoModelForCausalLM.from_pretrained(_name(config), **_origin(config), **_settings(config), **quantization)
+        if config.model.quantize:
+            _settle_quantized(model)
+        # Still within: PEFT and transformers gather what they read (DoRA's norms, rows of an embedding) only if they know of ZeRO 3.
+        return _adapt(model, config, tokenizer)
 
 
 def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
@@ -45,10 +56,15 @@ def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """
     with _refusals(config):
         settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
+        quantization = _quantization(config.model.quantize, config.model.precision, torch.device("meta"))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings, **_settings(config))
+            if quantization:
+                AutoHfQuantizer.from_config(**quantization, pre_quantized=False).preprocess_model(model, device_map=None)
+                for module in _quantized(model):
+                    module.weight.stored_bytes = STORED[config.model.quantize]  # read by the estimate of memory
             # PEFT gives adapters the base model's dtype, but not on the meta device.
-            return _adapt(model, config, tokenizer).to(_settings(config)["dtype"])
+            return _adapt(model, config, tokenizer).to(_dtype(config.model.precision))
 
 
 def _name(config: Config) -> str:
@@ -61,8 +77,66 @@ def _origin(config: Config) -> dict[str, Any]:
 
 def _settings(config: Config) -> dict[str, Any]:
     # dtype always: transformers takes the checkpoint's otherwise.
-    dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
-    return {"dtype": dtype, "attn_implementation": config.model.attention}
+    return {"dtype": _dtype(config.model.precision), "attn_implementation": config.model.attention}
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _quantization(kind: str | None, precision: str, device: torch.device) -> dict[str, BitsAndBytesConfig]:
+    """How `from_pretrained` is told to quantize. What is not quantized has the dtype that the precision says.
+
+    Beside the frozen weights nothing is left of peft's `prepare_model_for_kbit_training` to do: LoRA freezes, checkpointing is
+    non-reentrant, and norms, embeddings and head are fp32 where the precision is `bf16_autocast`.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or cannot do it on this device.
+    """
+    if kind is None:
+        return {}
+    needs = f"model.quantize: {kind} needs bitsandbytes"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"{needs}, which is not installed. Run: pip install 'coba-mtl[qlora]'.")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    # It says at every product that int8 takes its input in fp16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+
+        if device.type != "meta":  # its kernels are found, or not, when they are first called
+            tried = {"nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}[kind](64, 64)
+            tried.to(device)(torch.zeros(1, 64, dtype=dtype, device=device))
+    except Exception as e:  # of any kind: what a broken library or a missing kernel raises is not documented
+        text = " ".join(f"{type(e).__name__}: {e}".split())[:500]
+        raise ModelError(f"{needs}, which does not work on {device}: {text} Install one that does, or leave the key out.") from e
+    wanted = BitsAndBytesConfig(load_in_4bit=True, **four) if kind == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": wanted}
+
+
+def _quantized(model: nn.Module) -> list[nn.Module]:
+    import bitsandbytes  # here: an extra
+
+    return [part for part in model.modules() if isinstance(part, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)]
+
+
+def _settle_quantized(model: nn.Module) -> None:
+    """Have bitsandbytes' modules train as the configuration says, and keep what they add out of checkpoints.
+
+    - Their 4-bit module takes the dtype of its first input for computing, whatever it was told.
+    - On CPUs with AVX512-BF16 its first evaluation lays the weights out anew, for a kernel without a gradient: from then on
+      what is trained before it gets none, in silence (bitsandbytes 0.50.2).
+    - Scales are saved beside weights. They are the base model's as these are, and 100 MB for 7B parameters.
+    """
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for key in [key for key in state if key.startswith((f"{prefix}weight", f"{prefix}SCB"))]:
+            del state[key]
+
+    for module in _quantized(model):
+        module.register_state_dict_post_hook(drop)
+        module.compute_type_is_set, module.support_avx512bf16_for_cpu = True, False  # of the 4-bit one
 
 
 @contextmanager
@@ -97,8 +171,32 @@ def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase)
         model = _add_lora(model, config)
     if config.model.activation_checkpointing:
         # Reentrant checkpointing cannot give per-task gradients, and needs inputs that require gradients.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before
+        enable({"use_reentrant": False})
+    if config.model.compile and not next(model.parameters()).is_meta:
+        _compile_blocks(model, config)
     return model
+
+
+def _compile_blocks(model: nn.Module, config: Config) -> None:
+    """Have each block compiled at its first call. In place: the names of parameters stay what checkpoints and exports know.
+
+    Blocks, not the whole: one is compiled for all, and what differs between micro-batches, the number of targets that the head
+    sees and the shape of the mask, is settled outside of them.
+
+    Raises:
+        ModelError: there is no compiler, or nothing to compile.
+    """
+    place = f"{config.where('model.compile')}: model.compile: found true, wanted"
+    if engine.device().type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ModelError(f"{place} a C++ compiler to do it with. Install g++, name one in CXX, or leave the key out.")
+    if engine.device().type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ModelError(f"{place} Triton to do it with. Run: pip install triton; or leave the key out.")
+    _, layers = engine.blocks(model)
+    if not len(layers):
+        raise ModelError(f"{place} a model with a list of blocks, which {type(model).__name__} has not. Leave the key out.")
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -145,8 +243,14 @@ def export(trained: "engine.Engine", tokenizer: PreTrainedTokenizerBase, folder:
     comm.together(write)
 
 
-def merge(folder: Path, allow_remote_code: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def merge(
+    folder: Path, allow_remote_code: bool = False, quantize: str | None = None, precision: str = "fp32"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """An adapter's base model, in fp32, with the adapter added to its weights; and the tokenizer beside the adapter.
+
+    Args:
+        quantize, precision: `model.quantize` and `model.precision` of the run. An adapter that was trained on quantized weights
+            is added to their values, not to those before quantization: that is the model whose loss was measured.
 
     Raises:
         ModelError: the base model cannot be had.
@@ -154,14 +258,21 @@ def merge(folder: Path, allow_remote_code: bool = False) -> tuple[nn.Module, Pre
     settings = peft.PeftConfig.from_pretrained(str(folder))
     name = settings.base_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=allow_remote_code)
+    dtype = _dtype(precision) if quantize else torch.float32
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            name, revision=settings.revision, dtype=torch.float32, trust_remote_code=allow_remote_code
+            name, revision=settings.revision, dtype=dtype,
+            trust_remote_code=allow_remote_code,
+            **_quantization(quantize, precision, engine.device()),
         )
+    except ModelError:
+        raise
     except (OSError, ValueError, ImportError) as e:
         text = " ".join(str(e).split())
         hint = "If you trust its code: --allow-remote-code." if "trust_remote_code" in text else "It must be where the run found it."
         raise ModelError(f"the adapter's base model {name!r} could not be loaded: {text[:300]} {hint}") from e
+    if quantize:
+        base = base.dequantize(torch.float32).float()
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:  # the adapter holds the rows that are made here
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).merge_and_unload(), tokenizer
@@ -205,6 +316,9 @@ def _add_lora(model: nn.Module, config: Config) -> nn.Module:
             # The engine decides the dtype: adapters follow the base model.
             autocast_adapter_dtype=False,
         )
+        for parameter in adapted.parameters() if config.model.quantize else ():
+            if parameter.requires_grad:  # they cannot follow integers, and PEFT takes another dtype each time
+                parameter.data = parameter.data.to(_dtype(config.model.precision))
     except ValueError as e:
         names = sorted({n.rsplit(".", 1)[-1] for n, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise ModelError(f"{config.where('model.lora')}: model.lora: {e} Linear modules of this model: {names}.") from e

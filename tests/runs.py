@@ -120,7 +120,7 @@ def launch(
         *arguments(yaml, overrides, resume),
         *more,
     ]
-    env = {**os.environ, **ENVIRONMENT, **environment, "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, **ENVIRONMENT, **environment, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     env.pop("OMP_NUM_THREADS")  # the program's own business, as for a user
     began = time.monotonic()
     out, err = (yaml.parent / f"launch.{end}" for end in ("out", "err"))
@@ -168,7 +168,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @functools.cache
 def _server() -> subprocess.Popen:
-    env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -1,5 +1,7 @@
 """How a global batch is cut and laid out: nothing lost, budgets kept, ranks even, the same targets in every layout."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -257,3 +259,23 @@ def test_encoded_in_memory():
     assert split.problems() == ["2 of 2 rows kept: 5 tokens, 2 of them targets"]
     with pytest.raises(IndexError):
         split.ids(2)
+
+
+def test_where_there_is_an_accelerator_its_device_is_set_and_steps_are_pinned(monkeypatch):
+    """By stand-ins: no test runs where memory can be pinned."""
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    note = lambda what: seen.append((threading.current_thread().name.partition("_")[0], what))  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "set_device_index", note)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: note("pin") or tensor.clone())
+    tasks = toy_tasks({"a": 6})
+    batches = TrainBatches(tasks, Mix(["a"], [6], [6], 2, 0), Layout(1, 0, 64, 257), ahead=0)
+    (micro,) = batches.batch(0)
+    batches.close()
+    assert seen == [("batches", 3)] + [("batches", "pin")] * 6, "input_ids, position_ids, attention_mask, at, labels, task"
+    monkeypatch.undo()
+    plain = TrainBatches(tasks, Mix(["a"], [6], [6], 2, 0), Layout(1, 0, 64, 257), ahead=0)
+    for field in ("input_ids", "position_ids", "attention_mask", "at", "labels", "task"):
+        assert torch.equal(getattr(micro, field), getattr(plain.batch(0)[0], field))
+    plain.close()

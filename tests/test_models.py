@@ -169,9 +169,10 @@ STEPS = ["train.steps=3", "evaluate.every=100"]
 ROWS = "model.lora={r: 2, modules_to_save: [embed_tokens, lm_head]}"
 
 
-def test_new_tokens_get_rows_and_are_trained(tmp_path):
+@pytest.mark.parametrize("zero, world", [(2, 1), (3, 2)])
+def test_new_tokens_get_rows_and_are_trained(tmp_path, zero, world):
     yaml = more_tokens(tmp_path)
-    runs.train(yaml, *STEPS).well()
+    runs.train(yaml, *STEPS, f"engine.zero={zero}", world=world).well()
     loaded, tokenizer = (kind.from_pretrained(tmp_path / "run" / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert len(tokenizer) == 262
     assert loaded.get_input_embeddings().weight.shape == loaded.lm_head.weight.shape == (262, 64)

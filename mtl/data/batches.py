@@ -1,9 +1,11 @@
 """The micro-batches of one rank: of a training step, and of a group of the validation cut."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from mtl.data.collate import Micro, MicroBatch, collate, deal
 from mtl.data.encoded import Encoded, TaskData
@@ -68,8 +70,11 @@ class TrainBatches:
         assert mix.names == [task.name for task in tasks] and mix.sizes == [len(task.train) for task in tasks]
         self.mix, self.layout, self.ahead = mix, layout, ahead
         self._splits = [task.train for task in tasks]
+        # Not run on CUDA yet. A thread begins on device 0, where pinning would open a context for every rank.
+        self._pin = torch.accelerator.is_available()
+        settle = functools.partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index()) if self._pin else None
         # One worker: steps are made in order, and the mix's permutations are used by one thread.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=settle)
         self._coming: dict[int, Future[list[MicroBatch]]] = {}
 
     def batch(self, step: int) -> list[MicroBatch]:
@@ -93,7 +98,8 @@ class TrainBatches:
     def _make(self, step: int) -> list[MicroBatch]:
         task, row = self.mix.batch(step)
         dealt = self.layout.deal(self._splits, task, row)
-        return [self.layout.collate(*micro, self._splits, task, row) for micro in dealt]
+        micros = [self.layout.collate(*micro, self._splits, task, row) for micro in dealt]
+        return [micro.pinned() for micro in micros] if self._pin else micros
 
 
 class ValidationCut:

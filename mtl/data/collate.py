@@ -33,8 +33,16 @@ class MicroBatch:
         return torch.bincount(self.task, minlength=k)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
+        """On a device; from pinned memory the copy goes on while the host does."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """In memory that an accelerator copies from by itself. Only where there is one."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         values = (getattr(self, field.name) for field in fields(self))
-        return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values))
+        return MicroBatch(*(change(value) if isinstance(value, Tensor) else value for value in values))
 
 
 def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: int = 0) -> MicroBatch:

@@ -1,0 +1,80 @@
+"""DoRA and rank-stabilized LoRA: the same losses however parameters are cut, and exports that are what their papers' formulas say."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import runs
+import torch
+import toys
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mtl.export import export
+
+# PEFT 0.21 reads a property that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+RANK, ALPHA, STEPS = 4, 6.0, 6
+VARIANTS = ["dora", "rslora"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    """Each variant's run on two processes: with the whole model on each (ZeRO 2), and with the model in parts (ZeRO 3)."""
+    yaml = runs.write(tmp_path_factory.mktemp("adapters"))
+    found = {}
+    for variant in VARIANTS:
+        for zero in (2, 3):
+            found[f"{variant} {zero}"] = output = yaml.parent / f"{variant}-{zero}"
+            lora = f"model.lora={{r: {RANK}, alpha: {ALPHA}, {variant}: true}}"
+            settings = [lora, f"engine.zero={zero}", f"train.steps={STEPS}", "optimizer.lr=0.01", f"output={output}"]
+            runs.train(yaml, *settings, world=2).well()
+    return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whole_and_in_parts_it_trains_alike(trained, variant):
+    curves = [[line["train/loss"] for line in runs.metrics(trained[f"{variant} {zero}"]) if "train/loss" in line] for zero in (2, 3)]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4) and len(curves[0]) == STEPS
+    first, last = (line["eval/macro"] for line in runs.metrics(trained[f"{variant} 3"]) if "eval/macro" in line)
+    assert last < first - 0.1
+
+
+def formula(variant: str, weight: torch.Tensor, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Kalajdzievski 2023 (arXiv 2312.03732): W + alpha / sqrt(r) B A. Liu et al. 2024 (arXiv 2402.09353), equation 5: m V / |V|
+    with V = W + alpha / r B A and its norm over each output's row."""
+    scale = ALPHA / (RANK**0.5 if variant == "rslora" else RANK)
+    moved = weight + scale * adapter["lora_B.weight"] @ adapter["lora_A.weight"]
+    if variant == "rslora":
+        return moved
+    return adapter["lora_magnitude_vector"][:, None] * moved / moved.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exported_whole_and_merged_by_the_formula(trained, variant, tmp_path):
+    checkpoint = trained[f"{variant} 3"] / "checkpoints" / f"step-{STEPS:08d}"
+    tensors = load_file(export(checkpoint, tmp_path / "adapter") / "adapter_model.safetensors")
+    base = toys.tiny_llama().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "merged", merge=True))
+    parts = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * (variant == "dora")
+    linear = [name for name in base if name.endswith("_proj.weight")]
+    assert len(tensors) == len(parts) * len(linear) and len(linear) == 14
+    for name in linear:
+        prefix = "base_model.model." + name.removesuffix("weight")
+        adapter = {part: tensors[prefix + part] for part in parts}
+        rows, columns = base[name].shape
+        shapes = {"lora_A.weight": (RANK, columns), "lora_B.weight": (rows, RANK), "lora_magnitude_vector": (rows,)}
+        assert {part: tuple(tensor.shape) for part, tensor in adapter.items()} == {part: shapes[part] for part in parts}
+        assert all(tensor.abs().max() > 0 for tensor in adapter.values()), name
+        if variant == "dora":
+            moved = (adapter["lora_magnitude_vector"] - base[name].norm(dim=1)).abs().max()
+            assert moved > 1e-4, "magnitudes begin at the weights' norms and are trained"
+        torch.testing.assert_close(merged.state_dict()[name], formula(variant, base[name], adapter), rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[f"use_{variant}"] is True
+
+    apart, ids = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-5)
+        assert (merged(ids).logits - toys.tiny_llama()(ids).logits).abs().max() > 1e-3
