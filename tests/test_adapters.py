@@ -5,12 +5,12 @@ from pathlib import Path
 
 import peft
 import pytest
-import runs
 import torch
 import toys
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import runs
 from mtl.export import export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.

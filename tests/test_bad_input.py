@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from mtl import engine, plugins
 from mtl.checkpoint import CheckpointError, check_output
 from mtl.config import ConfigError

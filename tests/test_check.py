@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 import toys
 
+import runs
 from mtl import dryrun, memory, model, plugins, process
 from mtl.config import load
 from mtl.data.batches import Layout, TrainBatches

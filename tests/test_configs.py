@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import toys
 from transformers import Qwen2Config
 
+import runs
 from mtl import engine, memory, model, process
 from mtl.config import load
 

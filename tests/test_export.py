@@ -7,13 +7,13 @@ from pathlib import Path
 
 import peft
 import pytest
-import runs
 import torch
 import toys
 import yaml as pyyaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runs
 from mtl import model, process
 from mtl.config import parse
 from mtl.export import export

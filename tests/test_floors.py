@@ -17,7 +17,7 @@ FLOORS = {
     "mtl.process": 0,  # before torch is imported
     "mtl.config": 1, "mtl.document": 1, "mtl.words": 1, "mtl.spec": 1,
     "mtl.data": 2,
-    "mtl.comm": 3, "mtl.engine": 3, "mtl.gram": 3, "mtl.memory": 3, "mtl.objectives": 3, "mtl.reshard": 3,
+    "mtl.comm": 3, "mtl.engine": 3, "mtl.gram": 3, "mtl.head": 3, "mtl.memory": 3, "mtl.objectives": 3, "mtl.reshard": 3,
     "mtl.schedule": 3, "mtl.terms": 3,
     "mtl.card": 4, "mtl.checkpoint": 4, "mtl.export": 4, "mtl.model": 4, "mtl.packing": 4, "mtl.plugins": 4,
     "mtl.provenance": 4, "mtl.report": 4, "mtl.trackers": 4,

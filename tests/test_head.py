@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from toys import tiny_gpt2, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import tiny_gpt2, tiny_llama
 
 from mtl import head
 from mtl.head import Targets

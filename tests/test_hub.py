@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 import runs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

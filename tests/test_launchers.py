@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import yaml as pyyaml
 
+import runs
 from mtl import cli, process
 
 LAUNCH = runs.ROOT / "launch"

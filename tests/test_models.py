@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
 import toys
 import transformers
 from distributed import run_distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runs
 from mtl import comm, engine, head, model, packing, plugins
 from mtl.config import parse
 from mtl.data.collate import collate

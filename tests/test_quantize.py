@@ -6,12 +6,12 @@ from pathlib import Path
 
 import peft
 import pytest
-import runs
 import torch
 import toys
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import runs
 from mtl import memory, model
 from mtl.config import Config, ConfigError, parse
 from mtl.export import export

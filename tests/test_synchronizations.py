@@ -3,8 +3,8 @@
 from collections import Counter
 
 import numpy as np
-import toys
 import torch
+import toys
 from distributed import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 

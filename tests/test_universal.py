@@ -9,12 +9,12 @@ from pathlib import Path
 
 import peft
 import pytest
-import runs
 import torch
 import toys
 from distributed import run_distributed
 from safetensors.torch import load_file
 
+import runs
 from mtl import comm, engine, model
 from mtl.config import parse
 from mtl.reshard import FP32, Files
