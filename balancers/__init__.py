@@ -30,9 +30,34 @@ if TYPE_CHECKING:
     from balancers.uncertainty import Uncertainty
 
 __all__ = [
-    "METHODS", "Array", "Balancer", "Bounded", "CoBa", "DWA", "Equal", "FAMO", "FAMOValid", "GLS", "GradNorm",
-    "GradNormValid", "Grouped", "Holder", "LBTW", "LBTWValid", "MetaWeighting", "RLW", "Scheduled", "Signal", "Signals",
-    "State", "Static", "Tokens", "TorchJD", "Uncertainty", "describe", "make",
+    "METHODS",
+    "Array",
+    "Balancer",
+    "Bounded",
+    "CoBa",
+    "DWA",
+    "Equal",
+    "FAMO",
+    "FAMOValid",
+    "GLS",
+    "GradNorm",
+    "GradNormValid",
+    "Grouped",
+    "Holder",
+    "LBTW",
+    "LBTWValid",
+    "MetaWeighting",
+    "RLW",
+    "Scheduled",
+    "Signal",
+    "Signals",
+    "State",
+    "Static",
+    "Tokens",
+    "TorchJD",
+    "Uncertainty",
+    "describe",
+    "make",
 ]
 
 

@@ -117,7 +117,8 @@ def defaults(run: Recording, seeds: int = 10) -> list[dict[str, float]]:
         found = np.array([online(run, span, seed) for seed in range(seeds)])
         ratio = found[:, 1] / found[:, 0]
         published, ours = np.median(found, axis=0)
-        rows.append({"steps": span, "published": published, "ours": ours, "ratio": np.median(ratio), "min": ratio.min(), "max": ratio.max()})
+        spread = {"ratio": np.median(ratio), "min": ratio.min(), "max": ratio.max()}
+        rows.append({"steps": span, "published": published, "ours": ours, **spread})
     return rows
 
 

@@ -29,18 +29,14 @@ def main(steps: int = 40, micro_batches: int = 2, cpu: bool = False) -> Balance:
         with torch.no_grad():
             probe = balance.mean(*toy.token_losses(model, valid))
         micros = [batch(4, seed=(step * micro_batches + i) * world + rank) for i in range(micro_batches)]
-        balance.begin(
-            torch.cat([micro["task"].repeat_interleave(toy.LENGTH - 1) for micro in micros]), valid_loss=probe
-        )
+        balance.begin(torch.cat([micro["task"].repeat_interleave(toy.LENGTH - 1) for micro in micros]), valid_loss=probe)
         for i, micro in enumerate(micros):
             with accelerator.no_sync(model) if i + 1 < micro_batches else nullcontext():
                 accelerator.backward(balance.loss(*toy.token_losses(model, micro)))
         optimizer.step()
         optimizer.zero_grad()
         balance.end()
-    accelerator.print(
-        f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist()))}, weights {balance.weights.round(3)}"
-    )
+    accelerator.print(f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist(), strict=True))}, weights {balance.weights.round(3)}")
     return balance
 
 

@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; an earlier export there is replaced")
     parser.add_argument("--merge", action="store_true", help="add the adapter to its base model and write the whole")
     parser.add_argument("--dtype", choices=list(DTYPES), help="type of the parameters; as trained where left out")
-    parser.add_argument("--allow-remote-code", action="store_true", help="code that comes with the base model may run (--merge)")
+    parser.add_argument(
+        "--allow-remote-code", action="store_true", help="code that comes with the base model may run (--merge)"
+    )
     args = parser.parse_args()
     out = export(args.checkpoint, args.out, args.dtype, merge=args.merge, allow_remote_code=args.allow_remote_code)
     print(f"{'merged model' if args.merge else 'model'}, of {args.checkpoint.name}: {out}")

@@ -137,9 +137,7 @@ def read(path: Path) -> dict[str, Any]:
         raise MigrationError(f"{path}: found no readable JSON ({error}), wanted MFTCoder's training config.") from error
     given = {key: os.path.expandvars(value) if isinstance(value, str) else value for key, value in given.items()}
     known = {*DEFAULTS, *REQUIRED, *WITHOUT_EFFECT}
-    problems = [
-        f"{key}: found an unknown key, wanted one of MFTCoder's pefts/mft_arguments.py" for key in given.keys() - known
-    ]
+    problems = [f"{key}: found an unknown key, wanted one of MFTCoder's pefts/mft_arguments.py" for key in given.keys() - known]
     problems += [f"{key}: found nothing, wanted a value" for key in REQUIRED if not given.get(key)]
     problems += [
         f"{key}: found {value!r}, wanted the value itself; set the variable, or write it into the file"
@@ -177,9 +175,7 @@ def convert(row: Any, where: str) -> tuple[str, dict[str, Any]]:
         turns = []
         for turn in row["chat_rounds"]:
             if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-                raise MigrationError(
-                    f"{where}: found the turn {turn!r}, wanted a content and a role of {', '.join(ROLES)}"
-                )
+                raise MigrationError(f"{where}: found the turn {turn!r}, wanted a content and a role of {', '.join(ROLES)}")
             turns.append({"role": ROLES[turn["role"]], "content": turn["content"]})
         return "messages", {"messages": turns}
     if isinstance(row.get("text"), str):
@@ -210,16 +206,12 @@ def write_task(name: str, folder: Path, migration: Migration) -> dict[str, Any]:
     parts = [float(part) for part in re.split("[,/]", migration["data_split"])]
     # By a hash of the row, so that the same row never stands on both sides.
     key = f"{migration['seed']}/".encode()
-    rows.sort(
-        key=lambda row: hashlib.blake2b(key + json.dumps(row[1], sort_keys=True).encode(), digest_size=8).digest()
-    )
+    rows.sort(key=lambda row: hashlib.blake2b(key + json.dumps(row[1], sort_keys=True).encode(), digest_size=8).digest())
     train = math.ceil(parts[0] / sum(parts) * len(rows))
     while 0 < train < len(rows) and rows[train] == rows[train - 1]:
         train += 1
     if train == len(rows):
-        raise MigrationError(
-            f"{folder}: data_split {migration['data_split']} of {len(rows)} rows leaves none for validation"
-        )
+        raise MigrationError(f"{folder}: data_split {migration['data_split']} of {len(rows)} rows leaves none for validation")
     stop = train + math.ceil((parts[1] if len(parts) > 1 else 0) / sum(parts) * len(rows))
     entry: dict[str, Any] = {}
     (migration.out / "data").mkdir(parents=True, exist_ok=True)
@@ -227,9 +219,7 @@ def write_task(name: str, folder: Path, migration: Migration) -> dict[str, Any]:
         path = migration.out / "data" / f"{name}.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in some), encoding="utf-8")
         entry[split] = str(path)
-    migration.note(
-        f"task {name}", f"{train} rows to train on, {len(rows) - train} for validation (and test) of {folder}"
-    )
+    migration.note(f"task {name}", f"{train} rows to train on, {len(rows) - train} for validation (and test) of {folder}")
     return {**entry, "format": kinds.pop(), "rows": train}
 
 
@@ -305,9 +295,7 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
             "target_modules": wanted,
         }
     if not m["load_raw_dataset"] or m["tokenize_mode"] != "sft":
-        raise MigrationError(
-            "load_raw_dataset, tokenize_mode: found tokenized data or pretraining, wanted true and sft"
-        )
+        raise MigrationError("load_raw_dataset, tokenize_mode: found tokenized data or pretraining, wanted true and sft")
     if m["trust_remote_code"]:
         m.note("trust_remote_code", "left off; model.allow_remote_code: true lets a model's own code run")
     evaluate: dict[str, Any] = {"every": m["evaluation_steps"], "probe": {"every": m["coba_update_interval"]}}
@@ -366,9 +354,7 @@ def migrate(path: Path, world: int, out: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="MFTCoder's training config")
-    parser.add_argument(
-        "--world", type=int, required=True, help="GPUs that it ran on: decides the examples of a global batch"
-    )
+    parser.add_argument("--world", type=int, required=True, help="GPUs that it ran on: decides the examples of a global batch")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     for line in migrate(args.config, args.world, args.out):

@@ -96,7 +96,9 @@ def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -
         train, validation = splits["train"], splits["validation"]
         before, here, _ = losses.get(name, (None, None, None))
         shown = [f"{x:.4f}" if x is not None else "" for x in (before, here)]
-        lines.append(f"| {name} | {train['rows']:,} | {train['target_tokens']:,} | {validation['rows']:,} | {' | '.join(shown)} |")
+        lines.append(
+            f"| {name} | {train['rows']:,} | {train['target_tokens']:,} | {validation['rows']:,} | {' | '.join(shown)} |"
+        )
     measured = {at for _, _, at in losses.values()}
     note = f" They were measured at step {measured.pop():,}." if measured else ""
     return [*lines, "", f"Losses are in nats per target token.{note}"]

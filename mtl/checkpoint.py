@@ -136,7 +136,13 @@ class Checkpoints:
                 arrays = {f"run.{k}": v for k in RunState.ARRAYS if (v := getattr(state, k)) is not None}
                 arrays |= {f"balancer.{k}": v for k, v in held["arrays"].items()}
                 save_file({k: np.array(v, order="C") for k, v in arrays.items()}, folder / "state.safetensors")
-                record = {"format": FORMAT, "run": plain, "best": self.best, "balancer": held["meta"], "identity": self.identity}
+                record = {
+                    "format": FORMAT,
+                    "run": plain,
+                    "best": self.best,
+                    "balancer": held["meta"],
+                    "identity": self.identity,
+                }
                 record["layout"] = self.layout
                 write_json(folder / "state.json", record)
 

@@ -90,9 +90,7 @@ class Document:
         files: keys whose value may be the path of a JSON file instead, which is read in its place.
     """
 
-    def __init__(
-        self, text: str = "", origin: str = "config", overrides: Iterable[str] = (), files: Sequence[Keys] = ()
-    ):
+    def __init__(self, text: str = "", origin: str = "config", overrides: Iterable[str] = (), files: Sequence[Keys] = ()):
         self.origin = origin
         self.problems: list[Problem] = []
         self._places: dict[Keys, Place] = {(): Place(origin)}
@@ -123,10 +121,7 @@ class Document:
             text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
             raise ConfigError(
-                [
-                    f"{path}: found no such file, wanted a YAML config. "
-                    f"Paths start at the current directory, {Path.cwd()}."
-                ]
+                [f"{path}: found no such file, wanted a YAML config. Paths start at the current directory, {Path.cwd()}."]
             ) from None
         except UnicodeDecodeError as error:
             raise ConfigError(
@@ -333,8 +328,7 @@ def dotted(keys: Keys) -> str:
     """A path as `--set` takes it: `tasks."v1.5".cap`."""
     odd = re.compile(r'[\s.:="]|^$')
     return ".".join(
-        json.dumps(key, ensure_ascii=not key.isprintable()) if odd.search(key) or not key.isprintable() else key
-        for key in keys
+        json.dumps(key, ensure_ascii=not key.isprintable()) if odd.search(key) or not key.isprintable() else key for key in keys
     )
 
 

@@ -71,7 +71,9 @@ def batches(config: Config, tasks: Sequence[TaskData], world: int) -> list[str]:
     mix = mix_for(config, tasks)
     steps, examples = steps_of(config, mix), config.batch.examples
     rows = sum(mix.sizes)
-    lines = [f"{steps:,} steps of {examples:,} examples on {_of(world, 'process', 'processes')}: {steps * examples:,} draws of {rows:,} rows"]
+    lines = [
+        f"{steps:,} steps of {examples:,} examples on {_of(world, 'process', 'processes')}: {steps * examples:,} draws of {rows:,} rows"
+    ]
     for name, layout in layouts(config, tasks, world, config.batch.tokens).items():
         found = cut(tasks, mix, layout, steps)
         width = f", rows of {layout.row_length:,}" if layout.row_length else ""
@@ -80,13 +82,22 @@ def batches(config: Config, tasks: Sequence[TaskData], world: int) -> list[str]:
             f"{_span(found.positions)} positions a step, {found.tokens.sum() / found.positions.sum():.0%} of them tokens"
         )
     if config.batch.packing == "auto":
-        lines.append("packing is auto: packed if the model is measured to keep sequences apart when the run starts, else padded")
+        lines.append(
+            "packing is auto: packed if the model is measured to keep sequences apart when the run starts, else padded"
+        )
     if world > examples:
         lines.append(f"warning: {world - examples} of {world} processes get no example of a batch: raise batch.examples")
     drawn = mix.drawn(steps)
     head = ["task", "share", "rows", "examples a step", "steps an epoch", "passes in the run"]
     table = [
-        [name, f"{share:.1%}", f"{size:,}", f"{share * examples:.2f}", f"{size / (share * examples):,.1f}", f"{count / size:.2f}"]
+        [
+            name,
+            f"{share:.1%}",
+            f"{size:,}",
+            f"{share * examples:.2f}",
+            f"{size / (share * examples):,.1f}",
+            f"{count / size:.2f}",
+        ]
         for name, share, size, count in zip(mix.names, mix.shares, mix.sizes, drawn, strict=True)
     ]
     lines += _aligned([head, *table])
@@ -174,4 +185,7 @@ def _of(n: int, one: str, many: str) -> str:
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return ["  ".join(x.ljust(w) if c == 0 else x.rjust(w) for c, (x, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return [
+        "  ".join(x.ljust(w) if c == 0 else x.rjust(w) for c, (x, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]

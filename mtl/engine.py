@@ -132,7 +132,9 @@ def build_ops(config: Config, say: Callable[[str], None]) -> None:
     wanted = "libaio's headers, a C++ compiler and ninja: apt-get install libaio-dev g++ (dnf: libaio-devel gcc-c++), pip install ninja"
     path, reason = ("engine", "offload", key), "no libaio, or no compiler"
     if builder.is_compatible(verbose=False):
-        say("offloading to NVMe: loading DeepSpeed's async_io op; the first time on a machine it is compiled, which takes minutes")
+        say(
+            "offloading to NVMe: loading DeepSpeed's async_io op; the first time on a machine it is compiled, which takes minutes"
+        )
         try:
             builder.load(verbose=False)
             return
@@ -179,7 +181,9 @@ def _merge(ours: dict, theirs: dict, path: tuple[str, ...], config: Config, prob
             if not _all_auto(value):
                 mine = _REPLACED_BY[name]
                 problems.append(
-                    config.error(here, f"a DeepSpeed {key}", f"none, because `{mine}` decides", f"Move its settings to `{mine}`.")
+                    config.error(
+                        here, f"a DeepSpeed {key}", f"none, because `{mine}` decides", f"Move its settings to `{mine}`."
+                    )
                 )
         elif isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merge(ours[key], value, here, config, problems)

@@ -38,11 +38,15 @@ def export(
     source = checkpoint / "model"
     is_adapter = (source / ADAPTER).is_file()
     if not is_adapter and not (source / "config.json").is_file():
-        raise ExportError(f"{checkpoint}: found no model in it; wanted a checkpoint's folder, such as RUN/checkpoints/step-00000120.")
+        raise ExportError(
+            f"{checkpoint}: found no model in it; wanted a checkpoint's folder, such as RUN/checkpoints/step-00000120."
+        )
     if merge and not is_adapter:
         raise ExportError(f"{checkpoint}: found a whole model, wanted an adapter to merge. Leave merging out.")
     if target.exists() and any(target.iterdir()) and not {ADAPTER, "config.json"} & {path.name for path in target.iterdir()}:
-        raise ExportError(f"{target}: found a folder that holds something other than an exported model. Name another; nothing was changed.")
+        raise ExportError(
+            f"{target}: found a folder that holds something other than an exported model. Name another; nothing was changed."
+        )
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)

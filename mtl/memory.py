@@ -63,8 +63,15 @@ def estimate(config: Config, stage: int, model: nn.Module, world: int, positions
     copies = ["fp32 master weights"] * bool(master) + [f"{moments} moments in fp32"] * bool(moments)
     parts = [
         Part("weights", weights / share(3), on_parameters, note=f"{total:,} parameters{_over(share(3))}"),
-        Part("gradients", 4 * trained / share(2), on_gradients, note=f"{trained:,} trained, accumulated in fp32{_over(share(2))}"),
-        Part("optimizer", master + 4 * moments * trained / share(1), on_optimizer, note=f"{' and '.join(copies) or 'no state'}{_over(share(1))}"),
+        Part(
+            "gradients", 4 * trained / share(2), on_gradients, note=f"{trained:,} trained, accumulated in fp32{_over(share(2))}"
+        ),
+        Part(
+            "optimizer",
+            master + 4 * moments * trained / share(1),
+            on_optimizer,
+            note=f"{' and '.join(copies) or 'no state'}{_over(share(1))}",
+        ),
     ]
     if offload.optimizer != "none":
         size, what = 4 * trained / world, "the optimizer's gradients"
@@ -111,7 +118,9 @@ def table(parts: list[Part]) -> list[str]:
         lines.append(f"{part.name:14}{'~' if part.rough else ' '}{gib(part.bytes):>10}  {part.note}{place}")
     for where in ("device", *HOST):
         if found := [part.bytes for part in parts if part.where == where]:
-            lines.append(f"{'total, ' + where:14}~{gib(sum(found)):>10}  lines with ~ are rough; kernels and fragmentation add to it")
+            lines.append(
+                f"{'total, ' + where:14}~{gib(sum(found)):>10}  lines with ~ are rough; kernels and fragmentation add to it"
+            )
     return lines
 
 

@@ -110,7 +110,9 @@ def _quantization(kind: str | None, precision: str, device: torch.device) -> dic
             tried.to(device)(torch.zeros(1, 64, dtype=dtype, device=device))
     except Exception as e:  # of any kind: what a broken library or a missing kernel raises is not documented
         text = " ".join(f"{type(e).__name__}: {e}".split())[:500]
-        raise ModelError(f"{needs}, which does not work on {device}: {text} Install one that does, or leave the key out.") from e
+        raise ModelError(
+            f"{needs}, which does not work on {device}: {text} Install one that does, or leave the key out."
+        ) from e
     wanted = BitsAndBytesConfig(load_in_4bit=True, **four) if kind == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
     return {"quantization_config": wanted}
 
@@ -171,7 +173,9 @@ def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase)
         model = _add_lora(model, config)
     if config.model.activation_checkpointing:
         # Reentrant checkpointing cannot give per-task gradients, and needs inputs that require gradients.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )  # its name before
         enable({"use_reentrant": False})
     if config.model.compile and not next(model.parameters()).is_meta:
         _compile_blocks(model, config)
@@ -261,7 +265,9 @@ def merge(
     dtype = _dtype(precision) if quantize else torch.float32
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            name, revision=settings.revision, dtype=dtype,
+            name,
+            revision=settings.revision,
+            dtype=dtype,
             trust_remote_code=allow_remote_code,
             **_quantization(quantize, precision, engine.device()),
         )
@@ -269,7 +275,11 @@ def merge(
         raise
     except (OSError, ValueError, ImportError) as e:
         text = " ".join(str(e).split())
-        hint = "If you trust its code: --allow-remote-code." if "trust_remote_code" in text else "It must be where the run found it."
+        hint = (
+            "If you trust its code: --allow-remote-code."
+            if "trust_remote_code" in text
+            else "It must be where the run found it."
+        )
         raise ModelError(f"the adapter's base model {name!r} could not be loaded: {text[:300]} {hint}") from e
     if quantize:
         base = base.dequantize(torch.float32).float()

@@ -44,6 +44,8 @@ def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: floa
     penalties = {}
     if router_loss:
         if getattr(outputs, "aux_loss", None) is None:
-            raise ValueError(f"objective.router_loss: found {router_loss}, wanted 0: this model gives no router loss (aux_loss).")
+            raise ValueError(
+                f"objective.router_loss: found {router_loss}, wanted 0: this model gives no router loss (aux_loss)."
+            )
         penalties["router_loss"] = router_loss * outputs.aux_loss
     return Terms.by_task(outputs.loss, batch.task, k, penalties)

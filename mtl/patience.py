@@ -49,9 +49,7 @@ class Patience:
             }
             since = f"its lowest loss is {state.lowest[i]:.4f}, full passes since: {int(state.stalled[i])}"
             told.append(f"{names[i]} is done: {since}{what[self.action]}")
-        return told + [
-            f"{names[i]} goes on after all, with a loss of {losses[i]:.4f}" for i in np.flatnonzero(was & ~now)
-        ]
+        return told + [f"{names[i]} goes on after all, with a loss of {losses[i]:.4f}" for i in np.flatnonzero(was & ~now)]
 
     def done(self, state: RunState) -> np.ndarray:
         """(K,) bool. Where all are, the run is over."""

@@ -19,9 +19,7 @@ DECIDES = (
 )  # fmt: skip
 
 
-def record(
-    config: Config, tasks: list[TaskData], steps: int, world: int, identity: dict[str, Any]
-) -> dict[str, Any]:
+def record(config: Config, tasks: list[TaskData], steps: int, world: int, identity: dict[str, Any]) -> dict[str, Any]:
     """Everything needed to say later what this run was."""
     return {
         "format": FORMAT,

@@ -52,7 +52,9 @@ class Shard:
 
     def tensors(self, group: int) -> dict[str, Tensor]:
         """The flat tensors of a group by key; scalars (AdamW's step) have no dimension."""
-        return {FP32: self.flat[group].detach().view(-1)} | {k: v for k, v in self.state.get(group, {}).items() if torch.is_tensor(v)}
+        return {FP32: self.flat[group].detach().view(-1)} | {
+            k: v for k, v in self.state.get(group, {}).items() if torch.is_tensor(v)
+        }
 
 
 class Files:
@@ -127,7 +129,9 @@ def fill(source: Path, target: Path, rank: int, order: list[str], aliases: Mappi
     old, new = Files(source, order), Files(target, order)
     if old.names != new.names:
         lacks, extra = sorted(new.names - old.names), sorted(old.names - new.names)
-        raise ValueError(f"{source} is of another model: it lacks {lacks[:3]} ({len(lacks)}) and has the unknown {extra[:3]} ({len(extra)})")
+        raise ValueError(
+            f"{source} is of another model: it lacks {lacks[:3]} ({len(lacks)}) and has the unknown {extra[:3]} ({len(extra)})"
+        )
     if new.paths:
         content = torch.load(new.paths[rank], map_location="cpu", weights_only=False)
         shard = Shard(content, _shapes(target), rank, len(new.paths))

@@ -45,9 +45,7 @@ def wanted(kind: Any) -> str:
     names = [item for item in metadata if isinstance(item, Wanted)]
     if names:
         return names[0]
-    limits = [
-        f"{sign} {getattr(item, name)}" for item in metadata for name, sign in _SIGNS.items() if hasattr(item, name)
-    ]
+    limits = [f"{sign} {getattr(item, name)}" for item in metadata for name, sign in _SIGNS.items() if hasattr(item, name)]
     return f"{_plainly(kind)} {' and '.join(limits)}".strip()
 
 

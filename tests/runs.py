@@ -120,14 +120,17 @@ def launch(
         *arguments(yaml, overrides, resume),
         *more,
     ]
-    env = {**os.environ, **ENVIRONMENT, **environment, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        **ENVIRONMENT,
+        **environment,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
     env.pop("OMP_NUM_THREADS")  # the program's own business, as for a user
     began = time.monotonic()
     out, err = (yaml.parent / f"launch.{end}" for end in ("out", "err"))
     with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen(
-            command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True)
         try:
             process.wait(TIMEOUT)
         finally:
@@ -168,10 +171,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @functools.cache
 def _server() -> subprocess.Popen:
-    env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(
-        [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    env = {
+        **os.environ,
+        **ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _serve() -> None:

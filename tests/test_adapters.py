@@ -36,7 +36,9 @@ def trained(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whole_and_in_parts_it_trains_alike(trained, variant):
-    curves = [[line["train/loss"] for line in runs.metrics(trained[f"{variant} {zero}"]) if "train/loss" in line] for zero in (2, 3)]
+    curves = [
+        [line["train/loss"] for line in runs.metrics(trained[f"{variant} {zero}"]) if "train/loss" in line] for zero in (2, 3)
+    ]
     assert curves[0] == pytest.approx(curves[1], abs=1e-4) and len(curves[0]) == STEPS
     first, last = (line["eval/macro"] for line in runs.metrics(trained[f"{variant} 3"]) if "eval/macro" in line)
     assert last < first - 0.1

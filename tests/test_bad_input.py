@@ -121,7 +121,9 @@ def test_a_deepspeed_key_that_contradicts_ours_names_both_places(yaml, override,
 
 @pytest.mark.parametrize("override", ["gradient_clipping=1.0", "gradient_clipping=auto", "zero_optimization.stage=2"])
 def test_a_deepspeed_key_that_agrees_with_ours_is_fine(yaml, override):
-    config = plugins.read(str(yaml), [f"engine.deepspeed.{override}", "engine.deepspeed.zero_optimization.reduce_bucket_size=1000"])
+    config = plugins.read(
+        str(yaml), [f"engine.deepspeed.{override}", "engine.deepspeed.zero_optimization.reduce_bucket_size=1000"]
+    )
     written = engine.ds_config(config, 1)
     assert written["gradient_clipping"] == 1.0 and written["zero_optimization"]["stage"] == 2
     assert written["zero_optimization"]["reduce_bucket_size"] == 1000
@@ -149,7 +151,9 @@ def ds_json(yaml, tmp_path, monkeypatch) -> tuple[Path, str]:
     """A YAML that names a DeepSpeed configuration, which lies in the current directory, and that line's place."""
     (tmp_path / "ds.json").write_text(DS_CONFIG)
     monkeypatch.chdir(tmp_path)
-    return with_line(yaml, tmp_path, "deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", "deepspeed: ds.json")
+    return with_line(
+        yaml, tmp_path, "deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", "deepspeed: ds.json"
+    )
 
 
 def test_a_deepspeed_json_stands_for_the_mapping(ds_json):
@@ -163,7 +167,9 @@ def test_a_deepspeed_json_stands_for_the_mapping(ds_json):
     assert config.where("engine.deepspeed.zero_optimization.stage") == "ds.json:6"
     assert config.resolved()["engine"]["deepspeed"]["bf16"] == {"enabled": "auto"}, "the run's own YAML needs no other file"
     assert plugins.read(str(path), ["engine.deepspeed={}"]).engine.deepspeed == {}
-    assert plugins.read(str(path), ["engine.deepspeed={}", "engine.deepspeed=ds.json"]).engine.deepspeed == config.engine.deepspeed | {
+    assert plugins.read(
+        str(path), ["engine.deepspeed={}", "engine.deepspeed=ds.json"]
+    ).engine.deepspeed == config.engine.deepspeed | {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e6, "overlap_comm": True}
     }
 
@@ -173,7 +179,10 @@ def test_a_deepspeed_json_that_contradicts_names_both_lines(ds_json):
     with pytest.raises(ConfigError) as caught:
         engine.ds_config(plugins.read(str(path), ["engine.zero=3", "optimizer.clip=0.5"]), 1)
     key = "engine.deepspeed.zero_optimization.stage"
-    assert str(caught.value) == f"ds.json:6: {key}: found 2, wanted 3. engine.zero at --set engine.zero=3 makes it so; leave this key out."
+    assert (
+        str(caught.value)
+        == f"ds.json:6: {key}: found 2, wanted 3. engine.zero at --set engine.zero=3 makes it so; leave this key out."
+    )
     Path("ds.json").write_text(DS_CONFIG.replace('"stage": 2', '"stage": 1'))
     with pytest.raises(ConfigError) as caught:
         engine.ds_config(plugins.read(str(path)), 1)
@@ -183,8 +192,14 @@ def test_a_deepspeed_json_that_contradicts_names_both_lines(ds_json):
 @pytest.mark.parametrize(
     "content, found",
     [
-        (None, "'ds.json', which cannot be read (No such file or directory), wanted a file with a JSON object. Paths start at "),
-        (DS_CONFIG.replace('"bf16":', '"bf16"'), "text that is not JSON (ds.json:2: Expecting ':' delimiter, column 9), wanted "),
+        (
+            None,
+            "'ds.json', which cannot be read (No such file or directory), wanted a file with a JSON object. Paths start at ",
+        ),
+        (
+            DS_CONFIG.replace('"bf16":', '"bf16"'),
+            "text that is not JSON (ds.json:2: Expecting ':' delimiter, column 9), wanted ",
+        ),
         ('{"a": NaN}', "text that is not JSON (ds.json: NaN is no number in JSON), wanted "),
         ("[1]", "a list (1) in ds.json, wanted a file with a JSON object."),
         ("", "text that is not JSON (ds.json:1: Expecting value, column 1), wanted "),
@@ -200,7 +215,10 @@ def test_a_deepspeed_json_that_cannot_be_read(ds_json, content, found):
 
 def test_a_key_twice_in_a_deepspeed_json(ds_json):
     Path("ds.json").write_text('{\n"a": {"b": 1,\n"b": 2}\n}')
-    assert error_of(ds_json[0]) == "ds.json:3: engine.deepspeed.a.b: found the key a second time (first: ds.json:2), wanted it once."
+    assert (
+        error_of(ds_json[0])
+        == "ds.json:3: engine.deepspeed.a.b: found the key a second time (first: ds.json:2), wanted it once."
+    )
 
 
 # Offloading
@@ -209,14 +227,28 @@ def test_a_key_twice_in_a_deepspeed_json(ds_json):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ("zero: 0, offload: {optimizer: cpu}", "engine.offload.optimizer: found cpu, wanted none at engine.zero 0. It needs zero 1."),
-        ("zero: 2, offload: {optimizer: nvme, nvme_path: /x}", "engine.offload.optimizer: found nvme, wanted none at engine.zero 2. It needs zero 3."),
-        ("zero: 2, offload: {parameters: cpu}", "engine.offload.parameters: found cpu, wanted none at engine.zero 2. It needs zero 3."),
-        ("zero: 3, offload: {parameters: nvme}", "engine.offload.nvme_path: found nothing, wanted a path. engine.offload.parameters: nvme needs it."),
+        (
+            "zero: 0, offload: {optimizer: cpu}",
+            "engine.offload.optimizer: found cpu, wanted none at engine.zero 0. It needs zero 1.",
+        ),
+        (
+            "zero: 2, offload: {optimizer: nvme, nvme_path: /x}",
+            "engine.offload.optimizer: found nvme, wanted none at engine.zero 2. It needs zero 3.",
+        ),
+        (
+            "zero: 2, offload: {parameters: cpu}",
+            "engine.offload.parameters: found cpu, wanted none at engine.zero 2. It needs zero 3.",
+        ),
+        (
+            "zero: 3, offload: {parameters: nvme}",
+            "engine.offload.nvme_path: found nothing, wanted a path. engine.offload.parameters: nvme needs it.",
+        ),
     ],
 )
 def test_what_a_stage_cannot_offload(yaml, tmp_path, settings, text):
-    path, where = with_line(yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings)
+    path, where = with_line(
+        yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings
+    )
     assert error_of(path) == f"{where}: {text}"
 
 
@@ -231,12 +263,16 @@ def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(type(engine.get_accelerator()), "create_op_builder", lambda self, name: Builder())
     settings = "zero: 3, offload: {parameters: nvme, nvme_path: /x}"
-    path, where = with_line(yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings)
+    path, where = with_line(
+        yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings
+    )
     said = []
     with pytest.raises(ConfigError) as caught:
         engine.build_ops(plugins.read(str(path)), said.append)
     error = str(caught.value)
-    assert error.startswith(f"{where}: engine.offload.parameters: found nvme, where DeepSpeed's async_io op cannot be had ({reason})")
+    assert error.startswith(
+        f"{where}: engine.offload.parameters: found nvme, where DeepSpeed's async_io op cannot be had ({reason})"
+    )
     assert "apt-get install libaio-dev" in error and len(said) == compatible
     engine.build_ops(plugins.read(str(yaml)), said.append)  # nothing is offloaded
 
@@ -251,7 +287,11 @@ def prepared(yaml: Path, *overrides: str):
 
 def test_a_model_that_is_not_there(yaml, tmp_path):
     ended = runs.train(yaml, f"model.name={tmp_path}/none", f"output={tmp_path}/run")
-    assert ended.codes == [1] and f"model.name: found no tokenizer of '{tmp_path}/none'" in ended.err and not (tmp_path / "run").exists()
+    assert (
+        ended.codes == [1]
+        and f"model.name: found no tokenizer of '{tmp_path}/none'" in ended.err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_files_that_are_not_there_are_all_named(yaml, tmp_path):
@@ -282,7 +322,9 @@ def test_a_task_whose_targets_are_all_masked(yaml, tmp_path):
 def test_rows_that_cannot_be_read_are_reported_and_the_run_goes_on(yaml, tmp_path):
     path = tmp_path / "damaged.jsonl"
     good = Path(yaml.parent / "copy.train.jsonl").read_text().splitlines()
-    path.write_text("\n".join([good[0], '{"prompt": "a', *good[1:], '{"prompt": "a"}', '{"prompt": "a", "completion": ""}']) + "\n")
+    path.write_text(
+        "\n".join([good[0], '{"prompt": "a', *good[1:], '{"prompt": "a"}', '{"prompt": "a", "completion": ""}']) + "\n"
+    )
     ended = runs.train(yaml, *FOUR, f"tasks.copy.train={path}", f"output={tmp_path}/run").well()
     report = [line.strip() for line in ended.err.partition("copy: ")[2].partition("chat: ")[0].splitlines()]
     assert f"train: {len(good)} of {len(good) + 3} rows kept" in "\n".join(report)

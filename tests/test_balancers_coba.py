@@ -282,8 +282,11 @@ def test_gate_turns_noise_into_equal_weights_and_leaves_trends_alone():
 def test_panel_slopes_have_a_fraction_of_the_plain_error_on_a_recorded_run():
     benchmark = runpy.run_path(str(GOLDEN.parent.parent / "benchmarks" / "slopes.py"))
     recording = benchmark["Recording"].load(GOLDEN / "recorded_run.npz", "rows")
-    published = {(28, 4): (0.00075, 0.00067, 0.00071, 0.00032), (28, 8): (0.00043, 0.00032, 0.00042, 0.00011),
-                 (14, 8): (0.00167, 0.00129, 0.00094, 0.00048)}
+    published = {
+        (28, 4): (0.00075, 0.00067, 0.00071, 0.00032),
+        (28, 8): (0.00043, 0.00032, 0.00042, 0.00011),
+        (14, 8): (0.00167, 0.00129, 0.00094, 0.00048),
+    }
     for (probes, rows), want in published.items():
         found = benchmark["errors"](recording, probes, rows)
         estimators = ("plain", "paired", "fixed subset", "panel")

@@ -140,8 +140,7 @@ def test_famo_without_replay_reads_consecutive_losses(balancer, field):
 def test_famo_on_validation_losses_reads_ratios_to_the_probes_own_base():
     base = losses(20, seed=5)
     plain, a = run(FAMOValid(), [Signals(t, valid_loss=r) for t, r in enumerate(losses(20))])
-    paired, b = run(FAMOValid(), [Signals(t, valid_loss=r * base[t], valid_base=base[t])
-                                  for t, r in enumerate(losses(20))])
+    paired, b = run(FAMOValid(), [Signals(t, valid_loss=r * base[t], valid_base=base[t]) for t, r in enumerate(losses(20))])
     np.testing.assert_allclose([e["z"] for e in b], [e["z"] for e in a], atol=1e-7)
 
 

@@ -152,6 +152,9 @@ def test_balancer_in_the_documentation_is_under_the_contract(check):
     code = next(block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "class " in block)
     names = {}
     exec(code, names)  # noqa: S102
-    kind = next(each for each in names.values() if isinstance(each, type) and each.__module__ == "builtins"
-                and issubclass(each, Balancer) and each is not Balancer)
+    kind = next(
+        each
+        for each in names.values()
+        if isinstance(each, type) and each.__module__ == "builtins" and issubclass(each, Balancer) and each is not Balancer
+    )
     check(lambda tasks: kind())

@@ -104,7 +104,9 @@ def test_what_cannot_be_compiled(folder, monkeypatch):
     with pytest.raises(ConfigError, match="model.compile: found true, wanted false at engine.zero 3"):
         config_for("x", "model.compile=true", "engine.zero=3")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(model.ModelError, match=r"model.compile: found true, wanted a C\+\+ compiler.* Install g\+\+, name one in CXX"):
+    with pytest.raises(
+        model.ModelError, match=r"model.compile: found true, wanted a C\+\+ compiler.* Install g\+\+, name one in CXX"
+    ):
         model.load(config_for(folder, "model.compile=true"), toys.tokenizer())
     monkeypatch.setattr(engine, "blocks", lambda module: ("", ()))
     monkeypatch.setenv("CXX", "python")  # any program: it is not started

@@ -19,8 +19,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 FOLDER = runs.ROOT / "configs"
 # By file: processes, GiB of each one's GPU, and the model's sizes as its config.json on the hub has them.
-SEVEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-THIRTY_TWO = {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8}
+SEVEN = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+THIRTY_TWO = {
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+}
 WRITTEN_FOR = {
     "1-gpu-lora.yaml": (1, 24, SEVEN, 7.62e9),
     "8-gpus.yaml": (8, 80, SEVEN, 7.62e9),
@@ -67,7 +79,12 @@ def test_nothing_stands_in_the_way_of_it(name, tmp_path, monkeypatch, capsys):
     toys.save(toys.tiny_llama(), tmp_path / "model")
     made = {task["format"]: task for task in toys.write_tasks(tmp_path, train=64, validation=32).values()}
     config = load(FOLDER / name)
-    overrides = [f"model.name={tmp_path}/model", f"output={tmp_path}/run", f"cache={tmp_path}/cache", *without_extras(FOLDER / name)]
+    overrides = [
+        f"model.name={tmp_path}/model",
+        f"output={tmp_path}/run",
+        f"cache={tmp_path}/cache",
+        *without_extras(FOLDER / name),
+    ]
     for task, settings in config.tasks.items():
         rows = made[settings.format.name]
         overrides += [f"tasks.{task}.train={rows['train']}", f"tasks.{task}.validation={rows['validation']}"]

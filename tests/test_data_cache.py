@@ -128,9 +128,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(DataError, match=text):
             values(str(tmp_path / name))
-    with pytest.raises(
-        DataError, match=r"tried the file or folder .*owner/name and the hub \(ConnectionError: offline\)"
-    ):
+    with pytest.raises(DataError, match=r"tried the file or folder .*owner/name and the hub \(ConnectionError: offline\)"):
         open_source("owner/name")
     with pytest.raises(DataError, match="streaming is not supported"):
         open_source("https://host/a.jsonl")
@@ -167,9 +165,7 @@ def test_fingerprints_follow_content_not_place(tmp_path, monkeypatch):
 
 
 def encode(root: Path, *names: str, cap=None, form=formats.text, encoder=None, say=lambda text: None) -> Encoded:
-    return encode_split(
-        root, [open_source(n) for n in names], form, encoder or Encoder(TOK, 20), cap, "task (train)", say
-    )
+    return encode_split(root, [open_source(n) for n in names], form, encoder or Encoder(TOK, 20), cap, "task (train)", say)
 
 
 def test_rows_come_back_and_what_was_dropped_is_reported(tmp_path):
@@ -267,9 +263,7 @@ def test_truncation_is_counted_and_error_is_one(tmp_path):
         "2 of 2 rows kept: 7 tokens, 5 of them targets",
         "1 row truncated",
     ]
-    with pytest.raises(
-        DataError, match=rf"found 1 rows? above batch.max_length(.|\n)*{name}:1: found 9 tokens, wanted"
-    ):
+    with pytest.raises(DataError, match=rf"found 1 rows? above batch.max_length(.|\n)*{name}:1: found 9 tokens, wanted"):
         encode(tmp_path, name, encoder=Encoder(TOK, 5, "error"))
 
 
@@ -378,8 +372,7 @@ def test_one_process_builds_and_the_others_wait(tmp_path, fail):
         (writer,) = (tmp_path / "log").read_text().split()
         assert errors[2] == "ValueError: the disk is full"
         assert all(
-            e.startswith(f"DataError: process {writer} on ") and e.endswith("failed: the disk is full")
-            for e in errors[:2]
+            e.startswith(f"DataError: process {writer} on ") and e.endswith("failed: the disk is full") for e in errors[:2]
         )
         assert not (tmp_path / "folder").exists()
         build_once(tmp_path / "folder", lambda partial, progress: None, say=print)  # another try is free to succeed

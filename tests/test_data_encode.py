@@ -85,9 +85,7 @@ def test_a_template_that_rewrites_earlier_turns_shows_the_turn():
     encoder = Encoder(tokenizer(template=rewriting), 999)
     once = turns(("user", "a"), ("assistant", "<think>hm</think>b"))
     assert marked(encoder, once).endswith(f"[<think>hm</think>b{END}]\n")
-    with pytest.raises(
-        RowProblem, match=r"changes turn 2 \(assistant\) once more turns follow: .*think.* against"
-    ) as e:
+    with pytest.raises(RowProblem, match=r"changes turn 2 \(assistant\) once more turns follow: .*think.* against") as e:
         encoder(Messages([*once.messages, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]))
     assert e.value.reason == "template"
 
@@ -230,9 +228,7 @@ def test_alpaca():
     assert formats.alpaca(row) == turns(
         ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "Add\n1 2"), ("assistant", "3")
     )
-    assert formats.alpaca({"instruction": "Hi", "input": "", "output": "Ho"}) == turns(
-        ("user", "Hi"), ("assistant", "Ho")
-    )
+    assert formats.alpaca({"instruction": "Hi", "input": "", "output": "Ho"}) == turns(("user", "Hi"), ("assistant", "Ho"))
 
 
 def test_sharegpt():

@@ -332,7 +332,15 @@ CUTS = {
 }
 STAGES = (0, 1, 2, 3)
 ALL_CUTS = [(cut, zero) for cut in ("1x4", "2x2", "2x1") for zero in STAGES]
-MORE_CUTS = [("2x1 packed", 1), ("2x2 packed", 3), ("2 dealt", 2), ("2 dealt packed", 2), ("1 dealt packed", 3), ("2x2 sliced", 2), ("2x2 sliced", 3)]
+MORE_CUTS = [
+    ("2x1 packed", 1),
+    ("2x2 packed", 3),
+    ("2 dealt", 2),
+    ("2 dealt packed", 2),
+    ("1 dealt packed", 3),
+    ("2x2 sliced", 2),
+    ("2x2 sliced", 3),
+]
 GPT2_CUTS = [("2x2 packed", 0), ("2x2 packed", 1), ("2x2", 2), ("2x2", 3), ("1x4", 2), ("2x1", 2), ("2x2 sliced", 3)]
 LOUD, QUIET = (0.98, 0.01, 0.01), (0.01, 0.98, 0.01)
 LORA = {"model__lora__r": 4, "model__lora__alpha": 8}
@@ -363,7 +371,14 @@ for z in (2, 3):
     job(f"lora zero {z}", train, engine__zero=z, **LORA)
     job(f"lora gradient zero {z}", gradient, engine__zero=z, **LORA)
     job(f"lora checkpointing zero {z}", gradient, engine__zero=z, model__activation_checkpointing="true", **LORA)
-    job(f"lora gradient sliced zero {z}", gradient, slice_=259 * 20, engine__zero=z, model__activation_checkpointing="true", **LORA)
+    job(
+        f"lora gradient sliced zero {z}",
+        gradient,
+        slice_=259 * 20,
+        engine__zero=z,
+        model__activation_checkpointing="true",
+        **LORA,
+    )
     job(f"checkpointing zero {z}", gradient, engine__zero=z, model__activation_checkpointing="true")
     job(f"tokens zero {z}", train, engine__zero=z, by_tokens=True)
     job(f"loud zero {z}", gradient, batches=PURE, weights=LOUD, engine__zero=z)
@@ -558,9 +573,7 @@ def adapted(folder: str, state: dict[str, np.ndarray]) -> torch.nn.Module:
 @pytest.mark.parametrize("zero", (2, 3))
 def test_lora(zero, results, folders):
     found = results[f"lora zero {zero}"][0]
-    wanted = reference.train(
-        adapted(folders["llama"], found["before"]), BATCHES, WEIGHTS, RATES["sgd"], optimizer("sgd")
-    )
+    wanted = reference.train(adapted(folders["llama"], found["before"]), BATCHES, WEIGHTS, RATES["sgd"], optimizer("sgd"))
     assert furthest(found["parameters"], wanted.parameters) < 1e-6
     change = {name: np.abs(array).max() for name, array in moved(found).items()}
     assert min(x for name, x in change.items() if "lora_" in name) > 1e-4

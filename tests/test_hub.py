@@ -17,7 +17,11 @@ import runs
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # As the hub words it, with the header that its client goes by
 ERRORS = {
-    "owner/gated": (401, "GatedRepo", "Access to model owner/gated is restricted. You must have access to it and be authenticated."),
+    "owner/gated": (
+        401,
+        "GatedRepo",
+        "Access to model owner/gated is restricted. You must have access to it and be authenticated.",
+    ),
     "owner/asked": (403, "GatedRepo", "Access to model owner/asked is restricted and you are not in the authorized list."),
     "owner/missing": (401, "RepoNotFound", "Repository not found"),
 }
@@ -74,7 +78,9 @@ def checked(tmp_path_factory) -> Iterator[tuple[dict[str, str], Hub, Path]]:
     folder = yaml.parent / "model"
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "code.Odd", "AutoModelForCausalLM": "code.OddForCausalLM"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "odd", "architectures": ["OddForCausalLM"], "auto_map": auto}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "odd", "architectures": ["OddForCausalLM"], "auto_map": auto})
+    )
     (folder / "code.py").write_text(f"open({str(yaml.parent / 'it ran')!r}, 'w')\n")
     hub = Hub(folder)
     threading.Thread(target=hub.serve_forever, daemon=True).start()

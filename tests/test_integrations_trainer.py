@@ -183,9 +183,7 @@ def sft() -> dict[str, Any]:
     def make(kind: Any, folder: str, changes: dict | None = None, **more: Any) -> Any:
         given = {"max_length": 64, "bf16": False} | (changes or {})  # TRL would autocast
         args = arguments(folder, SFTConfig, **given)
-        return kind(
-            toys.tiny_llama(), args, train_dataset=Dataset.from_list(texts), processing_class=toys.tokenizer(), **more
-        )
+        return kind(toys.tiny_llama(), args, train_dataset=Dataset.from_list(texts), processing_class=toys.tokenizer(), **more)
 
     def train(*given: Any, resume: bool = False, **more: Any) -> dict[str, Any]:
         trainer = make(*given, **more)
@@ -198,9 +196,7 @@ def sft() -> dict[str, Any]:
     def coba(folder: str, changes: dict, **more: Any) -> dict[str, Any]:
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
         balancer = CoBa(window=3, warmup=1)
-        return train(
-            BalancedSFT, folder, saving, balancer=balancer, tasks=NAMES, eval_dataset=valid, probe_groups=2, **more
-        )
+        return train(BalancedSFT, folder, saving, balancer=balancer, tasks=NAMES, eval_dataset=valid, probe_groups=2, **more)
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -246,9 +242,7 @@ def losses(run: dict[str, Any], tag: str = "loss") -> list[float]:
 
 def test_tokens_is_the_trainers_own_loss(alone):
     assert_close(alone["tokens"], alone["own"])
-    np.testing.assert_allclose(
-        losses(alone["tokens"]), losses(alone["own"]), atol=2e-4
-    )  # the Trainer rounds what it logs
+    np.testing.assert_allclose(losses(alone["tokens"]), losses(alone["own"]), atol=2e-4)  # the Trainer rounds what it logs
     first = toys.tiny_llama().get_output_embeddings().weight.detach().numpy()
     assert np.abs(alone["own"]["parameters"]["lm_head.weight"] - first).max() > 1e-3, "it has moved"
 

@@ -65,9 +65,7 @@ def test_plain_python_gives_the_same_losses(yaml, launched):
             assert one[tag] == pytest.approx(two[tag], rel=1e-4, abs=1e-6), (one["step"], tag)
 
 
-@pytest.mark.parametrize(
-    "given", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]]
-)
+@pytest.mark.parametrize("given", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]])
 def test_what_launchers_append_is_accepted(monkeypatch, given):
     program = runpy.run_path(str(runs.PROGRAM))
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.yaml", *given])
@@ -88,9 +86,7 @@ def test_an_error_of_one_rank_ends_both_with_its_text(yaml, tmp_path):
 
 def test_an_error_between_forward_and_backward_ends_both(yaml, tmp_path):
     """Where no agreement is asked for: the other rank loses its partner in the next collective."""
-    ended = runs.train(
-        yaml, *STEPS, f"output={tmp_path}", "objective=outside:causal_lm", world=2, MISFORTUNE="raise step 2 1"
-    )
+    ended = runs.train(yaml, *STEPS, f"output={tmp_path}", "objective=outside:causal_lm", world=2, MISFORTUNE="raise step 2 1")
     assert ended.codes == [1, 1]
     assert "RuntimeError: the dog ate the step of step 2" in ended.err
     assert [line["step"] for line in runs.metrics(tmp_path) if "train/loss" in line] == [0, 1]

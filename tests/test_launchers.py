@@ -93,7 +93,9 @@ def test_srun_starts_a_run(yaml, alike):
         "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0",
     }  # fmt: skip
     tasks = [
-        subprocess.Popen(command, env={**environment, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env={**environment, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}, stderr=subprocess.PIPE, text=True
+        )
         for n in range(2)
     ]
     errors = [task.communicate(timeout=runs.TIMEOUT)[1] for task in tasks]
@@ -118,7 +120,9 @@ def test_the_console_script_runs_the_programs(yaml):
         return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, cwd=yaml.parent)
 
     shown = call("--help")
-    assert shown.returncode == 0 and all(re.search(rf"^  {name} +\w", shown.stdout, re.M) for name in cli.PROGRAMS), shown.stdout
+    assert shown.returncode == 0 and all(re.search(rf"^  {name} +\w", shown.stdout, re.M) for name in cli.PROGRAMS), (
+        shown.stdout
+    )
     wrong = call("trian")
     assert wrong.returncode == 2 and "usage: mtl" in wrong.stderr
     checked = call("check", "--config", str(yaml), "--world", "2")
@@ -129,7 +133,9 @@ def test_the_console_script_runs_the_programs(yaml):
 
 def test_the_console_script_passes_everything_on(tmp_path, monkeypatch):
     for name in ("train", "check"):
-        (tmp_path / f"{name}.py").write_text("import sys; from pathlib import Path; Path('said').write_text(repr(sys.argv[1:]))")
+        (tmp_path / f"{name}.py").write_text(
+            "import sys; from pathlib import Path; Path('said').write_text(repr(sys.argv[1:]))"
+        )
     monkeypatch.setattr(cli, "folder", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mtl", "--local_rank=1", "train", "--config", "x.yaml", "--set", "a=b"])
@@ -148,13 +154,17 @@ def installed(tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder)], check=True)
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(folder / "site"), str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(folder / "site"), str(wheel)], check=True
+    )
     return folder / "site"
 
 
 def test_a_wheel_holds_the_whole_package(installed):
     def files(folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        return {
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        }
 
     assert files(installed / "balancers") == files(runs.ROOT / "balancers")
     assert files(installed / "mtl") == files(runs.ROOT / "mtl") | {f"launch/{name}" for name in files(LAUNCH)}
@@ -172,7 +182,9 @@ def test_an_installed_wheel_needs_no_checkout(installed, yaml, tmp_path):
     assert checked.returncode == 0 and "nothing stands in the way" in checked.stdout, checked.stderr
     source = f"import sys, runpy; runpy.run_path({str(installed / 'mtl/launch/report.py')!r}); print(sys.path)"
     shown = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert f"'{installed}'" in shown.stdout and f"'{installed / 'mtl'}'" not in shown.stdout, "where `import data` would be ours"
+    assert f"'{installed}'" in shown.stdout and f"'{installed / 'mtl'}'" not in shown.stdout, (
+        "where `import data` would be ours"
+    )
 
 
 # --- templates and the page about clusters

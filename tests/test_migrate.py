@@ -32,9 +32,7 @@ def config(tmp_path: Path) -> Path:
     """The released CoBa config's keys, its paths filled in."""
     for name, row in (("math", CHAT), ("code-helper", PAIR)):
         (tmp_path / name).mkdir()
-        rows = [
-            json.dumps(row | {"id": i, "input": "x"} | ({"output": f"a{i}"} if row is PAIR else {})) for i in range(20)
-        ]
+        rows = [json.dumps(row | {"id": i, "input": "x"} | ({"output": f"a{i}"} if row is PAIR else {})) for i in range(20)]
         if row is CHAT:
             rows = [line.replace("1+1?", f"{i}+1?") for i, line in enumerate(rows)]
         (tmp_path / name / "part.jsonl").write_text("\n".join(rows) + "\n\n")
@@ -90,17 +88,14 @@ def test_the_config(config, tmp_path):
     assert ours.schedule.floor == pytest.approx(0.1)
     assert ours.model.lora.r == 96 and ours.model.attention == "sdpa" and not ours.model.allow_remote_code
     assert ours.evaluate.probe.every == 2 and ours.evaluate.patience.evaluations == 5
-    assert any(line.startswith("quantization: ") for line in notes) and any(
-        "tb_dir: left out" in line for line in notes
-    )
+    assert any(line.startswith("quantization: ") for line in notes) and any("tb_dir: left out" in line for line in notes)
 
 
 def test_the_data_is_split_without_overlap(config, tmp_path):
     migrate["migrate"](config, 2, tmp_path / "new")
     for name in ("math", "code-helper"):
         train, valid = (
-            (tmp_path / "new" / "data" / f"{name}.{split}.jsonl").read_text().splitlines()
-            for split in ("train", "validation")
+            (tmp_path / "new" / "data" / f"{name}.{split}.jsonl").read_text().splitlines() for split in ("train", "validation")
         )
         assert (len(train), len(valid)) == (18, 2) and len({*train, *valid}) == 20
 

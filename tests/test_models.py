@@ -124,7 +124,9 @@ def router_steps(slices: int) -> dict[str, Any]:
     for micro in micros:
         labels = torch.full_like(micro.input_ids, -100)
         labels.view(-1)[micro.at + 1] = micro.labels
-        outputs = plain(input_ids=micro.input_ids, attention_mask=micro.attention_mask, labels=labels, output_router_logits=True)
+        outputs = plain(
+            input_ids=micro.input_ids, attention_mask=micro.attention_mask, labels=labels, output_router_logits=True
+        )
         share = len(micro.labels) / tokens
         # With labels transformers adds its own coefficient's part: taken out again, ours put in.
         token_mean = outputs.loss - plain.router_aux_loss_coef * outputs.aux_loss
@@ -161,7 +163,9 @@ def more_tokens(folder: Path) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "</tool>", "<think>"]})
     tokenizer.save_pretrained(folder / "model")
     rows = [json.loads(line) for line in (folder / "prose.train.jsonl").read_text().splitlines()]
-    (folder / "prose.train.jsonl").write_text("".join(json.dumps({"text": f"<tool>{row['text']}</tool>"}) + "\n" for row in rows))
+    (folder / "prose.train.jsonl").write_text(
+        "".join(json.dumps({"text": f"<tool>{row['text']}</tool>"}) + "\n" for row in rows)
+    )
     return path
 
 

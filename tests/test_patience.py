@@ -12,9 +12,7 @@ NAMES = ["a", "b"]
 NAN = np.nan
 
 
-def observe(
-    patience: Patience, passes: list[list[float]], state: RunState | None = None
-) -> tuple[RunState, list[list[str]]]:
+def observe(patience: Patience, passes: list[list[float]], state: RunState | None = None) -> tuple[RunState, list[list[str]]]:
     state = state or RunState(weights=np.array([0.75, 0.25]))
     return state, [patience.observe(state, np.array(losses), NAMES) for losses in passes]
 

@@ -129,7 +129,10 @@ def test_gradients_are_those_of_the_dequantized_model(yaml, kind, checkpointing)
 
 
 def _dequantized(yaml: Path, kind: str) -> torch.nn.Module:
-    settings = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}
+    settings = {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "int8": {"load_in_8bit": True},
+    }
     quantization = BitsAndBytesConfig(**settings[kind])
     base = AutoModelForCausalLM.from_pretrained(yaml.parent / "model", dtype=torch.float32, quantization_config=quantization)
     return peft.get_peft_model(base.dequantize(torch.float32), peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear"))
@@ -150,7 +153,9 @@ def test_memory_counts_quantized_weights(yaml, kind, size):
     skeleton = model.skeleton(config, toys.tokenizer())
     (found,) = (part for part in memory.estimate(config, 2, skeleton, 1, 10, 5) if part.name == "weights")
     base = toys.tiny_llama()
-    linear = sum(part.weight.numel() for name, part in base.named_modules() if isinstance(part, torch.nn.Linear) and name != "lm_head")
+    linear = sum(
+        part.weight.numel() for name, part in base.named_modules() if isinstance(part, torch.nn.Linear) and name != "lm_head"
+    )
     adapters = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     rest = sum(p.numel() for p in base.parameters()) - linear
     assert found.bytes == pytest.approx(size * linear + 2 * (rest + adapters))

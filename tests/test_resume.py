@@ -72,17 +72,12 @@ def test_killed_in_the_middle_of_a_step(yaml, case):
     runs.train(yaml, *settings, f"output={at_once}", world=world, **expected).well()
     assert_each_step_once(at_once)
     saved_after = next(line for line in runs.metrics(at_once) if line["step"] == resumed - 1 and "train/loss" in line)
-    assert len({value for tag, value in saved_after.items() if tag.endswith("/weight")}) == 3, (
-        "CoBa is past its warm-up"
-    )
+    assert len({value for tag, value in saved_after.items() if tag.endswith("/weight")}) == 3, "CoBa is past its warm-up"
 
     died = runs.train(yaml, *settings, f"output={killed}", world=world, MISFORTUNE=f"kill step 7 {world - 1}")
     assert died.codes == [-9] * world
     assert newest(killed).name == f"step-{resumed:08d}"
-    assert (
-        runs.metrics(killed)[-1]["step"] == 6
-        and runs.untimed(killed) == runs.untimed(at_once)[: len(runs.metrics(killed))]
-    )
+    assert runs.metrics(killed)[-1]["step"] == 6 and runs.untimed(killed) == runs.untimed(at_once)[: len(runs.metrics(killed))]
 
     ended = runs.train(yaml, *settings, f"output={killed}", world=world, resume=True, **expected).well()
     assert f"resuming from {newest(killed).parent / f'step-{resumed:08d}'}" in ended.err
@@ -156,7 +151,10 @@ def test_a_shard_that_is_missing_ends_both_ranks(yaml, tmp_path):
     shard.unlink()
     ended = runs.train(yaml, OURS, *SAVING, f"output={output}", "train.steps=4", world=2, resume=True)
     assert ended.codes == [1, 1]
-    assert f"{shard.parent}: found 2 DeepSpeed files (*.pt), 1 of them with optimizer state, wanted that of 2 processes" in ended.err
+    assert (
+        f"{shard.parent}: found 2 DeepSpeed files (*.pt), 1 of them with optimizer state, wanted that of 2 processes"
+        in ended.err
+    )
 
 
 def test_the_best_checkpoint_survives_a_kill(yaml):
@@ -178,9 +176,7 @@ def test_the_best_checkpoint_survives_a_kill(yaml):
     assert f"best model, of step-0000000{best}: " in ended.out
     kept = {path.name: path for path in (output / "checkpoints").glob("step-*")}
     assert kept.keys() == {"step-00000006", "step-00000012"}
-    assert (output / "model/model.safetensors").read_bytes() == (
-        kept["step-00000006"] / "model/model.safetensors"
-    ).read_bytes()
+    assert (output / "model/model.safetensors").read_bytes() == (kept["step-00000006"] / "model/model.safetensors").read_bytes()
 
 
 def test_a_finished_run_is_exported_again_and_not_trained(yaml, whole):

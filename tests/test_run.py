@@ -59,9 +59,7 @@ def test_the_numbers_of_a_step_fit_each_other(finished):
         cosine = 0.5e-3 * (1 + math.cos(math.pi * line["step"] / 11))  # 0 at the last of 12 steps
         assert line["train/lr"] == pytest.approx(cosine, rel=1e-6, abs=1e-12)
     first = steps(finished[0])[0]
-    assert [first[f"train/{task}/weight"] for task in TASKS] == pytest.approx(
-        [0.25, 0.5, 0.25]
-    )  # loss_weight 2 for chat
+    assert [first[f"train/{task}/weight"] for task in TASKS] == pytest.approx([0.25, 0.5, 0.25])  # loss_weight 2 for chat
     assert first["train/loss"] == pytest.approx(math.log(259), abs=0.1), "a random model: uniform over 259 tokens"
 
 
@@ -107,9 +105,7 @@ def test_the_console_without_a_terminal(finished):
     saved = [line for line in lines if " saved " in line]
     assert [line.split()[1] for line in saved] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
     assert ["the best so far (macro" in line for line in saved] == [False, True, False, True, True]
-    assert (
-        "copy: 33.3% of the examples\n  train: 24 of 24 rows kept: 346 tokens, 173 of them targets" in finished[1].err
-    )
+    assert "copy: 33.3% of the examples\n  train: 24 of 24 rows kept: 346 tokens, 173 of them targets" in finished[1].err
 
 
 def test_the_table_holds_the_runs_numbers(finished):
@@ -294,9 +290,7 @@ def test_exit_code(monkeypatch, capsys, raised, code, said):
     assert err.endswith(said) and err.startswith("Traceback") == isinstance(raised, RuntimeError)
 
 
-@pytest.mark.parametrize(
-    "text, said", [("one line", "one line"), ("first\nsecond", "first ... (in full"), ("", "ValueError")]
-)
+@pytest.mark.parametrize("text, said", [("one line", "one line"), ("first\nsecond", "first ... (in full"), ("", "ValueError")])
 def test_other_ranks_are_brief_about_a_users_error(monkeypatch, capsys, text, said):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "9")

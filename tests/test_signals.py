@@ -261,9 +261,7 @@ def test_a_killed_run_goes_on_bit_for_bit(case, tmp_path):
 def test_gradients_that_cannot_be_had(tmp_path):
     yaml = runs.write(tmp_path)
     ended = runs.train(yaml, "balancer=GradNorm", "gram.params=no_such_layer", f"output={tmp_path / 'run'}")
-    assert (
-        ended.codes == [1] and "gram.params: found 'no_such_layer', which no trainable parameter matches" in ended.err
-    )
+    assert ended.codes == [1] and "gram.params: found 'no_such_layer', which no trainable parameter matches" in ended.err
     ended = runs.train(yaml, "balancer=GradNorm", "gram.params=adapter", f"output={tmp_path / 'run'}")
     assert ended.codes == [1] and "There is no model.lora" in ended.err
 
@@ -279,7 +277,5 @@ def test_the_run_ends_when_all_tasks_are_done(tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     for task in ("copy", "chat", "prose"):
         assert f"{task} is done: its lowest loss is" in ended.err
-    again = runs.train(
-        yaml, "evaluate.every=3", "balancer=Equal", patience, f"output={tmp_path / 'run'}", resume=True
-    ).well()
+    again = runs.train(yaml, "evaluate.every=3", "balancer=Equal", patience, f"output={tmp_path / 'run'}", resume=True).well()
     assert [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line] == steps, again.err

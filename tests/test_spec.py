@@ -86,12 +86,14 @@ def wrong(line: str, kind: Kind = BALANCER, allow: tuple[str, ...] = (), path: s
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A user's package on the path; gives the function that writes it."""
+
     def write(text: str) -> str:
         folder = tmp_path / "plug"
         folder.mkdir()
         (folder / "__init__.py").write_text("")
         (folder / "own.py").write_text(textwrap.dedent(text))
         return str(folder / "own.py")
+
     monkeypatch.syspath_prepend(tmp_path)
     yield write
     for name in ("plug", "plug.own"):
@@ -106,7 +108,10 @@ def test_names_and_keywords():
     log = resolve(config("trackers: [{name: Log, every: 9}]"), "trackers.0", TRACKER)(output="o", steps=5)
     assert log.got == ("o", 5, 9)
     assert resolve(config("trackers: [{name: Open, z: 9}]"), "trackers.0", TRACKER)(output="o", steps=5).rest == {
-        "output": "o", "steps": 5, "z": 9}
+        "output": "o",
+        "steps": 5,
+        "z": 9,
+    }
 
 
 def test_a_function_travels_to_workers():
@@ -122,29 +127,44 @@ def test_an_error_of_a_function_is_its_own():
 NAMES = "Ruler, Needy, Log, Open, pair or package.module:attribute"
 
 
-@pytest.mark.parametrize(("line", "error"), [
-    ("balancer: ruler", f"x.yaml:12: balancer: found 'ruler', wanted {NAMES}. Did you mean Ruler?"),
-    ("balancer: os.path", f"x.yaml:12: balancer: found 'os.path', wanted {NAMES}."),
-    ("balancer: '../x:y'", f"x.yaml:12: balancer: found '../x:y', wanted {NAMES}."),
-    ("balancer: plug.own:Ruler", "x.yaml:12: balancer: found 'plug.own:Ruler', code from outside, wanted a "
-                                 "built-in name, or code that is allowed. "
-                                 "To let it run, add --allow-code plug to the command line."),
-    ("balancer:\n  name: Ruler\n  windw: 3", "x.yaml:14: balancer.windw: found an unknown keyword, "
-                                             "wanted one of window=200, warmup=100. Did you mean window?"),
-    ("balancer: {name: Needy, x: 1}",
-     "x.yaml:12: balancer.x: found an unknown keyword, wanted one of weights, scale.\n"
-     "x.yaml:12: balancer.weights: found nothing, wanted a value, which Needy has no default for.\n"
-     "x.yaml:12: balancer.scale: found nothing, wanted a value, which Needy has no default for."),
-    ("balancer:\n  name: Ruler\n  warmup: 0\n  window: 0", "x.yaml:15: balancer.window: Ruler refuses it: "
-                                                           "window: found 0, wanted at least 1"),
-    ("balancer:\n  name: Ruler\n  warmup: 2\n  window: 1", "x.yaml:12: balancer: Ruler refuses it: "
-                                                           "warmup is above window"),
-    ("balancer:\n  name: Ruler\n  window: x", "x.yaml:12: balancer: Ruler refuses it: "
-                                              "'<' not supported between instances of 'str' and 'int'"),
-    ("balancer: Log", f"x.yaml:12: balancer: found '{__name__}:Log', which is no Base, "
-                      f"wanted a subclass of {__name__}.Base."),
-    ("balancer: pair", "x.yaml:12: balancer.row: found nothing, wanted a value, which pair has no default for."),
-])
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("balancer: ruler", f"x.yaml:12: balancer: found 'ruler', wanted {NAMES}. Did you mean Ruler?"),
+        ("balancer: os.path", f"x.yaml:12: balancer: found 'os.path', wanted {NAMES}."),
+        ("balancer: '../x:y'", f"x.yaml:12: balancer: found '../x:y', wanted {NAMES}."),
+        (
+            "balancer: plug.own:Ruler",
+            "x.yaml:12: balancer: found 'plug.own:Ruler', code from outside, wanted a "
+            "built-in name, or code that is allowed. "
+            "To let it run, add --allow-code plug to the command line.",
+        ),
+        (
+            "balancer:\n  name: Ruler\n  windw: 3",
+            "x.yaml:14: balancer.windw: found an unknown keyword, wanted one of window=200, warmup=100. Did you mean window?",
+        ),
+        (
+            "balancer: {name: Needy, x: 1}",
+            "x.yaml:12: balancer.x: found an unknown keyword, wanted one of weights, scale.\n"
+            "x.yaml:12: balancer.weights: found nothing, wanted a value, which Needy has no default for.\n"
+            "x.yaml:12: balancer.scale: found nothing, wanted a value, which Needy has no default for.",
+        ),
+        (
+            "balancer:\n  name: Ruler\n  warmup: 0\n  window: 0",
+            "x.yaml:15: balancer.window: Ruler refuses it: window: found 0, wanted at least 1",
+        ),
+        ("balancer:\n  name: Ruler\n  warmup: 2\n  window: 1", "x.yaml:12: balancer: Ruler refuses it: warmup is above window"),
+        (
+            "balancer:\n  name: Ruler\n  window: x",
+            "x.yaml:12: balancer: Ruler refuses it: '<' not supported between instances of 'str' and 'int'",
+        ),
+        (
+            "balancer: Log",
+            f"x.yaml:12: balancer: found '{__name__}:Log', which is no Base, wanted a subclass of {__name__}.Base.",
+        ),
+        ("balancer: pair", "x.yaml:12: balancer.row: found nothing, wanted a value, which pair has no default for."),
+    ],
+)
 def test_what_does_not_fit(line, error):
     assert wrong(line) == error
 
@@ -152,15 +172,20 @@ def test_what_does_not_fit(line, error):
 def test_an_override_is_named():
     with pytest.raises(ConfigError) as caught:
         resolve(config(overrides=["balancer.windw=3"]), "balancer", BALANCER)
-    assert str(caught.value) == ("--set balancer.windw=3: balancer.windw: found an unknown keyword, "
-                                 "wanted one of window=200, warmup=100. Did you mean window?")
+    assert str(caught.value) == (
+        "--set balancer.windw=3: balancer.windw: found an unknown keyword, "
+        "wanted one of window=200, warmup=100. Did you mean window?"
+    )
 
 
-@pytest.mark.parametrize(("name", "error"), [
-    ("Rulr", f"found '{__name__}:Rulr', which is not there, wanted an attribute of {__name__}. Did you mean Ruler?"),
-    ("NUMBER", f"found '{__name__}:NUMBER', of type int, wanted a class or a function."),
-    ("made_by_hand", "found made_by_hand, which made one of type Other, wanted Base."),
-])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("Rulr", f"found '{__name__}:Rulr', which is not there, wanted an attribute of {__name__}. Did you mean Ruler?"),
+        ("NUMBER", f"found '{__name__}:NUMBER', of type int, wanted a class or a function."),
+        ("made_by_hand", "found made_by_hand, which made one of type Other, wanted Base."),
+    ],
+)
 def test_code_from_outside_that_does_not_fit(name, error):
     assert wrong(f"balancer: {__name__}:{name}", allow=(__name__,)) == f"x.yaml:12: balancer: {error}"
 
@@ -173,22 +198,28 @@ def test_a_function_may_make_what_is_wanted():
 def test_what_the_program_passes_must_fit_and_is_not_the_users():
     assert wrong("trackers: [Ruler]", TRACKER, path="trackers.0") == (
         "x.yaml:12: trackers.0: found 'Ruler', whose signature is (window: int = 200, warmup: int = 100) "
-        "(got an unexpected keyword argument 'output'), wanted one that takes output=, steps=.")
+        "(got an unexpected keyword argument 'output'), wanted one that takes output=, steps=."
+    )
     assert wrong("trackers: [{name: Log, steps: 3}]", TRACKER, path="trackers.0") == (
-        "x.yaml:12: trackers.0.steps: found an unknown keyword, wanted one of every=3.")
+        "x.yaml:12: trackers.0.steps: found an unknown keyword, wanted one of every=3."
+    )
     assert wrong("objective: {name: pair, row: 3}", FORMAT, path="objective") == (
-        "x.yaml:12: objective.row: found an unknown keyword, wanted one of sep=' '.")
+        "x.yaml:12: objective.row: found an unknown keyword, wanted one of sep=' '."
+    )
     assert wrong("objective: Other", Kind({"Other": f"{__name__}:Other"}, arguments=2), path="objective") == (
         "x.yaml:12: objective: found 'Other', whose signature is () (too many positional arguments), "
-        "wanted one that takes 2 arguments.")
+        "wanted one that takes 2 arguments."
+    )
 
 
 def test_no_keywords_and_no_signature():
     table = {"Other": f"{__name__}:Other", "dict": "builtins:dict"}
     assert wrong("objective: {name: Other, x: 1}", Kind(table), path="objective") == (
-        "x.yaml:12: objective.x: found an unknown keyword, wanted none: Other takes no keywords.")
+        "x.yaml:12: objective.x: found an unknown keyword, wanted none: Other takes no keywords."
+    )
     assert wrong("objective: dict", Kind(table), path="objective") == (
-        "x.yaml:12: objective: found 'dict', whose signature is unknown, wanted one written in Python.")
+        "x.yaml:12: objective: found 'dict', whose signature is unknown, wanted one written in Python."
+    )
 
 
 def test_a_users_package_runs_only_when_allowed(package):
@@ -204,17 +235,20 @@ def test_an_import_that_fails_is_reported_with_its_cause(package):
     file = package("import torhc")
     assert wrong("objective: plug.own:x", FORMAT, ["plug"], "objective") == (
         f"x.yaml:12: objective: found 'plug.own:x', whose import fails (ModuleNotFoundError: No module named 'torhc' "
-        f"at {file}:1), wanted a module that can be imported.")
+        f"at {file}:1), wanted a module that can be imported."
+    )
     assert wrong("objective: glup.own:x", FORMAT, ["glup"], "objective") == (
         "x.yaml:12: objective: found 'glup.own:x', whose import fails (ModuleNotFoundError: No module named 'glup'), "
-        "wanted a module that can be imported. Is it installed, or its folder in PYTHONPATH?")
+        "wanted a module that can be imported. Is it installed, or its folder in PYTHONPATH?"
+    )
 
 
 def test_any_exception_of_an_import_is_reported(package):
     file = package("\n\n1 / 0")
     assert wrong("objective: plug.own:x", FORMAT, ["plug"], "objective") == (
         f"x.yaml:12: objective: found 'plug.own:x', whose import fails (ZeroDivisionError: division by zero "
-        f"at {file}:3), wanted a module that can be imported.")
+        f"at {file}:3), wanted a module that can be imported."
+    )
 
 
 KINDS = {"balancer": BALANCER, "objective": Kind({}, arguments=3), "tasks.*.format": FORMAT, "trackers.*": TRACKER}
@@ -246,7 +280,7 @@ def test_every_balancer_that_ships_resolves():
     for name in balancers.METHODS:
         try:
             resolve(config(f"balancer: {name}"), "balancer", kind)
-        except ConfigError as error:                    # it has no default for something, which is the only excuse
+        except ConfigError as error:  # it has no default for something, which is the only excuse
             assert "has no default for" in str(error)
     with pytest.raises(ConfigError, match=r"^x.yaml:12: balancer.windw: found .*Did you mean window\?$"):
         config("balancer: {name: CoBa, windw: 3}", check=check({"balancer": kind}))

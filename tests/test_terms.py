@@ -140,9 +140,7 @@ def test_causal_lm_is_the_negative_log_probability_of_each_target(packed, rows, 
     model = bigram(6)
     terms = causal_lm(model, collate([pieces[:2], pieces[2:]] if packed else [[p] for p in pieces], 0, packed), 3)
     log_p = model.decoder.weight.detach().double().log_softmax(-1)  # bf16 logits, but the loss in fp32
-    np.testing.assert_allclose(
-        terms.sums.tolist(), [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0], rtol=1e-6
-    )
+    np.testing.assert_allclose(terms.sums.tolist(), [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0], rtol=1e-6)
     assert terms.counts.tolist() == [1, 3, 0] and terms.sums.dtype == torch.float32
 
 

@@ -215,7 +215,13 @@ def test_one_command_goes_on_in_another_layout(yaml, case):
     )  # fmt: skip
     assert died.codes == [-9] * world
     ended = runs.train(
-        yaml, *settings, "objective=outside:causal_lm", f"engine.zero={other_stage}", f"output={moved}", world=other, resume=True
+        yaml,
+        *settings,
+        "objective=outside:causal_lm",
+        f"engine.zero={other_stage}",
+        f"output={moved}",
+        world=other,
+        resume=True,
     ).well()
     told = f"is of ZeRO {stage} (processes: {world}); its parameters and optimizer state are cut anew for ZeRO {other_stage} (processes: {other})"
     assert ended.err.count(told) == 1, ended.err

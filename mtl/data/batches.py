@@ -23,9 +23,7 @@ class Layout:
         row_length: most tokens of a packed row; None = `tokens`.
     """
 
-    def __init__(
-        self, world: int, rank: int, tokens: int, pad_id: int, packed: bool = False, row_length: int | None = None
-    ):
+    def __init__(self, world: int, rank: int, tokens: int, pad_id: int, packed: bool = False, row_length: int | None = None):
         assert 0 <= rank < world
         self.world, self.rank, self.tokens, self.pad_id, self.packed = world, rank, tokens, pad_id, packed
         self.row_length = (row_length or tokens) if packed else None
@@ -47,9 +45,7 @@ class Layout:
             apart.append([self.collate(*micro, splits, task[mine], row[mine]) for micro in dealt])
         return apart
 
-    def collate(
-        self, micro: Micro, most: int, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray
-    ) -> MicroBatch:
+    def collate(self, micro: Micro, most: int, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> MicroBatch:
         """The micro-batch of examples whose task and row stand at the indices in `micro`."""
 
         def piece(i: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -72,7 +68,11 @@ class TrainBatches:
         self._splits = [task.train for task in tasks]
         # Not run on CUDA yet. A thread begins on device 0, where pinning would open a context for every rank.
         self._pin = torch.accelerator.is_available()
-        settle = functools.partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index()) if self._pin else None
+        settle = (
+            functools.partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
+            if self._pin
+            else None
+        )
         # One worker: steps are made in order, and the mix's permutations are used by one thread.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=settle)
         self._coming: dict[int, Future[list[MicroBatch]]] = {}

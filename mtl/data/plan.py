@@ -48,6 +48,4 @@ def layout_for(
     """
     longest = max(int(split.lengths.max()) for task in tasks for split in (task.train, task.validation))
     dense_mask = not (config.model.attention or "").startswith("flash")
-    return Layout(
-        world, rank, tokens, pad_id, packed, config.batch.row_length or row_length_for(longest, tokens, dense_mask)
-    )
+    return Layout(world, rank, tokens, pad_id, packed, config.batch.row_length or row_length_for(longest, tokens, dense_mask))

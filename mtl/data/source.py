@@ -193,9 +193,7 @@ def _parsed(number: int, line: bytes) -> Row:
     try:
         value = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
     except UnicodeDecodeError as error:
-        return Row(
-            number, None, f"not UTF-8: {error.reason} {line[error.start : error.start + 1]!r} at byte {error.start + 1}"
-        )
+        return Row(number, None, f"not UTF-8: {error.reason} {line[error.start : error.start + 1]!r} at byte {error.start + 1}")
     except (ValueError, RecursionError) as error:
         return Row(number, None, f"not JSON: {error}")
     return _checked(number, value)

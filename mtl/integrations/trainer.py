@@ -69,9 +69,7 @@ class Balanced:
         self.balance = Balance(balancer, tasks, loss_weight)
         self._task_column, self._probe_every, self._probe_groups = task_column, probe_every, probe_groups
         self._base: Tensor | None = None  # (K, G) float64, initial loss of each group
-        self._refuse_arguments(
-            more.get("args") or next((o for o in others if hasattr(o, "gradient_accumulation_steps")), None)
-        )
+        self._refuse_arguments(more.get("args") or next((o for o in others if hasattr(o, "gradient_accumulation_steps")), None))
         super().__init__(*others, **more)
         self._refuse_trainer()
         self._collate_rows: Callable = self.data_collator
@@ -121,12 +119,8 @@ class Balanced:
         task = torch.zeros_like(batch["input_ids"])  # 0 where padding is: no target is there
         for i, line in enumerate(lines):
             length = len(line["input_ids"])
-            if len(lines) != len(task) or not torch.equal(
-                batch["input_ids"][i, :length], torch.as_tensor(line["input_ids"])
-            ):
-                raise ValueError(
-                    "the collator moved or cut tokens, which loses their tasks: use one that pads at the end"
-                )
+            if len(lines) != len(task) or not torch.equal(batch["input_ids"][i, :length], torch.as_tensor(line["input_ids"])):
+                raise ValueError("the collator moved or cut tokens, which loses their tasks: use one that pads at the end")
             task[i, :length] = torch.tensor(line[column])
         batch[column] = task
         return batch
@@ -152,9 +146,7 @@ class Balanced:
         """In training the balanced loss; in evaluation the Trainer's own."""
         if not self.balance.is_open or not model.training:
             others = {name: value for name, value in inputs.items() if name != self._task_column}
-            return super().compute_loss(
-                model, others, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            return super().compute_loss(model, others, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         losses, task, outputs = self._forward(model, inputs)
         loss = self.balance.loss(losses, task)
         return (loss, outputs) if return_outputs else loss
@@ -187,9 +179,7 @@ class Balanced:
     def log(self, logs: dict[str, float], *others: Any, **more: Any) -> None:
         if "loss" in logs:
             self._close()
-            for name, loss, weight in zip(
-                self.balance.holder.tasks, self.balance.losses, self.balance.weights, strict=True
-            ):
+            for name, loss, weight in zip(self.balance.holder.tasks, self.balance.losses, self.balance.weights, strict=True):
                 logs |= {f"{name}/loss": float(loss)} if np.isfinite(loss) else {}
                 logs[f"{name}/weight"] = float(weight)
         super().log(logs, *others, **more)
@@ -293,9 +283,7 @@ class Balanced:
                 f"{name}: found a model whose forward takes no num_items_in_batch, wanted a causal language model's."
             )
         if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{name}: found DataParallel over {self.args.n_gpu} devices, wanted a process each: use torchrun."
-            )
+            raise ValueError(f"{name}: found DataParallel over {self.args.n_gpu} devices, wanted a process each: use torchrun.")
         sizes = {what: getattr(self, f"get_{what}_size", lambda: 1)() for what in ("tp", "cp", "sp")}
         if any(size > 1 for size in sizes.values()):
             raise ValueError(f"{name}: found parallelism {sizes}, wanted data parallelism only.")
@@ -320,7 +308,5 @@ def _by_token(row: Mapping[str, Any], column: str, names: Sequence[str]) -> dict
     task, length = row[column], len(row["input_ids"])
     tasks = task if isinstance(task, list) else [_number(task, column, names)] * length
     if len(tasks) != length:
-        raise ValueError(
-            f"column {column!r}: found {len(tasks)} tasks in a row of {length} tokens, wanted one for each"
-        )
+        raise ValueError(f"column {column!r}: found {len(tasks)} tasks in a row of {length} tokens, wanted one for each")
     return {name: row[name] for name in ("input_ids", "labels") if name in row} | {column: tasks}
