@@ -1,11 +1,13 @@
 """The few collectives training needs, over torch.distributed. Without a process group they are the identity.
 
-Tensors may live on any device: under a GPU-only backend they are moved there and back.
+Tensors may live on any device. Under a GPU-only backend those on the CPU have a group of their own, gloo's: through NCCL each
+of them would wait for everything the device has been given to do.
 """
 
 import hashlib
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -38,12 +40,16 @@ def barrier() -> None:
 
 def sum_(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place. Returns `tensor`."""
-    return _on_backend_device(tensor, lambda t: dist.all_reduce(t))
+    if active():
+        dist.all_reduce(tensor, group=_group(tensor))
+    return tensor
 
 
 def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     """Overwrite `tensor` on every rank with that of `source`. Returns `tensor`."""
-    return _on_backend_device(tensor, lambda t: dist.broadcast(t, source))
+    if active():
+        dist.broadcast(tensor, source, group=_group(tensor))
+    return tensor
 
 
 def leave() -> None:
@@ -51,9 +57,11 @@ def leave() -> None:
 
     A group that is still open when Python exits may abort the process: its threads run on while what they use is taken down.
     """
+    global _host
     if active():
         barrier()
         dist.destroy_process_group()
+        _host = None
 
 
 def together(work: Callable[[], T]) -> T:
@@ -75,7 +83,7 @@ def together(work: Callable[[], T]) -> T:
         return result
     texts: list[str | None] = [None] * world()
     mine = error and "".join(traceback.format_exception_only(error)).strip()
-    dist.all_gather_object(texts, mine) if active() else None
+    dist.all_gather_object(texts, mine, group=_host) if active() else None
     if error is not None:
         raise error
     raise RankError("; ".join(f"rank {r} failed: {text}" for r, text in enumerate(texts) if text))
@@ -97,10 +105,15 @@ def same(text: str, what: str) -> None:
     together(check)
 
 
-def _on_backend_device(tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
-    if not active():
-        return tensor
-    needs_gpu = tensor.device.type == "cpu" and dist.get_backend() == "nccl"
-    moved = tensor.cuda() if needs_gpu else tensor
-    collective(moved)
-    return tensor.copy_(moved) if needs_gpu else tensor
+_host: dist.ProcessGroup | None = None
+
+
+def open_host_group(timeout: timedelta) -> None:
+    """Make the group for tensors on the CPU, where the backend has none. A collective, once, after the group is joined."""
+    global _host
+    _host = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """Which group a tensor's collectives take; None = the default one."""
+    return _host if tensor.device.type == "cpu" else None

@@ -57,7 +57,10 @@ def init_process_group(timeout_minutes: float) -> None:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # An op for inference on CPUs that only `inference_all_reduce` calls: compiling it takes half a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    if torch.distributed.get_backend() != "gloo":
+        comm.open_host_group(timeout)
 
 
 def _keep_freed_memory() -> None:

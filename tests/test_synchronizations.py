@@ -1,14 +1,16 @@
 """How often a step makes the host wait for the device, counted on the CPU by the operations that do so on any device."""
 
 from collections import Counter
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import toys
 from distributed import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtl import engine, model
+from mtl import comm, engine, model
 from mtl.config import parse
 from mtl.data.collate import MicroBatch, collate
 from mtl.objectives import causal_lm
@@ -65,3 +67,34 @@ def test_a_step_waits_so_often_and_no_more(tmp_path):
     assert 0 < each <= 1
     # A step: all ranks made their batch, its positions, each task's tokens, DeepSpeed's three looks at the gradient's norm, and ours.
     assert 0 < one - each <= 6 + len(NAMES)
+
+
+def through_the_host_group() -> dict[str, object]:
+    """Collectives of CPU tensors once there is a group for them, as under NCCL, and which group each took."""
+    comm.open_host_group(timedelta(minutes=1))
+    host, taken = comm._host, []
+    for name in ("all_reduce", "broadcast", "all_gather_object"):
+        plain = getattr(dist, name)
+
+        def noted(*args, group=None, plain=plain, **kwargs):
+            taken.append(group is host)
+            return plain(*args, group=group, **kwargs)
+
+        setattr(dist, name, noted)
+    found = {
+        "sum": comm.sum_(torch.tensor([comm.rank() + 1])).item(),
+        "sent": comm.broadcast_(torch.tensor([comm.rank() + 5]), source=1).item(),
+    }
+    try:
+        comm.together(lambda: 1 // comm.rank())
+    except (ZeroDivisionError, comm.RankError) as error:
+        found["error"] = type(error).__name__
+    return found | {"taken": taken, "device": comm._group(torch.empty(0, device="meta"))}
+
+
+def test_small_host_tensors_do_not_go_through_the_device_group():
+    ranks = run_distributed(through_the_host_group, 2)
+    assert [r["error"] for r in ranks] == ["ZeroDivisionError", "RankError"]
+    for found in ranks:
+        assert (found["sum"], found["sent"], found["device"]) == (3, 6, None)
+        assert found["taken"] == [True] * 4  # sum, broadcast, and together: its vote and its texts
