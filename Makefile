@@ -2,18 +2,20 @@
 #   make train     install, build the quickstart's model and data (once), train with CoBa on the GPUs there are or on 2 CPU processes
 #   make test      install, run the tests that CI runs;   make test-all: the slow ones too
 # A step that is up to date is skipped.
+#   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: half an hour, into benchmarks/results
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
-#   make clean     remove .venv; models, data and runs stay
+#   make clean     remove .venv and .venv-bench; models, data and runs stay
 
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-bench
 CONFIG ?= configs/quickstart.yaml
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart test test-all figure constraints clean
+.PHONY: train quickstart test test-all figure bench constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -30,6 +32,15 @@ test-all: $(VENV)/with-test
 figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs that there are
 	$(BIN)/python launch/report.py $(wildcard runs/quickstart runs/quickstart-equal runs/quickstart-tokens) \
 	    --figure docs/quickstart.png
+
+bench: quickstart $(PEERS)/installed  # ARGS="--groups 'packed fp32'" for a part
+	$(BIN)/python benchmarks/bench.py --peer-python $(PEERS)/bin/python $(ARGS)
+
+# What this trainer is measured against, in an environment of its own.
+$(PEERS)/installed: benchmarks/constraints.txt | $(BIN)/python
+	$(BIN)/python -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c $< trl peft
+	@touch $@
 
 # An editable install with one of pyproject.toml's extras.
 $(VENV)/with-%: pyproject.toml constraints.txt | $(BIN)/python
@@ -50,4 +61,4 @@ constraints: $(foreach extra,quickstart test plot torchjd qlora,$(VENV)/with-$(e
 	   $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'; } > constraints.txt
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -1,0 +1,168 @@
+"""This trainer, measured: `mtl.run.run` on a configuration, step by step at the driver's command.
+
+    python benchmarks/ours.py x.yaml                       a contender (see turns.py)
+    python benchmarks/ours.py x.yaml --rows rows.json      write the rows of every step, for the peers, and end
+
+Nothing here replaces a part of the trainer: the clocks are put around its calls from outside.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtl import process
+
+process.settle()  # before torch is imported
+
+import numpy as np
+import torch
+from turns import Turns
+
+from balancers import Holder
+from mtl import comm, engine, gram, model, packing, plugins
+from mtl.checkpoint import RunState
+from mtl.config import Config
+from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.data.cache import prepare
+from mtl.data.encode import load_tokenizer
+from mtl.data.plan import layout_for, mix_for, steps_of
+from mtl.run import Parts, run
+from mtl.spec import resolve
+
+
+class Clock:
+    """Seconds spent inside chosen calls. A call within another is counted once, under the outer one's name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._is_inside = False
+
+    def around(self, name: str, call: Callable) -> Callable:
+        self.seconds[name] = 0.0
+
+        def timed(*args: Any, **keywords: Any) -> Any:
+            if self._is_inside:
+                return call(*args, **keywords)
+            self._is_inside, began = True, time.perf_counter()
+            try:
+                return call(*args, **keywords)
+            finally:
+                self.seconds[name] += time.perf_counter() - began
+                self._is_inside = False
+
+        return timed
+
+    def apart(self, name: str, call: Callable) -> Callable:
+        """For a call on a thread of its own: the processor's seconds, beside what the others take."""
+        self.seconds[name] = 0.0
+
+        def timed(*args: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return call(*args)
+            finally:
+                self.seconds[name] += time.thread_time() - began
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call of this."""
+        taken = dict(self.seconds)
+        self.seconds.update(dict.fromkeys(taken, 0.0))
+        return taken
+
+
+class Ours:
+    """A tracker that ends each step's turn, and the run's stand-in for checkpoints, of which it keeps none."""
+
+    def __init__(self, turns: Turns, clock: Clock, names: list[str]):
+        self.output = Path(tempfile.gettempdir()) / "no-such-run"
+        self.about: dict[str, Any] = {}
+        self._turns, self._clock, self._names = turns, clock, names
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if "train/loss" not in values:  # the full validation pass before the first step
+            self._turns.ready(**self.about)
+            self._clock.take()
+            return
+        tokens = np.array([values[f"train/{n}/tokens"] for n in self._names])
+        losses = np.array([values.get(f"train/{n}/loss", 0.0) for n in self._names])  # absent: no token either
+        self._turns.step(float(losses @ tokens / tokens.sum()), int(tokens.sum()), **self._clock.take())
+
+    def say(self, text: str) -> None:
+        pass
+
+    def save(self, *_: Any, **__: Any) -> Path:
+        return self.output
+
+
+def build(config: Config, turns: Turns) -> Parts:
+    """What `launch/train.py` builds, without checkpoints and with clocks around its parts."""
+    tokenizer = load_tokenizer(config.model)
+    tasks = prepare(config, tokenizer, plugins.formats(config, []), say=lambda text: None)
+    if not comm.active():
+        engine.init_process_group(5)
+    torch.manual_seed(config.train.seed)
+    trained = engine.Engine(model.load(config, tokenizer), config, model.optimizer(config))
+    packed = packing.decide(config, trained, len(tokenizer), lambda text: None)
+    pad_id, mix = tokenizer.pad_token_id or 0, mix_for(config, tasks)
+    batches = TrainBatches(tasks, mix, layout_for(config, tasks, 1, 0, pad_id, packed, config.batch.tokens))
+    tokens = config.evaluate.tokens or config.batch.tokens
+    layout = layout_for(config, tasks, 1, 0, pad_id, packed, tokens)
+    cut = ValidationCut(tasks, config.evaluate.probe.groups, config.train.seed, layout)
+    names = list(config.tasks)
+    holder = Holder(resolve(config, "balancer", plugins.BALANCER, [])(), names)
+    objective = resolve(config, "objective", plugins.OBJECTIVE, [])
+
+    clock = Clock()
+    trained.backward = clock.around("backward", trained.backward)
+    trained.step = clock.around("optimizer", trained.step)
+    batches.batch = clock.around("data_wait", batches.batch)
+    for name in ("sum_", "broadcast_"):
+        setattr(comm, name, clock.around("communication", getattr(comm, name)))
+    objective = clock.around("forward", objective)
+    batches._make = clock.apart("data_thread", batches._make)
+    ours = Ours(turns, clock, names)
+    differentiated = gram.supply(holder.balancer.needs, trained.module, config)
+    steps = steps_of(config, mix)
+    ours.about = {
+        "row_length": batches.layout.row_length,
+        "first": [list(micro.input_ids.shape) for micro in batches.batch(0)],
+        "parameters": sum(p.numel() for p in trained.module.parameters() if p.requires_grad),
+    }
+    return Parts(config, names, steps, trained, objective, holder, batches, cut, ours, [ours], differentiated)
+
+
+def rows(config: Config) -> list[list[dict[str, list[int]]]]:
+    """The examples of every step in the order they are drawn, as ids and labels (-100 = no target)."""
+    tasks = prepare(config, load_tokenizer(config.model), plugins.formats(config, []), say=lambda text: None)
+    mix = mix_for(config, tasks)
+
+    def row(k: int, n: int) -> dict[str, list[int]]:
+        ids, target = tasks[k].train.ids(n), tasks[k].train.target(n)
+        return {"input_ids": ids.tolist(), "labels": np.where(target, ids, -100).tolist()}
+
+    return [[row(k, n) for k, n in zip(*mix.batch(step), strict=True)] for step in range(steps_of(config, mix))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--rows", type=Path, help="write the rows here, and end")
+    args = parser.parse_args()
+    config = plugins.read(args.config, [], [])
+    if args.rows:
+        args.rows.write_text(json.dumps(rows(config)))
+        return
+    run(build(config, Turns()), RunState())
+
+
+if __name__ == "__main__":
+    main()
