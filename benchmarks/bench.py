@@ -28,6 +28,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import head
+import slopes
 from turns import Contender
 
 LR, EXAMPLES, MAX_LENGTH = 1e-4, 16, 128
@@ -42,6 +43,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+# Of a recorded run (slopes.py): probes in the window, rows a task and probe, estimator.
+SLOPES = {"ours": (28, 4, "panel"), "released": (28, 4, "plain")}
 
 Settings = dict[str, Any]
 
@@ -69,7 +73,9 @@ def released(precision: str, lora: bool = False) -> Settings:
     return ours(coba, precision, lora, evaluate={"probe": {"every": 1, "groups": 21}})
 
 
-def sft(precision: str, *, trainer: str = "sft", attention: str | None = None, malloc: bool = True, **arguments: Any) -> Settings:
+def sft(
+    precision: str, *, trainer: str = "sft", attention: str | None = None, malloc: bool = True, **arguments: Any
+) -> Settings:
     """A peer. Without arguments: what TRL does where nothing is said, but for the batch, the optimizer and the precision."""
     given = {
         "per_device_train_batch_size": EXAMPLES,
@@ -107,15 +113,12 @@ def flat(precision: str, **more: Any) -> Settings:
     return sft(precision, padding_free=True, max_length=None, gradient_checkpointing=False, **more)
 
 
-def throughput(precision: str) -> dict[str, Settings]:
-    members = {
+def packed(precision: str) -> dict[str, Settings]:
+    return {
         "ours": ours("Tokens", precision),
         "TRL packing": packing(precision, 512, 1),
         "TRL padding-free": flat(precision),
     }
-    if precision != "fp32":
-        members["ours, bf16 weights"] = ours("Tokens", "bf16")
-    return members
 
 
 def padded(precision: str) -> dict[str, Settings]:
@@ -123,8 +126,11 @@ def padded(precision: str) -> dict[str, Settings]:
         "ours": ours("Tokens", precision),
         "TRL padded, default": sft(precision),
         "TRL padded, no checkpointing": sft(precision, gradient_checkpointing=False),
-        "Trainer padded, full logits": sft(precision, trainer="full_logits"),
     }
+
+
+def full_logits(precision: str) -> dict[str, Settings]:
+    return {"ours": ours("Tokens", precision), "Trainer padded, full logits": sft(precision, trainer="full_logits")}
 
 
 def balancers(precision: str, lora: bool) -> dict[str, Settings]:
@@ -135,11 +141,15 @@ def balancers(precision: str, lora: bool) -> dict[str, Settings]:
     }
 
 
+# Few members each: a contender holds up to 6 GB, and all of a group are in memory at once.
 GROUPS: dict[str, Callable[[], dict[str, Settings]]] = {
-    "packed fp32": lambda: throughput("fp32"),
-    "packed bf16": lambda: throughput("bf16_autocast"),
+    "packed fp32": lambda: packed("fp32"),
+    "packed bf16": lambda: packed("bf16_autocast"),
     "padded fp32": lambda: padded("fp32"),
     "padded bf16": lambda: padded("bf16_autocast"),
+    "full logits fp32": lambda: full_logits("fp32"),
+    "full logits bf16": lambda: full_logits("bf16_autocast"),
+    "weights bf16": lambda: {"autocast": ours("Tokens", "bf16_autocast"), "bf16 weights": ours("Tokens", "bf16")},
     "balancers": lambda: balancers("bf16", lora=False),
     "balancers, LoRA": lambda: balancers("bf16", lora=True),
 }
@@ -230,10 +240,21 @@ class Bench:
                 found[name] = {"about": running[-1].about, "same_rows": settings.get("same_rows", True), "turns": []}
             for turn in range(rounds + 1):
                 for each in running:
-                    found[each.name]["turns"].append(each.take(steps))
+                    found[each.name]["turns"].append(on_average(each.take(steps), found[each.name], steps))
                 rates = (f"{name} {rate(value['turns'][-1]):.1f}" for name, value in found.items())
                 say(f"  round {turn}/{rounds}, target tokens/s: {', '.join(rates)}")
         return found
+
+
+def on_average(turn: Settings, contender: Settings, steps: int) -> Settings:
+    """The turn; where the trainer packs, with the target tokens that its steps hold on average.
+
+    Packing sorts by length: one step has thrice the targets of another in as many positions.
+    """
+    if not contender["same_rows"]:
+        about = contender["about"]
+        turn["tokens"] = steps * about["rows_a_step"] * about["tokens"] / about["rows"]
+    return turn
 
 
 def rate(turn: Settings) -> float:
@@ -277,7 +298,8 @@ def check(group: str, found: Settings) -> list[str]:
             if "balancer" not in group:
                 ends = [statistics.fmean(x["turns"][-1]["losses"]) for x in (base, value)]
                 apart = abs(ends[0] / ends[1] - 1)
-                expect(apart < (1e-2 if fp32 else 5e-2), f"mean loss of the last turn, {first} {ends[0]:.4f}, {name} {ends[1]:.4f}")
+                text = f"mean loss of the last turn, {first} {ends[0]:.4f}, {name} {ends[1]:.4f}"
+                expect(apart < (1e-2 if fp32 else 5e-2), text)
     if wrong:
         sys.exit("the contenders do not compute the same:\n" + "\n".join(wrong))
     return told
@@ -314,16 +336,14 @@ def tables(results: Settings) -> str:
 
     groups = results["groups"]
     for group, found in groups.items():
-        if group.startswith(("packed", "padded")):
+        if "ours" in found:
             reach = 1.4 if group.startswith("packed") else 2.7
-            for name, value in found.items():
-                if name != "ours":
-                    # The precision of ours is that of the peers; our bf16 weights are a remark, without a peer.
-                    what, bar = f"target tokens/s, {group.split()[1]}", f">= {reach}x"
-                    a, b = (found["ours"], value) if not name.startswith("ours") else (value, found["ours"])
-                    against = name if a is found["ours"] else "ours at autocast"
-                    what = what if a is found["ours"] else f"target tokens/s, {name}"
-                    row(what, against, bar if a is found["ours"] else "", spread(ratios(a, b, rate), "{:.2f}x"))
+            for name in [n for n in found if n != "ours"]:
+                times = spread(ratios(found["ours"], found[name], rate), "{:.2f}x")
+                row(f"target tokens/s, {group.split()[-1]}", name, f">= {reach}x", times)
+        elif group == "weights bf16":
+            times = spread(ratios(found["bf16 weights"], found["autocast"], rate), "{:.2f}x")
+            row("target tokens/s, bf16 weights", "ours under autocast", "", times)
         elif group.startswith("balancers"):
             method = "LoRA" if "LoRA" in group else "full"
             for name in [n for n in found if n != "Equal"]:
@@ -335,6 +355,10 @@ def tables(results: Settings) -> str:
                 row(f"time in our own code, {name}, {method}", "step time", "<= 2 %", spread(shares, "{:.2f} %"))
                 waits = [1e3 * turn["data_wait"] / results["steps"] for turn in found[name]["turns"][1:]]
                 row(f"a step's wait for data, {name}, {method}", "", "0", spread(waits, "{:.2f} ms"))
+    if "slopes" in results:
+        error = results["slopes"]["ours"] / results["slopes"]["released"]
+        row("error of slopes: {} probes of {} rows a task, {}".format(*SLOPES["ours"]),
+            "{} of {}, {}".format(*SLOPES["released"]), "<= 0.5", f"{error:.2f}")  # fmt: skip
     for trained, found in results.get("head", {}).items():
         share = found["ours"]["mib"] / found["full"]["mib"]
         what = f"peak memory of loss and logits, head {trained}: {found['ours']['mib']:.0f} MiB"
@@ -364,7 +388,8 @@ def machine(python: Mapping[str, str]) -> Settings:
             if found.setdefault(name, version).split("+")[0] != version.split("+")[0]:
                 sys.exit(f"{name}: found {found[name]} here and {version} in {interpreter}, wanted the same")
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split("\t: ", 1) for line in cpuinfo.split("\n\n")[0].replace("\t\t", "\t").splitlines() if "\t: " in line)
+    lines = (line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     processor = f"{fields.get('model name', platform.processor())}, model {fields.get('model', '?')}"
     return {"processor": processor, "cores": len(os.sched_getaffinity(0)), "versions": dict(sorted(found.items()))}
 
@@ -409,6 +434,8 @@ def main() -> None:
         "steps": args.steps, "groups": {}, "checked": [],
     }  # fmt: skip
     if set(args.groups) == set(GROUPS):
+        run = slopes.Recording.load(str(ROOT / "tests/golden/recorded_run.npz"), "tokens")
+        results["slopes"] = {who: slopes.errors(run, *what[:2])[what[2]] for who, what in SLOPES.items()}
         results["head"] = {kind: head.measure(trained=kind == "trained") for kind in ("trained", "frozen")}
     for name in args.groups:
         say(name)

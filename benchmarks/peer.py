@@ -101,6 +101,7 @@ def run(settings: dict[str, Any], turns: Turns) -> None:
     turns.ready(
         isolation=isolation(trainer),
         rows=len(packed),
+        rows_a_step=trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
         tokens=sum(sum(label != -100 for label in labels[1:]) for labels in packed["labels"]),
         parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )

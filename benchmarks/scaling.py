@@ -187,7 +187,9 @@ def main() -> None:
     print(lines[0])
     for section in args.sections:
         for i, row in enumerate(made[section]()):
-            text = [f"\n{section}\n", f"| {' | '.join(row)} |", "|" + "---:|" * len(row)] if i == 0 else [f"| {' | '.join(map(str, row))} |"]
+            text = [f"| {' | '.join(map(str, row))} |"]
+            if i == 0:
+                text = [f"\n{section}\n", *text, "|" + "---:|" * len(row)]
             print("\n".join(text), flush=True)
             lines += text
     if args.out:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -75,7 +76,8 @@ class Contender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -86,8 +88,9 @@ class Contender:
     def take(self, steps: int) -> dict[str, Any]:
         """Let it take some steps: `seconds`, `cpu` (seconds of all its threads), target `tokens`, `losses` (one a step),
         `peak_mib`, and what else it adds up."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, and `_answer` says so
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
