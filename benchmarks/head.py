@@ -23,6 +23,7 @@ def peak_of(case: str, positions: int, vocabulary: int, hidden: int, targets: fl
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from mtl import head
     from mtl.data.collate import collate
     from mtl.objectives import causal_lm
 
@@ -32,6 +33,7 @@ def peak_of(case: str, positions: int, vocabulary: int, hidden: int, targets: fl
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=0, num_attention_heads=1, tie_word_embeddings=False
     )
     model = LlamaForCausalLM(config).to(device)
+    head.install(model)  # as the engine does; without `targets` the forward is transformers' own
     model.model.embed_tokens.requires_grad_(False)  # its gradient is none of the loss's
     model.lm_head.requires_grad_(trained)
     for parameter in model.parameters():
@@ -44,7 +46,8 @@ def peak_of(case: str, positions: int, vocabulary: int, hidden: int, targets: fl
     def step(rows: list) -> float:
         batch = collate(rows, 0, packed=False).to(device)
         if case == "full":
-            labels = torch.where(batch.keep.roll(1, dims=1), batch.input_ids, -100)
+            labels = torch.full_like(batch.input_ids, -100)
+            labels.flatten()[batch.at + 1] = batch.labels
             loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
         else:
             terms = causal_lm(model, batch, 1)
@@ -78,9 +81,7 @@ def measure(
     found = {}
     for case in CASES:
         size = [str(value) for value in (positions, vocabulary, hidden, targets, int(trained))]
-        made = subprocess.run(
-            [sys.executable, __file__, "--case", case, *size], stdout=subprocess.PIPE, text=True, check=True
-        )
+        made = subprocess.run([sys.executable, __file__, "--case", case, *size], stdout=subprocess.PIPE, text=True, check=True)
         found[case] = json.loads(made.stdout.splitlines()[-1])
     return found
 

@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from turns import Turns
 
-from balancers import Holder
 from mtl import comm, engine, gram, model, packing, plugins
 from mtl.checkpoint import RunState
 from mtl.config import Config
 from mtl.data.batches import TrainBatches, ValidationCut
 from mtl.data.cache import prepare
 from mtl.data.encode import load_tokenizer
-from mtl.data.plan import layout_for, mix_for, steps_of
+from mtl.data.plan import layout_for, mix_for, probe_every, steps_of
 from mtl.run import Parts, run
 from mtl.spec import resolve
 
@@ -116,9 +115,10 @@ def build(config: Config, turns: Turns) -> Parts:
     batches = TrainBatches(tasks, mix, layout_for(config, tasks, 1, 0, pad_id, packed, config.batch.tokens))
     tokens = config.evaluate.tokens or config.batch.tokens
     layout = layout_for(config, tasks, 1, 0, pad_id, packed, tokens)
-    cut = ValidationCut(tasks, config.evaluate.probe.groups, config.train.seed, layout)
+    probe = config.evaluate.probe
+    cut = ValidationCut(tasks, probe.groups, config.train.seed, layout, probe.examples)
     names = list(config.tasks)
-    holder = Holder(resolve(config, "balancer", plugins.BALANCER, [])(), names)
+    holder = plugins.holder(config)
     objective = resolve(config, "objective", plugins.OBJECTIVE, [])
 
     clock = Clock()
@@ -137,7 +137,9 @@ def build(config: Config, turns: Turns) -> Parts:
         "first": [list(micro.input_ids.shape) for micro in batches.batch(0)],
         "parameters": sum(p.numel() for p in trained.module.parameters() if p.requires_grad),
     }
-    return Parts(config, names, steps, trained, objective, holder, batches, cut, ours, [ours], differentiated)
+    every = probe_every(config, cut)
+    ours.about["probe_every"] = every
+    return Parts(config, names, steps, trained, objective, holder, batches, cut, ours, [ours], differentiated, every)
 
 
 def rows(config: Config) -> list[list[dict[str, list[int]]]]:

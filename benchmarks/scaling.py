@@ -1,9 +1,9 @@
 """What grows with tasks, validation rows, steps and training rows, and how: python benchmarks/scaling.py [--out FILE].
 
-    balancer     time and state of CoBa's update, by tasks and past probes
-    order        time of finding the rows of a global batch, by tasks and step
-    validation   making the cut, and one probe, by validation rows of each of 8 tasks
-    start        from a configuration to the first batch, by training rows: the first time, and with a warm cache
+balancer     time and state of CoBa's update, by tasks and past probes
+order        time of finding the rows of a global batch, by tasks and step
+validation   making the cut, and one probe, by validation rows of each of 8 tasks
+start        from a configuration to the first batch, by training rows: the first time, and with a warm cache
 """
 
 import argparse
@@ -102,6 +102,7 @@ def validation(rows: list[int], k: int = 8, times: int = 5) -> Iterator[Row]:
 
     tasks = ", ".join(f"t{i}: {{train: x, validation: x, format: text}}" for i in range(k))
     config = parse(f"model: {{name: none}}\ntasks: {{{tasks}}}\ntrain: {{steps: 1}}\noutput: nowhere")
+    probe = config.evaluate.probe
     layout, rng = Layout(1, 0, config.batch.tokens, 0, packed=True, row_length=256), np.random.default_rng(0)
     yield ["validation rows a task", "groups", "s to cut", "positions a probe", "ms to lay out a probe", "min", "max"]
     for n in rows:
@@ -109,7 +110,7 @@ def validation(rows: list[int], k: int = 8, times: int = 5) -> Iterator[Row]:
         split = Encoded.of((np.arange(m), np.arange(m) > m // 2) for m in lengths)
         data = [TaskData(name, split, split) for name in config.tasks]
         start = time.perf_counter()
-        cut = ValidationCut(data, config.evaluate.probe.groups, 0, layout)
+        cut = ValidationCut(data, probe.groups, 0, layout, probe.examples)
         took = time.perf_counter() - start
         positions = sum(micro.input_ids.numel() for micro in cut.group(0))
         taken = ms(lambda cut=cut: list(cut.group(0)), times)
