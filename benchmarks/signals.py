@@ -130,7 +130,9 @@ class Case:
 
 
 def start() -> engine.Engine:
-    llama = LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4)
+    llama = LlamaConfig(
+        vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4
+    )
     config = configuration({})
     return engine.Engine(LlamaForCausalLM(llama), config, model.optimizer(config))
 
@@ -164,7 +166,9 @@ def peak(name: str, folder: str) -> None:
 
 
 def memory() -> None:
-    print("| balancer | parameters differentiated by | peak MiB | over Equal | K x N x 4 bytes |\n|---|---:|---:|---:|---:|")
+    print(
+        "| balancer | parameters differentiated by | peak MiB | over Equal | K x N x 4 bytes |\n|---|---:|---:|---:|---:|"
+    )
     least = None
     for name in HELD:
         command = [sys.executable, __file__, "--peak-of", name]
@@ -172,7 +176,9 @@ def memory() -> None:
         _, count, found = out.strip().splitlines()[-1].split("|")
         least = least or float(found)
         whole = len(NAMES) * int(count) * 4 / 2**20
-        print(f"| {name} | {int(count):,} | {float(found):.0f} | {float(found) - least:.0f} | {whole:.0f} |", flush=True)
+        print(
+            f"| {name} | {int(count):,} | {float(found):.0f} | {float(found) - least:.0f} | {whole:.0f} |", flush=True
+        )
 
 
 def main() -> None:

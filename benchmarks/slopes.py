@@ -130,9 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     run = Recording.load(args.run, args.by)
     if args.defaults:
-        print(
-            "| span, steps | published: a batch every step, plain | defaults | ratio | min | max |\n|---|---:|---:|---:|---:|---:|"
-        )
+        print("| span, steps | published: a batch every step, plain | defaults | ratio | min | max |\n|---|---:|---:|---:|---:|---:|")
         for row in defaults(Recording.load(args.run, "tokens")):
             print("| {steps} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |".format(**row))
         return
