@@ -165,8 +165,17 @@ def test_a_contender_sleeps_between_turns_and_tells_why_it_died(tmp_path):
 
 
 def test_the_loss_alone_takes_less_than_full_logits():
+    import head
+
     code = "import json, head; print(json.dumps([head.peak_of(c, 1024, 16000, 32, 0.5, True) for c in ('ours', 'full')]))"
-    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True, check=True)
+    made = subprocess.run(
+        [sys.executable, "-c", code],
+        env=head.ENVIRONMENT,
+        cwd=ROOT / "benchmarks",
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     ours, full = json.loads(made.stdout)
     assert ours["loss"] == pytest.approx(full["loss"], rel=1e-5)
     assert ours["mib"] < 0.8 * full["mib"], (ours, full)
