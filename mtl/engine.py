@@ -288,6 +288,11 @@ class Engine:
         self.frozen = [n for n, p in self.module.named_parameters() if not p.requires_grad]
         self._autocast = config.model.precision == "bf16_autocast"
         self._stage = zero_stage(config)
+        self._clip = config.optimizer.clip
+        if not self._stage:
+            self._engine._config.gradient_clipping = 0.0  # `step` clips: it has computed the norm already
+            # Alone there is nothing to sum, and DeepSpeed would copy every gradient into buckets and back.
+            self._engine.enable_backward_allreduce = self.world > 1
 
     def forward(self, **inputs: Any) -> Any:
         """The training forward, through DeepSpeed."""
@@ -320,9 +325,12 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if not self._stage:  # there DeepSpeed computes no norm, and would step whatever the gradient
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if not self._stage:  # there DeepSpeed keeps no norm, and would step whatever the gradient
+            used = [p for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in used])
             if norm.isfinite():
+                if self._clip and norm > self._clip:
+                    torch.nn.utils.clip_grads_with_norm_(used, self._clip, norm)
                 self._engine.step()
             return float(norm)
         self._engine.step()

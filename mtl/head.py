@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SLICE = 2**25  # logits in a slice: 128 MiB in fp32
+
+def slice_rows(hidden: int) -> int:
+    """Targets in a slice, for hidden states of that size: its logits are half as large as the head's weights.
+
+    So they are small beside the head's gradient, and its gradient, added up slice by slice, costs little beside them.
+    """
+    return max(128, hidden // 2)
 
 
 class Targets(NamedTuple):
@@ -68,7 +74,7 @@ def install(model: nn.Module) -> None:
         if targets is None:
             return plain(*args, **kwargs)
         decoder, answers = causal.get_submodule(name), []
-        parts = max(1, -(-targets.most * causal.config.get_text_config().vocab_size // SLICE))
+        parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
         labels = targets.labels.tensor_split(parts)
 
         def first(*args: Any, **kwargs: Any) -> Any:

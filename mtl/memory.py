@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mtl.config import Config
-from mtl.head import SLICE
+from mtl.head import slice_rows
 
 BUCKET = 500_000_000  # elements, DeepSpeed's default `zero_optimization.reduce_bucket_size`
 HOST = ("cpu", "nvme")
@@ -102,7 +102,7 @@ def _activations(config: Config, model: nn.Module, positions: int, targets: int)
     checkpointed = config.model.activation_checkpointing
     blocks = layers * positions * size * hidden + layer if checkpointed else layers * layer
     note = f"{layers} layers of {hidden}, {positions:,} positions" + ", recomputed" * checkpointed
-    targets = min(targets, -(-SLICE // vocabulary))
+    targets = min(targets, slice_rows(hidden))
     head = f"{targets:,} targets x {vocabulary:,}: logits of a slice, their fp32 log-softmax and its gradient"
     return [
         Part("activations", blocks, rough=True, note=note),

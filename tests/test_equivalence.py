@@ -308,7 +308,7 @@ def run_jobs(folders: dict[str, str], jobs: dict[str, tuple[Callable, dict[str, 
     results = {}
     for name, (function, arguments) in jobs.items():
         others = {key: value for key, value in arguments.items() if key not in ("family", "slice_")}
-        head.SLICE = arguments.get("slice_", 2**25)
+        head.slice_rows = lambda hidden, n=arguments.get("slice_", 1000): n
         try:
             results[name] = function(folders[arguments.get("family", "llama")], **others)
         except Exception as e:
@@ -328,7 +328,7 @@ CUTS = {
     "2 dealt": {"world": 2, "cut": "dealt"},
     "2 dealt packed": {"world": 2, "cut": "dealt", "packed": True},
     "1 dealt packed": {"world": 1, "cut": "dealt", "packed": True},
-    "2x2 sliced": {"world": 2, "cut": "cells", "slice_": 259 * 20},
+    "2x2 sliced": {"world": 2, "cut": "cells", "slice_": 20},
 }
 STAGES = (0, 1, 2, 3)
 ALL_CUTS = [(cut, zero) for cut in ("1x4", "2x2", "2x1") for zero in STAGES]
@@ -374,7 +374,7 @@ for z in (2, 3):
     job(
         f"lora gradient sliced zero {z}",
         gradient,
-        slice_=259 * 20,
+        slice_=20,
         engine__zero=z,
         model__activation_checkpointing="true",
         **LORA,

@@ -63,7 +63,7 @@ def gradients(model: torch.nn.Module, losses: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 5, 10_000])
 @pytest.mark.parametrize("name", MODELS)
 def test_slices_give_the_losses_and_gradients_of_full_logits(name, rows, monkeypatch):
-    monkeypatch.setattr(head, "SLICE", V * rows)
+    monkeypatch.setattr(head, "slice_rows", lambda hidden: rows)
     torch.manual_seed(0)
     model = MODELS[name]()
     rest, targets = inputs()
@@ -81,7 +81,7 @@ def test_slices_give_the_losses_and_gradients_of_full_logits(name, rows, monkeyp
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_fewer_targets_than_slices(number, monkeypatch):
     """A rank cuts into as many slices as the rank that has most targets."""
-    monkeypatch.setattr(head, "SLICE", V)
+    monkeypatch.setattr(head, "slice_rows", lambda hidden: 1)
     model = llama()
     head.install(model)
     calls = []
@@ -109,7 +109,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_more_logits_than_a_slice_are_ever_made(monkeypatch):
-    monkeypatch.setattr(head, "SLICE", V * 4)
+    monkeypatch.setattr(head, "slice_rows", lambda hidden: 4)
     rest, targets = inputs()
     found = {}
     for sliced in (True, False):
@@ -126,7 +126,7 @@ def test_no_more_logits_than_a_slice_are_ever_made(monkeypatch):
 
 
 def test_between_forward_and_backward_only_the_first_slice_is_held(monkeypatch):
-    monkeypatch.setattr(head, "SLICE", V * 4)
+    monkeypatch.setattr(head, "slice_rows", lambda hidden: 4)
     rest, targets = inputs()
     model = llama()
     head.install(model)
@@ -143,7 +143,7 @@ def test_between_forward_and_backward_only_the_first_slice_is_held(monkeypatch):
 
 
 def test_the_losses_are_fp32_in_a_bf16_model(monkeypatch):
-    monkeypatch.setattr(head, "SLICE", V * 5)
+    monkeypatch.setattr(head, "slice_rows", lambda hidden: 5)
     model = llama().bfloat16()
     rest, targets = inputs()
     logits = model(**rest).logits.flatten(0, 1)[targets.at]
