@@ -308,7 +308,8 @@ def run_jobs(folders: dict[str, str], jobs: dict[str, tuple[Callable, dict[str, 
     results = {}
     for name, (function, arguments) in jobs.items():
         others = {key: value for key, value in arguments.items() if key not in ("family", "slice_")}
-        head.slice_rows = lambda hidden, n=arguments.get("slice_", 1000): n
+        rows = arguments.get("slice_", 1000)
+        head.slice_rows = lambda hidden, rows=rows: rows
         try:
             results[name] = function(folders[arguments.get("family", "llama")], **others)
         except Exception as e:

@@ -28,6 +28,7 @@ CASES = [
     ("fp32", 3, False, "{optimizer: cpu}"),
     ("bf16", 3, True, "{optimizer: cpu, parameters: cpu}"),
 ]
+LARGEST = 4 * 259 * 64  # bytes of the toy's embeddings in fp32, a sixth of its parameters
 
 
 def measure(cases: list[tuple]) -> list[dict[str, float]]:
@@ -93,5 +94,5 @@ def test_the_estimate_is_what_an_engine_holds(measured, case):
     for name in ("weights", "optimizer"):
         estimated, held = found[name]
         assert held == pytest.approx(estimated, rel=1e-3), name  # the ranks' parts are padded to whole numbers
-    # Beside the parts: gradients that are still views of larger ones, buffers of one parameter's size, inputs.
-    assert found["total"] == pytest.approx(found["estimate"], rel=0.03), case
+    # Beside the parts: inputs, and now and then up to two of the largest parameter's gradients on their way into the buckets.
+    assert 0.97 * found["estimate"] < found["total"] < 1.03 * found["estimate"] + 2 * LARGEST, case
