@@ -78,6 +78,7 @@ def main() -> None:
         say(f"evaluate.probe.groups: {cut.groups}, not {probe.groups}: the smallest task has no more rows")
 
     holder = plugins.holder(config, args.allow_code)
+    comm.same(json.dumps(holder.state_dict()["meta"], sort_keys=True), "balancer")  # what it needs is measured by all
     differentiated = gram.supply(holder.balancer.needs, trained.module, config)
     layout = {"processes": world, "zero": engine.zero_stage(config)}
     checkpoints = Checkpoints(output, config.checkpoint.keep, identity, tokenizer, layout, say)

@@ -5,6 +5,8 @@ of them would wait for everything the device has been given to do.
 """
 
 import hashlib
+import os
+import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -83,7 +85,7 @@ def together(work: Callable[[], T]) -> T:
         return result
     texts: list[str | None] = [None] * world()
     mine = error and "".join(traceback.format_exception_only(error)).strip()
-    dist.all_gather_object(texts, mine, group=_host) if active() else None
+    dist.all_gather_object(texts, mine, group=_group(failed)) if active() else None
     if error is not None:
         raise error
     raise RankError("; ".join(f"rank {r} failed: {text}" for r, text in enumerate(texts) if text))
@@ -105,15 +107,27 @@ def same(text: str, what: str) -> None:
     together(check)
 
 
-_host: dist.ProcessGroup | None = None
+_host: tuple[object, dist.ProcessGroup] | None = None  # the default group it was made beside, and the hosts' own
 
 
-def open_host_group(timeout: timedelta) -> None:
-    """Make the group for tensors on the CPU, where the backend has none. A collective, once, after the group is joined."""
+def open_host_group(timeout: timedelta | None = None) -> None:
+    """Make the group for tensors on the CPU, where the backend has none. A collective.
+
+    Gloo finds its network interface by the host's name, which often is the loopback's: it follows NCCL's choice where there is one.
+    """
     global _host
-    _host = dist.new_group(backend="gloo", timeout=timeout)
+    wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if wanted in {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", wanted)
+    _host = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _group(tensor: Tensor) -> dist.ProcessGroup | None:
     """Which group a tensor's collectives take; None = the default one."""
-    return _host if tensor.device.type == "cpu" else None
+    if tensor.device.type != "cpu":
+        return None
+    if _host is None or _host[0] is not dist.group.WORLD:
+        if dist.get_backend() != "nccl":
+            return None
+        open_host_group()
+    return _host[1]

@@ -89,8 +89,9 @@ def ds_config(config: Config, world: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": device().type != "cpu", "contiguous_gradients": True}
     for ours, theirs in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         where = getattr(offload, ours)
+        zero[theirs] = {"device": where}  # "none" too, so that a user's own block that offloads is seen to differ
         if where != "none":
-            zero[theirs] = {"device": where, "pin_memory": device().type != "cpu"}
+            zero[theirs]["pin_memory"] = device().type != "cpu"
             if where == "nvme":
                 zero[theirs]["nvme_path"] = os.path.expanduser(offload.nvme_path)
     ours = {
@@ -118,6 +119,9 @@ def ds_config(config: Config, world: int) -> dict[str, Any]:
     merged = _merge(ours, dict(config.engine.deepspeed), ("engine", "deepspeed"), config, problems)
     if problems:
         raise ConfigError(problems)
+    for key in ("offload_optimizer", "offload_param"):
+        if merged["zero_optimization"][key]["device"] == "none":
+            del merged["zero_optimization"][key]
     return merged
 
 
@@ -326,11 +330,14 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if not self._stage:  # there DeepSpeed keeps no norm, and would step whatever the gradient
-            used = [p for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in used])
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            for p in trained:
+                if p.grad is None:  # unused: as at the other stages, and with more processes, its gradient is 0
+                    p.grad = torch.zeros_like(p)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
             if norm.isfinite():
                 if self._clip and norm > self._clip:
-                    torch.nn.utils.clip_grads_with_norm_(used, self._clip, norm)
+                    torch.nn.utils.clip_grads_with_norm_(trained, self._clip, norm)
                 self._engine.step()
             return float(norm)
         self._engine.step()

@@ -92,7 +92,7 @@ def install(model: nn.Module) -> None:
             outputs = plain(*args, **kwargs)
         losses = [_token_losses(outputs.logits, labels[0])]
         for part in zip(answers[2:], labels[1:], strict=True):
-            losses.append(checkpoint(again, *part, use_reentrant=False, preserve_rng_state=False))
+            losses.append(checkpoint(again, *part, use_reentrant=False))
         outputs.loss, outputs.logits = torch.cat(losses), None
         return outputs
 

@@ -55,7 +55,10 @@ def measure(engine: Engine, vocabulary: int) -> Isolation:
         apart = torch.cat([_logits(engine, [ids]) for ids in (first, second, third)])
     scale = apart.abs().max()
     later = slice(LENGTHS[0], None)
-    dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
+    parameters = list(engine.module.parameters())
+    dtype = next(p.dtype for p in parameters if p.is_floating_point())
+    if not all(p.is_floating_point() for p in parameters):  # quantized: products are in bf16, whatever the rest is in
+        dtype = torch.bfloat16
     return Isolation(
         apart=float((packed - apart).abs().max() / scale),
         leak=float((packed[later] - changed[later]).abs().max() / scale),

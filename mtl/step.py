@@ -83,7 +83,8 @@ def train_step(
     for i, micro in enumerate(batch.micros):
         terms = objective(engine.forward, micro.to(engine.device), k)
         engine.backward(combine(terms, weights, tokens, engine.world), last=i == last)
-        mine = [penalty.detach() * terms.counts.sum() for penalty in terms.penalties.values()]
+        count = terms.counts.sum()
+        mine = [torch.where(count > 0, penalty.detach() * count, 0.0) for penalty in terms.penalties.values()]
         totals += torch.cat([terms.sums.detach(), *(x[None] for x in mine)]).double()
     found = comm.sum_(totals).cpu()
     losses = (found[:k] / batch.tokens).numpy()  # 0/0 = nan: absent

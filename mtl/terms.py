@@ -62,5 +62,6 @@ def combine(terms: Terms, weights: Tensor, counts: Tensor, world: int) -> Tensor
     scale = torch.where(counts > 0, world * weights / counts.clamp(min=1), 0.0)
     # where, not a product: an absent task's weight may not turn 0 into NaN.
     loss = (terms.sums * scale.to(terms.sums)).sum()
-    share = world * terms.counts.sum() / counts.sum()
-    return loss + sum(share.to(penalty) * penalty for penalty in terms.penalties.values())
+    mine = terms.counts.sum()
+    share = world * mine / counts.sum()
+    return loss + sum(share.to(penalty) * torch.where(mine > 0, penalty, 0.0) for penalty in terms.penalties.values())

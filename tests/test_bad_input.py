@@ -119,6 +119,16 @@ def test_a_deepspeed_key_that_contradicts_ours_names_both_places(yaml, override,
         assert f"wanted {ours}. {key} at {yaml}" in error
 
 
+@pytest.mark.parametrize("which, key", [("offload_optimizer", "optimizer"), ("offload_param", "parameters")])
+def test_offloading_is_asked_for_in_our_yaml(yaml, which, key):
+    """Its checks, its build step and the memory estimate read it there."""
+    config = plugins.read(str(yaml), [f"engine.deepspeed.zero_optimization.{which}={{device: cpu}}"])
+    with pytest.raises(ConfigError, match=f"{which}.device: found 'cpu', wanted 'none'.*engine.offload.{key}"):
+        engine.ds_config(config, 1)
+    agreed = plugins.read(str(yaml), [f"engine.deepspeed.zero_optimization.{which}={{device: none}}"])
+    assert which not in engine.ds_config(agreed, 1)["zero_optimization"]
+
+
 @pytest.mark.parametrize("override", ["gradient_clipping=1.0", "gradient_clipping=auto", "zero_optimization.stage=2"])
 def test_a_deepspeed_key_that_agrees_with_ours_is_fine(yaml, override):
     config = plugins.read(

@@ -95,6 +95,35 @@ def test_fewer_targets_than_slices(number, monkeypatch):
     assert model.lm_head.weight.grad is not None
 
 
+def test_dropout_in_the_head_is_the_same_in_the_backward_pass(monkeypatch):
+    """Adapters on the head may drop out: a slice that is computed again must drop what it dropped before."""
+    monkeypatch.setattr(head, "slice_rows", lambda hidden: 5)
+    settings = peft.LoraConfig(
+        r=4, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama(), settings).train()
+    head.install(model)
+    rest, targets = inputs()
+    (scale,) = [p for name, p in model.named_parameters() if "lora_B" in name]
+
+    def total() -> torch.Tensor:
+        torch.manual_seed(1)
+        return model(**rest, targets=targets).loss.double().sum()
+
+    loss = total()
+    state = torch.get_rng_state()
+    (found,) = torch.autograd.grad(loss, scale)
+    assert torch.equal(torch.get_rng_state(), state)
+    step = 1e-3 * torch.randn(scale.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        values = []
+        for sign in (1, -2):
+            scale.add_(sign * step)
+            values.append(total())
+    assert float((values[0] - values[1]) / 2) == pytest.approx(float((found * step).sum()), rel=1e-3)
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that is made with a dimension of the vocabulary, the table itself left out."""
 

@@ -155,7 +155,7 @@ def test_a_micro_batch_without_targets_still_reaches_the_head():
 
 def test_a_penalty_is_averaged_over_micro_batches_by_their_target_tokens():
     cells = [terms_of([(1.0, 0)] * 3), terms_of([(1.0, 1)]), terms_of([])]
-    values = [torch.tensor(x, requires_grad=True) for x in (2.0, 10.0, 99.0)]
+    values = [torch.tensor(x, requires_grad=True) for x in (2.0, 10.0, math.nan)]  # no token, no part in it
     weights, counts = torch.full((K,), 0.25, dtype=torch.float64), torch.tensor([3, 1, 0, 0])
     loss = sum(
         combine(Terms(cell.sums, cell.counts, {"router_loss": value}), weights, counts, 2)
