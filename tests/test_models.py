@@ -236,3 +236,23 @@ def test_a_gated_model_names_the_way_in(monkeypatch):
     monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(model.ModelError, match="gated repo. Make sure .* `hf auth login` or set HF_TOKEN"):
         model.load(config_for("someone/secret"), toys.tokenizer())
+
+
+def unused(stage: int) -> float:
+    """What one update makes of a parameter, ones, that the forward does not use."""
+    config = parse(
+        "model: {name: x, precision: fp32}\ntasks: {a: {train: a, validation: a, format: text}}\ntrain: {steps: 1}\n"
+        f"optimizer: {{lr: 0.1, weight_decay: 0.1}}\noutput: x\nengine: {{zero: {stage}}}"
+    )
+    made = build("Llama")
+    made.idle = torch.nn.Parameter(torch.ones(2, 2))
+    trained = engine.Engine(made, config, model.optimizer(config))
+    row = (np.arange(9, dtype=np.int32), np.arange(9) >= 3, 0)
+    train_step(trained, causal_lm, fetch(lambda: [collate([[row]], 257, packed=True)], 1), np.ones(1), 0.1, ["a"])
+    return float(made.idle.detach().mean())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_unused_parameter_has_the_gradient_zero_with_any_number_of_processes(world):
+    """Left out, it would not decay: the update would depend on the number of processes."""
+    assert run_distributed(unused, world, 0) == pytest.approx([1 - 0.1 * 0.1] * world)
