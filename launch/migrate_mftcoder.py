@@ -89,7 +89,7 @@ WITHOUT_EFFECT = {
     "shuffle_before_split": "rows are always split in the order of a hash",
     "use_random_sampler": "the order of rows is a function of the seed",
     "use_dynamic_padding": "always so, and rows are packed where the model allows",
-    "coba_sample_valid_num": "evaluate.probe.groups says how many rows a probe reads",
+    "coba_sample_valid_num": "evaluate.probe.examples says how many rows of each task a probe reads",
     "distributed_type": "DeepSpeed; see engine.zero",
     "init_timeout_seconds": "engine.timeout_minutes",
     **dict.fromkeys(
