@@ -39,6 +39,7 @@ PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "
 ENVIRONMENT = {
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
     "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "20000",
     "TOKENIZERS_PARALLELISM": "false",
     "THP_MEM_ALLOC_ENABLE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -54,12 +55,13 @@ Settings = dict[str, Any]
 def ours(balancer: Any = "Tokens", precision: str = "fp32", lora: bool = False, **changes: Any) -> Settings:
     """Changes to configs/quickstart.yaml, whose settings of the batch stand; those of balancer and probe are left out.
 
-    One process has nothing to share: ZeRO 0, and with bf16 weights 1, the first stage that has fp32 master weights.
+    One process has nothing to share: ZeRO 0, and with bf16 weights 1, the first stage that has fp32 master weights. Compiled, and
+    with the attention that is fastest on a CPU where rows are short.
 
     Args:
         changes: further blocks, laid over the configuration's.
     """
-    model = {"precision": precision, "lora": LORA if lora else None}
+    model = {"precision": precision, "lora": LORA if lora else None, "compile": True, "attention": "eager"}
     engine = {"zero": 1 if precision == "bf16" else 0}
     return {"program": "ours", "balancer": balancer, "model": model, "engine": engine, **changes}
 
@@ -118,6 +120,7 @@ def packed(precision: str) -> dict[str, Settings]:
     return {
         "ours": ours("Tokens", precision),
         "TRL packing": packing(precision, 512, 1),
+        "TRL packing, compiled": packing(precision, 512, 1, torch_compile=True),
         "TRL padding-free": flat(precision),
     }
 
@@ -161,9 +164,13 @@ SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
         "padding-free": flat("fp32"), "Trainer, flattening": sft("fp32", trainer="flattening"),
     },
     "search kernels": lambda: {
-        "sdpa": flat("fp32", attention="sdpa"), "eager": flat("fp32", attention="eager"),
-        "sdpa, default malloc": flat("fp32", attention="sdpa", malloc=False),
-        "sdpa, compiled": flat("fp32", attention="sdpa", torch_compile=True),
+        "sdpa": packing("bf16_autocast", 512, 1), "eager": packing("bf16_autocast", 512, 1, attention="eager"),
+        "sdpa, default malloc": packing("bf16_autocast", 512, 1, malloc=False),
+    },
+    "search compiled": lambda: {
+        "sdpa": packing("bf16_autocast", 512, 1, torch_compile=True),
+        "eager": packing("bf16_autocast", 512, 1, attention="eager", torch_compile=True),
+        "256 x 2": packing("bf16_autocast", 256, 2, torch_compile=True),
     },
     "search bf16": lambda: {
         "256 x 2": packing("bf16_autocast", 256, 2), "512 x 1": packing("bf16_autocast", 512, 1),
@@ -230,8 +237,10 @@ class Bench:
         command = [self.python[settings["program"]], str(HERE / f"{settings['program']}.py"), str(argument)]
         return Contender(name, command, environment, self.file(name, ".log"), ROOT)
 
-    def group(self, members: Mapping[str, Settings], rounds: int, steps: int, say: Callable[[str], None]) -> Settings:
-        """{member: {"about", "turns"}}: what each prepared, and its turns, of which the first is warming up."""
+    def group(
+        self, members: Mapping[str, Settings], rounds: int, steps: int, warmup: int, say: Callable[[str], None]
+    ) -> Settings:
+        """{member: {"about", "turns"}}: what each prepared, and its turns, of which the first (`warmup` steps) is warming up."""
         found: Settings = {}
         with ExitStack() as stack:
             running = []
@@ -240,8 +249,9 @@ class Bench:
                 running.append(stack.enter_context(self.start(name, settings)))
                 found[name] = {"about": running[-1].about, "same_rows": settings.get("same_rows", True), "turns": []}
             for turn in range(rounds + 1):
+                taken = steps if turn else warmup
                 for each in running:
-                    found[each.name]["turns"].append(on_average(each.take(steps), found[each.name], steps))
+                    found[each.name]["turns"].append(on_average(each.take(taken), found[each.name], taken))
                 rates = (f"{name} {rate(value['turns'][-1]):.1f}" for name, value in found.items())
                 say(f"  round {turn}/{rounds}, target tokens/s: {', '.join(rates)}")
         return found
@@ -326,7 +336,8 @@ def tables(results: Settings) -> str:
     lines = [
         f"{results['date']}, commit {results['commit']}; {machine['processor']}, {machine['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + f". Median (minimum to maximum) of {results['rounds']} interleaved rounds of {results['steps']} steps.",
+        + f". Median (minimum to maximum) of {results['rounds']} interleaved rounds of {results['steps']} steps, "
+        + f"after {results['warmup']} that warm up.",
         "",
         "| what | against | reach | measured |",
         "|---|---|---:|---:|",
@@ -415,6 +426,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=[*GROUPS, *SEARCH], default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one that warms up")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
+    parser.add_argument("--warmup", type=int, default=24, help="those of the first, which compile and settle the allocator")
     parser.add_argument("--python", default=sys.executable, help="interpreter of ours")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/quickstart", help="what launch/quickstart.py made")
@@ -427,11 +439,11 @@ def main() -> None:
 
     text = (ROOT / "configs/quickstart.yaml").read_text().replace(".cache/quickstart", str(args.cache.resolve()))
     python = {"ours": args.python, "peer": args.peer_python}
-    bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.steps * (args.rounds + 1))
+    bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + args.steps * args.rounds)
     now = datetime.datetime.now(datetime.UTC)
     results: Settings = {
         "date": f"{now:%Y-%m-%d}", "commit": commit(), "machine": machine(python), "rounds": args.rounds,
-        "steps": args.steps, "groups": {}, "checked": [],
+        "steps": args.steps, "warmup": args.warmup, "groups": {}, "checked": [],
     }  # fmt: skip
     if not args.out:
         run = slopes.Recording.load(str(ROOT / "tests/golden/recorded_run.npz"), "tokens")
@@ -445,7 +457,7 @@ def main() -> None:
         }
     for name in args.groups:
         say(name)
-        found = bench.group((GROUPS | SEARCH)[name](), args.rounds, args.steps, say)
+        found = bench.group((GROUPS | SEARCH)[name](), args.rounds, args.steps, args.warmup, say)
         results["checked"] += check(name, found)
         results["groups"][name] = found
     report, out = tables(results), args.out or HERE / "results" / results["date"]

@@ -130,9 +130,7 @@ class Case:
 
 
 def start() -> engine.Engine:
-    llama = LlamaConfig(
-        vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4
-    )
+    llama = LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4)
     config = configuration({})
     return engine.Engine(LlamaForCausalLM(llama), config, model.optimizer(config))
 
@@ -166,9 +164,7 @@ def peak(name: str, folder: str) -> None:
 
 
 def memory() -> None:
-    print(
-        "| balancer | parameters differentiated by | peak MiB | over Equal | K x N x 4 bytes |\n|---|---:|---:|---:|---:|"
-    )
+    print("| balancer | parameters differentiated by | peak MiB | over Equal | K x N x 4 bytes |\n|---|---:|---:|---:|---:|")
     least = None
     for name in HELD:
         command = [sys.executable, __file__, "--peak-of", name]
@@ -176,9 +172,7 @@ def memory() -> None:
         _, count, found = out.strip().splitlines()[-1].split("|")
         least = least or float(found)
         whole = len(NAMES) * int(count) * 4 / 2**20
-        print(
-            f"| {name} | {int(count):,} | {float(found):.0f} | {float(found) - least:.0f} | {whole:.0f} |", flush=True
-        )
+        print(f"| {name} | {int(count):,} | {float(found):.0f} | {float(found) - least:.0f} | {whole:.0f} |", flush=True)
 
 
 def main() -> None:

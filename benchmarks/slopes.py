@@ -100,7 +100,13 @@ def online(run: Recording, span: int, seed: int) -> tuple[float, float]:
     for phase in range(EVERY):
         times = np.arange(2 + phase, len(step), EVERY)
         group = np.arange(len(times)) % GROUPS
-        read = np.array([[mean(t, task, cuts[task][g]) for task in range(k)] for t, g in zip(times, group, strict=True)])
+        # A ratio is of the group's own first loss, as the trainer reads it.
+        read = np.array(
+            [
+                [mean(t, task, cuts[task][g]) / mean(0, task, cuts[task][g]) for task in range(k)]
+                for t, g in zip(times, group, strict=True)
+            ]
+        )
         for start in range(2 + phase, len(step) - span + 1, EVERY):
             w = slice(start, start + span)
             true = least_squares(step[w], whole[w] / whole[0], none)[0]
@@ -130,7 +136,9 @@ def main() -> None:
     args = parser.parse_args()
     run = Recording.load(args.run, args.by)
     if args.defaults:
-        print("| span, steps | published: a batch every step, plain | defaults | ratio | min | max |\n|---|---:|---:|---:|---:|---:|")
+        print(
+            "| span, steps | published: a batch every step, plain | defaults | ratio | min | max |\n|---|---:|---:|---:|---:|---:|"
+        )
         for row in defaults(Recording.load(args.run, "tokens")):
             print("| {steps} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |".format(**row))
         return

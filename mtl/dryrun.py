@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mtl import engine, memory, model
 from mtl.config import Config
 from mtl.data.batches import Layout, ValidationCut
-from mtl.data.collate import deal
+from mtl.data.collate import deal, widened
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
 from mtl.data.plan import layout_for, mix_for, probe_every, steps_of
@@ -50,7 +50,7 @@ def cut(tasks: Sequence[TaskData], mix: Mix, layout: Layout, steps: int) -> Cut:
         lengths = [int(split.lengths[n]) for split, n in zip(splits, row, strict=True)]
         targets = [int(split.targets[n]) for split, n in zip(splits, row, strict=True)]
         ranks = deal(lengths, layout.world, layout.tokens, layout.row_length)
-        sizes = [_positions(micro, lengths) for rank in ranks for micro in rank]
+        sizes = [_positions(micro, lengths, layout.tokens) for rank in ranks for micro in rank]
         micros.append(len(ranks[0]))
         tokens.append(sum(lengths))
         positions.append(sum(sizes))
@@ -169,9 +169,9 @@ def _micros_of_part(tasks: Sequence[TaskData], cut: ValidationCut, layout: Layou
     return len(layout.deal([task.validation for task in tasks], *cut.examples(part)))
 
 
-def _positions(micro: list[list[int]], lengths: Sequence[int]) -> int:
-    """Of a collated micro-batch: rows times longest row; the dummy row of an empty one has two."""
-    return len(micro) * max(sum(lengths[i] for i in row) for row in micro) if micro else 2
+def _positions(micro: list[list[int]], lengths: Sequence[int], tokens: int) -> int:
+    """Of a collated micro-batch: rows times longest row, which is widened; the dummy row of an empty one has two."""
+    return len(micro) * widened(len(micro), max(sum(lengths[i] for i in row) for row in micro), tokens) if micro else 2
 
 
 def _span(values: np.ndarray) -> str:

@@ -71,7 +71,7 @@ def _keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):  # no glibc: nothing lost but time
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: everything from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def device() -> torch.device:

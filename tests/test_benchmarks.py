@@ -58,6 +58,7 @@ def both(folder: str) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     made = bench.Bench(base(Path(folder)), {"ours": sys.executable}, Path(folder) / "work", STEPS)
     settings = {"ours": bench.ours("Tokens"), "padded": bench.sft("fp32"), "padding-free": bench.flat("fp32")}
+    settings["ours"]["model"]["compile"] = False  # tests/test_compile.py is about that, and takes minutes
     config = plugins.read(str(made.yaml_of("ours", settings["ours"])), [], [])
     rows = Path(folder) / "rows.json"
     rows.write_text(json.dumps(ours.rows(config)[:STEPS]))
@@ -126,7 +127,7 @@ def test_the_table_takes_ratios_within_rounds(tmp_path):
         return {"about": {}, "same_rows": True, "turns": [{**made, "seconds": s} for s in (99.0, *seconds)]}
 
     results = {
-        "date": "2026-01-01", "commit": "abc", "rounds": 3, "steps": 1, "checked": ["that"],
+        "date": "2026-01-01", "commit": "abc", "rounds": 3, "steps": 1, "warmup": 8, "checked": ["that"],
         "machine": {"processor": "p", "cores": 2, "versions": {"torch": "2"}},
         "groups": {
             "packed fp32": {"ours": turns(1.0, 2.0, 4.0), "TRL": turns(2.0, 3.0, 16.0)},

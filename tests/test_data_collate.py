@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.data.batches import Layout, TrainBatches, ValidationCut
-from mtl.data.collate import collate, deal, row_length_for
+from mtl.data.collate import TILES, collate, deal, row_length_for, widened
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
 
@@ -74,6 +74,40 @@ def test_deal_refuses_what_does_not_fit():
         deal([3, 11], 1, 10, 8)
     with pytest.raises(ValueError, match=r"row_length 12, wanted at most batch.tokens = 10"):
         deal([3], 1, 10, 12)
+
+
+@given(st.integers(1, 40), st.integers(2, 600), st.integers(0, 5000))
+def test_rows_are_widened_to_whole_tiles(rows, width, more):
+    tokens = rows * width + more
+    wider = widened(rows, width, tokens)
+    assert width <= wider and rows * wider <= tokens and 8 * wider <= 9 * width
+    fits = [n for n in range(width, 9 * width // 8 + 1) if rows * n <= tokens]
+    for tile in TILES:  # the first tile that any width allows, and its least width
+        whole = [n for n in fits if rows * n % tile == 0]
+        if whole:
+            assert wider == whole[0]
+            return
+    assert wider == width
+
+
+def test_packed_rows_fill_whole_tiles_with_little_padding():
+    """16 rows of the quickstart's kind: as many rows of whatever length waste least, not as few as a row length allows."""
+    rng = np.random.default_rng(0)
+    share, odd = [], 0
+    for _ in range(100):
+        lengths = np.maximum(5, rng.choice([45, 19, 28, 43, 22, 33], 16) + rng.integers(-10, 20, 16)).tolist()
+        ((micro,),) = deal(lengths, 1, 1024, 256)
+        width = widened(len(micro), max(sum(lengths[i] for i in row) for row in micro), 1024)
+        share.append(len(micro) * width / sum(lengths))
+        odd += len(micro) * width % 32 > 0
+    assert np.mean(share) < 1.05 and max(share) < 1.13
+    assert odd <= 5
+
+
+def test_flash_attention_gets_one_row_a_micro_batch():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 120, 64).tolist()
+    assert [[len(micro) for micro in rank] for rank in deal(lengths, 2, 1024, 1024)] == [[1] * 3] * 2
 
 
 def test_row_length():

@@ -52,7 +52,7 @@ class Layout:
             k, n = int(task[i]), int(row[i])
             return splits[k].ids(n), splits[k].target(n), k
 
-        return collate([[piece(i) for i in indices] for indices in micro], self.pad_id, self.packed, most)
+        return collate([[piece(i) for i in indices] for indices in micro], self.pad_id, self.packed, most, self.tokens)
 
 
 class TrainBatches:

@@ -6,10 +6,15 @@ The cut changes speed and memory, never the loss: per-task sums over all micro-b
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from math import gcd, inf
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Matrix products like positions in whole tiles: on AMX cores those of 530 positions take a quarter longer than those of 544, and
+# GPUs' tensor cores are alike. The first of these that costs few positions.
+TILES = 32, 16, 8
 
 Piece = tuple[np.ndarray, np.ndarray, int]  # ids (n,), target mask (n,) bool, task
 Row = list[int]  # indices of the examples that share a row
@@ -45,10 +50,12 @@ class MicroBatch:
         return MicroBatch(*(change(value) if isinstance(value, Tensor) else value for value in values))
 
 
-def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: int = 0) -> MicroBatch:
+def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: int = 0, tokens: int | None = None) -> MicroBatch:
     """Lay rows of examples out as one micro-batch; no rows at all give one dummy row without targets.
 
-    `most`: target tokens of the rank that has most of them in this forward, where it may be another.
+    Args:
+        most: target tokens of the rank that has most of them in this forward, where it may be another.
+        tokens: the most positions there may be; where given, rows are made somewhat longer for the sake of `TILES`.
 
     Padded (one example a row): padding stands on the right and is masked by length, never by id: pad is often eos.
     Packed (any number of examples a row): position ids restart with each example, and no mask is given, which is how
@@ -58,6 +65,8 @@ def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: in
     assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
     # Two positions: the shortest sequence that every attention implementation accepts and packing detection can read.
     width = max((sum(len(ids) for ids, _, _ in row) for row in rows), default=2)
+    if rows and tokens is not None:
+        width = widened(len(rows), width, tokens)
     shape = max(1, len(rows)), width
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
@@ -87,6 +96,16 @@ def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: in
     )
 
 
+def widened(rows: int, width: int, tokens: int) -> int:
+    """A width from `width` on, for so many rows to hold whole tiles: an eighth more at the most, and `tokens` positions."""
+    for tile in TILES:
+        step = tile // gcd(tile, rows)
+        wider = _ceil(width, step) * step
+        if 8 * wider <= 9 * width and rows * wider <= tokens:
+            return wider
+    return width
+
+
 def deal(lengths: Sequence[int], world: int, tokens: int, row_length: int | None = None) -> list[list[Micro]]:
     """Cut examples into rows, rows into micro-batches, and deal these over ranks. Pure arithmetic on the lengths.
 
@@ -113,10 +132,7 @@ def deal(lengths: Sequence[int], world: int, tokens: int, row_length: int | None
     if row_length is None:
         rows = [[i] for i in order]
     else:
-        # As many rows as are needed, brought to a multiple of the world and then filled evenly instead of in turn.
-        most = _ceil(len(_pack(lengths, order, row_length)), world) * world
-        size = _least(longest, row_length, lambda size: len(_pack(lengths, order, size)) <= most)
-        rows = _pack(lengths, order, size)
+        rows = _fill(lengths, order, world, tokens, row_length) if order else []
     widths = [sum(lengths[i] for i in row) for row in rows]
     cuts = sorted(_cut(widths, world, tokens), key=lambda cut: -(cut.stop - cut.start) * sum(widths[cut.start :][:1]))
     # Back and forth over the ranks: largest first, so a round's differences are taken back by the next, smaller ones.
@@ -124,12 +140,43 @@ def deal(lengths: Sequence[int], world: int, tokens: int, row_length: int | None
     return [[rows[turn[rank]] for turn in turns] for rank in range(world)]
 
 
-def row_length_for(longest: int, tokens: int, dense_mask: bool) -> int:
-    """The length of packed rows when the user names none.
+def _fill(lengths: Sequence[int], order: Sequence[int], world: int, tokens: int, row_length: int) -> list[Row]:
+    """Pack the examples into a multiple of `world` rows (or fewer than that, where examples are few), filled evenly.
 
-    Kernels that build a dense L x L mask (sdpa, eager) want rows about as long as the longest example: 4,096 tokens of
-    64-token sequences took 0.22 s in rows of 512 and 0.75 s in one row, while rows below 256 are slower by their
-    number. FlashAttention's variable-length kernel takes exactly one row.
+    One row a micro-batch where a row may be as long as that (FlashAttention). Else the number of rows with the fewest positions,
+    counting what tiles and attention cost: with a dense mask, rows of 256 tokens take an eighth longer than the shortest.
+    """
+    fewest, total, longest = _ceil(len(_pack(lengths, order, row_length)), world) * world, sum(lengths), lengths[order[0]]
+
+    def packed(count: int) -> list[Row]:
+        return _pack(lengths, order, _least(longest, row_length, lambda size: len(_pack(lengths, order, size)) <= count))
+
+    def cost(count: int, size: int) -> float:
+        mine = _ceil(count, world)
+        each = _ceil(mine, _ceil(mine * size, tokens))  # rows of a micro-batch
+        positions = each * widened(each, size, tokens)
+        slower = 1.06 if positions % TILES[0] else 1.0
+        return _ceil(mine, each) * positions * slower * (1 + size / 2048)
+
+    if row_length == tokens:
+        return packed(fewest)
+    most = max(fewest, _ceil(total, longest) + world)
+    # Were rows filled to the last position. The packings themselves are made in this order until none can be better.
+    promised = sorted((cost(count, max(longest, _ceil(total, count))), count) for count in range(fewest, most + 1, world))
+    best: tuple[float, list[Row]] = (inf, [])
+    for bound, count in promised[:8]:
+        if bound < best[0]:
+            rows = packed(count)
+            best = min(best, (cost(len(rows), sum(lengths[i] for i in rows[0])), rows), key=lambda each: each[0])
+    return best[1]
+
+
+def row_length_for(longest: int, tokens: int, dense_mask: bool) -> int:
+    """The most tokens of a packed row when the user names none.
+
+    Kernels that build a dense L x L mask (sdpa, eager) want rows not much longer than the longest example: 4,096 tokens of
+    64-token sequences took 0.22 s in rows of 512 and 0.75 s in one row. FlashAttention's variable-length kernel takes exactly
+    one row.
     """
     return min(tokens, max(longest, 256)) if dense_mask else tokens
 
