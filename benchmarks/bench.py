@@ -10,6 +10,7 @@ are taken within a round. What must be equal is checked, and a violation ends th
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import os
 import platform
@@ -116,25 +117,31 @@ def flat(precision: str, **more: Any) -> Settings:
     return sft(precision, padding_free=True, max_length=None, gradient_checkpointing=False, **more)
 
 
+def mine(precision: str) -> dict[str, Settings]:
+    """Ours in a peer's precision; where that is autocast over fp32 weights, beside our own default of as many fp32 master weights."""
+    if precision == "fp32":
+        return {"ours": ours("Tokens", precision)}
+    return {"ours": ours("Tokens", "bf16"), "ours, autocast": ours("Tokens", precision)}
+
+
 def packed(precision: str) -> dict[str, Settings]:
     return {
-        "ours": ours("Tokens", precision),
+        **mine(precision),
         "TRL packing": packing(precision, 512, 1),
         "TRL packing, compiled": packing(precision, 512, 1, torch_compile=True),
-        "TRL padding-free": flat(precision),
     }
 
 
 def padded(precision: str) -> dict[str, Settings]:
     return {
-        "ours": ours("Tokens", precision),
+        "ours": mine(precision)["ours"],
         "TRL padded, default": sft(precision),
         "TRL padded, no checkpointing": sft(precision, gradient_checkpointing=False),
     }
 
 
 def full_logits(precision: str) -> dict[str, Settings]:
-    return {"ours": ours("Tokens", precision), "Trainer padded, full logits": sft(precision, trainer="full_logits")}
+    return {"ours": mine(precision)["ours"], "Trainer padded, full logits": sft(precision, trainer="full_logits")}
 
 
 def balancers(precision: str, lora: bool) -> dict[str, Settings]:
@@ -153,7 +160,6 @@ GROUPS: dict[str, Callable[[], dict[str, Settings]]] = {
     "padded bf16": lambda: padded("bf16_autocast"),
     "full logits fp32": lambda: full_logits("fp32"),
     "full logits bf16": lambda: full_logits("bf16_autocast"),
-    "weights bf16": lambda: {"autocast": ours("Tokens", "bf16_autocast"), "bf16 weights": ours("Tokens", "bf16")},
     "balancers": lambda: balancers("bf16", lora=False),
     "balancers, LoRA": lambda: balancers("bf16", lora=True),
 }
@@ -165,7 +171,7 @@ SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
     },
     "search kernels": lambda: {
         "sdpa": packing("bf16_autocast", 512, 1), "eager": packing("bf16_autocast", 512, 1, attention="eager"),
-        "sdpa, default malloc": packing("bf16_autocast", 512, 1, malloc=False),
+        "sdpa, default malloc": packing("bf16_autocast", 512, 1, malloc=False), "padding-free": flat("bf16_autocast"),
     },
     "search compiled": lambda: {
         "sdpa": packing("bf16_autocast", 512, 1, torch_compile=True),
@@ -268,6 +274,13 @@ def on_average(turn: Settings, contender: Settings, steps: int) -> Settings:
     return turn
 
 
+def evened(contender: Settings) -> Settings:
+    """Its turns with as many target tokens each as they have on average, for comparison with a peer that packs."""
+    turns = contender["turns"][1:]
+    mean = statistics.fmean(turn["tokens"] for turn in turns)
+    return {**contender, "turns": [contender["turns"][0], *({**turn, "tokens": mean} for turn in turns)]}
+
+
 def rate(turn: Settings) -> float:
     """Target tokens per second."""
     return turn["tokens"] / turn["seconds"]
@@ -350,12 +363,12 @@ def tables(results: Settings) -> str:
     for group, found in groups.items():
         if "ours" in found:
             reach = 1.4 if group.startswith("packed") else 2.7
-            for name in [n for n in found if n != "ours"]:
-                times = spread(ratios(found["ours"], found[name], rate), "{:.2f}x")
-                row(f"target tokens/s, {group.split()[-1]}", name, f">= {reach}x", times)
-        elif group == "weights bf16":
-            times = spread(ratios(found["bf16 weights"], found["autocast"], rate), "{:.2f}x")
-            row("target tokens/s, bf16 weights", "ours under autocast", "", times)
+            for own_name, peer in itertools.product(found, found):
+                if own_name.startswith("ours") and not peer.startswith("ours"):
+                    ours_turns = found[own_name] if found[peer]["same_rows"] else evened(found[own_name])
+                    times = spread(ratios(ours_turns, found[peer], rate), "{:.2f}x")
+                    what = "bf16" + own_name.removeprefix("ours") if "bf16" in group else group.split()[-1]
+                    row(f"target tokens/s, {what}", peer, f">= {reach}x", times)
         elif group.startswith("balancers"):
             method = "LoRA" if "LoRA" in group else "full"
             for name in [n for n in found if n != "Equal"]:

@@ -70,7 +70,7 @@ def errors(run: Recording, probes: int, rows: int) -> dict[str, float]:
 
 
 TRAINED = 16 / 6  # rows a task in a training batch: the benchmark's 16 examples of 6 tasks
-EVERY, GROUPS, EXAMPLES = 4, 10, 4  # the trainer's defaults for such a batch
+EVERY, GROUPS, EXAMPLES = 4, 10, 3  # the trainer's defaults for such a batch
 SPANS = (80, 112)  # optimizer steps; panel slopes need every group twice, so 4 * 2 * 10 at least
 
 

@@ -147,7 +147,10 @@ class Model(Section):
     """Compute activations again in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile of the model's blocks, for lengths that vary; zero 0-2. The first steps take up to minutes longer: worth it
-    where you have measured that the others are faster by more. Needs a C++ compiler; on a GPU Triton."""
+    where the others are faster by more (on CPUs by a quarter, benchmarks/README.md). Needs a C++ compiler; on a GPU Triton."""
+    loss_kernel: Literal["liger"] | None = None
+    """liger: Liger's fused head and cross-entropy (extra `liger`; a GPU, zero 0-2, a head that is one linear module); null: the
+    head in slices, in plain torch. Both compute target positions only and never hold all logits."""
     chat_template: TextPath | None = None
     """File with a Jinja template that replaces the tokenizer's; null: the tokenizer's own."""
     lora: Lora | None = None
@@ -257,7 +260,7 @@ class Probe(Section):
     trained on."""
     groups: Count = 10
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
-    examples: Count | None = 4
+    examples: Count | None = 3
     """Examples of each task in a group; null deals all validation rows out to the groups."""
 
 
@@ -557,6 +560,13 @@ def _compile(get: Get) -> Iterator[Finding]:
         yield ("model", "compile"), "true", "false at engine.zero 3", hint
 
 
+def _kernel(get: Get) -> Iterator[Finding]:
+    kernel = get("model", "loss_kernel")
+    if kernel and get("engine", "zero") == 3:
+        hint = "The kernel reads the head's weights by itself, which there are in parts: leave it out, the head runs in slices."
+        yield ("model", "loss_kernel"), kernel, "null at engine.zero 3", hint
+
+
 def _gram(get: Get) -> Iterator[Finding]:
     params = get("gram", "params")
     try:
@@ -572,7 +582,7 @@ def _export(get: Get) -> Iterator[Finding]:
         yield ("export", "which"), "best", "last or none", "With checkpoint.best: false the best one is not kept."
 
 
-RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _quantize, _compile, _gram, _export)
+RULES = (_length, _best, _temperature, _lengths, _evaluation, _momentum, _offload, _quantize, _compile, _kernel, _gram, _export)
 TASK_RULES = (_name, _share)
 
 

@@ -275,7 +275,7 @@ class Engine:
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         say: Callable[[str], None] = lambda text: None,
     ):
-        head.install(model)
+        head.install(model, config.model.loss_kernel)
         self.world = comm.world()
         if zero_stage(config) != config.engine.zero:
             say(f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: fp32 master weights for bf16 start there")

@@ -55,7 +55,7 @@ def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
     return causal, name
 
 
-def install(model: nn.Module) -> None:
+def install(model: nn.Module, kernel: str | None = None) -> None:
     """Let `model.forward` take `targets=Targets(...)`: then `loss` in its outputs is (T,) float32, in nats, and `logits` None.
 
     Without `targets` it answers as before. The `forward` of this one object is wrapped, not its class's.
@@ -63,17 +63,39 @@ def install(model: nn.Module) -> None:
     The first slice is computed with the decoder; any further one is computed again in the backward pass, so that one slice's
     logits are held at a time. Padded or packed makes no difference here.
 
+    Args:
+        kernel: "liger": Liger's fused linear cross-entropy in place of slices. The first forward raises ValueError if the model's
+            head does more than multiply (a scale, a soft cap), which the kernel would leave out.
+
     Raises:
-        TypeError: as `decoder_of`.
+        TypeError: as `decoder_of`; or the head is no plain linear module, and a kernel is asked for.
     """
     causal, name = decoder_of(model)
     plain = causal.forward
+    fused = _Fused(causal) if kernel else None
 
     @functools.wraps(plain)
     def forward(*args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
         if targets is None:
             return plain(*args, **kwargs)
         decoder, answers = causal.get_submodule(name), []
+        if fused is not None and len(targets.at):
+
+            def one(*args: Any, **kwargs: Any) -> Any:
+                answer = decoder(*args, **kwargs)
+                answers.extend([answer, answer.last_hidden_state.flatten(0, 1).index_select(0, targets.at)])
+                return _with_hidden(answer, answers[1][:1])  # the rest of `plain`, such as a router's loss, is wanted too
+
+            def large() -> tuple[Tensor, Tensor]:
+                hidden = 16 * answers[1][:1].detach()
+                with _standing_in(causal, name, lambda *args, **kwargs: _with_hidden(answers[0], hidden)):
+                    return hidden, plain(*args, **kwargs).logits[0]
+
+            with _standing_in(causal, name, one):
+                outputs = plain(*args, **kwargs)
+            outputs.loss, outputs.logits = fused(answers[1], targets.labels, large), None
+            return outputs
+
         parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
         labels = targets.labels.tensor_split(parts)
 
@@ -97,6 +119,33 @@ def install(model: nn.Module) -> None:
         return outputs
 
     causal.forward = forward
+
+
+class _Fused:
+    """Liger's fused head and cross-entropy: token losses from hidden states, without logits in memory."""
+
+    def __init__(self, causal: nn.Module):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # here: an extra
+
+        self._kernel, self._causal, self._is_checked = liger_fused_linear_cross_entropy, causal, False
+        if type(causal.get_output_embeddings()) is not nn.Linear:
+            found = type(causal.get_output_embeddings()).__name__
+            raise TypeError(f"{type(causal).__name__}'s head is a {found}, wanted a plain linear module for the fused kernel")
+
+    def __call__(self, hidden: Tensor, labels: Tensor, large: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """(T,) float32 losses. `large`: large hidden states, and the logits that the model's own code makes of them."""
+        head = self._causal.get_output_embeddings()
+        if not self._is_checked:
+            with torch.no_grad():
+                states, logits = large()
+                wanted = head(states).float()
+            if not torch.allclose(logits.float(), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+                raise ValueError(
+                    f"model.loss_kernel: liger: {type(self._causal).__name__} scales or caps its logits, which the kernel would "
+                    "leave out. Leave the key out: the head then runs in slices, with the model's own code."
+                )
+            self._is_checked = True
+        return self._kernel(hidden, head.weight, labels, head.bias, reduction="none", accum_dtype=torch.float32).float()
 
 
 class _StandIn(nn.Module):

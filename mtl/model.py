@@ -171,6 +171,8 @@ def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase)
     _fit_embeddings(model, config, len(tokenizer))
     if config.model.lora is not None:
         model = _add_lora(model, config)
+    if config.model.loss_kernel:
+        _look_for_liger(model, config)
     if config.model.activation_checkpointing:
         # Reentrant checkpointing cannot give per-task gradients, and needs inputs that require gradients.
         enable = (
@@ -180,6 +182,18 @@ def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase)
     if config.model.compile and not next(model.parameters()).is_meta:
         _compile_blocks(model, config)
     return model
+
+
+def _look_for_liger(model: nn.Module, config: Config) -> None:
+    """Raise ModelError where Liger's fused loss cannot run."""
+    place = f"{config.where('model.loss_kernel')}: model.loss_kernel: liger"
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ModelError(f"{place} needs liger-kernel, which is not installed. Run: pip install 'coba-mtl[liger]'.")
+    if engine.device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ModelError(f"{place} needs a GPU, found a CPU. Leave the key out: the head then runs in slices.")
+    part = head.decoder_of(model)[0].get_output_embeddings()
+    if type(part) is not nn.Linear:
+        raise ModelError(f"{place} needs a head that is one linear module without an adapter, found a {type(part).__name__}.")
 
 
 def _compile_blocks(model: nn.Module, config: Config) -> None:

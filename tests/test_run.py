@@ -313,4 +313,5 @@ def test_settle_shares_the_cores(monkeypatch, given, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     process.settle()
     assert os.environ["OMP_NUM_THREADS"] == threads
-    assert os.environ["OMP_WAIT_POLICY"] == "passive" and os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert os.environ["OMP_WAIT_POLICY"] == "passive" and os.environ["GOMP_SPINCOUNT"] == "20000"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
