@@ -361,7 +361,7 @@ def tables(results: Settings) -> str:
 
     groups = results["groups"]
     for group, found in groups.items():
-        if "ours" in found:
+        if any(name.startswith("ours") for name in found):
             reach = 1.4 if group.startswith("packed") else 2.7
             for own_name, peer in itertools.product(found, found):
                 if own_name.startswith("ours") and not peer.startswith("ours"):

@@ -208,7 +208,8 @@ class Batch(Section):
     packing: Literal["auto"] | bool = "auto"
     """Several examples in one row, none seeing another; auto: where the model is found to keep them apart."""
     row_length: Count | None = None
-    """Token positions of a packed row; null: chosen from the attention kernel and the longest example."""
+    """The most token positions of a packed row; null: chosen from the attention kernel and the longest example. Rows are as long, up
+    to this, as leaves least padding; one a micro-batch where it equals `tokens`."""
 
 
 class Train(Section):
@@ -260,7 +261,7 @@ class Probe(Section):
     trained on."""
     groups: Count = 10
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
-    examples: Count | None = 3
+    examples: Count | None = 4
     """Examples of each task in a group; null deals all validation rows out to the groups."""
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
-from test_head import GROUPED, MODELS, SIZES, gradients, inputs, llama, lora_on_the_head
+from test_head import GROUPED, MODELS, gradients, inputs, lora_on_the_head
 
 from mtl import head, model
 from mtl.config import ConfigError, parse
@@ -84,7 +84,7 @@ def test_a_mild_soft_cap_is_seen():
 
 
 def test_an_adapter_on_the_head_is_refused():
-    with pytest.raises(TypeError, match="head is a Linear, wanted a plain linear module|head is a LoraLinear|head is a"):
+    with pytest.raises(TypeError, match="LlamaForCausalLM's head is a .*, wanted a plain linear module"):
         head.install(lora_on_the_head(), "liger")
 
 
