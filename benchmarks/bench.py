@@ -179,8 +179,7 @@ SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
         "256 x 2": packing("bf16_autocast", 256, 2, torch_compile=True),
     },
     "search bf16": lambda: {
-        "256 x 2": packing("bf16_autocast", 256, 2), "512 x 1": packing("bf16_autocast", 512, 1),
-        "padding-free": flat("bf16_autocast"), "Trainer, flattening": sft("bf16_autocast", trainer="flattening"),
+        "256 x 2": packing("bf16_autocast", 256, 2), "Trainer, flattening": sft("bf16_autocast", trainer="flattening"),
     },
 }  # fmt: skip
 

@@ -121,6 +121,16 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
     causal.forward = forward
 
 
+def linear_head(causal: nn.Module) -> nn.Linear:
+    """The head of a causal language model, where that is all of it. Raises TypeError: it is another module, or has an adapter."""
+    found = causal.get_output_embeddings()
+    if type(found) is not nn.Linear:
+        raise TypeError(
+            f"{type(causal).__name__}'s head is a {type(found).__name__}, wanted a plain linear module for the fused kernel"
+        )
+    return found
+
+
 class _Fused:
     """Liger's fused head and cross-entropy: token losses from hidden states, without logits in memory."""
 
@@ -128,13 +138,11 @@ class _Fused:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # here: an extra
 
         self._kernel, self._causal, self._is_checked = liger_fused_linear_cross_entropy, causal, False
-        if type(causal.get_output_embeddings()) is not nn.Linear:
-            found = type(causal.get_output_embeddings()).__name__
-            raise TypeError(f"{type(causal).__name__}'s head is a {found}, wanted a plain linear module for the fused kernel")
+        linear_head(causal)
 
     def __call__(self, hidden: Tensor, labels: Tensor, large: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         """(T,) float32 losses. `large`: large hidden states, and the logits that the model's own code makes of them."""
-        head = self._causal.get_output_embeddings()
+        head = linear_head(self._causal)
         if not self._is_checked:
             with torch.no_grad():
                 states, logits = large()

@@ -191,9 +191,12 @@ def _look_for_liger(model: nn.Module, config: Config) -> None:
         raise ModelError(f"{place} needs liger-kernel, which is not installed. Run: pip install 'coba-mtl[liger]'.")
     if engine.device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ModelError(f"{place} needs a GPU, found a CPU. Leave the key out: the head then runs in slices.")
-    part = head.decoder_of(model)[0].get_output_embeddings()
-    if type(part) is not nn.Linear:
-        raise ModelError(f"{place} needs a head that is one linear module without an adapter, found a {type(part).__name__}.")
+    causal, _ = head.decoder_of(model)
+    try:
+        head.linear_head(causal)
+    except TypeError as e:
+        found = type(causal.get_output_embeddings()).__name__
+        raise ModelError(f"{place} needs a head that is one linear module without an adapter, found a {found}.") from e
 
 
 def _compile_blocks(model: nn.Module, config: Config) -> None:

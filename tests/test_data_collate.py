@@ -149,6 +149,20 @@ def test_collate_packed():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_batches_fill_whole_tiles_where_there_is_room(packed):
+    """Rows of 62 tokens are made 64 long, through the layout that training and validation share, and lose no target."""
+    ids = [int(n) for n in np.arange(3, 65)]
+    split = Encoded.of([(ids, [False] + [True] * 61)] * 2)
+    task, row = np.zeros(2, np.int64), np.arange(2)
+    for tokens, width in ((128, 64), (126, 62)):
+        layout = Layout(1, 0, tokens, 257, packed, 62 if packed else None)
+        ((micro, most),) = layout.deal([split], task, row)
+        batch = layout.collate(micro, most, [split], task, row)
+        assert batch.input_ids.shape == (2, width) and (batch.input_ids[:, 62:] == 257).all()
+        assert batch.labels.tolist() == ids[1:] * 2 and batch.input_ids.flatten()[batch.at].tolist() == ids[:-1] * 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_to_moves_everything_there_is(packed):
     moved = collate([[A]], pad_id=0, packed=packed).to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
