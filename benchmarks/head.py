@@ -49,13 +49,12 @@ def peak_of(case: str, positions: int, vocabulary: int, hidden: int, targets: fl
     rows = [[(rng.integers(0, vocabulary, width), wanted, 0)] for _ in range(positions // width)]
 
     def step(rows: list) -> float:
-        batch = collate(rows, 0, packed=False).to(device)
         if case == "full":
-            labels = torch.full_like(batch.input_ids, -100)
-            labels.flatten()[batch.at + 1] = batch.labels
-            loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+            ids = torch.from_numpy(np.stack([ids for ((ids, _, _),) in rows])).to(device)
+            target = torch.from_numpy(np.stack([target for ((_, target, _),) in rows])).to(device)
+            loss = model(input_ids=ids, labels=ids.masked_fill(~target, -100)).loss
         else:
-            terms = causal_lm(model, batch, 1)
+            terms = causal_lm(model, collate(rows, 0, packed=False).to(device), 1)
             loss = terms.sums.sum() / terms.counts.sum()
         loss.backward()
         return float(loss.detach())

@@ -23,7 +23,9 @@ def main(steps: int = 60) -> Balance:
         loss.backward()
         optimizer.step()
         balance.end()  #
-    print(f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist(), strict=True))}, weights {balance.weights.round(3).tolist()}")
+    print(
+        f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist(), strict=True))}, weights {balance.weights.round(3).tolist()}"
+    )
     return balance
 
 

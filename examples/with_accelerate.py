@@ -36,7 +36,9 @@ def main(steps: int = 40, micro_batches: int = 2, cpu: bool = False) -> Balance:
         optimizer.step()
         optimizer.zero_grad()
         balance.end()
-    accelerator.print(f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist(), strict=True))}, weights {balance.weights.round(3)}")
+    accelerator.print(
+        f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist(), strict=True))}, weights {balance.weights.round(3)}"
+    )
     return balance
 
 

@@ -47,7 +47,7 @@ def cut(tasks: Sequence[TaskData], mix: Mix, layout: Layout, steps: int) -> Cut:
     for step in sorted({int(s) for s in np.linspace(0, steps - 1, min(steps, SAMPLED))}):
         task, row = mix.batch(step)
         splits = [tasks[k].train for k in task]
-        lengths = [int(split.lengths[n]) for split, n in zip(splits, row, strict=True)]
+        lengths = [int(split.positions[n]) for split, n in zip(splits, row, strict=True)]
         targets = [int(split.targets[n]) for split, n in zip(splits, row, strict=True)]
         ranks = deal(lengths, layout.world, layout.tokens, layout.row_length)
         sizes = [_positions(micro, lengths, layout.tokens) for rank in ranks for micro in rank]

@@ -89,7 +89,8 @@ def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str],
 
 def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:
     """(sum of lengths, vocabulary) float32: the sequences packed into one row, without autocast."""
-    row = [(ids, np.zeros(len(ids), dtype=bool), 0) for ids in sequences]
+    # Each with a last token more, which `collate` takes for what is only predicted.
+    row = [(np.append(ids, 0), np.zeros(len(ids) + 1, dtype=bool), 0) for ids in sequences]
     batch = collate([row], pad_id=0, packed=True).to(engine.device)
     logits = engine.module(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     return logits[0].float()

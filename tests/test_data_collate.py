@@ -68,9 +68,9 @@ def test_deal_with_more_ranks_than_examples():
 
 
 def test_deal_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"an example of 11 tokens, wanted at most batch.tokens = 10"):
+    with pytest.raises(ValueError, match=r"an example of 11 positions, wanted at most batch.tokens = 10"):
         deal([3, 11], 1, 10)
-    with pytest.raises(ValueError, match=r"an example of 11 tokens, wanted at most row_length = 8"):
+    with pytest.raises(ValueError, match=r"an example of 11 positions, wanted at most row_length = 8"):
         deal([3, 11], 1, 10, 8)
     with pytest.raises(ValueError, match=r"row_length 12, wanted at most batch.tokens = 10"):
         deal([3], 1, 10, 12)
@@ -124,15 +124,11 @@ C = (np.array([4, 9, 9, 5], np.int32), np.array([False, False, True, False]), 1)
 
 def test_collate_padded():
     batch = collate([[A], [C], [B]], pad_id=9, packed=False)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 9], [4, 9, 9, 5], [9, 8, 9, 9]]
+    assert batch.input_ids.tolist() == [[1, 2, 9], [4, 9, 9], [9, 9, 9]]
     # By length: 9 is data as well as padding.
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert [row[:n] for row, n in zip(batch.position_ids.tolist(), (3, 4, 2), strict=True)] == [
-        [0, 1, 2],
-        [0, 1, 2, 3],
-        [0, 1],
-    ]
-    assert batch.at.tolist() == [0, 1, 5, 8] and batch.most == 4
+    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert [row[:n] for row, n in zip(batch.position_ids.tolist(), (2, 3, 1), strict=True)] == [[0, 1], [0, 1, 2], [0]]
+    assert batch.at.tolist() == [0, 1, 4, 6] and batch.most == 4
     assert batch.labels.tolist() == [2, 3, 9, 8] and batch.task.tolist() == [0, 0, 1, 2]
     assert batch.counts(4).tolist() == [2, 1, 1, 0]
     assert {batch.input_ids.dtype, batch.position_ids.dtype, batch.labels.dtype, batch.task.dtype} == {torch.int64}
@@ -140,19 +136,19 @@ def test_collate_padded():
 
 def test_collate_packed():
     batch = collate([[A, B, B], [C]], pad_id=0, packed=True)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 9, 8, 9, 8], [4, 9, 9, 5, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
+    assert batch.input_ids.tolist() == [[1, 2, 9, 9], [4, 9, 9, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 0], [0, 1, 2, 0]]
     assert batch.attention_mask is None
-    assert batch.at.tolist() == [0, 1, 3, 5, 8] and batch.most == 5
+    assert batch.at.tolist() == [0, 1, 2, 3, 5] and batch.most == 5
     assert collate([[A, B, B], [C]], pad_id=0, packed=True, most=9).most == 9
     assert batch.labels.tolist() == [2, 3, 8, 8, 9] and batch.task.tolist() == [0, 0, 2, 2, 1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_fill_whole_tiles_where_there_is_room(packed):
-    """Rows of 62 tokens are made 64 long, through the layout that training and validation share, and lose no target."""
-    ids = [int(n) for n in np.arange(3, 65)]
-    split = Encoded.of([(ids, [False] + [True] * 61)] * 2)
+    """Rows of 62 positions are made 64 long, through the layout that training and validation share, and lose no target."""
+    ids = [int(n) for n in np.arange(3, 66)]
+    split = Encoded.of([(ids, [False] + [True] * 62)] * 2)
     task, row = np.zeros(2, np.int64), np.arange(2)
     for tokens, width in ((128, 64), (126, 62)):
         layout = Layout(1, 0, tokens, 257, packed, 62 if packed else None)
@@ -237,7 +233,7 @@ def test_an_error_in_the_worker_is_raised_by_its_step():
     bad = next(step for step in range(7) if batches.mix.batch(step)[0][0] == 1)
     for step in set(range(7)) - {bad}:
         assert len(batches.batch(step)) == 1
-    with pytest.raises(ValueError, match="found an example of 40 tokens"):
+    with pytest.raises(ValueError, match="found an example of 39 positions"):
         batches.batch(bad)
     batches.close()
 
@@ -289,6 +285,16 @@ def test_groups_of_few_examples_are_fair_samples(groups, examples):
                     assert levels[low] <= mine <= levels[high - 1]
 
 
+@pytest.mark.parametrize(("examples", "counts"), [(5, [2, 2, 1]), (None, [4, 4, 2])])
+def test_every_group_has_a_classifiers_labels_in_their_proportion(examples, counts):
+    """20, 20 and 10 rows in random order whose answers, all of three tokens, differ in the second."""
+    labels = np.random.default_rng(2).permutation(np.repeat([7, 8, 9], [20, 20, 10]))
+    split = Encoded.of([([i, 4, int(n), 5], [False, True, True, True]) for i, n in enumerate(labels)])
+    cut = ValidationCut([TaskData("a", split, split)], 5, 0, Layout(1, 0, 64, 257), examples)
+    for group in range(5):
+        assert np.unique(labels[cut.rows(group)[0]], return_counts=True)[1].tolist() == counts
+
+
 def test_the_cut_follows_the_seed():
     tasks = toy_tasks({"a": 30, "b": 30})
     first, same, other = (ValidationCut(tasks, 3, seed, Layout(1, 0, 64, 257), 4) for seed in (0, 0, 1))
@@ -301,6 +307,7 @@ def test_the_cut_follows_the_seed():
 def test_encoded_in_memory():
     split = Encoded.of([([1, 2, 3], [False, True, False]), ([4, 5], [False, True])], name="here")
     assert len(split) == 2 and split.lengths.tolist() == [3, 2] and split.targets.tolist() == [1, 1]
+    assert split.answers.tolist() == [2 << 42, 5 << 42]
     assert split.ids(1).tolist() == [4, 5] and split.ids(1).dtype == np.int32
     assert split.target(0).tolist() == [False, True, False] and split.target(0).dtype == np.bool_
     assert split.where(1) == "here, row 2"

@@ -50,12 +50,22 @@ def test_text_trains_all_but_the_first_token():
 TALK = turns(("system", "be brief"), ("user", "hi"), ("assistant", "yo"), ("user", "and?"), ("assistant", "bye"))
 TALK_MARKED = (
     f"{START}system\nbe brief{END}\n{START}user\nhi{END}\n{START}assistant\n[yo{END}]\n"
-    f"{START}user\nand?{END}\n{START}assistant\n[bye{END}]\n"
+    f"{START}user\nand?{END}\n{START}assistant\n[bye{END}]"  # no loss depends on the template's last newline
 )
 
 
 def test_every_assistant_turn_is_a_target_with_its_end():
     assert marked(Encoder(TOK, 200), TALK) == TALK_MARKED
+
+
+def test_nothing_is_kept_behind_the_last_target():
+    """Nor does a question that no turn answers count against the length, or one that a cut has left alone."""
+    asked = turns(("user", "hi"), ("assistant", "yo"), ("user", "and?" * 20))
+    short = marked(Encoder(TOK, 200), turns(("user", "hi"), ("assistant", "yo")))
+    assert short.endswith(f"[yo{END}]") and marked(Encoder(TOK, 48), asked) == short
+    talk = Messages([*asked.messages, {"role": "assistant", "content": "bye"}])
+    made = Encoder(TOK, 80, "truncate")(talk)
+    assert made.cut and made.ids.tolist() == Encoder(TOK, 48)(asked).ids.tolist()
 
 
 def test_generation_tags_and_prefixes_agree():
@@ -84,7 +94,7 @@ def test_a_template_that_rewrites_earlier_turns_shows_the_turn():
     )
     encoder = Encoder(tokenizer(template=rewriting), 999)
     once = turns(("user", "a"), ("assistant", "<think>hm</think>b"))
-    assert marked(encoder, once).endswith(f"[<think>hm</think>b{END}]\n")
+    assert marked(encoder, once).endswith(f"[<think>hm</think>b{END}]")
     with pytest.raises(RowProblem, match=r"changes turn 2 \(assistant\) once more turns follow: .*think.* against") as e:
         encoder(Messages([*once.messages, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]))
     assert e.value.reason == "template"

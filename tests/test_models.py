@@ -63,8 +63,12 @@ def one_step(names: list[str]) -> list[dict[str, float]]:
         ids, target = rng.integers(0, 257, n).astype(np.int32), np.arange(n) >= 3
         rows.append([(ids, target, 0)])
     batch = collate(rows, 257, packed=False)
-    labels = torch.full_like(batch.input_ids, -100)
-    labels.view(-1)[batch.at + 1] = batch.labels
+    # Whole sequences, as transformers takes them; ours leave out the last token, which is only predicted.
+    whole = torch.full((3, 12), 257)
+    mask, labels = torch.zeros_like(whole), torch.full_like(whole, -100)
+    for i, ((ids, target, _),) in enumerate(rows):
+        whole[i, : len(ids)], mask[i, : len(ids)] = torch.from_numpy(ids), 1
+        labels[i, : len(ids)] = torch.from_numpy(np.where(target, ids, -100))
     found = []
     for name in names:
         mine = build(name)
@@ -72,7 +76,7 @@ def one_step(names: list[str]) -> list[dict[str, float]]:
         trained = engine.Engine(mine, config, model.optimizer(config))
         isolated = packing.measure(trained, 259)
         report = train_step(trained, causal_lm, fetch(lambda: [batch], 1), np.ones(1), 0.1, ["a"])
-        loss = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        loss = plain(input_ids=whole, attention_mask=mask, labels=labels).loss
         loss.backward()
         before = {n: p.detach().clone() for n, p in plain.named_parameters()}
         torch.optim.SGD(plain.parameters(), lr=0.1).step()
@@ -122,14 +126,9 @@ def router_steps(slices: int) -> dict[str, Any]:
 
     total, routed, tokens = 0.0, 0.0, sum(len(m.labels) for m in micros)
     for micro in micros:
-        labels = torch.full_like(micro.input_ids, -100)
-        labels.view(-1)[micro.at + 1] = micro.labels
-        outputs = plain(
-            input_ids=micro.input_ids, attention_mask=micro.attention_mask, labels=labels, output_router_logits=True
-        )
+        outputs = plain(input_ids=micro.input_ids, attention_mask=micro.attention_mask, output_router_logits=True)
         share = len(micro.labels) / tokens
-        # With labels transformers adds its own coefficient's part: taken out again, ours put in.
-        token_mean = outputs.loss - plain.router_aux_loss_coef * outputs.aux_loss
+        token_mean = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1)[micro.at], micro.labels)
         total, routed = total + share * token_mean, routed + share * ROUTED * outputs.aux_loss
     (total + routed).backward()
     torch.optim.SGD(plain.parameters(), lr=0.1).step()

@@ -215,4 +215,4 @@ def test_fetch_counts_targets_and_positions():
     ]
     batch = fetch(lambda: [collate([[row] for row in rows], 0, False), collate([], 0, False)], 3)
     assert batch.tokens.tolist() == [1, 0, 3] and batch.tokens.dtype == torch.int64
-    assert batch.positions == 2 * 5 + 2 and len(batch.micros) == 2
+    assert batch.positions == 2 * 4 + 2 and len(batch.micros) == 2

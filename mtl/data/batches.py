@@ -31,7 +31,7 @@ class Layout:
     def deal(self, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray) -> list[tuple[Micro, int]]:
         """This rank's part of `collate.deal` of some examples; with each micro-batch the most targets any rank has in it."""
         pairs = list(zip(task.tolist(), row.tolist(), strict=True))
-        dealt = deal([int(splits[k].lengths[n]) for k, n in pairs], self.world, self.tokens, self.row_length)
+        dealt = deal([int(splits[k].positions[n]) for k, n in pairs], self.world, self.tokens, self.row_length)
         targets = [int(splits[k].targets[n]) for k, n in pairs]
         most = [max(sum(targets[i] for row in micro for i in row) for micro in turn) for turn in zip(*dealt, strict=True)]
         return list(zip(dealt[self.rank], most, strict=True))
@@ -105,8 +105,9 @@ class TrainBatches:
 class ValidationCut:
     """Every task's validation rows, cut once into the same number of groups of whole examples, and what is left over.
 
-    A group is a fair sample of its task: rows are sorted by their target tokens and cut into strata, and each group has one
-    row of each stratum, drawn by a permutation keyed by seed and task. Neither world size nor layout change the cut.
+    A group is a fair sample of its task: rows are sorted by their number of target tokens and then by what these are, so that a
+    classifier's labels stand together, and cut into strata; each group has one row of each stratum, drawn by a permutation keyed
+    by seed and task. Neither world size nor layout change the cut.
 
     Args:
         tasks: K tasks.
@@ -119,14 +120,16 @@ class ValidationCut:
 
     Attributes:
         parts: the groups, and one more where rows are left over.
+        splits: the K tasks' validation rows.
     """
 
     def __init__(self, tasks: Sequence[TaskData], groups: int, seed: int, layout: Layout, examples: int | None = None):
-        self._splits = [task.validation for task in tasks]
-        self.groups = max(1, min(groups, *(len(split) // (examples or 1) for split in self._splits)))
+        self.splits = [task.validation for task in tasks]
+        self.groups = max(1, min(groups, *(len(split) // (examples or 1) for split in self.splits)))
         self.layout = layout
         self._rows = [
-            stratified(task.validation.targets, self.groups, examples, f"{seed}/{task.name}/validation") for task in tasks
+            stratified(split.targets, split.answers, self.groups, examples, f"{seed}/{task.name}/validation")
+            for task, split in zip(tasks, self.splits, strict=True)
         ]
         self.parts = self.groups + any(len(rows[self.groups]) for rows in self._rows)
         self._dealt: dict[int, list[tuple[Micro, int]]] = {}
@@ -144,13 +147,13 @@ class ValidationCut:
         """
         task, row = self.examples(group)
         if group not in self._dealt:  # the same every time, and the costly part where a group is large
-            self._dealt[group] = self.layout.deal(self._splits, task, row)
+            self._dealt[group] = self.layout.deal(self.splits, task, row)
         for micro in self._dealt[group]:
-            yield self.layout.collate(*micro, self._splits, task, row)
+            yield self.layout.collate(*micro, self.splits, task, row)
 
     def by_task(self, group: int) -> list[list[MicroBatch]]:
         """The examples of `group` task by task: K lists of this rank's micro-batches, each as long on every rank."""
-        return self.layout.by_task(self._splits, *self.examples(group))
+        return self.layout.by_task(self.splits, *self.examples(group))
 
     def examples(self, group: int) -> tuple[np.ndarray, np.ndarray]:
         """Task and row, (n,) int64 each, of the examples in group `group`."""
@@ -158,17 +161,17 @@ class ValidationCut:
         return np.repeat(np.arange(len(rows)), [len(some) for some in rows]), np.concatenate(rows)
 
 
-def stratified(targets: np.ndarray, groups: int, examples: int | None, key: str) -> list[np.ndarray]:
+def stratified(targets: np.ndarray, answers: np.ndarray, groups: int, examples: int | None, key: str) -> list[np.ndarray]:
     """Row numbers of `groups` groups of `examples` rows each, and of the rows left over: ascending, groups + 1 arrays.
 
     Args:
-        targets: (n,) target tokens of each row.
+        targets, answers: (n,) each, how many target tokens a row has, and what they are (`Encoded.answers`).
         examples: None deals out all rows.
         key: of the permutations.
     """
     n = len(targets)
     random = permutation(n, key)
-    order = random[np.argsort(targets[random], kind="stable")]  # rows of as many targets in random order
+    order = random[np.lexsort((answers[random], targets[random]))]  # rows alike in both in random order
     cuts = range(groups, n, groups) if examples is None else [n * i // examples for i in range(1, examples)]
     found = np.empty(n, dtype=np.int64)
     for i, stratum in enumerate(np.split(order, list(cuts))):

@@ -25,7 +25,7 @@ Micro = list[Row]
 class MicroBatch:
     """R rows of L token positions with T target tokens, the input of one forward on one rank."""
 
-    input_ids: Tensor  # (R, L) int64
+    input_ids: Tensor  # (R, L) int64, each example's tokens but the last, which nothing is predicted from
     position_ids: Tensor  # (R, L) int64, restart at 0 with each example
     attention_mask: Tensor | None  # (R, L) int64, 1 = token, where rows are padded; None where they are packed
     at: Tensor  # (T,) int64, ascending flat positions (row * L + column) that predict a target: the one before the target token
@@ -57,6 +57,7 @@ def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: in
         most: target tokens of the rank that has most of them in this forward, where it may be another.
         tokens: the most positions there may be; where given, rows are made somewhat longer for the sake of `TILES`.
 
+    An example of n tokens takes n - 1 positions: its last token is only predicted, and nothing from it.
     Padded (one example a row): padding stands on the right and is masked by length, never by id: pad is often eos.
     Packed (any number of examples a row): position ids restart with each example, and no mask is given, which is how
     transformers' models tell sequences apart; the tail of a short row is a segment of its own. The first token of an
@@ -64,35 +65,36 @@ def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: in
     """
     assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
     # Two positions: the shortest sequence that every attention implementation accepts and packing detection can read.
-    width = max((sum(len(ids) for ids, _, _ in row) for row in rows), default=2)
+    width = max(2, max((sum(len(ids) - 1 for ids, _, _ in row) for row in rows), default=2))
     if rows and tokens is not None:
         width = widened(len(rows), width, tokens)
     shape = max(1, len(rows)), width
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
-    target = np.zeros(shape, dtype=bool)
+    labels = np.full(shape, -1, dtype=np.int64)  # what a position predicts; -1 = nothing that counts
     task = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         end = 0
         for ids, wanted, k in row:
             assert not wanted[0], "the first token of an example has nothing before it to be predicted from"
-            start, end = end, end + len(ids)
-            input_ids[r, start:end], target[r, start:end], task[r, start:end] = ids, wanted, k
+            start, end = end, end + len(ids) - 1
+            input_ids[r, start:end], task[r, start:end] = ids[:-1], k
+            labels[r, start:end] = np.where(wanted[1:], ids[1:], -1)
             position_ids[r, start:end] = np.arange(end - start)
             mask[r, start:end] = 1
         position_ids[r, end:] = np.arange(width - end)
     if not rows:
         position_ids[0], mask[0] = np.arange(width), 1
-    labels = input_ids[target]
+    at = np.flatnonzero(labels >= 0)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         attention_mask=None if packed else torch.from_numpy(mask),
-        at=torch.from_numpy(np.flatnonzero(target) - 1),  # in the same row: no row begins with a target
-        labels=torch.from_numpy(labels),
-        task=torch.from_numpy(task[target]),
-        most=max(most, len(labels)),
+        at=torch.from_numpy(at),
+        labels=torch.from_numpy(labels.flat[at]),
+        task=torch.from_numpy(task.flat[at]),
+        most=max(most, len(at)),
     )
 
 
@@ -110,10 +112,10 @@ def deal(lengths: Sequence[int], world: int, tokens: int, row_length: int | None
     """Cut examples into rows, rows into micro-batches, and deal these over ranks. Pure arithmetic on the lengths.
 
     Args:
-        lengths: (n,) tokens of each example.
+        lengths: (n,) positions of each example.
         world: ranks. More ranks than examples is fine: the others get empty micro-batches.
         tokens: the most positions, padding included, of a micro-batch: rows times longest row.
-        row_length: None = one example a row; else examples are packed whole into rows of at most so many tokens.
+        row_length: None = one example a row; else examples are packed whole into rows of at most so many positions.
 
     Returns: [rank][micro][row] -> indices into `lengths`. Every index once; as many micro-batches on every rank, an
         empty list where a rank has none left (`collate` makes the dummy row); the largest first, so that what does not
@@ -127,7 +129,7 @@ def deal(lengths: Sequence[int], world: int, tokens: int, row_length: int | None
     longest = max(lengths, default=1)
     if longest > limit:
         name = "batch.tokens" if row_length is None else "row_length"
-        raise ValueError(f"found an example of {longest} tokens, wanted at most {name} = {limit}")
+        raise ValueError(f"found an example of {longest} positions, wanted at most {name} = {limit}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if row_length is None:
         rows = [[i] for i in order]

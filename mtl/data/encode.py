@@ -58,7 +58,7 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
 
 
 class Tokens(NamedTuple):
-    """An encoded example: n tokens, at least one of them a target, the first never."""
+    """An encoded example: n tokens, the last one a target, the first never."""
 
     ids: np.ndarray  # (n,) int32
     target: np.ndarray  # (n,) bool
@@ -111,6 +111,7 @@ class Encoder:
         target[:1] = False  # nothing stands before the first token
         if not target.any():
             raise RowProblem("no target", f"none of its {len(ids)} tokens is a target: the answer is empty")
+        ids, target = _needed(ids, target)
         length = len(ids)
         if length <= self.max_length:
             return Tokens(ids, target, False)
@@ -119,7 +120,7 @@ class Encoder:
         ids, target = ids[: self.max_length], target[: self.max_length]
         if not target.any():
             raise RowProblem("no target", f"cut at {self.max_length} of {length} tokens, which leaves no target")
-        return Tokens(ids, target, True)
+        return Tokens(*_needed(ids, target), True)
 
     def _completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
         if not completion:
@@ -206,3 +207,9 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no eos token, which must end an answer for the model to stop there")
         return self.tokenizer.eos_token_id
+
+
+def _needed(ids: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Without what stands behind the last target: no loss depends on it (a template's newline after a turn, a user's last turn)."""
+    end = int(np.flatnonzero(target)[-1]) + 1
+    return ids[:end], target[:end]

@@ -13,6 +13,7 @@ SCHEMA = pa.schema(
         "ids": pa.list_(pa.int32()),
         "target": pa.list_(pa.uint8()),  # not bool, which Arrow packs to bits: a memory-mapped view is wanted
         "targets": pa.int32(),
+        "answer": pa.int64(),
         "source": pa.int32(),  # which of the split's sources
         "row": pa.int64(),  # in it
     }
@@ -67,7 +68,9 @@ class Encoded:
 
     Attributes:
         lengths: (n,) int64, tokens of each row.
+        positions: (n,) int64, what each row takes in a forward: its last token is only predicted.
         targets: (n,) int64, target tokens of each row, >= 1.
+        answers: (n,) int64, each row's first three target ids as one number: the same for the same label.
         fingerprint: hexadecimal; equal for equal content, encoded in the same way.
         report: what became of the source's rows.
     """
@@ -77,7 +80,9 @@ class Encoded:
         self._ids = _Ragged(table.column("ids"), np.int32)
         self._target = _Ragged(table.column("target"), np.bool_)
         self.lengths = self._ids.lengths
+        self.positions = self.lengths - 1
         self.targets = table.column("targets").to_numpy().astype(np.int64)
+        self.answers = table.column("answer").to_numpy()
 
     @staticmethod
     def open(folder: Path, places: Sequence[Callable[[int], str]], fingerprint: str) -> "Encoded":
@@ -146,11 +151,18 @@ def record_batch(rows: Sequence[tuple[np.ndarray, np.ndarray, int, int]]) -> pa.
             pa.ListArray.from_arrays(offsets, flat),
             pa.ListArray.from_arrays(offsets, mask),
             pa.array([int(np.sum(t)) for t in target], pa.int32()),
+            pa.array([_answer(i[t.astype(bool)]) for i, t in zip(ids, target, strict=True)], pa.int64()),
             pa.array(source, pa.int32()),
             pa.array(row, pa.int64()),
         ],
         schema=SCHEMA,
     )
+
+
+def _answer(targets: np.ndarray) -> int:
+    """The first three of some ids, 21 bits each, in the order of the ids."""
+    padded = [*targets[:3].tolist(), 0, 0, 0]
+    return padded[0] << 42 | padded[1] << 21 | padded[2]
 
 
 def _rows(n: int) -> str:

@@ -46,6 +46,6 @@ def layout_for(
         packed: whether rows are packed (`batch.packing` and the model decide).
         tokens: `batch.tokens`, or that of evaluation.
     """
-    longest = max(int(split.lengths.max()) for task in tasks for split in (task.train, task.validation))
+    longest = max(int(split.positions.max()) for task in tasks for split in (task.train, task.validation))
     dense_mask = not (config.model.attention or "").startswith("flash")
     return Layout(world, rank, tokens, pad_id, packed, config.batch.row_length or row_length_for(longest, tokens, dense_mask))
