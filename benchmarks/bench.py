@@ -1,6 +1,6 @@
 """The trainer against what people run today, side by side on this machine: `make bench`.
 
-    python benchmarks/bench.py [--peer-python .venv-bench/bin/python] [--groups bf16 ...] [--rounds 7] [--steps 4]
+    python benchmarks/bench.py [--peer-python .venv-bench/bin/python] [--groups bf16 ...] [--rounds 7]
 
 Every group is a few processes that are ready at the same time and take their turns one after another (A B C A B C ...), so
 that what disturbs the machine disturbs all of them. Figures are medians over the rounds, with minimum and maximum; ratios
@@ -34,6 +34,7 @@ from turns import Contender
 
 LR, EXAMPLES, MAX_LENGTH = 1e-4, 16, 128
 MIXTURE = 1536, 0.12  # positions of such a batch when padded, and the part of them that predicts a target
+TURN = {False: 5, True: 7}  # steps, [with LoRA]: as many as lie between two of CoBa's probes by default
 LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "numpy")
 # What mtl/process.py and mtl/engine.py set for ours, given to the peers from outside.
@@ -74,7 +75,7 @@ def released(precision: str, lora: bool = False) -> Settings:
     only, which is more than the released code does.
     """
     coba = {"name": "CoBa", "slope": "ols"}
-    return ours(coba, precision, lora, evaluate={"probe": {"every": 1, "groups": 21, "examples": None}})
+    return ours(coba, precision, lora, evaluate={"probe": {"every": 1, "groups": 21, "examples": "all"}})
 
 
 def sft(
@@ -256,20 +257,21 @@ class Bench:
             for turn in range(rounds + 1):
                 taken = steps if turn else warmup
                 for each in running:
-                    found[each.name]["turns"].append(on_average(each.take(taken), found[each.name], taken))
+                    took = {**each.take(taken), "steps": taken}
+                    found[each.name]["turns"].append(on_average(took, found[each.name]))
                 rates = (f"{name} {rate(value['turns'][-1]):.1f}" for name, value in found.items())
                 say(f"  round {turn}/{rounds}, target tokens/s: {', '.join(rates)}")
         return found
 
 
-def on_average(turn: Settings, contender: Settings, steps: int) -> Settings:
+def on_average(turn: Settings, contender: Settings) -> Settings:
     """The turn; where the trainer packs, with the target tokens that its steps hold on average.
 
     Packing sorts by length: one step has thrice the targets of another in as many positions.
     """
     if not contender["same_rows"]:
         about = contender["about"]
-        turn["tokens"] = steps * about["rows_a_step"] * about["tokens"] / about["rows"]
+        turn["tokens"] = turn["steps"] * about["rows_a_step"] * about["tokens"] / about["rows"]
     return turn
 
 
@@ -348,7 +350,7 @@ def tables(results: Settings) -> str:
     lines = [
         f"{results['date']}, commit {results['commit']}; {machine['processor']}, {machine['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + f". Median (minimum to maximum) of {results['rounds']} interleaved rounds of {results['steps']} steps, "
+        + f". Median (minimum to maximum) of {results['rounds']} interleaved rounds, "
         + f"after {results['warmup']} that warm up.",
         "",
         "| what | against | reach | measured |",
@@ -377,11 +379,16 @@ def tables(results: Settings) -> str:
             for name in [n for n in found if n != "CoBa, released"]:
                 shares = [100 * own(turn) for turn in found[name]["turns"][1:]]
                 row(f"time in our own code, {name}, {method}", "step time", "<= 2 %", spread(shares, "{:.2f} %"))
-                waits = [1e3 * turn["data_wait"] / results["steps"] for turn in found[name]["turns"][1:]]
+                waits = [1e3 * turn["data_wait"] / turn["steps"] for turn in found[name]["turns"][1:]]
                 row(f"a step's wait for data, {name}, {method}", "", "0", spread(waits, "{:.2f} ms"))
     for each in results.get("slopes", []):
         ratio = "{ratio:.2f} ({min:.2f} to {max:.2f})".format(**each)
-        row(f"error of slopes over {each['steps']} steps, defaults", "a batch every step, plain", "<= 0.5", ratio)
+        row(
+            f"error of slopes over {each['steps']} steps, defaults, {each['run']} run",
+            "a batch every step, plain",
+            "<= 0.5",
+            ratio,
+        )
     for trained, found in results.get("head", {}).items():
         share = found["ours"]["mib"] / found["full"]["mib"]
         what = f"peak memory of loss and logits, head {trained}: {found['ours']['mib']:.0f} MiB"
@@ -390,7 +397,7 @@ def tables(results: Settings) -> str:
         lines += ["", f"| {group} | target tokens/s | seconds a step | peak MiB |", "|---|---:|---:|---:|"]
         for name, value in found.items():
             turns = value["turns"][1:]
-            seconds = spread([turn["seconds"] / results["steps"] for turn in turns])
+            seconds = spread([turn["seconds"] / turn["steps"] for turn in turns])
             peak = max(turn["peak_mib"] for turn in turns)
             lines.append(f"| {name} | {spread([rate(turn) for turn in turns], '{:.1f}')} | {seconds} | {peak:.0f} |")
     lines += ["", "Checked:", *(f"- {text}" for text in results["checked"])]
@@ -437,7 +444,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=[*GROUPS, *SEARCH], default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one that warms up")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a turn")
     parser.add_argument("--warmup", type=int, default=24, help="those of the first, which compile and settle the allocator")
     parser.add_argument("--python", default=sys.executable, help="interpreter of ours")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers")
@@ -451,15 +457,14 @@ def main() -> None:
 
     text = (ROOT / "configs/quickstart.yaml").read_text().replace(".cache/quickstart", str(args.cache.resolve()))
     python = {"ours": args.python, "peer": args.peer_python}
-    bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + args.steps * args.rounds)
+    bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + max(TURN.values()) * args.rounds)
     now = datetime.datetime.now(datetime.UTC)
     results: Settings = {
         "date": f"{now:%Y-%m-%d}", "commit": commit(), "machine": machine(python), "rounds": args.rounds,
-        "steps": args.steps, "warmup": args.warmup, "groups": {}, "checked": [],
+        "warmup": args.warmup, "groups": {}, "checked": [],
     }  # fmt: skip
     if not args.out:
-        run = slopes.Recording.load(str(ROOT / "tests/golden/recorded_run.npz"), "tokens")
-        results["slopes"] = slopes.defaults(run)
+        results["slopes"] = slopes.defaults()
         results["head"] = {
             f"{kind}, {positions:,} positions, {targets:.0%} targets": head.measure(
                 positions=positions, targets=targets, trained=kind == "trained"
@@ -469,7 +474,7 @@ def main() -> None:
         }
     for name in args.groups:
         say(name)
-        found = bench.group((GROUPS | SEARCH)[name](), args.rounds, args.steps, args.warmup, say)
+        found = bench.group((GROUPS | SEARCH)[name](), args.rounds, TURN["LoRA" in name], args.warmup, say)
         results["checked"] += check(name, found)
         results["groups"][name] = found
     report, out = tables(results), args.out or HERE / "results" / results["date"]

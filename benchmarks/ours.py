@@ -28,10 +28,10 @@ from turns import Turns
 from mtl import comm, engine, gram, model, packing, plugins
 from mtl.checkpoint import RunState
 from mtl.config import Config
-from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.data.batches import TrainBatches
 from mtl.data.cache import prepare
 from mtl.data.encode import load_tokenizer
-from mtl.data.plan import layout_for, mix_for, probe_every, steps_of
+from mtl.data.plan import cut_for, layout_for, mix_for, probe_every, steps_of
 from mtl.run import Parts, run
 from mtl.spec import resolve
 
@@ -115,8 +115,7 @@ def build(config: Config, turns: Turns) -> Parts:
     batches = TrainBatches(tasks, mix, layout_for(config, tasks, 1, 0, pad_id, packed, config.batch.tokens))
     tokens = config.evaluate.tokens or config.batch.tokens
     layout = layout_for(config, tasks, 1, 0, pad_id, packed, tokens)
-    probe = config.evaluate.probe
-    cut = ValidationCut(tasks, probe.groups, config.train.seed, layout, probe.examples)
+    cut = cut_for(config, tasks, layout)
     names = list(config.tasks)
     holder = plugins.holder(config)
     objective = resolve(config, "objective", plugins.OBJECTIVE, [])

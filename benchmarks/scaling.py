@@ -97,12 +97,12 @@ def order(tasks: list[int], steps: list[int], times: int = 50) -> Iterator[Row]:
 
 def validation(rows: list[int], k: int = 8, times: int = 5) -> Iterator[Row]:
     from mtl.config import parse
-    from mtl.data.batches import Layout, ValidationCut
+    from mtl.data.batches import Layout
     from mtl.data.encoded import Encoded, TaskData
+    from mtl.data.plan import cut_for
 
     tasks = ", ".join(f"t{i}: {{train: x, validation: x, format: text}}" for i in range(k))
     config = parse(f"model: {{name: none}}\ntasks: {{{tasks}}}\ntrain: {{steps: 1}}\noutput: nowhere")
-    probe = config.evaluate.probe
     layout, rng = Layout(1, 0, config.batch.tokens, 0, packed=True, row_length=256), np.random.default_rng(0)
     yield ["validation rows a task", "groups", "s to cut", "positions a probe", "ms to lay out a probe", "min", "max"]
     for n in rows:
@@ -110,7 +110,7 @@ def validation(rows: list[int], k: int = 8, times: int = 5) -> Iterator[Row]:
         split = Encoded.of((np.arange(m), np.arange(m) > m // 2) for m in lengths)
         data = [TaskData(name, split, split) for name in config.tasks]
         start = time.perf_counter()
-        cut = ValidationCut(data, probe.groups, 0, layout, probe.examples)
+        cut = cut_for(config, data, layout)
         took = time.perf_counter() - start
         positions = sum(micro.input_ids.numel() for micro in cut.group(0))
         taken = ms(lambda cut=cut: list(cut.group(0)), times)

@@ -25,7 +25,7 @@ from mtl import engine, gram, model
 from mtl.checkpoint import RunState
 from mtl.config import parse
 from mtl.data import plan
-from mtl.data.batches import Layout, TrainBatches, ValidationCut
+from mtl.data.batches import Layout, TrainBatches
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
 from mtl.objectives import causal_lm
@@ -90,7 +90,7 @@ def configuration(overrides: dict[str, Any]) -> Any:
     return parse(
         f"model: {{name: none, precision: fp32}}\ntasks: {{{tasks}}}\ntrain: {{steps: 100000}}\noutput: nowhere\n"
         "batch: {examples: 18}\n"
-        "evaluate: {every: 100000, probe: {every: 1, groups: 8, examples: null}}\n"
+        "evaluate: {every: 100000, probe: {every: 1, groups: 8, examples: all}}\n"
         "checkpoint: {best: false}\nexport: {which: none}",
         overrides=[f"{key}={value}" for key, value in overrides.items()],
     )
@@ -103,12 +103,12 @@ class Case:
         given, overrides = CASES[name]
         config, layout = configuration(overrides), Layout(1, 0, 512, 0, packed=True, row_length=256)
         probe = config.evaluate.probe
-        rows = 2 * probe.groups if probe.examples is None else probe.examples * probe.groups
+        rows = 2 * probe.groups if probe.examples == "all" else 3 * probe.groups
         data = [TaskData(name, encoded(60, i), encoded(rows, 100 + i)) for i, name in enumerate(NAMES)]
         self.batches = TrainBatches(data, Mix(NAMES, [60] * 6, [1] * 6, 18, 0), layout)
         holder = Holder(make(given), NAMES)
         chosen = gram.supply(holder.balancer.needs, trained.module, config)
-        cut = ValidationCut(data, probe.groups, 0, layout, probe.examples)
+        cut = plan.cut_for(config, data, layout)
         nowhere = type("Nowhere", (), {"output": Path(folder)})()
         every = plan.probe_every(config, cut)
         self.parts = Parts(

@@ -6,17 +6,21 @@ group (p + shift) mod G; the fixed subset is group 0. Everything is in ratio per
 over tasks, shifts and all windows but the first, which the steep fall after step 0 rules.
 
 With --defaults: the trainer's default probes with panel slopes beside the published method's, one mini-batch of training
-size every step with plain slopes, both over the same span of steps and against the slope of all rows at every step.
+size every step with plain slopes, both over the same span of steps and against the slope of all rows at every step. On
+three runs: the quickstart's model and tasks trained in full (learning rate 1e-4) and with LoRA (2e-4), both recorded by record.py
+with 16 examples a step; and the golden one, of other rows, which does not say what their targets are.
 """
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from balancers.coba import least_squares
 from mtl.data.batches import stratified
 
+ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ((28, 4), (28, 8), (14, 8))  # probes in the window, rows per probe
 
 
@@ -27,13 +31,15 @@ class Recording:
     step: np.ndarray  # (probes,)
     loss: np.ndarray  # (probes, K, rows), nats
     weight: np.ndarray  # (K, rows), what a row's loss is divided by in a mean over rows
+    answer: np.ndarray  # (K, rows), what the targets are (`Encoded.answers`); 0 where that was not recorded
 
     @classmethod
-    def load(cls, path: str, by: str) -> "Recording":
+    def load(cls, path: Path, by: str) -> "Recording":
         """``by`` "tokens": every target token counts the same; "rows": every row does."""
         with np.load(path) as saved:
             step, loss, tokens = (saved[name].astype(np.float64) for name in ("step", "loss_sum", "target_tokens"))
-        return cls(step, loss, tokens) if by == "tokens" else cls(step, loss / tokens, np.ones_like(tokens))
+            answer = saved["answer"] if "answer" in saved else np.zeros(tokens.shape, dtype=np.int64)
+        return cls(step, loss, tokens, answer) if by == "tokens" else cls(step, loss / tokens, np.ones_like(tokens), answer)
 
     def mean(self, rows: slice) -> np.ndarray:
         """(probes, K) mean loss over some rows of each task, nats per target token."""
@@ -70,11 +76,15 @@ def errors(run: Recording, probes: int, rows: int) -> dict[str, float]:
 
 
 TRAINED = 16 / 6  # rows a task in a training batch: the benchmark's 16 examples of 6 tasks
-EVERY, GROUPS, EXAMPLES = 4, 10, 4  # the trainer's defaults for such a batch
-SPANS = (80, 112)  # optimizer steps; panel slopes need every group twice, so 4 * 2 * 10 at least
+GROUPS, EXAMPLES = 10, 4  # the trainer's defaults for such a batch
+RUNS = {  # file, optimizer steps between probes by default, spans in optimizer steps
+    "quickstart": ("benchmarks/recorded/quickstart-full.npz", 5, (100, 128)),
+    "quickstart, LoRA": ("benchmarks/recorded/quickstart-lora.npz", 7, (100, 128)),
+    "golden": ("tests/golden/recorded_run.npz", 5, (100, 128)),
+}
 
 
-def online(run: Recording, span: int, seed: int) -> tuple[float, float]:
+def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, float]:
     """Root mean square error of the published method's slopes and of the defaults', over tasks, phases and windows.
 
     The recording has every other step; row losses in between are interpolated.
@@ -94,11 +104,11 @@ def online(run: Recording, span: int, seed: int) -> tuple[float, float]:
         return rng.choice(loss.shape[2], int(TRAINED + rng.random()), replace=False)
 
     drawn = np.array([[mean(t, task, draw()) for task in range(k)] for t in range(len(step))])
-    cuts = [stratified(run.weight[task], GROUPS, EXAMPLES, f"{seed}/{task}") for task in range(k)]
+    cuts = [stratified(run.weight[task], run.answer[task], GROUPS, EXAMPLES, f"{seed}/{task}") for task in range(k)]
     squares: tuple[list, list] = [], []
     none = np.zeros(span)
-    for phase in range(EVERY):
-        times = np.arange(2 + phase, len(step), EVERY)
+    for phase in range(every):
+        times = np.arange(2 + phase, len(step), every)
         group = np.arange(len(times)) % GROUPS
         # A ratio is of the group's own first loss, as the trainer reads it.
         read = np.array(
@@ -107,7 +117,7 @@ def online(run: Recording, span: int, seed: int) -> tuple[float, float]:
                 for t, g in zip(times, group, strict=True)
             ]
         )
-        for start in range(2 + phase, len(step) - span + 1, EVERY):
+        for start in range(2 + phase, len(step) - span + 1, every):
             w = slice(start, start + span)
             true = least_squares(step[w], whole[w] / whole[0], none)[0]
             mine = (times >= w.start) & (times < w.stop)
@@ -116,32 +126,34 @@ def online(run: Recording, span: int, seed: int) -> tuple[float, float]:
     return float(np.sqrt(np.mean(squares[0]))), float(np.sqrt(np.mean(squares[1])))
 
 
-def defaults(run: Recording, seeds: int = 30) -> list[dict[str, float]]:
-    """For each span: the errors' medians over seeds, and the median, least and largest ratio of ours to the published."""
-    rows = []
-    for span in SPANS:
-        found = np.array([online(run, span, seed) for seed in range(seeds)])
-        ratio = found[:, 1] / found[:, 0]
-        published, ours = np.median(found, axis=0)
-        spread = {"ratio": np.median(ratio), "min": ratio.min(), "max": ratio.max()}
-        rows.append({"steps": span, "published": published, "ours": ours, **spread})
+def defaults(seeds: int = 30) -> list[dict[str, float | str]]:
+    """Of each run and span: the errors' medians over seeds, and the median, least and largest ratio of ours to the published."""
+    rows: list[dict[str, float | str]] = []
+    for name, (file, every, spans) in RUNS.items():
+        run = Recording.load(ROOT / file, "tokens")
+        for span in spans:
+            found = np.array([online(run, span, every, seed) for seed in range(seeds)])
+            ratio = found[:, 1] / found[:, 0]
+            published, ours = np.median(found, axis=0)
+            spread = {"ratio": np.median(ratio), "min": ratio.min(), "max": ratio.max()}
+            rows.append({"run": name, "every": every, "steps": span, "published": published, "ours": ours, **spread})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="tests/golden/recorded_run.npz")
+    parser.add_argument("--run", type=Path, default=ROOT / "tests/golden/recorded_run.npz", help="without --defaults")
     parser.add_argument("--by", choices=["rows", "tokens"], default="rows", help="what counts the same in a mean loss")
     parser.add_argument("--defaults", action="store_true", help="the trainer's defaults beside the published method, online")
     args = parser.parse_args()
-    run = Recording.load(args.run, args.by)
     if args.defaults:
-        print(
-            "| span, steps | published: a batch every step, plain | defaults | ratio | min | max |\n|---|---:|---:|---:|---:|---:|"
-        )
-        for row in defaults(Recording.load(args.run, "tokens")):
-            print("| {steps} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |".format(**row))
+        print("| run | a probe every | span, steps | published: a batch every step, plain | defaults | ratio | min | max |")
+        print("|---|---:|---:|---:|---:|---:|---:|---:|")
+        line = "| {run} | {every} | {steps} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |"
+        for row in defaults():
+            print(line.format(**row))
         return
+    run = Recording.load(args.run, args.by)
     table = [errors(run, probes, rows) for probes, rows in COLUMNS]
     print("| estimator | " + " | ".join(f"{probes} probes x {rows} rows" for probes, rows in COLUMNS) + " |")
     print("|---|" + "---:|" * len(COLUMNS))

@@ -21,10 +21,10 @@ import torch
 
 from mtl import comm, engine, gram, model, packing, plugins, provenance, report, trackers
 from mtl.checkpoint import Checkpoints, RunState, check_output, write_json
-from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.data.batches import TrainBatches
 from mtl.data.cache import prepare
 from mtl.data.encode import load_tokenizer
-from mtl.data.plan import layout_for, mix_for, probe_every, steps_of
+from mtl.data.plan import cut_for, layout_for, mix_for, probe_every, steps_of
 from mtl.export import export
 from mtl.run import Parts, run
 from mtl.spec import resolve
@@ -72,10 +72,9 @@ def main() -> None:
     batches = TrainBatches(tasks, mix, layout_for(config, tasks, world, rank, pad_id, packed, config.batch.tokens))
     eval_tokens = config.evaluate.tokens or config.batch.tokens
     eval_layout = layout_for(config, tasks, world, rank, pad_id, packed, eval_tokens)
-    probe = config.evaluate.probe
-    cut = ValidationCut(tasks, probe.groups, config.train.seed, eval_layout, probe.examples)
-    if cut.groups < probe.groups:
-        say(f"evaluate.probe.groups: {cut.groups}, not {probe.groups}: the smallest task has no more rows")
+    cut, wanted = cut_for(config, tasks, eval_layout), config.evaluate.probe.groups
+    if cut.groups < wanted:
+        say(f"evaluate.probe.groups: {cut.groups}, not {wanted}: the smallest task has no more rows")
 
     holder = plugins.holder(config, args.allow_code)
     comm.same(json.dumps(holder.state_dict()["meta"], sort_keys=True), "balancer")  # what it needs is measured by all

@@ -257,12 +257,13 @@ class Probe(Section):
     """The small validation batch that a balancer reads, where it needs one."""
 
     every: Count | None = None
-    """Optimizer steps between probes. null: at least 4, and so many that probes read no more than 3 examples where 8 are
-    trained on."""
+    """Optimizer steps between probes. null: 5, with LoRA 7 (its steps are shorter), and more where a probe reads more than
+    half again as many examples as a batch has."""
     groups: Count = 10
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
-    examples: Count | None = 4
-    """Examples of each task in a group; null deals all validation rows out to the groups."""
+    examples: Count | Literal["batch", "all"] = "batch"
+    """Examples of each task in a group. batch: half again as many as it has in a batch on average, at least 3 and no more
+    than it has rows for the groups; all: every validation row is in a group."""
 
 
 class Gram(Section):

@@ -16,7 +16,7 @@ from mtl.data.batches import Layout, ValidationCut
 from mtl.data.collate import deal, widened
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
-from mtl.data.plan import layout_for, mix_for, probe_every, steps_of
+from mtl.data.plan import cut_for, layout_for, mix_for, probe_every, steps_of
 
 SAMPLED = 100  # steps whose batches are cut to measure the arithmetic, spread evenly over the run
 SHOWN = 400  # tokens of an example that are shown
@@ -104,7 +104,7 @@ def batches(config: Config, tasks: Sequence[TaskData], world: int) -> list[str]:
 
     evaluate = config.evaluate
     for name, layout in layouts(config, tasks, world, evaluate.tokens or config.batch.tokens).items():
-        parts = ValidationCut(tasks, evaluate.probe.groups, config.train.seed, layout, evaluate.probe.examples)
+        parts = cut_for(config, tasks, layout)
         counts = [_micros_of_part(tasks, parts, layout, part) for part in range(parts.parts)]
         passes = math.ceil(steps / evaluate.every) + 1
         lines.append(

@@ -123,22 +123,23 @@ def test_what_is_not_equal_is_refused(found, change, named):
 def test_the_table_takes_ratios_within_rounds(tmp_path):
     def turns(*seconds: float) -> dict[str, Any]:
         made = {"tokens": 100, "peak_mib": 7.0, "losses": [1.0], "forward": 0.2, "backward": 0.2, "optimizer": 0.1}
-        made |= {"communication": 0.0, "data_thread": 0.01, "data_wait": 0.0}
+        made |= {"communication": 0.0, "data_thread": 0.01, "data_wait": 0.0, "steps": 2}
         return {"about": {}, "same_rows": True, "turns": [{**made, "seconds": s} for s in (99.0, *seconds)]}
 
     results = {
-        "date": "2026-01-01", "commit": "abc", "rounds": 3, "steps": 1, "warmup": 8, "checked": ["that"],
+        "date": "2026-01-01", "commit": "abc", "rounds": 3, "warmup": 8, "checked": ["that"],
         "machine": {"processor": "p", "cores": 2, "versions": {"torch": "2"}},
         "groups": {
             "packed fp32": {"ours": turns(1.0, 2.0, 4.0), "TRL": turns(2.0, 3.0, 16.0)},
             "balancers": {"Equal": turns(1.0, 1.0, 1.0), "CoBa, defaults": turns(1.1, 1.0, 1.2)},
         },
-        "slopes": [{"steps": 80, "ratio": 0.4, "min": 0.3, "max": 0.5}],
+        "slopes": [{"run": "quickstart", "steps": 80, "ratio": 0.4, "min": 0.3, "max": 0.5}],
         "head": {"trained": {"ours": {"mib": 30.0}, "full": {"mib": 120.0}}},
     }  # fmt: skip
     text = bench.tables(results)
     assert "| target tokens/s, fp32 | TRL | >= 1.4x | 2.00x (1.50x to 4.00x) |" in text
     assert "| step time, CoBa, defaults, full | Equal | <= 1.05x | 1.100x (1.000x to 1.200x) |" in text
+    assert "| Equal | 100.0 (100.0 to 100.0) | 0.50 (0.50 to 0.50) | 7 |" in text
     assert "| <= 0.25 | 0.25 |" in text and "| <= 0.5 | 0.40 (0.30 to 0.50) |" in text
     assert "51.00 %" in text  # (1 - 0.5 + 0.01) / 1
 

@@ -580,7 +580,7 @@ def test_any_text_is_read_or_refused(text):
 def test_resolved_holds_every_key():
     resolved = parse(MINIMAL).resolved()
     assert list(resolved) == list(config.Config.model_fields)
-    probe = {"every": None, "groups": 10, "examples": 4}
+    probe = {"every": None, "groups": 10, "examples": "batch"}
     assert resolved["evaluate"] == {"every": 100, "tokens": None, "best": "macro", "probe": probe, "patience": None}
     assert resolved["balancer"] == "CoBa" and resolved["tasks"]["v1.5"]["format"] == {"name": "text", "column": "body"}
     assert resolved["optimizer"]["betas"] == [0.9, 0.999]

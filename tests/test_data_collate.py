@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtl.config import parse
+from mtl.data import plan
 from mtl.data.batches import Layout, TrainBatches, ValidationCut
 from mtl.data.collate import TILES, collate, deal, row_length_for, widened
 from mtl.data.encoded import Encoded, TaskData
@@ -269,7 +271,7 @@ def test_validation_groups_cover_every_row_once(groups, world, packed):
 @given(st.integers(1, 9), st.integers(1, 8))
 def test_groups_of_few_examples_are_fair_samples(groups, examples):
     tasks = toy_tasks({"a": 7, "b": 40, "c": 13})
-    cut = ValidationCut(tasks, groups, 0, Layout(1, 0, 64, 257), examples)
+    cut = ValidationCut(tasks, groups, 0, Layout(1, 0, 64, 257), [examples] * 3)
     assert cut.groups == max(1, min(groups, 7 // examples)) and cut.parts - cut.groups in (0, 1)
     for k, task in enumerate(tasks):
         n, targets = len(task.validation), task.validation.targets
@@ -290,14 +292,43 @@ def test_every_group_has_a_classifiers_labels_in_their_proportion(examples, coun
     """20, 20 and 10 rows in random order whose answers, all of three tokens, differ in the second."""
     labels = np.random.default_rng(2).permutation(np.repeat([7, 8, 9], [20, 20, 10]))
     split = Encoded.of([([i, 4, int(n), 5], [False, True, True, True]) for i, n in enumerate(labels)])
-    cut = ValidationCut([TaskData("a", split, split)], 5, 0, Layout(1, 0, 64, 257), examples)
+    cut = ValidationCut([TaskData("a", split, split)], 5, 0, Layout(1, 0, 64, 257), examples and [examples])
     for group in range(5):
         assert np.unique(labels[cut.rows(group)[0]], return_counts=True)[1].tolist() == counts
 
 
+def planned(sizes: list[int], **changes: str) -> tuple[ValidationCut, int]:
+    """The cut of tasks with so many validation rows each, and the steps between probes, as a configuration has it."""
+    tasks = toy_tasks({f"t{k}": n for k, n in enumerate(sizes)})
+    named = ", ".join(f"t{k}: {{train: x, validation: x, format: text}}" for k in range(len(sizes)))
+    text = f"model: {{name: x}}\ntasks: {{{named}}}\ntrain: {{steps: 1}}\noutput: x\nbatch: {{examples: 16}}"
+    config = parse(text, overrides=[f"{key}={value}" for key, value in changes.items()])
+    cut = plan.cut_for(config, tasks, Layout(1, 0, 64, 257))
+    return cut, plan.probe_every(config, cut)
+
+
+def test_a_probe_reads_half_again_as_many_rows_as_a_batch_has_where_there_are_enough():
+    def sizes(cut: ValidationCut) -> list[list[int]]:
+        return [[len(rows) for rows in cut.rows(group)] for group in range(cut.groups)]
+
+    lora = {"model.lora": "{r: 2, alpha: 2, target_modules: all-linear}"}
+    cut, every = planned([300, 80, 79])
+    assert sizes(cut) == [[8, 8, 7]] * 10 and every == 5
+    assert planned([300, 80, 79], **lora)[1] == 7
+    cut, every = planned([300, 40, 7])  # 10 groups of at least 3 are not to be had
+    assert sizes(cut) == [[8, 4, 3]] * 2 and every == 5
+    cut, every = planned([60] * 40)  # 3 of each are five batches' worth, 24 half again as many as one has
+    assert sizes(cut) == [[3] * 40] * 10 and every == 25
+    assert planned([60] * 40, **lora)[1] == 35
+    cut, every = planned([30, 30], **{"evaluate.probe": "{examples: 2, every: 3, groups: 4}"})
+    assert sizes(cut) == [[2, 2]] * 4 and every == 3
+    cut, every = planned([30, 30], **{"evaluate.probe": "{examples: all}"})
+    assert sizes(cut) == [[3, 3]] * 10 and every == 5
+
+
 def test_the_cut_follows_the_seed():
     tasks = toy_tasks({"a": 30, "b": 30})
-    first, same, other = (ValidationCut(tasks, 3, seed, Layout(1, 0, 64, 257), 4) for seed in (0, 0, 1))
+    first, same, other = (ValidationCut(tasks, 3, seed, Layout(1, 0, 64, 257), [4, 4]) for seed in (0, 0, 1))
     for part in range(first.parts):
         for k in range(2):
             assert first.rows(part)[k].tolist() == same.rows(part)[k].tolist()

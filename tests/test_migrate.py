@@ -107,7 +107,7 @@ def test_a_conversation_trains_what_mftcoder_trains(config, tmp_path):
     _, row = migrate["convert"](CHAT, "here")
     tokens, end = Encoder(tokenizer, 512, "error")(messages(row)), toys.END
     assert tokenizer.decode(tokens.ids) == (
-        f"<s>system\nbe brief\n<s>human\n1+1?\n<s>bot\n2\n{end}\n<s>human\n+1?\n<s>bot\n3\n{end}\n"
+        f"<s>system\nbe brief\n<s>human\n1+1?\n<s>bot\n2\n{end}\n<s>human\n+1?\n<s>bot\n3\n{end}"
     )
     assert tokenizer.decode(tokens.ids[tokens.target]) == f"2\n{end}3\n{end}"
 

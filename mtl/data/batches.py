@@ -115,7 +115,7 @@ class ValidationCut:
             holds as many examples of every task as the others: whoever asks should say so when the two differ.
         seed: keys the cut.
         layout: how examples become micro-batches.
-        examples: of each task in a group (of a task with fewer rows: all of them). None: every row stands in a group, and
+        examples: (K,) of each task in a group (of a task with fewer rows: all of them). None: every row stands in a group, and
             those of a task differ in size by one row at most.
 
     Attributes:
@@ -123,13 +123,16 @@ class ValidationCut:
         splits: the K tasks' validation rows.
     """
 
-    def __init__(self, tasks: Sequence[TaskData], groups: int, seed: int, layout: Layout, examples: int | None = None):
+    def __init__(
+        self, tasks: Sequence[TaskData], groups: int, seed: int, layout: Layout, examples: Sequence[int] | None = None
+    ):
         self.splits = [task.validation for task in tasks]
-        self.groups = max(1, min(groups, *(len(split) // (examples or 1) for split in self.splits)))
+        each = list(examples or [None] * len(tasks))
+        self.groups = max(1, min(groups, *(len(split) // (n or 1) for split, n in zip(self.splits, each, strict=True))))
         self.layout = layout
         self._rows = [
-            stratified(split.targets, split.answers, self.groups, examples, f"{seed}/{task.name}/validation")
-            for task, split in zip(tasks, self.splits, strict=True)
+            stratified(split.targets, split.answers, self.groups, n, f"{seed}/{task.name}/validation")
+            for task, split, n in zip(tasks, self.splits, each, strict=True)
         ]
         self.parts = self.groups + any(len(rows[self.groups]) for rows in self._rows)
         self._dealt: dict[int, list[tuple[Micro, int]]] = {}

@@ -8,6 +8,8 @@ from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
 from mtl.data.mix import Mix, shares_for, steps_for
 
+PROBED = 1.5  # examples that a probe reads for each that a batch has, found with benchmarks/slopes.py
+
 
 def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
     """Which rows stand in which global batch."""
@@ -27,14 +29,27 @@ def steps_of(config: Config, mix: Mix) -> int:
     return config.train.steps or steps_for(config.train.epochs, mix.sizes, mix.examples)
 
 
-def probe_every(config: Config, cut: ValidationCut) -> int:
-    """Optimizer steps between probes: as configured, else as many as keep their cost a small part of a step's.
+def cut_for(config: Config, tasks: Sequence[TaskData], layout: Layout) -> ValidationCut:
+    """Which validation rows a probe reads. The published CoBa reads as many as a batch has, other ones at every step."""
+    probe, sizes = config.evaluate.probe, [len(task.validation) for task in tasks]
+    examples: list[int] | None = None
+    if probe.examples == "batch":
+        each = round(PROBED * config.batch.examples / len(tasks))
+        examples = [max(3, min(each, size // probe.groups)) for size in sizes]
+    elif probe.examples != "all":
+        examples = [probe.examples] * len(tasks)
+    return ValidationCut(tasks, probe.groups, config.train.seed, layout, examples)
 
-    A forward costs about a third of a step. 4 steps and 3 probe examples where 8 are trained on were found with
-    benchmarks/slopes.py: slopes of half the published method's error at less than half of its cost.
+
+def probe_every(config: Config, cut: ValidationCut) -> int:
+    """Optimizer steps between probes: as configured, else as many as keep their cost near a twentieth of a step's.
+
+    A forward is a fifth to a third of a step, and with LoRA, which saves the weights' gradients, two fifths to a half. What
+    error slopes have with so few probes: benchmarks/slopes.py.
     """
+    least = 7 if config.model.lora else 5
     probed = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
-    return config.evaluate.probe.every or max(4, -(-8 * probed // (3 * config.batch.examples)))
+    return config.evaluate.probe.every or max(least, round(least * probed / (PROBED * config.batch.examples)))
 
 
 def layout_for(
