@@ -1,8 +1,8 @@
 """Record every validation row's loss along a run, for slopes.py: python benchmarks/record.py x.yaml run.npz [--every 2].
 
 The run is `mtl.run.run` itself. The rows' losses are read before the first update and after every other one. The file holds
-`step` (probes,), updates so far; `loss_sum` (probes, K, rows) in nats; `target_tokens` and `answer` (K, rows), of which the
-second says what the targets are (`Encoded.answers`); `tasks` (K,). Of every task as many rows as the smallest has.
+`step` (probes,), updates so far; `loss_sum` (probes, K, rows) in nats; `target_tokens`, `positions` and `answer` (K, rows), of
+which the last says what the targets are (`Encoded.answers`); `tasks` (K,). Of every task as many rows as the smallest has.
 """
 
 import argparse
@@ -43,9 +43,9 @@ class Recorder:
         self._rows = min(len(split) for split in splits)
         drawn = [np.sort(permutation(len(split), "record")[: self._rows]) for split in splits]
         task, row = np.repeat(np.arange(len(splits)), self._rows), np.concatenate(drawn)
-        self.targets, self.answers = (
+        self.targets, self.positions, self.answers = (
             np.array([getattr(split, name)[rows] for split, rows in zip(splits, drawn, strict=True)])
-            for name in ("targets", "answers")
+            for name in ("targets", "positions", "answers")
         )
         each, self._micros = self.targets.reshape(-1), []
         for micro, most in layout.deal(splits, task, row):
@@ -86,6 +86,7 @@ def main() -> None:
         step=np.array(recorder.steps),
         loss_sum=np.array(recorder.sums, np.float32),
         target_tokens=recorder.targets,
+        positions=recorder.positions,
         answer=recorder.answers,
         tasks=np.array(parts.names),
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from balancers.coba import least_squares
 from mtl.data.batches import stratified
+from mtl.data.plan import probed
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ((28, 4), (28, 8), (14, 8))  # probes in the window, rows per probe
@@ -31,6 +32,7 @@ class Recording:
     step: np.ndarray  # (probes,)
     loss: np.ndarray  # (probes, K, rows), nats
     weight: np.ndarray  # (K, rows), what a row's loss is divided by in a mean over rows
+    positions: np.ndarray  # (K, rows), how long a row is; 1 where that was not recorded
     answer: np.ndarray  # (K, rows), what the targets are (`Encoded.answers`); 0 where that was not recorded
 
     @classmethod
@@ -38,8 +40,8 @@ class Recording:
         """``by`` "tokens": every target token counts the same; "rows": every row does."""
         with np.load(path) as saved:
             step, loss, tokens = (saved[name].astype(np.float64) for name in ("step", "loss_sum", "target_tokens"))
-            answer = saved["answer"] if "answer" in saved else np.zeros(tokens.shape, dtype=np.int64)
-        return cls(step, loss, tokens, answer) if by == "tokens" else cls(step, loss / tokens, np.ones_like(tokens), answer)
+            rows = [saved[name] if name in saved else np.full(tokens.shape, n) for name, n in (("positions", 1), ("answer", 0))]
+        return cls(step, loss, tokens, *rows) if by == "tokens" else cls(step, loss / tokens, np.ones_like(tokens), *rows)
 
     def mean(self, rows: slice) -> np.ndarray:
         """(probes, K) mean loss over some rows of each task, nats per target token."""
@@ -75,8 +77,7 @@ def errors(run: Recording, probes: int, rows: int) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean(each))) for name, each in squares.items()}
 
 
-TRAINED = 16 / 6  # rows a task in a training batch: the benchmark's 16 examples of 6 tasks
-GROUPS, EXAMPLES = 10, 4  # the trainer's defaults for such a batch
+BATCH, TASKS, GROUPS = 16, 6, 10  # the benchmark's; the trainer's default
 RUNS = {  # file, optimizer steps between probes by default, spans in optimizer steps
     "quickstart": ("benchmarks/recorded/quickstart-full.npz", 5, (100, 128)),
     "quickstart, LoRA": ("benchmarks/recorded/quickstart-lora.npz", 7, (100, 128)),
@@ -101,10 +102,11 @@ def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, flo
         return loss[t, task, rows].sum() / run.weight[task, rows].sum() / whole[0, task]
 
     def draw() -> np.ndarray:
-        return rng.choice(loss.shape[2], int(TRAINED + rng.random()), replace=False)
+        return rng.choice(loss.shape[2], int(BATCH / TASKS + rng.random()), replace=False)
 
     drawn = np.array([[mean(t, task, draw()) for task in range(k)] for t in range(len(step))])
-    cuts = [stratified(run.weight[task], run.answer[task], GROUPS, EXAMPLES, f"{seed}/{task}") for task in range(k)]
+    examples = probed(BATCH * k // TASKS, run.positions.mean(axis=1).tolist())
+    cuts = [stratified(run.weight[i], run.answer[i], GROUPS, n, f"{seed}/{i}") for i, n in enumerate(examples)]
     squares: tuple[list, list] = [], []
     none = np.zeros(span)
     for phase in range(every):

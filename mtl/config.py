@@ -262,8 +262,8 @@ class Probe(Section):
     groups: Count = 10
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
     examples: Count | Literal["batch", "all"] = "batch"
-    """Examples of each task in a group. batch: half again as many as it has in a batch on average, at least 3 and no more
-    than it has rows for the groups; all: every validation row is in a group."""
+    """Examples of each task in a group. batch: in all about half again as many as a batch has, more of tasks with short rows; of
+    each at least 3, and no more than it has rows for the groups. all: every validation row is in a group."""
 
 
 class Gram(Section):

@@ -297,9 +297,15 @@ def test_every_group_has_a_classifiers_labels_in_their_proportion(examples, coun
         assert np.unique(labels[cut.rows(group)[0]], return_counts=True)[1].tolist() == counts
 
 
-def planned(sizes: list[int], **changes: str) -> tuple[ValidationCut, int]:
-    """The cut of tasks with so many validation rows each, and the steps between probes, as a configuration has it."""
-    tasks = toy_tasks({f"t{k}": n for k, n in enumerate(sizes)})
+def planned(sizes: list[int], positions: int = 9, **changes: str) -> tuple[ValidationCut, int]:
+    """The cut of tasks with so many validation rows each, and the steps between probes, as a configuration has it.
+
+    Rows have 9 positions, those of the first task `positions`.
+    """
+    tasks = []
+    for k, n in enumerate(sizes):
+        split = Encoded.of([(range(1 + (9 if k else positions)), [False] + [True] * (9 if k else positions))] * n)
+        tasks.append(TaskData(f"t{k}", split, split))
     named = ", ".join(f"t{k}: {{train: x, validation: x, format: text}}" for k in range(len(sizes)))
     text = f"model: {{name: x}}\ntasks: {{{named}}}\ntrain: {{steps: 1}}\noutput: x\nbatch: {{examples: 16}}"
     config = parse(text, overrides=[f"{key}={value}" for key, value in changes.items()])
@@ -315,6 +321,9 @@ def test_a_probe_reads_half_again_as_many_rows_as_a_batch_has_where_there_are_en
     cut, every = planned([300, 80, 79])
     assert sizes(cut) == [[8, 8, 7]] * 10 and every == 5
     assert planned([300, 80, 79], **lora)[1] == 7
+    # Four times as long as the others, whose mean it doubles: n = 8 * sqrt(2 / 4), and for the others 8 * sqrt(2).
+    cut, every = planned([300, 300, 300], positions=36)
+    assert sizes(cut) == [[6, 11, 11]] * 10 and every == round(5 * 28 / 24) == 6
     cut, every = planned([300, 40, 7])  # 10 groups of at least 3 are not to be had
     assert sizes(cut) == [[8, 4, 3]] * 2 and every == 5
     cut, every = planned([60] * 40)  # 3 of each are five batches' worth, 24 half again as many as one has

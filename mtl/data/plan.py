@@ -31,14 +31,23 @@ def steps_of(config: Config, mix: Mix) -> int:
 
 def cut_for(config: Config, tasks: Sequence[TaskData], layout: Layout) -> ValidationCut:
     """Which validation rows a probe reads. The published CoBa reads as many as a batch has, other ones at every step."""
-    probe, sizes = config.evaluate.probe, [len(task.validation) for task in tasks]
+    probe, splits = config.evaluate.probe, [task.validation for task in tasks]
     examples: list[int] | None = None
     if probe.examples == "batch":
-        each = round(PROBED * config.batch.examples / len(tasks))
-        examples = [max(3, min(each, size // probe.groups)) for size in sizes]
+        wanted = probed(config.batch.examples, [split.positions.mean() for split in splits])
+        examples = [max(3, min(n, len(split) // probe.groups)) for n, split in zip(wanted, splits, strict=True)]
     elif probe.examples != "all":
         examples = [probe.examples] * len(tasks)
     return ValidationCut(tasks, probe.groups, config.train.seed, layout, examples)
+
+
+def probed(batch: int, positions: Sequence[float]) -> list[int]:
+    """Examples of each task in a probe beside a batch of so many, by the mean length of the tasks' rows.
+
+    More of those that cost little: for a given cost the errors' squares, 1/n each, sum up to least with n ~ 1 / sqrt(cost).
+    """
+    mean = sum(positions) / len(positions)
+    return [round(PROBED * batch / len(positions) * (mean / each) ** 0.5) for each in positions]
 
 
 def probe_every(config: Config, cut: ValidationCut) -> int:
@@ -48,8 +57,8 @@ def probe_every(config: Config, cut: ValidationCut) -> int:
     error slopes have with so few probes: benchmarks/slopes.py.
     """
     least = 7 if config.model.lora else 5
-    probed = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
-    return config.evaluate.probe.every or max(least, round(least * probed / (PROBED * config.batch.examples)))
+    most = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
+    return config.evaluate.probe.every or max(least, round(least * most / (PROBED * config.batch.examples)))
 
 
 def layout_for(
