@@ -34,7 +34,7 @@ from turns import Contender
 
 LR, EXAMPLES, MAX_LENGTH = 1e-4, 16, 128
 MIXTURE = 1536, 0.12  # positions of such a batch when padded, and the part of them that predicts a target
-TURN = {False: 6, True: 8}  # steps, [with LoRA]: as many as lie between two of CoBa's probes by default
+TURN = {False: 5, True: 7}  # steps, [with LoRA]: as many as lie between two of CoBa's probes by default
 LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "numpy")
 # What mtl/process.py and mtl/engine.py set for ours, given to the peers from outside.
