@@ -34,7 +34,7 @@ from turns import Contender
 
 LR, EXAMPLES, MAX_LENGTH = 1e-4, 16, 128
 MIXTURE = 1536, 0.12  # positions of such a batch when padded, and the part of them that predicts a target
-TURN = {False: 5, True: 7}  # steps, [with LoRA]: as many as lie between two of CoBa's probes by default
+TURN = {False: 6, True: 7}  # steps, [with LoRA]: as many as lie between two of CoBa's probes by default
 LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "numpy")
 # What mtl/process.py and mtl/engine.py set for ours, given to the peers from outside.
@@ -457,7 +457,6 @@ def main() -> None:
 
     text = (ROOT / "configs/quickstart.yaml").read_text().replace(".cache/quickstart", str(args.cache.resolve()))
     python = {"ours": args.python, "peer": args.peer_python}
-    bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + max(TURN.values()) * args.rounds)
     now = datetime.datetime.now(datetime.UTC)
     results: Settings = {
         "date": f"{now:%Y-%m-%d}", "commit": commit(), "machine": machine(python), "rounds": args.rounds,
@@ -474,7 +473,9 @@ def main() -> None:
         }
     for name in args.groups:
         say(name)
-        found = bench.group((GROUPS | SEARCH)[name](), args.rounds, TURN["LoRA" in name], args.warmup, say)
+        turn = TURN["LoRA" in name]
+        bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + turn * args.rounds)
+        found = bench.group((GROUPS | SEARCH)[name](), args.rounds, turn, args.warmup, say)
         results["checked"] += check(name, found)
         results["groups"][name] = found
     report, out = tables(results), args.out or HERE / "results" / results["date"]

@@ -257,7 +257,7 @@ class Probe(Section):
     """The small validation batch that a balancer reads, where it needs one."""
 
     every: Count | None = None
-    """Optimizer steps between probes. null: 5, with LoRA 7 (its steps are shorter), and more where a probe reads more than
+    """Optimizer steps between probes. null: 6, with LoRA 7 (its steps are shorter), and more where a probe reads more than
     half again as many examples as a batch has."""
     groups: Count = 10
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,42 @@ def both(folder: str) -> dict[str, Any]:
         given |= {"model": config.model.name, "rows": str(rows)}
         found[name] = turns(lambda t, given=given: peer.run(given, t))
     return found | {"start": scaling.begin(str(made.file("ours", ".yaml")))}
+
+
+def recorded(folder: str) -> dict[str, Any]:
+    """What record.py reads before and after a run, and the run's own full passes there."""
+    import ours
+    import record
+
+    from mtl import plugins
+    from mtl.checkpoint import RunState
+    from mtl.run import run
+
+    passes: dict[int, list[float]] = {}
+
+    class Passes:
+        def log(self, step: int, values: dict[str, float]) -> None:
+            if "eval/macro" in values:
+                passes[step] = [values[f"eval/{name}/loss"] for name in parts.names]
+
+        def say(self, text: str) -> None: ...
+
+    made = bench.Bench(base(Path(folder)), {"ours": sys.executable}, Path(folder) / "work", STEPS)
+    settings = bench.ours("Equal")
+    settings["model"]["compile"] = False
+    parts = ours.build(plugins.read(str(made.yaml_of("ours", settings)), [], []), record.Unhurried())
+    recorder = record.Recorder(parts, every=STEPS + 1)
+    run(replace(parts, trackers=[recorder, Passes()]), RunState())
+    means = [(sums.sum(1) / recorder.targets.sum(1)).tolist() for sums in recorder.sums]
+    return {"read": dict(zip(recorder.steps, means, strict=True)), "passes": passes}
+
+
+def test_a_recording_sums_up_to_the_full_passes(tmp_path):
+    [found] = run_distributed(recorded, 1, str(tmp_path))
+    assert found["read"].keys() == found["passes"].keys() == {0, STEPS + 1}
+    for step, losses in found["passes"].items():
+        assert found["read"][step] == pytest.approx(losses, rel=1e-6)
+    assert sum(found["read"][0]) > sum(found["read"][STEPS + 1])
 
 
 @pytest.fixture(scope="module")

@@ -319,20 +319,20 @@ def test_a_probe_reads_half_again_as_many_rows_as_a_batch_has_where_there_are_en
 
     lora = {"model.lora": "{r: 2, alpha: 2, target_modules: all-linear}"}
     cut, every = planned([300, 80, 79])
-    assert sizes(cut) == [[8, 8, 7]] * 10 and every == 5
+    assert sizes(cut) == [[8, 8, 7]] * 10 and every == 6
     assert planned([300, 80, 79], **lora)[1] == 7
     # Four times as long as the others, whose mean it doubles: n = 8 * sqrt(2 / 4), and for the others 8 * sqrt(2).
     cut, every = planned([300, 300, 300], positions=36)
-    assert sizes(cut) == [[6, 11, 11]] * 10 and every == round(5 * 28 / 24) == 6
+    assert sizes(cut) == [[6, 11, 11]] * 10 and every == round(6 * 28 / 24) == 7
     cut, every = planned([300, 40, 7])  # 10 groups of at least 3 are not to be had
-    assert sizes(cut) == [[8, 4, 3]] * 2 and every == 5
+    assert sizes(cut) == [[8, 4, 3]] * 2 and every == 6
     cut, every = planned([60] * 40)  # 3 of each are five batches' worth, 24 half again as many as one has
-    assert sizes(cut) == [[3] * 40] * 10 and every == 25
+    assert sizes(cut) == [[3] * 40] * 10 and every == 30
     assert planned([60] * 40, **lora)[1] == 35
     cut, every = planned([30, 30], **{"evaluate.probe": "{examples: 2, every: 3, groups: 4}"})
     assert sizes(cut) == [[2, 2]] * 4 and every == 3
     cut, every = planned([30, 30], **{"evaluate.probe": "{examples: all}"})
-    assert sizes(cut) == [[3, 3]] * 10 and every == 5
+    assert sizes(cut) == [[3, 3]] * 10 and every == 6
 
 
 def test_the_cut_follows_the_seed():

@@ -56,7 +56,7 @@ def probe_every(config: Config, cut: ValidationCut) -> int:
     A forward is a fifth to a third of a step, and with LoRA, which saves the weights' gradients, two fifths to a half. What
     error slopes have with so few probes: benchmarks/slopes.py.
     """
-    least = 7 if config.model.lora else 5
+    least = 7 if config.model.lora else 6
     most = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
     return config.evaluate.probe.every or max(least, round(least * most / (PROBED * config.batch.examples)))
 
