@@ -97,14 +97,17 @@ def recorded(folder: str) -> dict[str, Any]:
     recorder = record.Recorder(parts, every=STEPS + 1)
     run(replace(parts, trackers=[recorder, Passes()]), RunState())
     means = [(sums.sum(1) / recorder.targets.sum(1)).tolist() for sums in recorder.sums]
-    return {"read": dict(zip(recorder.steps, means, strict=True)), "passes": passes}
+    whole = [len(split) == recorder.targets.shape[1] for split in parts.cut.splits]  # of the others some rows are left out
+    return {"read": dict(zip(recorder.steps, means, strict=True)), "passes": passes, "whole": whole}
 
 
 def test_a_recording_sums_up_to_the_full_passes(tmp_path):
     [found] = run_distributed(recorded, 1, str(tmp_path))
     assert found["read"].keys() == found["passes"].keys() == {0, STEPS + 1}
+    assert any(found["whole"]) and not all(found["whole"])
     for step, losses in found["passes"].items():
-        assert found["read"][step] == pytest.approx(losses, rel=1e-6)
+        for mine, loss, is_whole in zip(found["read"][step], losses, found["whole"], strict=True):
+            assert mine == pytest.approx(loss, rel=1e-6 if is_whole else 1e-2)
     assert sum(found["read"][0]) > sum(found["read"][STEPS + 1])
 
 
