@@ -50,7 +50,7 @@ batch: {{examples: 6, tokens: 128, max_length: 128}}
 train: {{steps: 12}}
 optimizer: {{lr: 1.0e-3}}
 balancer: {{name: CoBa, window: 5, warmup: 3}}
-evaluate: {{every: 6, probe: {{groups: 2}}}}
+evaluate: {{every: 6, probe: {{every: 4, groups: 2}}}}
 checkpoint: {{every: 6}}
 engine: {{zero: 2, deepspeed: {{zero_optimization: {{stage3_param_persistence_threshold: 0}}}}}}
 output: {folder}/run
