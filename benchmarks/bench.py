@@ -32,9 +32,10 @@ import head
 import slopes
 from turns import Contender
 
+from mtl.data.plan import EVERY
+
 LR, EXAMPLES, MAX_LENGTH = 1e-4, 16, 128
 MIXTURE = 1536, 0.12  # positions of such a batch when padded, and the part of them that predicts a target
-TURN = {False: 6, True: 7}  # steps, [with LoRA]: as many as lie between two of CoBa's probes by default
 LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "numpy")
 # What mtl/process.py and mtl/engine.py set for ours, given to the peers from outside.
@@ -473,7 +474,7 @@ def main() -> None:
         }
     for name in args.groups:
         say(name)
-        turn = TURN["LoRA" in name]
+        turn = EVERY["LoRA" in name]  # steps: each turn holds one of CoBa's default probes
         bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + turn * args.rounds)
         found = bench.group((GROUPS | SEARCH)[name](), args.rounds, turn, args.warmup, say)
         results["checked"] += check(name, found)

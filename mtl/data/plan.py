@@ -9,6 +9,7 @@ from mtl.data.encoded import TaskData
 from mtl.data.mix import Mix, shares_for, steps_for
 
 PROBED = 1.5  # examples that a probe reads for each that a batch has, found with benchmarks/slopes.py
+EVERY = {False: 6, True: 7}  # optimizer steps between such probes, [with LoRA]
 
 
 def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
@@ -56,7 +57,7 @@ def probe_every(config: Config, cut: ValidationCut) -> int:
     A forward is a fifth to a third of a step, and with LoRA, which saves the weights' gradients, two fifths to a half. What
     error slopes have with so few probes: benchmarks/slopes.py.
     """
-    least = 7 if config.model.lora else 6
+    least = EVERY[config.model.lora is not None]
     most = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
     return config.evaluate.probe.every or max(least, round(least * most / (PROBED * config.batch.examples)))
 
