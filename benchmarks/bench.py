@@ -441,6 +441,17 @@ def into_readme(text: str, readme: Path) -> None:
     readme.write_text(f"{start}{MARKS[0]}\n\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
+def write(results: Settings, out: Path | None) -> None:
+    """Write JSON and Markdown to `out`, else into the folder of results, and the table into README.md too."""
+    report = tables(results)
+    if not out:
+        into_readme(report, HERE / "README.md")
+    out = out or HERE / "results" / results["date"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1))
+    out.with_suffix(".md").write_text(report)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=[*GROUPS, *SEARCH], default=list(GROUPS), metavar="GROUP")
@@ -474,18 +485,13 @@ def main() -> None:
         }
     for name in args.groups:
         say(name)
-        turn = EVERY["LoRA" in name]  # steps: each turn holds one of CoBa's default probes
+        turn = 2 * EVERY["LoRA" in name] if "balancers" in name else 4  # steps: two of CoBa's default probes
         bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + turn * args.rounds)
         found = bench.group((GROUPS | SEARCH)[name](), args.rounds, turn, args.warmup, say)
         results["checked"] += check(name, found)
         results["groups"][name] = found
-    report, out = tables(results), args.out or HERE / "results" / results["date"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1))
-    out.with_suffix(".md").write_text(report)
-    if not args.out:
-        into_readme(report, HERE / "README.md")
-    print(report)
+        write(results, args.out)  # what there is so far: a later group may end the program
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Record every validation row's loss along a run, for slopes.py: python benchmarks/record.py x.yaml run.npz [--every 2].
+"""Record every validation row's loss along a run, for slopes.py: python benchmarks/record.py x.yaml run.npz [--set KEY=VALUE ...].
 
 The run is `mtl.run.run` itself. The rows' losses are read before the first update and after every other one. The file holds
 `step` (probes,), updates so far; `loss_sum` (probes, K, rows) in nats; `target_tokens`, `positions` and `answer` (K, rows), of
@@ -77,8 +77,9 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("out", type=Path)
     parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override, as in train.seed=1")
     args = parser.parse_args()
-    parts = build(plugins.read(args.config, [], []), Unhurried())
+    parts = build(plugins.read(args.config, args.set, []), Unhurried())
     recorder = Recorder(parts, args.every)
     run(replace(parts, trackers=[recorder]), RunState())
     np.savez_compressed(

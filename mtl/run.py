@@ -60,7 +60,9 @@ def run(parts: Parts, state: RunState) -> RunState:
     started, first = time.monotonic(), state.step
     while True:
         t = state.step
-        is_best = _due(config.evaluate.every, t, parts.steps) and state.evaluated < t and _evaluate(parts, state)
+        is_due = _due(config.evaluate.every, t, parts.steps) and state.evaluated < t
+        validation = _evaluate(parts, state) if is_due else None
+        is_best = validation is not None and _is_best(parts, state, validation)
         is_over = t == parts.steps or bool(parts.patience and parts.patience.done(state).all())
         if t > first and (is_best or is_over or _due(config.checkpoint.every, t, parts.steps)):
             _save(parts, state, is_best)
@@ -69,7 +71,7 @@ def run(parts: Parts, state: RunState) -> RunState:
 
         began = time.monotonic()
         batch = fetch(lambda t=t: parts.batches.batch(t), k)
-        state.weights = weights = _weigh(parts, state, batch)
+        state.weights = weights = _weigh(parts, state, batch, validation)
         _seed(config.train.seed, t)
         lr = _lr(config, t, parts.steps)
         report = train_step(parts.engine, parts.objective, batch, weights, lr, names)
@@ -94,8 +96,8 @@ def _due(every: int | None, step: int, steps: int) -> bool:
     return step == steps or (every is not None and step % every == 0)
 
 
-def _evaluate(parts: Parts, state: RunState) -> bool:
-    """The full validation pass; the first one gives every group's initial loss. Returns whether this step is the best so far."""
+def _evaluate(parts: Parts, state: RunState) -> Validation:
+    """The full validation pass; the first one gives every group's initial loss."""
     began = time.monotonic()
     validation = evaluate.full_pass(parts.engine, parts.objective, parts.cut, len(parts.names))
     state.evaluated = state.step
@@ -108,8 +110,12 @@ def _evaluate(parts: Parts, state: RunState) -> bool:
     if parts.patience:
         for text in parts.patience.observe(state, validation.losses, parts.names):
             _say(parts, f"step {state.step}/{parts.steps}  {text}")
+    return validation
 
-    key = parts.config.evaluate.best
+
+def _is_best(parts: Parts, state: RunState, validation: Validation) -> bool:
+    """Whether the pass of this step is the best so far, which is kept in the state, and is to be saved."""
+    summary, key = validation.summary(parts.names), parts.config.evaluate.best
     if not np.isfinite(summary[key]):
         raise ValueError(f"validation at step {state.step}: {key} (evaluate.best) is {summary[key]}: {summary}")
     if state.best is not None and summary[key] >= state.best["value"]:
@@ -118,10 +124,13 @@ def _evaluate(parts: Parts, state: RunState) -> bool:
     return parts.config.checkpoint.best
 
 
-def _weigh(parts: Parts, state: RunState, batch: GlobalBatch) -> np.ndarray:
+def _weigh(parts: Parts, state: RunState, batch: GlobalBatch, validation: Validation | None) -> np.ndarray:
     """Measure what the balancer declares it needs, update it on rank 0 and share its weights. A collective.
 
     Rank 0 alone: numpy on mixed hosts differs in last bits, and weights that differ between ranks are a wrong gradient.
+
+    Args:
+        validation: the full pass at this step, where there was one: the probe is in it.
     """
     t, needs = state.step, parts.holder.balancer.needs
     every, gram_every = parts.probe_every, parts.config.gram.every
@@ -134,7 +143,12 @@ def _weigh(parts: Parts, state: RunState, batch: GlobalBatch) -> np.ndarray:
     if Signal.REPLAY_LOSS in needs:
         signals["replay_loss"] = state.replay_loss
     if Signal.VALID_LOSS in needs and t % every == 0:
-        signals["valid_loss"] = evaluate.probe(parts.engine, parts.objective, parts.cut, group, len(parts.names))
+        # A full pass at these very parameters has read the group's rows in the same micro-batches.
+        signals["valid_loss"] = (
+            validation.group(group)
+            if validation is not None
+            else evaluate.probe(parts.engine, parts.objective, parts.cut, group, len(parts.names))
+        )
         signals["valid_base"] = Validation(state.base_sums, state.base_tokens).group(group)
         signals["valid_group"] = group
     if (Signal.GRAM | Signal.VALID_GRAM) & needs and t % gram_every == 0:

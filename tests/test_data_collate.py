@@ -313,26 +313,26 @@ def planned(sizes: list[int], positions: int = 9, **changes: str) -> tuple[Valid
     return cut, plan.probe_every(config, cut)
 
 
-def test_a_probe_reads_half_again_as_many_rows_as_a_batch_has_where_there_are_enough():
+def test_a_probe_reads_a_quarter_more_rows_than_a_batch_has_where_there_are_enough():
     def sizes(cut: ValidationCut) -> list[list[int]]:
         return [[len(rows) for rows in cut.rows(group)] for group in range(cut.groups)]
 
     lora = {"model.lora": "{r: 2, alpha: 2, target_modules: all-linear}"}
     cut, every = planned([300, 80, 79])
-    assert sizes(cut) == [[8, 8, 7]] * 10 and every == 6
+    assert sizes(cut) == [[7, 7, 7]] * 10 and every == 4
     assert planned([300, 80, 79], **lora)[1] == 7
-    # Four times as long as the others, whose mean it doubles: n = 8 * sqrt(2 / 4), and for the others 8 * sqrt(2).
+    # Four times as long as the others, whose mean it doubles: n = 20 / 3 * sqrt(2 / 4), and for the others 20 / 3 * sqrt(2).
     cut, every = planned([300, 300, 300], positions=36)
-    assert sizes(cut) == [[6, 11, 11]] * 10 and every == round(6 * 28 / 24) == 7
+    assert sizes(cut) == [[5, 9, 9]] * 10 and every == round(4 * 23 / 20) == 5
     cut, every = planned([300, 40, 7])  # 10 groups of at least 3 are not to be had
-    assert sizes(cut) == [[8, 4, 3]] * 2 and every == 6
-    cut, every = planned([60] * 40)  # 3 of each are five batches' worth, 24 half again as many as one has
-    assert sizes(cut) == [[3] * 40] * 10 and every == 30
-    assert planned([60] * 40, **lora)[1] == 35
+    assert sizes(cut) == [[7, 4, 3]] * 2 and every == 4
+    cut, every = planned([60] * 40)  # 3 of each are six times what a probe should read
+    assert sizes(cut) == [[3] * 40] * 10 and every == 24
+    assert planned([60] * 40, **lora)[1] == 42
     cut, every = planned([30, 30], **{"evaluate.probe": "{examples: 2, every: 3, groups: 4}"})
     assert sizes(cut) == [[2, 2]] * 4 and every == 3
     cut, every = planned([30, 30], **{"evaluate.probe": "{examples: all}"})
-    assert sizes(cut) == [[3, 3]] * 10 and every == 6
+    assert sizes(cut) == [[3, 3]] * 10 and every == 4
 
 
 def test_the_cut_follows_the_seed():

@@ -17,6 +17,8 @@ OURS = "objective=outside:causal_lm"  # the usual one, from a module that can ki
 LORA = ["model.lora.r=4", "model.lora.dropout=0.3"]
 # The balancer's probe is not due at the step resumed from, and the checkpoint there is not that of an evaluation.
 BETWEEN = ["checkpoint.every=5", "evaluate.every=4", "evaluate.probe.every=2"]
+# It is due there, and at once the full pass before has read it.
+READ = ["evaluate.probe.every=3"]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,8 @@ CASES = {
     "full, ZeRO 2": (2, ["engine.zero=2"], 6),
     "full, ZeRO 3": (2, ["engine.zero=3", *BETWEEN], 5),
     "LoRA, ZeRO 2": (2, ["engine.zero=2", *LORA, *BETWEEN], 5),
-    "LoRA, ZeRO 3": (2, ["engine.zero=3", *LORA], 6),
-    "bf16, ZeRO 2": (2, ["engine.zero=2", "model.precision=bf16"], 6),
+    "LoRA, ZeRO 3": (2, ["engine.zero=3", *LORA, *READ], 6),
+    "bf16, ZeRO 2": (2, ["engine.zero=2", "model.precision=bf16", *READ], 6),
     "one process, ZeRO 0, weight decay": (1, ["engine.zero=0", "optimizer.weight_decay=0.1"], 6),
 }
 

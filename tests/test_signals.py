@@ -5,6 +5,7 @@ processes.
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -92,13 +93,16 @@ def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any
         memory = Memory(Path(folder))
         chosen = gram.supply(holder.balancer.needs, trained.module, config)
         trackers = [memory] if comm.rank() == 0 else []
-        run(Parts(config, NAMES, STEPS, trained, causal_lm, holder, batches, cut, memory, trackers, chosen), RunState())
+        parts = Parts(config, NAMES, STEPS, trained, causal_lm, holder, batches, cut, memory, trackers, chosen)
+        with patch.object(evaluate, "probe", wraps=evaluate.probe) as probe:
+            run(parts, RunState())
     batches.close()
     after = training_losses(trained)
     weights = [[line[f"train/{name}/weight"] for name in NAMES] for _, line in memory.lines if "train/loss" in line]
     return {
         "weights": np.array(weights),
         "seen": getattr(holder, "seen", []),
+        "probes": probe.call_count,
         "after": after,
         "parameters": parameters(trained),
     }
@@ -119,7 +123,8 @@ def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
             trained = start(folder, **settings)
             before = training_losses(trained)
             found[name, zero] = train(trained, config, given) | {"before": before}
-    return found
+    often = settings | {"evaluate__every": 2}
+    return found | {("full passes", zero): train(start(folder, **often), configuration(folder, **often), KINDS["valid"])}
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +218,15 @@ def test_only_what_is_declared_is_measured(name, results):
         }
         for flag, is_due in due.items():
             assert (getattr(signals, flag.name.lower()) is not None) == (flag in needs and is_due), (flag, signals.step)
+
+
+def test_a_full_pass_spares_the_probe(results):
+    """At steps 0, 2 and 4; the losses are the same to the last bit. Step 0 has a full pass in both runs."""
+    probed, spared = results["valid", STAGES[-1]], results["full passes", STAGES[-1]]
+    assert (probed["probes"], spared["probes"]) == (STEPS - 1, STEPS - 3)
+    for one, other in zip(probed["seen"], spared["seen"], strict=True):
+        assert one.valid_group == other.valid_group
+        np.testing.assert_array_equal(one.valid_loss, other.valid_loss)
 
 
 def test_the_replayed_batch_has_been_learned(results):

@@ -8,8 +8,8 @@ from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
 from mtl.data.mix import Mix, shares_for, steps_for
 
-PROBED = 1.5  # examples that a probe reads for each that a batch has, found with benchmarks/slopes.py
-EVERY = {False: 6, True: 7}  # optimizer steps between such probes, [with LoRA]
+PROBED = 1.25  # examples that a probe reads for each that a batch has, found with benchmarks/slopes.py
+EVERY = {False: 4, True: 7}  # optimizer steps between such probes, [with LoRA]
 
 
 def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
