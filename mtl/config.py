@@ -257,12 +257,12 @@ class Probe(Section):
     """The small validation batch that a balancer reads, where it needs one."""
 
     every: Count | None = None
-    """Optimizer steps between probes. null: 6, with LoRA 7 (its steps are shorter), and more where a probe reads more than
-    half again as many examples as a batch has."""
+    """Optimizer steps between probes. null: 4, with LoRA 7 (its steps are shorter), and more where a probe reads more than
+    a quarter more examples than a batch has."""
     groups: Count = 10
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
     examples: Count | Literal["batch", "all"] = "batch"
-    """Examples of each task in a group. batch: in all about half again as many as a batch has, more of tasks with short rows; of
+    """Examples of each task in a group. batch: in all about a quarter more than a batch has, more of tasks with short rows; of
     each at least 3, and no more than it has rows for the groups. all: every validation row is in a group."""
 
 

@@ -52,10 +52,10 @@ def probed(batch: int, positions: Sequence[float]) -> list[int]:
 
 
 def probe_every(config: Config, cut: ValidationCut) -> int:
-    """Optimizer steps between probes: as configured, else as many as keep their cost near a twentieth of a step's.
+    """Optimizer steps between probes: as configured, else as many as keep their cost near a twentieth of a step's on a CPU.
 
-    A forward is a fifth to a third of a step, and with LoRA, which saves the weights' gradients, two fifths to a half. What
-    error slopes have with so few probes: benchmarks/slopes.py.
+    There a forward is a sixth of a step, and with LoRA, which saves the weights' gradients, a third. What error slopes have with
+    so few probes: benchmarks/slopes.py.
     """
     least = EVERY[config.model.lora is not None]
     most = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
