@@ -290,6 +290,7 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self.device = device()
         self.frozen = [n for n, p in self.module.named_parameters() if not p.requires_grad]
+        self._is_training: bool | None = None
         self._autocast = config.model.precision == "bf16_autocast"
         self._stage = zero_stage(config)
         self._clip = config.optimizer.clip
@@ -344,10 +345,16 @@ class Engine:
         return float(self._engine.get_global_grad_norm())
 
     def train(self) -> None:
-        self._engine.train()
+        self._mode(True)
 
     def eval(self) -> None:
-        self._engine.eval()
+        self._mode(False)
+
+    def _mode(self, is_training: bool) -> None:
+        # The walk over LoRA's thousand modules takes 6 ms, and every step asks. At first parts are in unlike modes.
+        if self._is_training is not is_training or self.module.training is not is_training:
+            self._engine.train(is_training)
+            self._is_training = is_training
 
     def save(self, folder: Path) -> None:
         """Write every rank's shard into `folder`. A collective. Frozen parameters are left out: the base model has them."""

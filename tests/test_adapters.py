@@ -7,10 +7,13 @@ import peft
 import pytest
 import torch
 import toys
+from distributed import run_distributed
 from safetensors.torch import load_file
+from test_equivalence import configuration
 from transformers import AutoModelForCausalLM
 
 import runs
+from mtl import engine, model
 from mtl.export import export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -42,6 +45,22 @@ def test_whole_and_in_parts_it_trains_alike(trained, variant):
     assert curves[0] == pytest.approx(curves[1], abs=1e-4) and len(curves[0]) == STEPS
     first, last = (line["eval/macro"] for line in runs.metrics(trained[f"{variant} 3"]) if "eval/macro" in line)
     assert last < first - 0.1
+
+
+def modes(folder: str) -> list[set[bool]]:
+    """Which modes the engine's modules are in: as built, and after each of some calls."""
+    config = configuration(folder, model__lora="{r: 2, alpha: 4, dropout: 0.1, target_modules: all-linear}")
+    built = engine.Engine(model.load(config, toys.tokenizer()), config, model.optimizer(config))
+    found = [{part.training for part in built.module.modules()}]
+    for call in (built.train, built.train, built.eval, built.eval, built.module.train, built.eval, built.train):
+        call()
+        found.append({part.training for part in built.module.modules()})
+    return found
+
+
+def test_every_part_is_in_the_mode_that_was_asked_for(tmp_path):
+    [found] = run_distributed(modes, 1, toys.save(toys.tiny_llama(), tmp_path))
+    assert found == [{False, True}, {True}, {True}, {False}, {False}, {True}, {False}, {True}]
 
 
 def formula(variant: str, weight: torch.Tensor, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
