@@ -8,7 +8,7 @@ over tasks, shifts and all windows but the first, which the steep fall after ste
 With --defaults: the trainer's default probes with panel slopes beside the published method's, one mini-batch of training
 size every step with plain slopes, both over the same span of steps and against the slope of all rows at every step. On
 the quickstart's model and tasks trained in full (learning rate 1e-4) and with LoRA (2e-4), recorded by record.py with 16 examples
-a step and three seeds each; and on the golden run, of other rows, which does not say what their targets are.
+a step and two seeds each; and on the golden run, of other rows, which does not say what their targets are.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, flo
         return rng.choice(loss.shape[2], int(BATCH / TASKS + rng.random()), replace=False)
 
     drawn = np.array([[mean(t, task, draw()) for task in range(k)] for t in range(len(step))])
-    examples = [max(3, n) for n in probed(BATCH * k // TASKS, run.positions.mean(axis=1).tolist())]
+    examples = probed(BATCH * k // TASKS, run.positions.mean(axis=1).tolist())
     cuts = [stratified(run.weight[i], run.answer[i], GROUPS, n, f"{seed}/{i}") for i, n in enumerate(examples)]
     squares: tuple[list, list] = [], []
     none = np.zeros(span)

@@ -9,6 +9,7 @@ from mtl.data.encoded import TaskData
 from mtl.data.mix import Mix, shares_for, steps_for
 
 PROBED = 1.25  # examples that a probe reads for each that a batch has, found with benchmarks/slopes.py
+LEAST = 3  # of each task
 EVERY = {False: 4, True: 7}  # optimizer steps between such probes, [with LoRA]
 
 
@@ -36,7 +37,7 @@ def cut_for(config: Config, tasks: Sequence[TaskData], layout: Layout) -> Valida
     examples: list[int] | None = None
     if probe.examples == "batch":
         wanted = probed(config.batch.examples, [split.positions.mean() for split in splits])
-        examples = [max(3, min(n, len(split) // probe.groups)) for n, split in zip(wanted, splits, strict=True)]
+        examples = [max(LEAST, min(n, len(split) // probe.groups)) for n, split in zip(wanted, splits, strict=True)]
     elif probe.examples != "all":
         examples = [probe.examples] * len(tasks)
     return ValidationCut(tasks, probe.groups, config.train.seed, layout, examples)
@@ -48,7 +49,7 @@ def probed(batch: int, positions: Sequence[float]) -> list[int]:
     More of those that cost little: for a given cost the errors' squares, 1/n each, sum up to least with n ~ 1 / sqrt(cost).
     """
     mean = sum(positions) / len(positions)
-    return [round(PROBED * batch / len(positions) * (mean / each) ** 0.5) for each in positions]
+    return [max(LEAST, round(PROBED * batch / len(positions) * (mean / each) ** 0.5)) for each in positions]
 
 
 def probe_every(config: Config, cut: ValidationCut) -> int:
