@@ -62,7 +62,7 @@ def run(parts: Parts, state: RunState) -> RunState:
         t = state.step
         is_due = _due(config.evaluate.every, t, parts.steps) and state.evaluated < t
         validation = _evaluate(parts, state) if is_due else None
-        is_best = validation is not None and _is_best(parts, state, validation)
+        is_best = validation is not None and config.checkpoint.best and state.best["step"] == t
         is_over = t == parts.steps or bool(parts.patience and parts.patience.done(state).all())
         if t > first and (is_best or is_over or _due(config.checkpoint.every, t, parts.steps)):
             _save(parts, state, is_best)
@@ -97,7 +97,7 @@ def _due(every: int | None, step: int, steps: int) -> bool:
 
 
 def _evaluate(parts: Parts, state: RunState) -> Validation:
-    """The full validation pass; the first one gives every group's initial loss."""
+    """The full validation pass, and in the state whether it is the best so far; the first one gives every group's initial loss."""
     began = time.monotonic()
     validation = evaluate.full_pass(parts.engine, parts.objective, parts.cut, len(parts.names))
     state.evaluated = state.step
@@ -110,18 +110,13 @@ def _evaluate(parts: Parts, state: RunState) -> Validation:
     if parts.patience:
         for text in parts.patience.observe(state, validation.losses, parts.names):
             _say(parts, f"step {state.step}/{parts.steps}  {text}")
-    return validation
 
-
-def _is_best(parts: Parts, state: RunState, validation: Validation) -> bool:
-    """Whether the pass of this step is the best so far, which is kept in the state, and is to be saved."""
-    summary, key = validation.summary(parts.names), parts.config.evaluate.best
+    key = parts.config.evaluate.best
     if not np.isfinite(summary[key]):
         raise ValueError(f"validation at step {state.step}: {key} (evaluate.best) is {summary[key]}: {summary}")
-    if state.best is not None and summary[key] >= state.best["value"]:
-        return False
-    state.best = {"step": state.step, "value": summary[key]}
-    return parts.config.checkpoint.best
+    if state.best is None or summary[key] < state.best["value"]:
+        state.best = {"step": state.step, "value": summary[key]}
+    return validation
 
 
 def _weigh(parts: Parts, state: RunState, batch: GlobalBatch, validation: Validation | None) -> np.ndarray:
