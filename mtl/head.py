@@ -72,53 +72,42 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
     """
     causal, name = decoder_of(model)
     plain = causal.forward
-    fused = _Fused(causal) if kernel else None
+    losses_of = _Fused(causal, name) if kernel else functools.partial(_sliced, causal, name)
 
     @functools.wraps(plain)
     def forward(*args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
+        run = functools.partial(plain, *args, **kwargs)
         if targets is None:
-            return plain(*args, **kwargs)
-        decoder, answers = causal.get_submodule(name), []
-        if fused is not None and len(targets.at):
-
-            def one(*args: Any, **kwargs: Any) -> Any:
-                answer = decoder(*args, **kwargs)
-                answers.extend([answer, answer.last_hidden_state.flatten(0, 1).index_select(0, targets.at)])
-                return _with_hidden(answer, answers[1][:1])  # the rest of `plain`, such as a router's loss, is wanted too
-
-            def large() -> tuple[Tensor, Tensor]:
-                hidden = 16 * answers[1][:1].detach()
-                with _standing_in(causal, name, lambda *args, **kwargs: _with_hidden(answers[0], hidden)):
-                    return hidden, plain(*args, **kwargs).logits[0]
-
-            with _standing_in(causal, name, one):
-                outputs = plain(*args, **kwargs)
-            outputs.loss, outputs.logits = fused(answers[1], targets.labels, large), None
-            return outputs
-
-        parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
-        labels = targets.labels.tensor_split(parts)
-
-        def first(*args: Any, **kwargs: Any) -> Any:
-            answer = decoder(*args, **kwargs)
-            hidden = answer.last_hidden_state.flatten(0, 1).index_select(0, targets.at)  # (T, H)
-            answers.append(answer)
-            answers.extend(hidden.tensor_split(parts))
-            return _with_hidden(answer, answers[1])
-
-        def again(hidden: Tensor, labels: Tensor) -> Tensor:
-            with _standing_in(causal, name, lambda *args, **kwargs: _with_hidden(answers[0], hidden)):
-                return _token_losses(plain(*args, **kwargs).logits, labels)
-
-        with _standing_in(causal, name, first):
-            outputs = plain(*args, **kwargs)
-        losses = [_token_losses(outputs.logits, labels[0])]
-        for part in zip(answers[2:], labels[1:], strict=True):
-            losses.append(checkpoint(again, *part, use_reentrant=False))
-        outputs.loss, outputs.logits = torch.cat(losses), None
+            return run()
+        outputs, losses = losses_of(run, targets)
+        outputs.loss, outputs.logits = losses, None
         return outputs
 
     causal.forward = forward
+
+
+def _sliced(causal: nn.Module, name: str, run: Callable[[], Any], targets: Targets) -> tuple[Any, Tensor]:
+    """The outputs of `run`, the model's own forward, for the first slice, and (T,) losses of all of them."""
+    decoder, answers = causal.get_submodule(name), []
+    parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
+    labels = targets.labels.tensor_split(parts)
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        answer = decoder(*args, **kwargs)
+        answers.append(answer)
+        answers.extend(_at(answer, targets).tensor_split(parts))
+        return _with_hidden(answer, answers[1])
+
+    def again(hidden: Tensor, labels: Tensor) -> Tensor:
+        with _standing_in(causal, name, lambda *args, **kwargs: _with_hidden(answers[0], hidden)):
+            return _token_losses(run().logits, labels)
+
+    with _standing_in(causal, name, first):
+        outputs = run()
+    losses = [_token_losses(outputs.logits, labels[0])]
+    for part in zip(answers[2:], labels[1:], strict=True):
+        losses.append(checkpoint(again, *part, use_reentrant=False))
+    return outputs, torch.cat(losses)
 
 
 def linear_head(causal: nn.Module) -> nn.Linear:
@@ -132,28 +121,43 @@ def linear_head(causal: nn.Module) -> nn.Linear:
 
 
 class _Fused:
-    """Liger's fused head and cross-entropy: token losses from hidden states, without logits in memory."""
+    """The same as `_sliced` with Liger's fused head and cross-entropy: no logits in memory."""
 
-    def __init__(self, causal: nn.Module):
+    def __init__(self, causal: nn.Module, name: str):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # here: an extra
 
-        self._kernel, self._causal, self._is_checked = liger_fused_linear_cross_entropy, causal, False
+        self._kernel, self._causal, self._name, self._is_checked = liger_fused_linear_cross_entropy, causal, name, False
         linear_head(causal)
 
-    def __call__(self, hidden: Tensor, labels: Tensor, large: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
-        """(T,) float32 losses. `large`: large hidden states, and the logits that the model's own code makes of them."""
-        head = linear_head(self._causal)
+    def __call__(self, run: Callable[[], Any], targets: Targets) -> tuple[Any, Tensor]:
+        if not len(targets.at):
+            return _sliced(self._causal, self._name, run, targets)
+        decoder, answers = self._causal.get_submodule(self._name), []
+
+        def one(*args: Any, **kwargs: Any) -> Any:
+            answer = decoder(*args, **kwargs)
+            answers.extend([answer, _at(answer, targets)])
+            return _with_hidden(answer, answers[1][:1])  # the rest of the forward, such as a router's loss, is wanted too
+
+        with _standing_in(self._causal, self._name, one):
+            outputs = run()
+        answer, hidden = answers
         if not self._is_checked:
-            with torch.no_grad():
-                states, logits = large()
-                wanted = head(states).float()
-            if not torch.allclose(logits.float(), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
-                raise ValueError(
-                    f"model.loss_kernel: liger: {type(self._causal).__name__} scales or caps its logits, which the kernel would "
-                    "leave out. Leave the key out: the head then runs in slices, with the model's own code."
-                )
+            self._check(run, answer, 16 * hidden[:1].detach())
             self._is_checked = True
-        return self._kernel(hidden, head.weight, labels, head.bias, reduction="none", accum_dtype=torch.float32).float()
+        head = linear_head(self._causal)
+        losses = self._kernel(hidden, head.weight, targets.labels, head.bias, reduction="none", accum_dtype=torch.float32)
+        return outputs, losses.float()
+
+    def _check(self, run: Callable[[], Any], answer: Any, large: Tensor) -> None:
+        """Raise ValueError if the model's own code makes other logits of large hidden states than its head alone."""
+        with torch.no_grad(), _standing_in(self._causal, self._name, lambda *args, **kwargs: _with_hidden(answer, large)):
+            logits, wanted = run().logits[0].float(), linear_head(self._causal)(large).float()
+        if not torch.allclose(logits, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+            raise ValueError(
+                f"model.loss_kernel: liger: {type(self._causal).__name__} scales or caps its logits, which the kernel would "
+                "leave out. Leave the key out: the head then runs in slices, with the model's own code."
+            )
 
 
 class _StandIn(nn.Module):
@@ -179,6 +183,11 @@ def _standing_in(causal: nn.Module, name: str, answer: Callable[..., Any]) -> It
         yield
     finally:
         setattr(parent, last, decoder)
+
+
+def _at(answer: Any, targets: Targets) -> Tensor:
+    """(T, H) hidden states of a decoder's answer where a target is predicted."""
+    return answer.last_hidden_state.flatten(0, 1).index_select(0, targets.at)
 
 
 def _with_hidden(answer: Any, hidden: Tensor) -> Any:
