@@ -17,8 +17,8 @@ OURS = "objective=outside:causal_lm"  # the usual one, from a module that can ki
 LORA = ["model.lora.r=4", "model.lora.dropout=0.3"]
 # The balancer's probe is not due at the step resumed from, and the checkpoint there is not that of an evaluation.
 BETWEEN = ["checkpoint.every=5", "evaluate.every=4", "evaluate.probe.every=2"]
-# It is due there, and at once the full pass before has read it.
-READ = ["evaluate.probe.every=3"]
+# It is due there, of group 1, and the full pass before has read it.
+READ = ["evaluate.probe.every=2", "evaluate.probe.examples=1"]
 
 
 @pytest.fixture(scope="module")
