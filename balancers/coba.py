@@ -1,5 +1,6 @@
 """CoBa: validation losses that converge together (Gong et al., EMNLP 2024, https://arxiv.org/abs/2410.06741)."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -9,8 +10,11 @@ import numpy as np
 from balancers.maths import positive, share, softmax, whole
 from balancers.protocol import Array, Balancer, Signal, Signals, State
 
+logger = logging.getLogger(__name__)
 Divergence = Literal["abs", "signed", "released"]
 Slope = Literal["auto", "ols", "panel"]
+WINDOW = 200  # probes, as published
+SPAN = 200  # optimizer steps, as published, where a probe is taken at every one
 CHUNK = 8192  # history entries handled at once: 64 KiB stay in the cache, a temporary as long as the history does not
 
 
@@ -29,7 +33,9 @@ class CoBa(Balancer):
     where m is the length of the history and ``D = sum_s |a_max(s)|``. Before step W all weights are 1/K.
 
     Args:
-        window: N >= 1, in probes.
+        window: N >= 1, in probes. None: 200, as published; where probes come in groups and slopes are panel slopes, the
+            newest whole rounds of the groups (so that none counts more than another), as many as come nearest to SPAN
+            optimizer steps: at least two, and at most 200 probes.
         warmup: W >= 1, in optimizer steps.
         tau: temperature of the divergence factor, > 0.
         divergence: "abs" as above; "signed" takes ``D = sum_s a_max(s)``, the equation as printed, which rewards a
@@ -40,8 +46,9 @@ class CoBa(Balancer):
         slope: "ols", least squares as published; or "panel", our addition: with one intercept for each group of
             validation rows, so that the difference between groups is not taken for progress. It needs
             ``Signals.valid_group`` and every group of the window twice, so N >= 2 * groups; with fewer, and for a task
-            that was absent too often, the slope is the plain one and ``explain["panel"]`` is 0. "auto": panel where
-            the signals name a group, which is plain least squares where they never do.
+            that was absent too often, the slope is the plain one and ``explain["panel"]`` is 0; a window that is too
+            small for them is logged once, when it is full. "auto": panel where the signals name a group, which is plain
+            least squares where they never do.
         gate: None, or a number of standard errors, our addition: each task's two scores are multiplied by
             ``max(0, 1 - (gate * error_i / a_i)^2)`` before the softmax, so that slopes which are noise give equal
             weights. The error is that of the same fit.
@@ -60,7 +67,7 @@ class CoBa(Balancer):
         ValueError: settings outside the ranges above; panel slopes without ``valid_group``.
     """
 
-    window: int = 200
+    window: int | None = None
     warmup: int = 100
     tau: float = 5.0
     divergence: Divergence = "abs"
@@ -70,7 +77,8 @@ class CoBa(Balancer):
     needs: ClassVar[Signal] = Signal.VALID_LOSS
 
     def __post_init__(self) -> None:
-        whole("CoBa window", self.window)
+        if self.window is not None:
+            whole("CoBa window", self.window)
         whole("CoBa warmup", self.warmup)
         positive("CoBa tau", self.tau)
         if self.gate is not None:
@@ -105,7 +113,7 @@ class CoBa(Balancer):
     def _probe(self, state: State, signals: Signals) -> dict[str, Array]:
         """Take in one probe, and put the weights that its scores give into the state."""
         released, fresh = self.divergence == "released", self._observe(state, signals)
-        n = min(int(state["probes"]), self.window)
+        n = self._reach(state, signals)
         slope, error, explain = self._slopes(state, n)
         # A task's first observation has no slope: a zero there would be a plateau that nobody observed.
         seen = ~np.isnan(state["base"])
@@ -122,8 +130,8 @@ class CoBa(Balancer):
                 noise = np.divide(self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0)
                 trust = explain["gate"] = np.nan_to_num(np.maximum(0, 1 - noise**2))
         rcs = _scores(trust * slope, np.nansum(np.abs(slope)) / max(1, seen.sum()), seen)
-        last = min(n, max(1, self.window - self.warmup + 1) if released else self.window)
-        past = state["slopes"][np.arange(int(state["probes"]) - last, int(state["probes"])) % self.window]
+        last = min(n, max(1, self._most - self.warmup + 1)) if released else n
+        past = state["slopes"][self._newest(state, last)]
         acs = _scores(-trust * slope, np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1), seen)
         weights = df * rcs + (1 - df) * acs
         state["weights"] = share(_sharpen(weights, seen) if released else weights, seen)
@@ -144,28 +152,55 @@ class CoBa(Balancer):
             state[name] = _put(state[name], self._row(state), value)
         return fresh
 
+    @property
+    def _most(self) -> int:
+        """Probes that the state holds."""
+        return WINDOW if self.window is None else self.window
+
+    def _newest(self, state: State, n: int) -> np.ndarray:
+        """(n,) rows of the newest n probes in the state, in the order in which they stand there."""
+        return np.sort(np.arange(int(state["probes"]) - n, int(state["probes"])) % self._most)
+
+    def _reach(self, state: State, signals: Signals) -> int:
+        """How many of the newest probes the window has."""
+        n = min(int(state["probes"]), self._most)
+        if self.window is not None or self.slope == "ols" or signals.valid_group is None:
+            return n
+        groups = len(np.unique(state["group"][:n]))
+        recent = int((state["step"][:n] > signals.step - SPAN).sum())
+        rounds = min(max(2, round(recent / groups)), n // groups)
+        return groups * rounds if rounds > 1 else n
+
     def _row(self, state: State) -> int:
-        """Where the newest probe stands in the window."""
-        return (int(state["probes"]) - 1) % self.window
+        """Where the newest probe stands in the state."""
+        return (int(state["probes"]) - 1) % self._most
 
     def _slopes(self, state: State, n: int) -> tuple[Array, Array, dict[str, Array]]:
-        """Slopes and standard errors over the window's n probes; with panel slopes, which tasks have them."""
-        step, ratio, group = state["step"][:n], state["ratio"][:n], state["group"][:n]
+        """Slopes and standard errors over the newest n probes; with panel slopes, which tasks have them."""
+        rows = self._newest(state, n)
+        step, ratio, group = state["step"][rows], state["ratio"][rows], state["group"][rows]
         slope, error = least_squares(step, ratio, np.zeros(n))
         if self.slope == "ols":
             return slope, error, {}
         inner, inner_error = least_squares(step, ratio, group)
-        fits = np.isfinite(inner_error) & (np.unique(group, return_counts=True)[1] > 1).all()
+        groups, times = np.unique(group, return_counts=True)
+        if times.min() < 2 and int(state["probes"]) == self._most:
+            logger.warning(
+                f"CoBa: found a window of {n} probes and {len(groups)} groups of validation rows in it, wanted every group twice: "
+                f"its slopes are plain ones. Take a window of {2 * len(groups)} or more, or fewer groups (evaluate.probe.groups)"
+            )
+        fits = np.isfinite(inner_error) & (times.min() > 1)
         slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
         return slope, error, {"panel": fits.astype(np.float64)}
 
     def _a_max(self, state: State, slope: Array, n: int) -> float:
         if self.divergence != "released":
             return float(np.max(slope, initial=-np.inf, where=~np.isnan(slope)))
-        ratio = state["ratio"][:n]
+        rows = self._newest(state, n)
+        ratio = state["ratio"][rows]
         envelope = np.max(ratio, axis=1, initial=-np.inf, where=~np.isnan(ratio))
         envelope[np.isinf(envelope)] = np.nan
-        return float(least_squares(state["step"][:n], envelope[:, None], np.zeros(n))[0][0])
+        return float(least_squares(state["step"][rows], envelope[:, None], np.zeros(n))[0][0])
 
     def _group(self, signals: Signals) -> float:
         if self.slope == "ols" or (self.slope == "auto" and signals.valid_group is None):

@@ -383,12 +383,11 @@ def tables(results: Settings) -> str:
                 waits = [1e3 * turn["data_wait"] / turn["steps"] for turn in found[name]["turns"][1:]]
                 row(f"a step's wait for data, {name}, {method}", "", "0", spread(waits, "{:.2f} ms"))
     for each in results.get("slopes", []):
-        ratio = "{ratio:.2f} ({min:.2f} to {max:.2f})".format(**each)
         row(
-            f"error of slopes over {each['steps']} steps, defaults, {each['run']} run",
+            f"error of CoBa's slopes, {each['run']} run, {'the default' if each['is_default'] else 'a'} window of {each['steps']} steps",
             "a batch every step, plain",
-            "<= 0.5",
-            ratio,
+            "<= 0.5" if each["is_default"] else "",
+            "{ratio:.2f} ({min:.2f} to {max:.2f})".format(**each),
         )
     for trained, found in results.get("head", {}).items():
         share = found["ours"]["mib"] / found["full"]["mib"]

@@ -75,7 +75,7 @@ def balancer(tasks: list[int], past: list[int], times: int = 300) -> Iterator[Ro
     for slope in ("ols", "panel"):
         for probes in past:
             for k in tasks:
-                taken, size = updates(CoBa(slope=slope), k, probes, times)
+                taken, size = updates(CoBa(window=200, slope=slope), k, probes, times)
                 yield [slope, probes, k, *spread(taken), size]
 
 
@@ -184,7 +184,9 @@ def main() -> None:
         "validation": lambda: validation(args.validation),
         "start": lambda: start(args.rows),
     }
-    lines = [f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, CoBa's default window"]
+    lines = [
+        f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, CoBa with a window of 200 probes"
+    ]
     print(lines[0])
     for section in args.sections:
         for i, row in enumerate(made[section]()):

@@ -14,10 +14,12 @@ a step and two seeds each; and on the golden run, of other rows, which does not 
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from balancers.coba import least_squares
+from balancers.coba import SPAN, least_squares
+from mtl.config import Probe
 from mtl.data.batches import stratified
 from mtl.data.plan import EVERY, probed
 
@@ -77,13 +79,14 @@ def errors(run: Recording, probes: int, rows: int) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean(each))) for name, each in squares.items()}
 
 
-BATCH, TASKS, GROUPS = 16, 6, 10  # the benchmark's; the trainer's default
-# By run: its files, the default's optimizer steps between probes, spans in optimizer steps: panel slopes need 2 rounds of the groups.
+BATCH, TASKS, GROUPS = 16, 6, Probe().groups  # the benchmark's; the trainer's default
+# By run: its files, and the default's optimizer steps between probes.
 RUNS = {
-    "quickstart": ("benchmarks/recorded/quickstart-full-*.npz", EVERY[False], (80, 120, 160)),
-    "quickstart, LoRA": ("benchmarks/recorded/quickstart-lora-*.npz", EVERY[True], (140, 160)),
-    "golden": ("tests/golden/recorded_run.npz", EVERY[False], (80, 120, 160)),
+    "quickstart": ("benchmarks/recorded/quickstart-full-*.npz", EVERY[False]),
+    "quickstart, LoRA": ("benchmarks/recorded/quickstart-lora-*.npz", EVERY[True]),
+    "golden": ("tests/golden/recorded_run.npz", EVERY[False]),
 }
+STARTS = 10  # optimizer steps between the first and the last window of a recording, at least
 
 
 def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, float]:
@@ -129,17 +132,27 @@ def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, flo
     return float(np.sqrt(np.mean(squares[0]))), float(np.sqrt(np.mean(squares[1])))
 
 
-def defaults(draws: int = 30) -> list[dict[str, float | str]]:
-    """Of each run and span: both errors over all recordings and draws, ours over the published, and that of single draws."""
-    rows: list[dict[str, float | str]] = []
-    for name, (files, every, spans) in RUNS.items():
+def defaults(draws: int = 30) -> list[dict[str, Any]]:
+    """Of each run and window of whole rounds: both errors over the recordings that are long enough and all draws, ours over the
+    published, and that of single draws. `is_default`: it is the window that CoBa has by default with such probes."""
+    rows: list[dict[str, Any]] = []
+    for name, (files, every) in RUNS.items():
         recordings = [Recording.load(file, "tokens") for file in sorted(ROOT.glob(files))]
-        for span in spans:
-            found = np.array([online(run, span, every, seed) for run in recordings for seed in range(draws)])
+        whole_round = every * GROUPS
+        for span in range(2 * whole_round, 6 * whole_round, whole_round):
+            long = [run for run in recordings if run.step[-1] - run.step[0] - 2 >= span + STARTS]
+            if not long:
+                break
+            found = np.array([online(run, span, every, seed) for run in long for seed in range(draws)])
             published, ours = np.sqrt((found**2).mean(axis=0))
             single = found[:, 1] / found[:, 0]
-            spread = {"ratio": ours / published, "min": single.min(), "max": single.max()}
-            rows.append({"run": name, "every": every, "steps": span, "published": published, "ours": ours, **spread})
+            rows.append(
+                {
+                    "run": name, "recordings": len(long), "every": every, "steps": span,
+                    "is_default": span == whole_round * max(2, round(SPAN / whole_round)),
+                    "published": published, "ours": ours, "ratio": ours / published, "min": single.min(), "max": single.max(),
+                }
+            )  # fmt: skip
     return rows
 
 
@@ -150,13 +163,11 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="the trainer's defaults beside the published method, online")
     args = parser.parse_args()
     if args.defaults:
-        print(
-            "| run | a probe every | span, steps | published: a batch every step, plain | defaults | ratio | least of a draw | most |"
-        )
-        print("|---|---:|---:|---:|---:|---:|---:|---:|")
-        line = "| {run} | {every} | {steps} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |"
+        print("| run | recordings | a probe every | window, steps | published | defaults | ratio | least of a draw | most |")
+        print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+        line = "| {run} | {recordings} | {every} | {steps}{mark} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |"
         for row in defaults():
-            print(line.format(**row))
+            print(line.format(**row, mark=", the default" if row["is_default"] else ""))
         return
     run = Recording.load(args.run, args.by)
     table = [errors(run, probes, rows) for probes, rows in COLUMNS]

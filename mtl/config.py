@@ -85,7 +85,7 @@ class Section(BaseModel):
 
 
 class Spec(Section):
-    """A callable by name and the keywords it is given: `CoBa`, or `{name: CoBa, window: 200}`."""
+    """A callable by name and the keywords it is given: `CoBa`, or `{name: CoBa, window: 48}`."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=lambda schema: _or_text(schema))
 
@@ -257,13 +257,13 @@ class Probe(Section):
     """The small validation batch that a balancer reads, where it needs one."""
 
     every: Count | None = None
-    """Optimizer steps between probes. null: 4, with LoRA 7 (its steps are shorter), and more where a probe reads more than
-    a quarter more examples than a batch has."""
-    groups: Count = 10
+    """Optimizer steps between probes. null: 5, with LoRA 9 (its steps are shorter), and more where a probe reads more than
+    half as many examples again as a batch has."""
+    groups: Count = 12
     """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
     examples: Count | Literal["batch", "all"] = "batch"
     """Examples of each task in a group. batch: in all about a quarter more than a batch has, more of tasks with short rows; of
-    each at least 3, and no more than it has rows for the groups. all: every validation row is in a group."""
+    each at least 4, and no more than it has rows for the groups. all: every validation row is in a group."""
 
 
 class Gram(Section):
@@ -689,7 +689,7 @@ needed. A key without a default is required. Everything that is wrong is reporte
   Items of lists go by number, from 0: `--set trackers.0=tensorboard`. A task's name that contains dots may be written
   as it is (the longest key in the file wins) or in quotes: `--set 'tasks."v1.5".cap=100'`.
 - Where a name is wanted (balancer, objective, format, tracker), write it alone or with keywords: `CoBa` or
-  `{name: CoBa, window: 200}`. `--set balancer.window=50` adds a keyword, `--set balancer=Equal` replaces name and
+  `{name: CoBa, window: 48}`. `--set balancer.window=60` adds a keyword, `--set balancer=Equal` replaces name and
   keywords. `package.module:attribute` names code of yours, which runs only with `--allow-code package`.
 """
 

@@ -53,7 +53,7 @@ WRONG = {
     "unknown key": ("batch: {examples: 6,", "batch: {example: 6,", "batch.example: found an unknown key, wanted ", "Did you mean examples?"),
     "wrong type": ("train: {steps: 12}", "train: {steps: twelve}", "train.steps: found 'twelve', wanted a whole number >= 1", ""),
     "unknown balancer": ("{name: CoBa,", "{name: Koba,", "balancer.name: found 'Koba', wanted ", "Did you mean CoBa?"),
-    "balancer's keyword": ("window: 5,", "windows: 5,", "balancer.windows: found an unknown keyword, wanted one of window=200", "Did you mean window?"),
+    "balancer's keyword": ("window: 5,", "windows: 5,", "balancer.windows: found an unknown keyword, wanted one of window=None", "Did you mean window?"),
     "balancer's value": ("window: 5,", "window: 0,", "balancer.window: CoBa window: found 0, wanted ", ""),
     "balancer's tasks": ("{name: CoBa, window: 5, warmup: 3}", "{name: Static, weights: [1, 2]}", "balancer: Static weights: found 2 of them, wanted one for each of 3 tasks", ""),
     "unknown tracker": ("engine: {zero: 2,", "trackers: [console, jsonn]\nengine: {zero: 2,", "trackers.1: found 'jsonn', wanted ", "Did you mean jsonl?"),

@@ -219,9 +219,11 @@ def test_plateau_gives_equal_weights(divergence, level):
     assert (explained[-1]["slope"] == 0).all()
 
 
-def test_plain_panel_where_groups_do_not_come_twice():
+def test_plain_panel_where_groups_do_not_come_twice(caplog):
     ratio = curves(20)
     _, explained = run(CoBa(window=6, warmup=1, slope="panel"), ratio, groups=[i % 4 for i in range(20)])
+    assert len(caplog.messages) == 1 and "window of 6 probes and 4 groups" in caplog.text
+    assert "Take a window of 8 or more" in caplog.text
     _, plain = run(CoBa(window=6, warmup=1), ratio)
     for each, other in zip(explained, plain, strict=True):
         assert (each["panel"] == 0).all()
@@ -246,6 +248,43 @@ def test_auto_is_panel_with_groups_and_plain_without(groups):
     other, _ = run(CoBa(window=10, warmup=1, slope="ols"), ratio, groups=groups)
     np.testing.assert_array_equal(found, wanted)
     assert (found == other).all() == (groups is None)
+
+
+def test_default_window_is_the_published_one_where_nothing_names_a_group():
+    rng, steps = np.random.default_rng(1), range(0, 1250, 5)
+    ratio = 1 + rng.random((250, 3))
+    found, _ = run(CoBa(), ratio, steps)
+    np.testing.assert_array_equal(found, run(CoBa(window=200), ratio, steps)[0])
+    plain, groups = CoBa(slope="ols"), [i % 10 for i in range(250)]
+    np.testing.assert_array_equal(run(plain, ratio, steps, groups)[0], run(CoBa(window=200, slope="ols"), ratio, steps)[0])
+
+
+@pytest.mark.parametrize(
+    ("every", "groups", "wanted"),
+    [
+        (1, 10, {19: 19, 25: 20, 30: 30, 200: 200, 230: 200}),
+        (4, 10, {5: 5, 15: 15, 20: 20, 29: 20, 30: 30, 49: 40, 50: 50, 230: 50}),
+        (7, 10, {19: 19, 23: 20, 29: 20, 30: 30, 230: 30}),  # three rounds are 210 steps
+        (50, 10, {15: 15, 20: 20, 25: 20, 230: 20}),  # two rounds, however long they take
+        (4, 1, {30: 30, 230: 50}),
+        (1, 150, {199: 199, 230: 200}),  # the most there are: not two rounds, so the slope is plain
+    ],
+)
+def test_default_window_is_whole_rounds_of_the_groups(every, groups, wanted):
+    """{probes so far: probes in the window}, told from the slopes and from what ACS divides by."""
+    rng, n = np.random.default_rng(2), 231
+    ratio, group = 1 + rng.random((n, 3)), np.arange(n) % groups
+    steps = np.arange(n) * every
+    _, explained = run(CoBa(warmup=1), ratio, steps.tolist(), group.tolist(), base=np.ones(3))
+    slopes = np.array([each["slope"] for each in explained])
+    for probes, length in wanted.items():
+        w = slice(probes - length, probes)
+        is_panel = length >= 2 * groups
+        expected, _ = least_squares(steps[w], ratio[w], group[w] if is_panel else np.zeros(length))
+        np.testing.assert_allclose(slopes[probes - 1], expected, rtol=1e-9)
+        assert (explained[probes - 1]["panel"] == is_panel).all()
+        acs = np.exp(-slopes[probes - 1] / np.nanmean(np.abs(slopes[w]), axis=0))  # nan: the first probe has no slope
+        np.testing.assert_allclose(explained[probes - 1]["acs"], acs / acs.sum(), rtol=1e-9)
 
 
 def test_panel_without_groups_is_refused():

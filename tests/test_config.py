@@ -224,7 +224,7 @@ def test_defaults_and_types():
     assert (made.tasks["v1.5"].format.name, made.tasks["v1.5"].format.keywords) == ("text", {"column": "body"})
     assert (made.balancer.name, made.balancer.keywords) == ("CoBa", {})
     assert [tracker.name for tracker in made.trackers] == ["console", "jsonl"]
-    assert made.batch.packing == "auto" and made.evaluate.probe.groups == 10 and made.model.lora is None
+    assert made.batch.packing == "auto" and made.evaluate.probe.groups == 12 and made.model.lora is None
     clip = parse(with_("optimizer: {lr: 1, clip: null}")).optimizer
     assert (clip.lr, type(clip.lr), clip.clip) == (1.0, float, None)
 
@@ -580,7 +580,7 @@ def test_any_text_is_read_or_refused(text):
 def test_resolved_holds_every_key():
     resolved = parse(MINIMAL).resolved()
     assert list(resolved) == list(config.Config.model_fields)
-    probe = {"every": None, "groups": 10, "examples": "batch"}
+    probe = {"every": None, "groups": 12, "examples": "batch"}
     assert resolved["evaluate"] == {"every": 100, "tokens": None, "best": "macro", "probe": probe, "patience": None}
     assert resolved["balancer"] == "CoBa" and resolved["tasks"]["v1.5"]["format"] == {"name": "text", "column": "body"}
     assert resolved["optimizer"]["betas"] == [0.9, 0.999]

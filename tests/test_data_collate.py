@@ -318,21 +318,21 @@ def test_a_probe_reads_a_quarter_more_rows_than_a_batch_has_where_there_are_enou
         return [[len(rows) for rows in cut.rows(group)] for group in range(cut.groups)]
 
     lora = {"model.lora": "{r: 2, alpha: 2, target_modules: all-linear}"}
-    cut, every = planned([300, 80, 79])
-    assert sizes(cut) == [[7, 7, 7]] * 10 and every == 4
-    assert planned([300, 80, 79], **lora)[1] == 7
+    cut, every = planned([300, 90, 84])
+    assert sizes(cut) == [[7, 7, 7]] * 12 and every == 5
+    assert planned([300, 90, 84], **lora)[1] == 9
     # Four times as long as the others, whose mean it doubles: n = 20 / 3 * sqrt(2 / 4), and for the others 20 / 3 * sqrt(2).
     cut, every = planned([300, 300, 300], positions=36)
-    assert sizes(cut) == [[5, 9, 9]] * 10 and every == round(4 * 23 / 20) == 5
-    cut, every = planned([300, 40, 7])  # 10 groups of at least 3 are not to be had
-    assert sizes(cut) == [[7, 4, 3]] * 2 and every == 4
-    cut, every = planned([60] * 40)  # 3 of each are six times what a probe should read
-    assert sizes(cut) == [[3] * 40] * 10 and every == 24
-    assert planned([60] * 40, **lora)[1] == 42
+    assert sizes(cut) == [[5, 9, 9]] * 12 and every == 5
+    cut, every = planned([300, 40, 9])  # 12 groups of at least 4 are not to be had
+    assert sizes(cut) == [[7, 4, 4]] * 2 and every == 5
+    cut, every = planned([60] * 40)  # 4 of each are as many as ten batches have
+    assert sizes(cut) == [[4] * 40] * 12 and every == round(5 * 160 / 24) == 33
+    assert planned([60] * 40, **lora)[1] == 60
     cut, every = planned([30, 30], **{"evaluate.probe": "{examples: 2, every: 3, groups: 4}"})
     assert sizes(cut) == [[2, 2]] * 4 and every == 3
-    cut, every = planned([30, 30], **{"evaluate.probe": "{examples: all}"})
-    assert sizes(cut) == [[3, 3]] * 10 and every == 4
+    cut, every = planned([36, 36], **{"evaluate.probe": "{examples: all}"})
+    assert sizes(cut) == [[3, 3]] * 12 and every == 5
 
 
 def test_the_cut_follows_the_seed():

@@ -8,9 +8,11 @@ from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
 from mtl.data.mix import Mix, shares_for, steps_for
 
-PROBED = 1.25  # examples that a probe reads for each that a batch has, found with benchmarks/slopes.py
-LEAST = 3  # of each task
-EVERY = {False: 4, True: 7}  # optimizer steps between such probes, [with LoRA]
+# Found with benchmarks/slopes.py and the clock (docs/balancers.md).
+PROBED = 1.25  # examples that a probe reads for each that a batch has
+LEAST = 4  # of each task: two equally frequent labels then stand in every group alike, which with 3 they do not
+EVERY = {False: 5, True: 9}  # optimizer steps between probes, [with LoRA]
+EXAMPLES = 1.5  # of a probe, for each that a batch has, where these were found: 4 of each of 6 tasks beside batches of 16
 
 
 def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
@@ -60,7 +62,7 @@ def probe_every(config: Config, cut: ValidationCut) -> int:
     """
     least = EVERY[config.model.lora is not None]
     most = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
-    return config.evaluate.probe.every or max(least, round(least * most / (PROBED * config.batch.examples)))
+    return config.evaluate.probe.every or max(least, round(least * most / (EXAMPLES * config.batch.examples)))
 
 
 def layout_for(
