@@ -29,7 +29,9 @@ class Bounded(Wrapper):
     def __init__(self, balancer: Balancer | str | Mapping[str, Any], floor: float = 0.0, ceiling: float = 1.0) -> None:
         super().__init__(balancer)
         if not self.balancer.non_negative:
-            raise ValueError(f"Bounded balancer: found {balancer!r}, whose weights may be negative, wanted shares")
+            raise ValueError(
+                f"Bounded balancer: found {type(self.balancer).__name__}, whose weights may be negative, wanted shares"
+            )
         for name, value in (("floor", floor), ("ceiling", ceiling)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"Bounded {name}: found {value!r}, wanted a number in [0, 1]")

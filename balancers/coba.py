@@ -33,9 +33,9 @@ class CoBa(Balancer):
     where m is the length of the history and ``D = sum_s |a_max(s)|``. Before step W all weights are 1/K.
 
     Args:
-        window: N >= 1, in probes. None: 200, as published; where probes come in groups and slopes are panel slopes, the
-            newest whole rounds of the groups (so that none counts more than another), as many as come nearest to SPAN
-            optimizer steps: at least two, and at most 200 probes.
+        window: N >= 1, in probes. None: 200, as published; where slopes are panel slopes and groups take turns, the whole
+            rounds of them (so that none counts more than another) that come nearest to 200 optimizer steps: at least
+            two, and at most 200 probes. Not with ``divergence="released"``, which has 200.
         warmup: W >= 1, in optimizer steps.
         tau: temperature of the divergence factor, > 0.
         divergence: "abs" as above; "signed" takes ``D = sum_s a_max(s)``, the equation as printed, which rewards a
@@ -91,7 +91,7 @@ class CoBa(Balancer):
         return {
             "probes": np.array(0),
             "base": np.full(k, np.nan),  # l(0) from the first probe; nan = the task was not seen yet
-            "step": np.zeros(0),  # the last N probes, row = probe mod N
+            "step": np.zeros(0),  # as many of the last probes as a window may have, N: row = probe mod N
             "group": np.zeros(0),
             "ratio": np.zeros((0, k)),
             "slopes": np.zeros((0, k)),
@@ -158,18 +158,16 @@ class CoBa(Balancer):
         return WINDOW if self.window is None else self.window
 
     def _newest(self, state: State, n: int) -> np.ndarray:
-        """(n,) rows of the newest n probes in the state, in the order in which they stand there."""
+        """(n,) rows of the newest n probes in the state, ascending."""
         return np.sort(np.arange(int(state["probes"]) - n, int(state["probes"])) % self._most)
 
     def _reach(self, state: State, signals: Signals) -> int:
         """How many of the newest probes the window has."""
         n = min(int(state["probes"]), self._most)
-        if self.window is not None or self.slope == "ols" or signals.valid_group is None:
+        if self.window or self.divergence == "released" or self.slope == "ols" or signals.valid_group is None:
             return n
-        groups = len(np.unique(state["group"][:n]))
-        recent = int((state["step"][:n] > signals.step - SPAN).sum())
-        rounds = min(max(2, round(recent / groups)), n // groups)
-        return groups * rounds if rounds > 1 else n
+        apart = (signals.step - state["step"][:n].min()) / max(1, n - 1)
+        return min(n, default_window(len(np.unique(state["group"][:n])), max(1, apart)))
 
     def _row(self, state: State) -> int:
         """Where the newest probe stands in the state."""
@@ -184,10 +182,10 @@ class CoBa(Balancer):
             return slope, error, {}
         inner, inner_error = least_squares(step, ratio, group)
         groups, times = np.unique(group, return_counts=True)
-        if times.min() < 2 and int(state["probes"]) == self._most:
+        if len(groups) > 1 and times.min() < 2 and int(state["probes"]) == self._most:
             logger.warning(
-                f"CoBa: found a window of {n} probes and {len(groups)} groups of validation rows in it, wanted every group twice: "
-                f"its slopes are plain ones. Take a window of {2 * len(groups)} or more, or fewer groups (evaluate.probe.groups)"
+                f"CoBa: found a window of {n} probes that does not hold every group of validation rows twice, so its slopes are "
+                f"plain ones: wanted a window of at least twice as many probes as there are groups, or fewer groups"
             )
         fits = np.isfinite(inner_error) & (times.min() > 1)
         slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
@@ -231,6 +229,11 @@ class CoBa(Balancer):
                 total += np.exp(part, out=part).sum()
         df = entries / float(total)
         return df if self.divergence == "released" else min(df, 1.0)
+
+
+def default_window(groups: int, apart: float) -> int:
+    """Probes in the window where none is given: whole rounds of ``groups`` with ``apart`` optimizer steps between probes."""
+    return groups * max(2, min(round(SPAN / (groups * apart)), WINDOW // groups))
 
 
 def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:

@@ -43,7 +43,7 @@ class Signals:
     train_loss: Array | None = None  # (K,) nats per target token of the last global batch; nan = absent
     valid_loss: Array | None = None  # (K,) nats per target token of the newest probe; nan = absent; None = none was due
     valid_base: Array | None = None  # (K,) initial loss of the probe's examples; nan or None = the task's first probe
-    valid_group: int | None = None  # which group of the fixed cut of the validation rows the probe read
+    valid_group: int | None = None  # which group of the fixed cut of the validation rows the probe read; they take turns
     gram: Array | None = None  # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
     replay_loss: Array | None = None  # (K,) the last global batch once more, at the parameters after its update
     valid_gram: Array | None = None  # (K, K) inner products of validation gradient (row) and gradient of batch t

@@ -384,7 +384,8 @@ def tables(results: Settings) -> str:
                 row(f"a step's wait for data, {name}, {method}", "", "0", spread(waits, "{:.2f} ms"))
     for each in results.get("slopes", []):
         row(
-            f"error of CoBa's slopes, {each['run']} run, {'the default' if each['is_default'] else 'a'} window of {each['steps']} steps",
+            f"error of CoBa's slopes, {each['run']} run, {'the default' if each['is_default'] else 'a'} window of {each['steps']} steps, "
+            f"recordings: {each['recordings']}",
             "a batch every step, plain",
             "<= 0.5" if each["is_default"] else "",
             "{ratio:.2f} ({min:.2f} to {max:.2f})".format(**each),

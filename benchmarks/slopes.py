@@ -6,9 +6,10 @@ group (p + shift) mod G; the fixed subset is group 0. Everything is in ratio per
 over tasks, shifts and all windows but the first, which the steep fall after step 0 rules.
 
 With --defaults: the trainer's default probes with panel slopes beside the published method's, one mini-batch of training
-size every step with plain slopes, both over the same span of steps and against the slope of all rows at every step. On
-the quickstart's model and tasks trained in full (learning rate 1e-4) and with LoRA (2e-4), recorded by record.py with 16 examples
-a step and two seeds each; and on the golden run, of other rows, which does not say what their targets are.
+size every step with plain slopes, both over the same window and against the slope of all rows at every step of it. On the
+quickstart's model and tasks trained in full (learning rate 1e-4) and with LoRA (2e-4), recorded by record.py with 16 examples a
+step and three seeds each, one of them for 300 steps; and on the golden run of five of the tasks, which does not say what their
+targets are.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from balancers.coba import SPAN, least_squares
+from balancers.coba import default_window, least_squares
 from mtl.config import Probe
 from mtl.data.batches import stratified
 from mtl.data.plan import EVERY, probed
@@ -109,7 +110,7 @@ def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, flo
         return rng.choice(loss.shape[2], int(BATCH / TASKS + rng.random()), replace=False)
 
     drawn = np.array([[mean(t, task, draw()) for task in range(k)] for t in range(len(step))])
-    examples = probed(BATCH * k // TASKS, run.positions.mean(axis=1).tolist())
+    examples = probed(BATCH * k // TASKS, run.positions.mean(axis=1).tolist(), [run.loss.shape[2]] * k, GROUPS)
     cuts = [stratified(run.weight[i], run.answer[i], GROUPS, n, f"{seed}/{i}") for i, n in enumerate(examples)]
     squares: tuple[list, list] = [], []
     none = np.zeros(span)
@@ -149,7 +150,7 @@ def defaults(draws: int = 30) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "run": name, "recordings": len(long), "every": every, "steps": span,
-                    "is_default": span == whole_round * max(2, round(SPAN / whole_round)),
+                    "is_default": span == every * default_window(GROUPS, every),
                     "published": published, "ours": ours, "ratio": ours / published, "min": single.min(), "max": single.max(),
                 }
             )  # fmt: skip

@@ -230,7 +230,7 @@ def balancer(migration: Migration, names: list[str]) -> Any:
             migration.note(
                 "weighted_loss_mode",
                 "CoBa, with slopes and weights as the paper says. To repeat the released code, add "
-                f"`divergence: released` and put it in Bounded with floor {1 / (10 * len(names)):.4g}",
+                f"`divergence: released` and `slope: ols` and put it in Bounded with floor {1 / (10 * len(names)):.4g}",
             )
             return {
                 "name": "CoBa",

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 6000  # of a task, at most
-VALIDATION = 56  # of them for validation; divides into 7, 8, 14 or 28 probe groups
+VALIDATION = 56  # of them for validation: 14 groups of 4
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     eval_layout = layout_for(config, tasks, world, rank, pad_id, packed, eval_tokens)
     cut, wanted = cut_for(config, tasks, eval_layout), config.evaluate.probe.groups
     if cut.groups < wanted:
-        say(f"evaluate.probe.groups: {cut.groups}, not {wanted}: the smallest task has no more rows")
+        say(f"evaluate.probe.groups: {cut.groups}, not {wanted}: the smallest task has no rows for more groups of this size")
 
     holder = plugins.holder(config, args.allow_code)
     comm.same(json.dumps(holder.state_dict()["meta"], sort_keys=True), "balancer")  # what it needs is measured by all

@@ -258,9 +258,10 @@ class Probe(Section):
 
     every: Count | None = None
     """Optimizer steps between probes. null: 5, with LoRA 9 (its steps are shorter), and more where a probe reads more than
-    half as many examples again as a batch has."""
+    1.5 times as many examples as a batch has."""
     groups: Count = 12
-    """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn."""
+    """Groups of whole examples each task's validation rows are cut into; a probe reads one of them, in turn. Fewer, which the log
+    says, where a task has too few rows for as many."""
     examples: Count | Literal["batch", "all"] = "batch"
     """Examples of each task in a group. batch: in all about a quarter more than a batch has, more of tasks with short rows; of
     each at least 4, and no more than it has rows for the groups. all: every validation row is in a group."""

@@ -9,7 +9,7 @@ from mtl.objectives import OBJECTIVES
 from mtl.spec import Kind, check, resolve
 from mtl.trackers import TRACKERS
 
-BALANCER = Kind(METHODS, base=Balancer, build=True)
+BALANCER = Kind(METHODS, base=Balancer, build=True, inner="balancer")
 OBJECTIVE = Kind(OBJECTIVES, arguments=3)
 FORMAT = Kind(FORMATS, arguments=1)
 TRACKER = Kind(TRACKERS, keywords=("output", "steps", "start"))

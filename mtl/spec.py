@@ -34,6 +34,7 @@ class Kind:
         arguments: leading positional arguments that the program passes.
         keywords: keyword arguments that the program passes.
         build: it is complete with the YAML's keywords, so `check` calls it, to hear what its constructor refuses.
+        inner: with `base`, a keyword whose value is another spec of this kind, built first; code from outside may stand there.
     """
 
     table: Mapping[str, str]
@@ -41,12 +42,13 @@ class Kind:
     arguments: int = 0
     keywords: tuple[str, ...] = ()
     build: bool = False
+    inner: str | None = None
 
 
 @dataclass(frozen=True)
 class Maker:
-    """A class (or a function that makes an object) with its keywords. A ValueError or TypeError of its constructor
-    becomes a ConfigError that names the YAML's line."""
+    """A class (or a function that makes an object) with its keywords, of which some may be Makers. A ValueError or TypeError
+    of its constructor becomes a ConfigError that names the YAML's line."""
 
     target: Callable[..., Any]
     keywords: Mapping[str, Any]
@@ -56,8 +58,9 @@ class Maker:
 
     def __call__(self, *args: Any, **more: Any) -> Any:
         name = self.target.__name__
+        keywords = {key: value() if isinstance(value, Maker) else value for key, value in self.keywords.items()}
         try:
-            made = self.target(*args, **more, **self.keywords)
+            made = self.target(*args, **more, **keywords)
         except (ValueError, TypeError) as error:
             blamed = [key for key in self.keywords if re.search(rf"\b{re.escape(key)}\b", str(error))]
             place = self.places[blamed[0] if len(blamed) == 1 else ""]
@@ -153,13 +156,21 @@ def _resolve(spec: Spec, keys: Keys, kind: Kind, allow_code: Collection[str], do
             f"{show(dotted)}, which is no {kind.base.__name__}",
             f"a subclass of {kind.base.__module__}.{kind.base.__qualname__}",
         )
-    problems = list(_misfits(target, spec, keys, kind, document))
+    problems, keywords = list(_misfits(target, spec, keys, kind, document)), spec.keywords
+    if kind.inner in keywords:
+        try:
+            inner = Spec.model_validate(keywords[kind.inner])
+            keywords[kind.inner] = _resolve(inner, (*keys, kind.inner), kind, allow_code, document)
+        except ValidationError:
+            pass  # neither a name nor a mapping with one: the constructor says what it wanted
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
     if not isinstance(target, type) and not kind.base:
-        return functools.partial(target, **spec.keywords)
-    places = {key: (document.place((*keys, key)), (*keys, key)) for key in spec.keywords}
-    return Maker(target, spec.keywords, kind.base, {**places, "": (document.place(keys), keys)})
+        return functools.partial(target, **keywords)
+    places = {key: (document.place((*keys, key)), (*keys, key)) for key in keywords}
+    return Maker(target, keywords, kind.base, {**places, "": (document.place(keys), keys)})
 
 
 def _misfits(target: Callable[..., Any], spec: Spec, keys: Keys, kind: Kind, document: Document) -> Iterator[Problem]:

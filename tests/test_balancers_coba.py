@@ -105,9 +105,9 @@ any_loss = st.one_of(st.just(np.nan), st.just(0.0), st.just(0.7), st.floats(0, 1
 
 
 @settings(deadline=None)
-@given(data=st.data(), k=st.integers(1, 5), window=st.integers(1, 12), warmup=st.integers(1, 12))
+@given(data=st.data(), k=st.integers(1, 5), window=st.none() | st.integers(1, 12), warmup=st.integers(1, 12))
 @pytest.mark.parametrize("divergence", ["abs", "signed", "released"])
-@pytest.mark.parametrize("slope", ["ols", "panel"])
+@pytest.mark.parametrize("slope", ["ols", "panel", "auto"])
 def test_weights_are_finite_and_sum_to_one(divergence, slope, data, k, window, warmup):
     n = data.draw(st.integers(1, 25))
     losses = data.draw(arrays(np.float64, (n, k), elements=any_loss))
@@ -222,12 +222,17 @@ def test_plateau_gives_equal_weights(divergence, level):
 def test_plain_panel_where_groups_do_not_come_twice(caplog):
     ratio = curves(20)
     _, explained = run(CoBa(window=6, warmup=1, slope="panel"), ratio, groups=[i % 4 for i in range(20)])
-    assert len(caplog.messages) == 1 and "window of 6 probes and 4 groups" in caplog.text
-    assert "Take a window of 8 or more" in caplog.text
+    assert len(caplog.messages) == 1 and "window of 6 probes that does not hold every group" in caplog.text
     _, plain = run(CoBa(window=6, warmup=1), ratio)
     for each, other in zip(explained, plain, strict=True):
         assert (each["panel"] == 0).all()
         np.testing.assert_array_equal(each["slope"], other["slope"])
+
+
+@pytest.mark.parametrize(("window", "groups", "times"), [(6, 12, 1), (7, 4, 1), (8, 4, 0), (1, None, 0), (1, 1, 0)])
+def test_a_window_too_small_for_panel_slopes_is_logged_once(caplog, window, groups, times):
+    run(CoBa(window=window, warmup=1), curves(20), groups=groups and [i % groups for i in range(20)])
+    assert len(caplog.messages) == times
 
 
 def test_panel_sees_through_groups_of_different_difficulty():
@@ -250,23 +255,25 @@ def test_auto_is_panel_with_groups_and_plain_without(groups):
     assert (found == other).all() == (groups is None)
 
 
-def test_default_window_is_the_published_one_where_nothing_names_a_group():
+@pytest.mark.parametrize(("settings", "groups"), [({}, None), ({"slope": "ols"}, 10), ({"divergence": "released"}, 10)])
+def test_default_window_is_the_published_one_otherwise(settings, groups):
     rng, steps = np.random.default_rng(1), range(0, 1250, 5)
-    ratio = 1 + rng.random((250, 3))
-    found, _ = run(CoBa(), ratio, steps)
-    np.testing.assert_array_equal(found, run(CoBa(window=200), ratio, steps)[0])
-    plain, groups = CoBa(slope="ols"), [i % 10 for i in range(250)]
-    np.testing.assert_array_equal(run(plain, ratio, steps, groups)[0], run(CoBa(window=200, slope="ols"), ratio, steps)[0])
+    ratio, group = 1 + rng.random((250, 3)), groups and [i % groups for i in range(250)]
+    found, wanted, other = (run(CoBa(window=n, **settings), ratio, steps, group)[0] for n in (None, 200, 199))
+    np.testing.assert_array_equal(found, wanted)
+    assert (found != other).any()
 
 
 @pytest.mark.parametrize(
     ("every", "groups", "wanted"),
     [
-        (1, 10, {19: 19, 25: 20, 30: 30, 200: 200, 230: 200}),
-        (4, 10, {5: 5, 15: 15, 20: 20, 29: 20, 30: 30, 49: 40, 50: 50, 230: 50}),
-        (7, 10, {19: 19, 23: 20, 29: 20, 30: 30, 230: 30}),  # three rounds are 210 steps
+        (1, 10, {19: 19, 25: 25, 200: 200, 230: 200}),
+        (4, 10, {5: 5, 15: 15, 29: 29, 50: 50, 51: 50, 230: 50}),
+        (7, 10, {19: 19, 29: 29, 30: 30, 31: 30, 230: 30}),  # three rounds are 210 steps
         (50, 10, {15: 15, 20: 20, 25: 20, 230: 20}),  # two rounds, however long they take
-        (4, 1, {30: 30, 230: 50}),
+        (4, 1, {30: 30, 50: 50, 51: 50, 230: 50}),
+        (1, 12, {100: 100, 230: 192}),  # 17 rounds would be 204 probes
+        (1, 70, {230: 140}),
         (1, 150, {199: 199, 230: 200}),  # the most there are: not two rounds, so the slope is plain
     ],
 )

@@ -173,7 +173,10 @@ def test_the_table_takes_ratios_within_rounds(tmp_path):
             "packed fp32": {"ours": turns(1.0, 2.0, 4.0), "TRL": turns(2.0, 3.0, 16.0)},
             "balancers": {"Equal": turns(1.0, 1.0, 1.0), "CoBa, defaults": turns(1.1, 1.0, 1.2)},
         },
-        "slopes": [{"run": "q", "steps": steps, "ratio": 0.4, "min": 0.3, "max": 0.5, "is_default": steps == 80} for steps in (80, 120)],
+        "slopes": [
+            {"run": "q", "recordings": 3, "steps": 80, "ratio": 0.4, "min": 0.3, "max": 0.5, "is_default": True},
+            {"run": "q", "recordings": 1, "steps": 120, "ratio": 0.6, "min": 0.5, "max": 0.7, "is_default": False},
+        ],
         "head": {"trained": {"ours": {"mib": 30.0}, "full": {"mib": 120.0}}},
     }  # fmt: skip
     text = bench.tables(results)
@@ -182,9 +185,9 @@ def test_the_table_takes_ratios_within_rounds(tmp_path):
     assert "| Equal | 100.0 (100.0 to 100.0) | 0.50 (0.50 to 0.50) | 7 |" in text
     assert (
         "| <= 0.25 | 0.25 |" in text
-        and "the default window of 80 steps | a batch every step, plain | <= 0.5 | 0.40 (0.30 to 0.50) |" in text
+        and "the default window of 80 steps, recordings: 3 | a batch every step, plain | <= 0.5 | 0.40 (0.30 to 0.50) |" in text
     )
-    assert "q run, a window of 120 steps | a batch every step, plain |  | 0.40 (0.30 to 0.50) |" in text
+    assert "q run, a window of 120 steps, recordings: 1 | a batch every step, plain |  | 0.60 (0.50 to 0.70) |" in text
     assert "51.00 %" in text  # (1 - 0.5 + 0.01) / 1
 
     readme = tmp_path / "README.md"

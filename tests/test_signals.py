@@ -245,6 +245,26 @@ def test_tasks_of_a_group_count_as_one(tmp_path):
         plugins.read(path, ["tasks.copy.group=prose"])
 
 
+def test_a_balancer_from_outside_within_another(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from balancers import Static\nclass Mine(Static):\n    def __init__(self, code): super().__init__(code)\n"
+    )
+    path, inner = str(runs.write(tmp_path)), "balancer.balancer={name: 'mine:Mine', code: [6, 3, 1]}"
+    settings = ["balancer={name: Bounded, floor: 0.2, balancer: CoBa}", inner]
+    holder = plugins.holder(plugins.read(path, settings, ["mine"]), ["mine"])
+    np.testing.assert_allclose(holder.update(Signals(0)), np.array([0.6, 0.3, 0.1]) * 4 / 7 + 1 / 7)  # the floor mixes in 3/7
+    assert holder.state_dict()["meta"]["settings"]["balancer"]["method"] == "mine:Mine"
+    with pytest.raises(ConfigError, match="balancer.balancer: found 'mine:Mine', code from outside.*--allow-code mine"):
+        plugins.read(path, settings)
+    grouped = plugins.read(
+        path, [*settings[:1], "tasks.copy.group=short", "tasks.chat.group=short", "balancer.balancer=Tokens"]
+    )
+    assert plugins.holder(grouped).state_dict()["meta"]["tasks"] == ["copy", "chat", "prose"]
+    with pytest.raises(ConfigError, match="--set balancer.balancer.window=0: balancer.balancer.window: CoBa window: found 0"):
+        plugins.read(path, [*settings[:1], "balancer.balancer={name: CoBa}", "balancer.balancer.window=0"])
+
+
 CASES = {
     "gradients, with dropout": [
         "balancer=GradNorm",

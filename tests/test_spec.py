@@ -195,6 +195,55 @@ def test_a_function_may_make_what_is_wanted():
     assert resolve(config(spec), "balancer", BALANCER, [__name__])().window == 4
 
 
+class Around(Base):
+    def __init__(self, balancer: object, floor: float = 0.0):
+        if isinstance(balancer, int):
+            raise ValueError(f"balancer: found {balancer}, wanted a name")
+        self.balancer, self.floor = balancer, floor
+
+
+AROUND = Kind({**HERE, "Around": f"{__name__}:Around"}, base=Base, build=True, inner="balancer")
+
+
+def test_a_spec_within_a_spec(package):
+    package(f"from {__name__} import Base\nclass Mine(Base):\n    def __init__(self, power=4): self.power = power")
+    line = "balancer:\n  name: Around\n  floor: 0.1\n  balancer:\n    name: Around\n    balancer: {name: 'plug.own:Mine', power: 2}"
+    made = resolve(config(line), "balancer", AROUND, ["plug"])()
+    assert made.floor == 0.1 and type(made.balancer) is Around and made.balancer.balancer.power == 2
+    assert type(resolve(config("balancer: {name: Around, balancer: Ruler}"), "balancer", AROUND)().balancer) is Ruler
+
+
+@pytest.mark.parametrize(
+    ("inner", "error"),
+    [
+        (
+            "{name: plug.own:Mine}",
+            "x.yaml:15: balancer.balancer: found 'plug.own:Mine', code from outside, wanted a built-in name, or code that is "
+            "allowed. To let it run, add --allow-code plug to the command line.",
+        ),
+        (
+            "Rulr",
+            f"x.yaml:15: balancer.balancer: found 'Rulr', wanted {NAMES.replace(' or', ', Around or')}. Did you mean Ruler?",
+        ),
+        (
+            "{name: Ruler, windw: 3}",
+            "x.yaml:15: balancer.balancer.windw: found an unknown keyword, wanted one of window=200, warmup=100. Did you mean window?",
+        ),
+        (
+            "{name: Ruler, window: 0}",
+            "x.yaml:15: balancer.balancer.window: Ruler refuses it: window: found 0, wanted at least 1",
+        ),
+        ("3", "x.yaml:15: balancer.balancer: Around refuses it: balancer: found 3, wanted a name"),
+    ],
+)
+def test_what_does_not_fit_within_a_spec(inner, error):
+    line = f"balancer:\n  name: Around\n  flor: 0.1\n  balancer: {inner}"
+    floor = "x.yaml:14: balancer.flor: found an unknown keyword, wanted one of balancer, floor=0.0. Did you mean floor?"
+    is_early = "refuses" not in error  # what a constructor says is heard when it is called
+    assert wrong(line, AROUND) == (f"{floor}\n{error}" if is_early else floor)
+    assert wrong(line.replace("flor", "floor"), AROUND) == error
+
+
 def test_what_the_program_passes_must_fit_and_is_not_the_users():
     assert wrong("trackers: [Ruler]", TRACKER, path="trackers.0") == (
         "x.yaml:12: trackers.0: found 'Ruler', whose signature is (window: int = 200, warmup: int = 100) "

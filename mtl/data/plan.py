@@ -8,11 +8,11 @@ from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
 from mtl.data.mix import Mix, shares_for, steps_for
 
-# Found with benchmarks/slopes.py and the clock (docs/balancers.md).
+# Found with benchmarks/slopes.py and the clock, for 6 tasks and batches of 16 (docs/balancers.md).
 PROBED = 1.25  # examples that a probe reads for each that a batch has
 LEAST = 4  # of each task: two equally frequent labels then stand in every group alike, which with 3 they do not
 EVERY = {False: 5, True: 9}  # optimizer steps between probes, [with LoRA]
-EXAMPLES = 1.5  # of a probe, for each that a batch has, where these were found: 4 of each of 6 tasks beside batches of 16
+READ = 24 / 16  # what a probe read there for each example of a batch
 
 
 def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
@@ -38,20 +38,21 @@ def cut_for(config: Config, tasks: Sequence[TaskData], layout: Layout) -> Valida
     probe, splits = config.evaluate.probe, [task.validation for task in tasks]
     examples: list[int] | None = None
     if probe.examples == "batch":
-        wanted = probed(config.batch.examples, [split.positions.mean() for split in splits])
-        examples = [max(LEAST, min(n, len(split) // probe.groups)) for n, split in zip(wanted, splits, strict=True)]
+        lengths, rows = [split.positions.mean() for split in splits], [len(split) for split in splits]
+        examples = probed(config.batch.examples, lengths, rows, probe.groups)
     elif probe.examples != "all":
         examples = [probe.examples] * len(tasks)
     return ValidationCut(tasks, probe.groups, config.train.seed, layout, examples)
 
 
-def probed(batch: int, positions: Sequence[float]) -> list[int]:
-    """Examples of each task in a probe beside a batch of so many, by the mean length of the tasks' rows.
+def probed(batch: int, positions: Sequence[float], rows: Sequence[int], groups: int) -> list[int]:
+    """Examples of each task in a probe beside a batch of so many, by the mean length and the number of the tasks' rows.
 
     More of those that cost little: for a given cost the errors' squares, 1/n each, sum up to least with n ~ 1 / sqrt(cost).
     """
     mean = sum(positions) / len(positions)
-    return [max(LEAST, round(PROBED * batch / len(positions) * (mean / each) ** 0.5)) for each in positions]
+    wanted = [round(PROBED * batch / len(positions) * (mean / each) ** 0.5) for each in positions]
+    return [max(LEAST, min(n, has // groups)) for n, has in zip(wanted, rows, strict=True)]
 
 
 def probe_every(config: Config, cut: ValidationCut) -> int:
@@ -62,7 +63,7 @@ def probe_every(config: Config, cut: ValidationCut) -> int:
     """
     least = EVERY[config.model.lora is not None]
     most = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
-    return config.evaluate.probe.every or max(least, round(least * most / (EXAMPLES * config.batch.examples)))
+    return config.evaluate.probe.every or max(least, round(least * most / (READ * config.batch.examples)))
 
 
 def layout_for(
