@@ -114,14 +114,15 @@ class CoBa(Balancer):
         """Take in one probe, and put the weights that its scores give into the state."""
         released, fresh = self.divergence == "released", self._observe(state, signals)
         n = self._reach(state, signals)
-        slope, error, explain = self._slopes(state, n)
+        rows = np.sort(self._newest(state, n))  # as they stand there: a full window is all of the state
+        slope, error, explain = self._slopes(state, rows)
         # A task's first observation has no slope: a zero there would be a plateau that nobody observed.
         seen = ~np.isnan(state["base"])
         slope = np.where(seen & ~fresh, slope, np.nan)
         counts = not (released and self._warming(signals.step))
         state["slopes"] = _put(state["slopes"], self._row(state), slope if counts else np.nan)
 
-        a_max = self._a_max(state, slope, n)
+        a_max = self._a_max(state, slope, rows)
         df = self._divergence_factor(state, a_max) if counts and math.isfinite(a_max) else 1.0
 
         trust = np.ones_like(slope)
@@ -158,8 +159,8 @@ class CoBa(Balancer):
         return WINDOW if self.window is None else self.window
 
     def _newest(self, state: State, n: int) -> np.ndarray:
-        """(n,) rows of the newest n probes in the state, ascending."""
-        return np.sort(np.arange(int(state["probes"]) - n, int(state["probes"])) % self._most)
+        """(n,) rows of the newest n probes in the state, from the oldest on."""
+        return np.arange(int(state["probes"]) - n, int(state["probes"])) % self._most
 
     def _reach(self, state: State, signals: Signals) -> int:
         """How many of the newest probes the window has."""
@@ -173,32 +174,30 @@ class CoBa(Balancer):
         """Where the newest probe stands in the state."""
         return (int(state["probes"]) - 1) % self._most
 
-    def _slopes(self, state: State, n: int) -> tuple[Array, Array, dict[str, Array]]:
-        """Slopes and standard errors over the newest n probes; with panel slopes, which tasks have them."""
-        rows = self._newest(state, n)
+    def _slopes(self, state: State, rows: Array) -> tuple[Array, Array, dict[str, Array]]:
+        """Slopes and standard errors over the window's rows of the state; with panel slopes, which tasks have them."""
         step, ratio, group = state["step"][rows], state["ratio"][rows], state["group"][rows]
-        slope, error = least_squares(step, ratio, np.zeros(n))
+        slope, error = least_squares(step, ratio, np.zeros(len(rows)))
         if self.slope == "ols":
             return slope, error, {}
         inner, inner_error = least_squares(step, ratio, group)
         groups, times = np.unique(group, return_counts=True)
         if len(groups) > 1 and times.min() < 2 and int(state["probes"]) == self._most:
             logger.warning(
-                f"CoBa: found a window of {n} probes that does not hold every group of validation rows twice, so its slopes are "
+                f"CoBa: found a window of {len(rows)} probes that does not hold every group of validation rows twice, so its slopes are "
                 f"plain ones: wanted a window of at least twice as many probes as there are groups, or fewer groups"
             )
         fits = np.isfinite(inner_error) & (times.min() > 1)
         slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
         return slope, error, {"panel": fits.astype(np.float64)}
 
-    def _a_max(self, state: State, slope: Array, n: int) -> float:
+    def _a_max(self, state: State, slope: Array, rows: Array) -> float:
         if self.divergence != "released":
             return float(np.max(slope, initial=-np.inf, where=~np.isnan(slope)))
-        rows = self._newest(state, n)
         ratio = state["ratio"][rows]
         envelope = np.max(ratio, axis=1, initial=-np.inf, where=~np.isnan(ratio))
         envelope[np.isinf(envelope)] = np.nan
-        return float(least_squares(state["step"][rows], envelope[:, None], np.zeros(n))[0][0])
+        return float(least_squares(state["step"][rows], envelope[:, None], np.zeros(len(rows)))[0][0])
 
     def _group(self, signals: Signals) -> float:
         if self.slope == "ols" or (self.slope == "auto" and signals.valid_group is None):
