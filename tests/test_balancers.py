@@ -40,7 +40,7 @@ MAKE = {
     "CoBa signed": lambda tasks: CoBa(window=20, warmup=10, divergence="signed"),
     "CoBa released": lambda tasks: CoBa(window=20, warmup=10, divergence="released"),
     "CoBa panel": lambda tasks: CoBa(window=20, warmup=10, slope="panel", gate=1.0),
-    "CoBa, default window": lambda tasks: CoBa(warmup=10),
+    "CoBa default window": lambda tasks: CoBa(warmup=10),
     "CoBa short": lambda tasks: CoBa(window=1, warmup=1),
     "Bounded": lambda tasks: Bounded(CoBa(window=20, warmup=10), floor=0.1, ceiling=1.0 if len(tasks) == 1 else 0.6),
     "Bounded scaled": lambda tasks: Bounded("GLS", floor=0.2),
