@@ -2,7 +2,7 @@
 #   make train     install, build the quickstart's model and data (once), train with CoBa on the GPUs there are or on 2 CPU processes
 #   make test      install, run the tests that CI runs;   make test-all: the slow ones too
 # A step that is up to date is skipped.
-#   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: over an hour, into benchmarks/results
+#   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
 #   make clean     remove .venv and .venv-bench; models, data and runs stay
