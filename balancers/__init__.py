@@ -62,7 +62,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A method is imported when its name is asked for, so that one with an extra does not burden the others."""
+    """A method is imported when its name is asked for, so that one with an extra does not burden
+    the others.
+    """
     if name not in METHODS:
-        raise AttributeError(f"module 'balancers' has no attribute {name!r}; the methods are {', '.join(METHODS)}")
+        raise AttributeError(
+            f"module 'balancers' has no attribute {name!r}; the methods are {', '.join(METHODS)}"
+        )
     return method(name)

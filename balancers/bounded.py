@@ -10,10 +10,12 @@ from balancers.wrapper import Wrapper
 
 
 class Bounded(Wrapper):
-    """No share below a floor or above a ceiling, by mixing in equal weights: ``w = (1 - q) * inner + q / K``.
+    """No share below a floor or above a ceiling, by mixing in equal weights: ``w = (1 - q) * inner
+    + q / K``.
 
-    q is the smallest number in [0, 1] that keeps every share within the bounds: 0 while the inner balancer does so
-    itself. The tasks' order stays as it is; clipping would make different tasks equal.
+    q is the smallest number in [0, 1] that keeps every share within the bounds: 0 while the inner
+    balancer does so itself. The tasks' order stays as it is; clipping would make different tasks
+    equal.
 
     Args:
         balancer: the inner one, or its name, or a mapping of its name and keywords.
@@ -22,15 +24,18 @@ class Bounded(Wrapper):
 
     Explains: ``mixed`` (scalar), q, beside what the inner balancer explains.
 
-    Raises:
-        ValueError: bounds that no weights of K tasks can keep; an inner balancer with negative weights.
+    Raises: ValueError: bounds that no weights of K tasks can keep; an inner balancer with negative
+        weights.
     """
 
-    def __init__(self, balancer: Balancer | str | Mapping[str, Any], floor: float = 0.0, ceiling: float = 1.0) -> None:
+    def __init__(
+        self, balancer: Balancer | str | Mapping[str, Any], floor: float = 0.0, ceiling: float = 1.0
+    ) -> None:
         super().__init__(balancer)
         if not self.balancer.non_negative:
             raise ValueError(
-                f"Bounded balancer: found {type(self.balancer).__name__}, whose weights may be negative, wanted shares"
+                f"Bounded balancer: found {type(self.balancer).__name__}, whose weights may be "
+                "negative, wanted shares"
             )
         for name, value in (("floor", floor), ("ceiling", ceiling)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -43,7 +48,8 @@ class Bounded(Wrapper):
     def init(self, k: int) -> State:
         if not self.floor <= 1 / k <= self.ceiling:
             raise ValueError(
-                f"Bounded floor and ceiling: found {self.floor} and {self.ceiling}, wanted floor <= 1/K <= ceiling, "
+                f"Bounded floor and ceiling: found {self.floor} and {self.ceiling}, wanted floor "
+                "<= 1/K <= ceiling, "
                 f"which is {1 / k:.4g} for {k} tasks"
             )
         return self.balancer.init(k)

@@ -1,4 +1,6 @@
-"""CoBa: validation losses that converge together (Gong et al., EMNLP 2024, https://arxiv.org/abs/2410.06741)."""
+"""CoBa: validation losses that converge together (Gong et al., EMNLP 2024,
+https://arxiv.org/abs/2410.06741).
+"""
 
 import logging
 import math
@@ -15,53 +17,61 @@ Divergence = Literal["abs", "signed", "released"]
 Slope = Literal["auto", "ols", "panel"]
 WINDOW = 200  # probes, as published
 SPAN = 200  # optimizer steps, as published, where a probe is taken at every one
-CHUNK = 8192  # history entries handled at once: 64 KiB stay in the cache, a temporary as long as the history does not
+# history entries handled at once: 64 KiB stay in the cache, a temporary as long as the history does
+# not
+CHUNK = 8192
 
 
 @dataclass(frozen=True)
 class CoBa(Balancer):
     """Convergence Balancer: slower tasks get more weight, a task that turns up gets less.
 
-    With the ratio ``r_i = l_i / l_i(0)`` of validation losses (nats per target token) and its least-squares slope
-    ``a_i(t)`` on the step number over the last N probes, for K tasks::
+    With the ratio ``r_i = l_i / l_i(0)`` of validation losses (nats per target token) and its
+    least-squares slope ``a_i(t)`` on the step number over the last N probes, for K tasks::
 
-        RCS_i = softmax over tasks of   K * a_i / sum_j |a_j|               relative convergence score
-        ACS_i = softmax over tasks of  -n * a_i / sum_s |a_i(s)|            absolute one, s = the last n <= N slopes
-        DF    = min(m * softmax over history of (-tau * m * a_max(s) / D) [t], 1),   a_max = max_i a_i
-        w     = DF * RCS + (1 - DF) * ACS
+        RCS_i = softmax over tasks of   K * a_i / sum_j |a_j|               relative convergence
+        score ACS_i = softmax over tasks of  -n * a_i / sum_s |a_i(s)|            absolute one, s =
+        the last n <= N slopes DF    = min(m * softmax over history of (-tau * m * a_max(s) / D)
+        [t], 1),   a_max = max_i a_i w     = DF * RCS + (1 - DF) * ACS
 
-    where m is the length of the history and ``D = sum_s |a_max(s)|``. Before step W all weights are 1/K.
+    where m is the length of the history and ``D = sum_s |a_max(s)|``. Before step W all weights are
+    1/K.
 
-    Args:
-        window: N >= 1, in probes. None: 200, as published; where slopes are panel slopes and groups take turns, the whole
-            rounds of them (so that none counts more than another) that come nearest to 200 optimizer steps: at least
-            two, and at most 200 probes. Not with ``divergence="released"``, which has 200.
+    Args: window: N >= 1, in probes. None: 200, as published; where slopes are panel slopes and
+        groups take turns, the whole
+            rounds of them (so that none counts more than another) that come nearest to 200
+            optimizer steps: at least two, and at most 200 probes. Not with
+            ``divergence="released"``, which has 200.
         warmup: W >= 1, in optimizer steps.
         tau: temperature of the divergence factor, > 0.
-        divergence: "abs" as above; "signed" takes ``D = sum_s a_max(s)``, the equation as printed, which rewards a
-            diverging task until the sum changes sign; "released" does what the authors' code does
-            (codefuse-ai/MFTCoder 8ba13f4): a_max is the slope of ``max_i r_i``, DF is not clamped, no slope is kept
-            before W, ACS sees the last N - W + 1, a task's first probe is no observation, warm-up ends a step earlier,
-            and the weights go through ``softmax(K * w)`` and, where one is below 1/(10K), ``0.9 * w + 1/(10K)``.
-        slope: "ols", least squares as published; or "panel", our addition: with one intercept for each group of
-            validation rows, so that the difference between groups is not taken for progress. It needs
-            ``Signals.valid_group`` and every group of the window twice, so N >= 2 * groups; with fewer, and for a task
-            that was absent too often, the slope is the plain one and ``explain["panel"]`` is 0; a window that is too
-            small for them is logged once, when it is full. "auto": panel where the signals name a group, which is plain
-            least squares where they never do.
-        gate: None, or a number of standard errors, our addition: each task's two scores are multiplied by
-            ``max(0, 1 - (gate * error_i / a_i)^2)`` before the softmax, so that slopes which are noise give equal
-            weights. The error is that of the same fit.
+        divergence: "abs" as above; "signed" takes ``D = sum_s a_max(s)``, the equation as printed,
+            which rewards a diverging task until the sum changes sign; "released" does what the
+            authors' code does (codefuse-ai/MFTCoder 8ba13f4): a_max is the slope of ``max_i r_i``,
+            DF is not clamped, no slope is kept before W, ACS sees the last N - W + 1, a task's
+            first probe is no observation, warm-up ends a step earlier, and the weights go through
+            ``softmax(K * w)`` and, where one is below 1/(10K), ``0.9 * w + 1/(10K)``.
+        slope: "ols", least squares as published; or "panel", our addition: with one intercept for
+            each group of validation rows, so that the difference between groups is not taken for
+            progress. It needs ``Signals.valid_group`` and every group of the window twice, so N >=
+            2 * groups; with fewer, and for a task that was absent too often, the slope is the plain
+            one and ``explain["panel"]`` is 0; a window that is too small for them is logged once,
+            when it is full. "auto": panel where the signals name a group, which is plain least
+            squares where they never do.
+        gate: None, or a number of standard errors, our addition: each task's two scores are
+            multiplied by ``max(0, 1 - (gate * error_i / a_i)^2)`` before the softmax, so that
+            slopes which are noise give equal weights. The error is that of the same fit.
 
-    A task's ``l(0)`` is ``valid_base`` where the signals carry it, else the task's first probe above 0. Steps are true
-    step numbers, so probes may come at any interval. An absent task keeps the slope its window still has, 0 with
-    fewer than two observations. A task not seen yet gets 1/K, is left out of every sum, and the others share the rest.
-    Without a new probe the scores stay.
+    A task's ``l(0)`` is ``valid_base`` where the signals carry it, else the task's first probe
+    above 0. Steps are true step numbers, so probes may come at any interval. An absent task keeps
+    the slope its window still has, 0 with fewer than two observations. A task not seen yet gets
+    1/K, is left out of every sum, and the others share the rest. Without a new probe the scores
+    stay.
 
-    Explains: ``slope``, ``rcs``, ``acs`` (K,), in ratio per optimizer step and as shares; ``df`` (scalar); ``panel``
-    and ``gate`` (K,) with those options. nan: not seen yet.
+    Explains: ``slope``, ``rcs``, ``acs`` (K,), in ratio per optimizer step and as shares; ``df``
+    (scalar); ``panel`` and ``gate`` (K,) with those options. nan: not seen yet.
 
-    State: 8 bytes a probe for the history of a_max (plus an eighth of slack); the rest is bounded by the window.
+    State: 8 bytes a probe for the history of a_max (plus an eighth of slack); the rest is bounded
+    by the window.
 
     Raises:
         ValueError: settings outside the ranges above; panel slopes without ``valid_group``.
@@ -85,13 +95,20 @@ class CoBa(Balancer):
             positive("CoBa gate", self.gate)
         for name, options in (("divergence", get_args(Divergence)), ("slope", get_args(Slope))):
             if getattr(self, name) not in options:
-                raise ValueError(f"CoBa {name}: found {getattr(self, name)!r}, wanted one of {', '.join(options)}")
+                raise ValueError(
+                    f"CoBa {name}: found {getattr(self, name)!r}, wanted one of "
+                    f"{', '.join(options)}"
+                )
 
     def init(self, k: int) -> State:
         return {
             "probes": np.array(0),
-            "base": np.full(k, np.nan),  # l(0) from the first probe; nan = the task was not seen yet
-            "step": np.zeros(0),  # as many of the last probes as a window may have, N: row = probe mod N
+            "base": np.full(
+                k, np.nan
+            ),  # l(0) from the first probe; nan = the task was not seen yet
+            "step": np.zeros(
+                0
+            ),  # as many of the last probes as a window may have, N: row = probe mod N
             "group": np.zeros(0),
             "ratio": np.zeros((0, k)),
             "slopes": np.zeros((0, k)),
@@ -104,7 +121,11 @@ class CoBa(Balancer):
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
         explain = {} if signals.valid_loss is None else self._probe(state, signals)
         k = len(state["base"])
-        return state, np.full(k, 1 / k) if self._warming(signals.step) else state["weights"].copy(), explain
+        return (
+            state,
+            np.full(k, 1 / k) if self._warming(signals.step) else state["weights"].copy(),
+            explain,
+        )
 
     def _warming(self, step: int) -> bool:
         # The released trainer measures after a step: its row t + 1 is what we give at t.
@@ -114,9 +135,12 @@ class CoBa(Balancer):
         """Take in one probe, and put the weights that its scores give into the state."""
         released, fresh = self.divergence == "released", self._observe(state, signals)
         n = self._reach(state, signals)
-        rows = np.sort(self._newest(state, n))  # as they stand there: a full window is all of the state
+        rows = np.sort(
+            self._newest(state, n)
+        )  # as they stand there: a full window is all of the state
         slope, error, explain = self._slopes(state, rows)
-        # A task's first observation has no slope: a zero there would be a plateau that nobody observed.
+        # A task's first observation has no slope: a zero there would be a plateau that nobody
+        # observed.
         seen = ~np.isnan(state["base"])
         slope = np.where(seen & ~fresh, slope, np.nan)
         counts = not (released and self._warming(signals.step))
@@ -128,12 +152,18 @@ class CoBa(Balancer):
         trust = np.ones_like(slope)
         if self.gate is not None:
             with np.errstate(over="ignore"):
-                noise = np.divide(self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0)
+                noise = np.divide(
+                    self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0
+                )
                 trust = explain["gate"] = np.nan_to_num(np.maximum(0, 1 - noise**2))
         rcs = _scores(trust * slope, np.nansum(np.abs(slope)) / max(1, seen.sum()), seen)
         last = min(n, max(1, self._most - self.warmup + 1)) if released else n
         past = state["slopes"][self._newest(state, last)]
-        acs = _scores(-trust * slope, np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1), seen)
+        acs = _scores(
+            -trust * slope,
+            np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1),
+            seen,
+        )
         weights = df * rcs + (1 - df) * acs
         state["weights"] = share(_sharpen(weights, seen) if released else weights, seen)
         return {"slope": slope, "rcs": rcs, "acs": acs, "df": np.array(df), **explain}
@@ -146,10 +176,16 @@ class CoBa(Balancer):
         if signals.valid_base is not None:
             base = np.where(signals.valid_base > 0, signals.valid_base, base)
         with np.errstate(over="ignore"):
-            ratio = np.minimum(signals.valid_loss / base, 1e100)  # far out, and its square is still finite
+            ratio = np.minimum(
+                signals.valid_loss / base, 1e100
+            )  # far out, and its square is still finite
         ratio[unseen | fresh if self.divergence == "released" else unseen] = np.nan
         state["probes"] += 1
-        for name, value in (("step", signals.step), ("group", self._group(signals)), ("ratio", ratio)):
+        for name, value in (
+            ("step", signals.step),
+            ("group", self._group(signals)),
+            ("ratio", ratio),
+        ):
             state[name] = _put(state[name], self._row(state), value)
         return fresh
 
@@ -165,7 +201,12 @@ class CoBa(Balancer):
     def _reach(self, state: State, signals: Signals) -> int:
         """How many of the newest probes the window has."""
         n = min(int(state["probes"]), self._most)
-        if self.window or self.divergence == "released" or self.slope == "ols" or signals.valid_group is None:
+        if (
+            self.window
+            or self.divergence == "released"
+            or self.slope == "ols"
+            or signals.valid_group is None
+        ):
             return n
         apart = (signals.step - state["step"][:n].min()) / max(1, n - 1)
         return min(n, default_window(len(np.unique(state["group"][:n])), max(1, apart)))
@@ -175,7 +216,9 @@ class CoBa(Balancer):
         return (int(state["probes"]) - 1) % self._most
 
     def _slopes(self, state: State, rows: Array) -> tuple[Array, Array, dict[str, Array]]:
-        """Slopes and standard errors over the window's rows of the state; with panel slopes, which tasks have them."""
+        """Slopes and standard errors over the window's rows of the state; with panel slopes, which
+        tasks have them.
+        """
         step, ratio, group = state["step"][rows], state["ratio"][rows], state["group"][rows]
         slope, error = least_squares(step, ratio, np.zeros(len(rows)))
         if self.slope == "ols":
@@ -184,8 +227,10 @@ class CoBa(Balancer):
         groups, times = np.unique(group, return_counts=True)
         if len(groups) > 1 and times.min() < 2 and int(state["probes"]) == self._most:
             logger.warning(
-                f"CoBa: found a window of {len(rows)} probes that does not hold every group of validation rows twice, so its slopes are "
-                f"plain ones: wanted a window of at least twice as many probes as there are groups, or fewer groups"
+                f"CoBa: found a window of {len(rows)} probes that does not hold every group of "
+                "validation rows twice, so its slopes are "
+                "plain ones: wanted a window of at least twice as many probes as there are "
+                "groups, or fewer groups"
             )
         fits = np.isfinite(inner_error) & (times.min() > 1)
         slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
@@ -197,14 +242,17 @@ class CoBa(Balancer):
         ratio = state["ratio"][rows]
         envelope = np.max(ratio, axis=1, initial=-np.inf, where=~np.isnan(ratio))
         envelope[np.isinf(envelope)] = np.nan
-        return float(least_squares(state["step"][rows], envelope[:, None], np.zeros(len(rows)))[0][0])
+        return float(
+            least_squares(state["step"][rows], envelope[:, None], np.zeros(len(rows)))[0][0]
+        )
 
     def _group(self, signals: Signals) -> float:
         if self.slope == "ols" or (self.slope == "auto" and signals.valid_group is None):
             return 0.0
         if signals.valid_group is None:
             raise ValueError(
-                f"CoBa with panel slopes at step {signals.step}: found no Signals.valid_group, wanted the number of "
+                f"CoBa with panel slopes at step {signals.step}: found no Signals.valid_group, "
+                "wanted the number of "
                 f"the group of validation rows that this probe read; without groups use slope: ols"
             )
         return float(signals.valid_group)
@@ -219,8 +267,8 @@ class CoBa(Balancer):
         if not math.isfinite(scale):  # the sum is nothing but rounding
             scale = 0.0
         total = 0.0
-        # Every term is taken relative to the newest: past the range of a float the sum is inf and DF is 0, which is
-        # right, so no second pass for the maximum is needed.
+        # Every term is taken relative to the newest: past the range of a float the sum is inf and
+        # DF is 0, which is right, so no second pass for the maximum is needed.
         with np.errstate(over="ignore"):
             for start in range(0, entries, CHUNK):
                 part = state["history"][start : min(start + CHUNK, entries)]
@@ -231,7 +279,9 @@ class CoBa(Balancer):
 
 
 def default_window(groups: int, apart: float) -> int:
-    """Probes in the window where none is given: whole rounds of ``groups`` with ``apart`` optimizer steps between probes."""
+    """Probes in the window where none is given: whole rounds of ``groups`` with ``apart`` optimizer
+    steps between probes.
+    """
     return groups * max(2, min(round(SPAN / (groups * apart)), WINDOW // groups))
 
 
@@ -241,9 +291,8 @@ def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
     Args:
         x: (n,). y: (n, K), nan = not observed. group: (n,), what is equal belongs together.
 
-    Returns:
-        (K,) slopes, 0 where x does not vary within a group or y only by rounding; (K,) standard errors, inf where
-        nothing is left to estimate them from.
+    Returns: (K,) slopes, 0 where x does not vary within a group or y only by rounding; (K,)
+        standard errors, inf where nothing is left to estimate them from.
     """
     seen = ~np.isnan(y)
     member = (group == np.unique(group)[:, None]).astype(np.float64)  # (G, n)
@@ -259,7 +308,8 @@ def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
     spread = (dx * dx).sum(axis=0)
     varies = spread > 0
     product = (dx * dy).sum(axis=0)
-    # A flat curve must not get a slope made of rounding: scores divide by slopes, which would blow it up to full range.
+    # A flat curve must not get a slope made of rounding: scores divide by slopes, which would blow
+    # it up to full range.
     product[np.abs(product) <= 4 * np.finfo(float).eps * np.abs(dx * filled).sum(axis=0)] = 0
     slope = np.divide(product, spread, out=np.zeros_like(spread), where=varies)
     freedom = seen.sum(axis=0) - (count > 0).sum(axis=0) - 1
@@ -270,9 +320,13 @@ def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
 
 
 def _scores(slope: Array, scale: Array | float, seen: Array) -> Array:
-    """softmax over the seen tasks of slope / scale; nan where unseen. No slope or no scale counts as 0."""
+    """softmax over the seen tasks of slope / scale; nan where unseen. No slope or no scale counts
+    as 0.
+    """
     with np.errstate(over="ignore"):
-        logit = np.divide(slope, scale, out=np.zeros_like(slope), where=(scale > 0) & ~np.isnan(slope))
+        logit = np.divide(
+            slope, scale, out=np.zeros_like(slope), where=(scale > 0) & ~np.isnan(slope)
+        )
     return softmax(logit, seen)
 
 
@@ -284,7 +338,9 @@ def _sharpen(weights: Array, seen: Array) -> Array:
 
 
 def _put(buffer: Array, row: int, value: Array | float) -> Array:
-    """``buffer`` with ``value`` at ``row``, grown by an eighth where it ends: one copied number in eight, amortized."""
+    """``buffer`` with ``value`` at ``row``, grown by an eighth where it ends: one copied number in
+    eight, amortized.
+    """
     if row >= len(buffer):
         grown = np.full((row + row // 8 + 16, *buffer.shape[1:]), np.nan)
         grown[: len(buffer)] = buffer

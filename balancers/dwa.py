@@ -20,9 +20,9 @@ class DWA(Balancer):
         period: optimizer steps averaged into one L, >= 1; the weights hold for a period.
         temperature: T > 0.
 
-    Differs from the paper: a period is a number of steps instead of an epoch (tasks of different sizes have no common
-    one), and the weights sum to 1 instead of K. Equal in the first two periods. A task absent for a whole period keeps
-    its mean.
+    Differs from the paper: a period is a number of steps instead of an epoch (tasks of different
+    sizes have no common one), and the weights sum to 1 instead of K. Equal in the first two
+    periods. A task absent for a whole period keeps its mean.
 
     Explains: ``rate`` (K,), r.
     """
@@ -54,7 +54,16 @@ class DWA(Balancer):
                 total, count, k = state["sum"], state["count"], len(state["sum"])
                 mean = np.divide(total, count, out=np.full(k, np.nan), where=count > 0)
                 older = state["newer"]
-                state = self.init(k) | {"updates": state["updates"], "older": older, "newer": latest(older, mean)}
-        rate = np.divide(state["newer"], state["older"], out=np.ones_like(state["newer"]), where=state["older"] > 0)
+                state = self.init(k) | {
+                    "updates": state["updates"],
+                    "older": older,
+                    "newer": latest(older, mean),
+                }
+        rate = np.divide(
+            state["newer"],
+            state["older"],
+            out=np.ones_like(state["newer"]),
+            where=state["older"] > 0,
+        )
         rate = np.nan_to_num(rate, nan=1.0)
         return state, softmax(rate / self.temperature), {"rate": rate}

@@ -15,7 +15,9 @@ EPSILON = 1e-8  # nats per target token, added to every loss as in the authors' 
 
 @dataclass(frozen=True)
 class _Falls(Balancer):
-    """What both forms share: xi, moved by how far each task's log loss fell, and the weights it gives."""
+    """What both forms share: xi, moved by how far each task's log loss fell, and the weights it
+    gives.
+    """
 
     lr: float = 0.025
     weight_decay: float = 1e-3
@@ -26,21 +28,30 @@ class _Falls(Balancer):
             positive(f"{type(self).__name__} weight_decay", self.weight_decay)
 
     def init(self, k: int) -> State:
-        return {"xi": np.zeros(k), "log": np.full(k, np.nan), "loss": np.full(k, np.nan), **adam_init(k)}
+        return {
+            "xi": np.zeros(k),
+            "log": np.full(k, np.nan),
+            "loss": np.full(k, np.nan),
+            **adam_init(k),
+        }
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
         fall = self._fall(state, signals)
         known, z = ~np.isnan(fall), softmax(state["xi"])
         if known.any():
             fall = np.where(known, fall, 0.0)
-            gradient = z * (fall - (z * fall).sum() / z[known].sum()) + self.weight_decay * state["xi"]
+            gradient = (
+                z * (fall - (z * fall).sum() / z[known].sum()) + self.weight_decay * state["xi"]
+            )
             state["xi"] = state["xi"] - self.lr * adam_step(state, gradient, known)
             z = softmax(state["xi"])
         return state, share(z / (state["loss"] + EPSILON), ~np.isnan(state["loss"])), {"z": z}
 
     @abc.abstractmethod
     def _fall(self, state: State, signals: Signals) -> Array:
-        """(K,) log loss before minus log loss after, nan = not known; the newest losses go into ``state["loss"]``."""
+        """(K,) log loss before minus log loss after, nan = not known; the newest losses go into
+        ``state["loss"]``.
+        """
 
     def _since_last(self, state: State, loss: Array, base: Array | float = 1.0) -> Array:
         """(K,) fall of log(loss / base) since the last call."""
@@ -54,20 +65,21 @@ class _Falls(Balancer):
 class FAMO(_Falls):
     """All tasks' log losses are to fall at the same rate::
 
-        z   = softmax(xi),   c = 1 / sum_j (z_j / L_j)
-        model loss  c * sum_i z_i * log L_i,   that is the weights  w_i = c * z_i / L_i  of the losses, of sum 1
-        after the step   xi <- Adam step along  J_softmax(xi)' (log L_before - log L_after) + weight_decay * xi
+        z   = softmax(xi),   c = 1 / sum_j (z_j / L_j) model loss  c * sum_i z_i * log L_i,   that
+        is the weights  w_i = c * z_i / L_i  of the losses, of sum 1 after the step   xi <- Adam
+        step along  J_softmax(xi)' (log L_before - log L_after) + weight_decay * xi
 
-    L_before and L_after are the losses (nats per target token) of the SAME batch before and after the update.
+    L_before and L_after are the losses (nats per target token) of the SAME batch before and after
+    the update.
 
-    Args:
-        lr: of Adam on xi, > 0.
-        weight_decay: >= 0, of xi, as an L2 term.
-        replay: True reads L_after from ``Signals.replay_loss``: one more forward of every batch. False takes the next
-            batch's loss for it, which costs nothing and adds the difference between two batches as noise.
+    Args: lr: of Adam on xi, > 0. weight_decay: >= 0, of xi, as an L2 term. replay: True reads
+        L_after from ``Signals.replay_loss``: one more forward of every batch. False takes the next
+            batch's loss for it, which costs nothing and adds the difference between two batches as
+            noise.
 
-    Differs from the paper: in w, L is the newest loss known before batch t, so that of batch t-1 (after its update,
-    with replay), where the paper has batch t's own; the lower bound of the losses is 0. An absent task's xi stays.
+    Differs from the paper: in w, L is the newest loss known before batch t, so that of batch t-1
+    (after its update, with replay), where the paper has batch t's own; the lower bound of the
+    losses is 0. An absent task's xi stays.
 
     Explains: ``z`` (K,).
     """
@@ -95,11 +107,12 @@ class FAMO(_Falls):
 
 @dataclass(frozen=True)
 class FAMOValid(_Falls):
-    """FAMO on validation losses: L_before and L_after are those of two probes in turn, and w has the newest.
+    """FAMO on validation losses: L_before and L_after are those of two probes in turn, and w has
+    the newest.
 
-    One of the methods that the CoBa paper (https://arxiv.org/abs/2410.06741) compares with, marked by a star there. It
-    gives no formula; this is our reading. Two probes may read different examples, so where the signals carry
-    ``valid_base`` the fall is that of the log ratio to it.
+    One of the methods that the CoBa paper (https://arxiv.org/abs/2410.06741) compares with, marked
+    by a star there. It gives no formula; this is our reading. Two probes may read different
+    examples, so where the signals carry ``valid_base`` the fall is that of the log ratio to it.
     """
 
     needs: ClassVar[Signal] = Signal.VALID_LOSS
@@ -107,5 +120,9 @@ class FAMOValid(_Falls):
     def _fall(self, state: State, signals: Signals) -> Array:
         if signals.valid_loss is None:
             return np.full_like(state["xi"], np.nan)
-        given = 1.0 if signals.valid_base is None else np.where(signals.valid_base > 0, signals.valid_base, 1.0)
+        given = (
+            1.0
+            if signals.valid_base is None
+            else np.where(signals.valid_base > 0, signals.valid_base, 1.0)
+        )
         return self._since_last(state, signals.valid_loss, given)

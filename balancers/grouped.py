@@ -15,22 +15,31 @@ GRAMS = ("gram", "valid_gram")
 
 
 class Grouped(Wrapper):
-    """The inner balancer sees each group as one task, and a group's weight is dealt equally to its tasks.
+    """The inner balancer sees each group as one task, and a group's weight is dealt equally to its
+    tasks.
 
-    Args:
-        balancer: the inner one, or its name, or a mapping of its name and keywords.
-        groups: a group's name to the names of its tasks; a task in no group is a group of its own, under its name.
+    Args: balancer: the inner one, or its name, or a mapping of its name and keywords. groups: a
+        group's name to the names of its tasks; a task in no group is a group of its own, under its
+        name.
 
-    A group's loss is the mean of its tasks' losses, an absent task counting with its last one as long as another is
-    there; its tokens are the sum; its gradient is the mean of its tasks' gradients. It needs task names, so a Holder.
+    A group's loss is the mean of its tasks' losses, an absent task counting with its last one as
+    long as another is there; its tokens are the sum; its gradient is the mean of its tasks'
+    gradients. It needs task names, so a Holder.
 
     Explains: what the inner balancer explains, a group's value at each of its tasks.
     """
 
-    def __init__(self, balancer: Balancer | str | Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, balancer: Balancer | str | Mapping[str, Any], groups: Mapping[str, Sequence[str]]
+    ) -> None:
         super().__init__(balancer)
-        if not isinstance(groups, Mapping) or any(isinstance(each, str) or not each for each in groups.values()):
-            raise ValueError(f"Grouped groups: found {groups!r}, wanted group names, each with a list of task names")
+        if not isinstance(groups, Mapping) or any(
+            isinstance(each, str) or not each for each in groups.values()
+        ):
+            raise ValueError(
+                f"Grouped groups: found {groups!r}, wanted group names, each with a list of task "
+                "names"
+            )
         self.groups = {name: list(tasks) for name, tasks in groups.items()}
         self._of: np.ndarray | None = None  # (K,) the group of each task
 
@@ -43,7 +52,8 @@ class Grouped(Wrapper):
         taken = set(self.groups) & (set(tasks) - set(group_of))
         if len(group_of) < listed or not group_of.keys() <= set(tasks) or taken:
             raise ValueError(
-                f"Grouped groups: found {self.groups}, wanted tasks of {list(tasks)}, each in one group at most, and "
+                f"Grouped groups: found {self.groups}, wanted tasks of {list(tasks)}, each in one "
+                "group at most, and "
                 f"no group with the name of a task outside it"
             )
         names = [group_of.get(task, task) for task in tasks]
@@ -55,10 +65,15 @@ class Grouped(Wrapper):
     def init(self, k: int) -> State:
         if self._of is None:
             raise ValueError("Grouped: found no task names, wanted a Holder around it")
-        return {**{name: np.full(k, np.nan) for name in LOSSES}, **nested(self.balancer.init(1 + self._of.max()))}
+        return {
+            **{name: np.full(k, np.nan) for name in LOSSES},
+            **nested(self.balancer.init(1 + self._of.max())),
+        }
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
-        member = (np.arange(1 + self._of.max())[:, None] == self._of).astype(np.float64)  # (groups, K)
+        member = (np.arange(1 + self._of.max())[:, None] == self._of).astype(
+            np.float64
+        )  # (groups, K)
         size = member.sum(axis=1)
         mean = member / size[:, None]
         seen = {}
@@ -66,7 +81,9 @@ class Grouped(Wrapper):
             loss = getattr(signals, name)
             if loss is not None:
                 state[name] = latest(state[name], loss)
-                seen[name] = np.where(member @ ~np.isnan(loss) > 0, _mean(member, state[name]), np.nan)
+                seen[name] = np.where(
+                    member @ ~np.isnan(loss) > 0, _mean(member, state[name]), np.nan
+                )
         for name in GRAMS:
             gram = getattr(signals, name)
             if gram is not None:
@@ -75,7 +92,11 @@ class Grouped(Wrapper):
             seen["tokens"] = member @ signals.tokens
         inner, weights, explain = self.balancer.update(unnested(state), replace(signals, **seen))
         explain = {name: each[self._of] if each.ndim else each for name, each in explain.items()}
-        return {**{name: state[name] for name in LOSSES}, **nested(inner)}, (weights / size)[self._of], explain
+        return (
+            {**{name: state[name] for name in LOSSES}, **nested(inner)},
+            (weights / size)[self._of],
+            explain,
+        )
 
 
 def _mean(member: Array, loss: Array) -> Array:

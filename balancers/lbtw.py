@@ -16,12 +16,12 @@ class LBTW(Balancer):
 
         w_i ~ (L_i / L_i(0))^alpha
 
-    Args:
-        alpha: > 0; 0.5 in the paper.
-        epoch: optimizer steps after which L(0) is taken anew from the next batch, as the paper does at every epoch;
+    Args: alpha: > 0; 0.5 in the paper. epoch: optimizer steps after which L(0) is taken anew from
+        the next batch, as the paper does at every epoch;
             None: never. >= 1.
 
-    L are training losses in nats per target token, those of the update before. L(0) is the task's first batch above 0.
+    L are training losses in nats per target token, those of the update before. L(0) is the task's
+    first batch above 0.
 
     Differs from the paper: the weights are brought to sum 1; an epoch is a number of steps.
 
@@ -66,10 +66,11 @@ class LBTW(Balancer):
 
 
 class LBTWValid(LBTW):
-    """LBTW on validation losses: ``w_i ~ (V_i / V_i(0))^alpha``, V(0) from ``valid_base`` where the signals carry it.
+    """LBTW on validation losses: ``w_i ~ (V_i / V_i(0))^alpha``, V(0) from ``valid_base`` where the
+    signals carry it.
 
-    One of the methods that the CoBa paper (https://arxiv.org/abs/2410.06741) compares with, marked by a star there. It
-    gives no formula; this is our reading. ``epoch`` counts probes.
+    One of the methods that the CoBa paper (https://arxiv.org/abs/2410.06741) compares with, marked
+    by a star there. It gives no formula; this is our reading. ``epoch`` counts probes.
     """
 
     needs: ClassVar[Signal] = Signal.VALID_LOSS

@@ -7,20 +7,34 @@ from balancers.protocol import Array, State
 
 
 def softmax(logit: Array, where: NDArray[np.bool_] | bool = True) -> Array:
-    """softmax of (K,) over the entries ``where``; the others are nan. Rising logits never overflow."""
-    exp = np.exp(logit - np.max(logit, initial=-np.inf, where=where), out=np.full_like(logit, np.nan), where=where)
+    """softmax of (K,) over the entries ``where``; the others are nan. Rising logits never
+    overflow.
+    """
+    exp = np.exp(
+        logit - np.max(logit, initial=-np.inf, where=where),
+        out=np.full_like(logit, np.nan),
+        where=where,
+    )
     return exp / np.nansum(exp)
 
 
 def positive(what: str, value: float) -> float:
-    """``value`` if it is a finite number > 0; a ValueError that begins with ``what`` if it is not."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    """``value`` if it is a finite number > 0; a ValueError that begins with ``what`` if it is
+    not.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < float("inf")
+    ):
         raise ValueError(f"{what}: found {value!r}, wanted a finite number > 0")
     return value
 
 
 def whole(what: str, value: int) -> int:
-    """``value`` if it is a whole number >= 1; a ValueError that begins with ``what`` if it is not."""
+    """``value`` if it is a whole number >= 1; a ValueError that begins with ``what`` if it is
+    not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{what}: found {value!r}, wanted a whole number >= 1")
     return value
@@ -32,7 +46,9 @@ def latest(old: Array, new: Array) -> Array:
 
 
 def share(weights: Array, seen: NDArray[np.bool_]) -> Array:
-    """(K,) of sum 1: 1/K for a task not seen yet, and the rest dealt in the proportions of ``weights`` >= 0."""
+    """(K,) of sum 1: 1/K for a task not seen yet, and the rest dealt in the proportions of
+    ``weights`` >= 0.
+    """
     total = weights[seen].sum()
     if not total > 0:
         return np.full(len(weights), 1 / len(weights))
@@ -44,11 +60,15 @@ def adam_init(k: int) -> State:
 
 
 def adam_step(state: State, gradient: Array, where: NDArray[np.bool_]) -> Array:
-    """What Adam (Kingma and Ba 2015, betas 0.9 and 0.999, eps 1e-8) subtracts at learning rate 1; moments in ``state``.
+    """What Adam (Kingma and Ba 2015, betas 0.9 and 0.999, eps 1e-8) subtracts at learning rate 1;
+    moments in ``state``.
 
     Entries not in ``where`` neither move nor count: an absent task's moments would otherwise fade.
     """
-    for name, beta, value in (("adam_mean", 0.9, gradient), ("adam_square", 0.999, gradient * gradient)):
+    for name, beta, value in (
+        ("adam_mean", 0.9, gradient),
+        ("adam_square", 0.999, gradient * gradient),
+    ):
         state[name] = np.where(where, beta * state[name] + (1 - beta) * value, state[name])
     state["adam_steps"] = state["adam_steps"] + where
     steps = np.maximum(state["adam_steps"], 1)

@@ -14,18 +14,20 @@ from balancers.protocol import Array, Balancer, Signal, Signals, State
 class MetaWeighting(Balancer):
     """Weights that make the next step lower all tasks' validation losses, to first order::
 
-        V_j(theta - eps * sum_i w_i grad L_i)   has   dV_j/dw_i = -eps * M_ji,   M_ji = <grad V_j, grad L_i>
-        lambda = argmin over the simplex  || sum_j lambda_j * M_j ||     so w + eta * lambda' M lowers all V_j
-        w <- projection on the simplex of  w + eta * (lambda' M) / max |M|
+        V_j(theta - eps * sum_i w_i grad L_i)   has   dV_j/dw_i = -eps * M_ji,   M_ji = <grad V_j,
+        grad L_i> lambda = argmin over the simplex  || sum_j lambda_j * M_j ||     so w + eta *
+        lambda' M lowers all V_j w <- projection on the simplex of  w + eta * (lambda' M) / max |M|
 
-    M is ``Signals.valid_gram``: rows are validation gradients, columns the training gradients of batch t.
+    M is ``Signals.valid_gram``: rows are validation gradients, columns the training gradients of
+    batch t.
 
     Args:
         eta: > 0; the most that a weight moves in a step, before the projection.
 
-    Differs from the paper: the first-order form of its look-ahead, no second derivatives; the step is relative to the
-    largest entry, which takes out the model's learning rate and the losses' scale; the projection keeps w a
-    distribution. Tasks without training or without validation gradient (0 in M) take no part in lambda.
+    Differs from the paper: the first-order form of its look-ahead, no second derivatives; the step
+    is relative to the largest entry, which takes out the model's learning rate and the losses'
+    scale; the projection keeps w a distribution. Tasks without training or without validation
+    gradient (0 in M) take no part in lambda.
 
     Explains: ``descent`` (K,), lambda' M / max |M|.
     """
@@ -53,10 +55,12 @@ class MetaWeighting(Balancer):
 
 
 def min_norm(gram: Array, rounds: int = 1000) -> Array:
-    """The point of the simplex (K,) with the smallest ``x' gram x``, for a positive semidefinite (K, K) matrix.
+    """The point of the simplex (K,) with the smallest ``x' gram x``, for a positive semidefinite
+    (K, K) matrix.
 
-    Mass moves from the held coordinate with the largest derivative to the one with the smallest, as far as that helps
-    (pairwise Frank-Wolfe: Lacoste-Julien and Jaggi, NeurIPS 2015), which converges linearly.
+    Mass moves from the held coordinate with the largest derivative to the one with the smallest, as
+    far as that helps (pairwise Frank-Wolfe: Lacoste-Julien and Jaggi, NeurIPS 2015), which
+    converges linearly.
     """
     k = len(gram)
     x = np.full(k, 1 / k)

@@ -1,4 +1,6 @@
-"""Where each method lives: a literal table, read by ``balancers`` and by the trainer's configuration."""
+"""Where each method lives: a literal table, read by ``balancers`` and by the trainer's
+configuration.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -36,18 +38,26 @@ def method(name: str) -> type[Balancer]:
 
 
 def make(given: Balancer | str | Mapping[str, Any]) -> Balancer:
-    """A balancer, from itself, from a name of the table, or from a mapping with ``name`` and its keywords.
+    """A balancer, from itself, from a name of the table, or from a mapping with ``name`` and its
+    keywords.
 
     Raises:
         ValueError: another name, keywords that do not fit, or something else altogether.
     """
     if isinstance(given, Balancer):
         return given
-    keywords = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    keywords = (
+        {"name": given}
+        if isinstance(given, str)
+        else dict(given)
+        if isinstance(given, Mapping)
+        else {}
+    )
     name = keywords.pop("name", None)
     if name not in METHODS:
         raise ValueError(
-            f"balancer {given!r}: wanted a Balancer, or one of the names {', '.join(METHODS)}, alone or as `name` "
+            f"balancer {given!r}: wanted a Balancer, or one of the names {', '.join(METHODS)}, "
+            "alone or as `name` "
             f"beside its keywords"
         )
     try:

@@ -1,7 +1,9 @@
-"""What a balancer is: a pure function from state and signals to the next state and the weights of the tasks' losses.
+"""What a balancer is: a pure function from state and signals to the next state and the weights of
+the tasks' losses.
 
-Timing: at the start of update t the balancer sees the losses of update t-1, the probe taken at the parameters before
-update t, and the Gramian of batch t if it asked for it. Its weights hold for the whole of batch t.
+Timing: at the start of update t the balancer sees the losses of update t-1, the probe taken at the
+parameters before update t, and the Gramian of batch t if it asked for it. Its weights hold for the
+whole of batch t.
 """
 
 import abc
@@ -15,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-State = dict[str, np.ndarray]  # it is the state_dict: whatever is not in here does not survive a checkpoint
+State = dict[
+    str, np.ndarray
+]  # it is the state_dict: whatever is not in here does not survive a checkpoint
 
 
 class Signal(enum.Flag):
@@ -34,19 +38,34 @@ class Signal(enum.Flag):
 class Signals:
     """What was measured around one optimizer update; K tasks, always in the same order.
 
-    Anything ``numpy.asarray`` takes is accepted and turned into float64. In a (K,) loss nan says that the task was
-    absent: 0 would say that it is solved.
+    Anything ``numpy.asarray`` takes is accepted and turned into float64. In a (K,) loss nan says
+    that the task was absent: 0 would say that it is solved.
     """
 
     step: int  # optimizer updates completed
     tokens: Array | None = None  # (K,) target tokens per task in global batch t
-    train_loss: Array | None = None  # (K,) nats per target token of the last global batch; nan = absent
-    valid_loss: Array | None = None  # (K,) nats per target token of the newest probe; nan = absent; None = none was due
-    valid_base: Array | None = None  # (K,) initial loss of the probe's examples; nan or None = the task's first probe
-    valid_group: int | None = None  # which group of the fixed cut of the validation rows the probe read; they take turns
-    gram: Array | None = None  # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
-    replay_loss: Array | None = None  # (K,) the last global batch once more, at the parameters after its update
-    valid_gram: Array | None = None  # (K, K) inner products of validation gradient (row) and gradient of batch t
+    train_loss: Array | None = (
+        None  # (K,) nats per target token of the last global batch; nan = absent
+    )
+    valid_loss: Array | None = (
+        None  # (K,) nats per target token of the newest probe; nan = absent; None = none was due
+    )
+    valid_base: Array | None = (
+        None  # (K,) initial loss of the probe's examples; nan or None = the task's first probe
+    )
+    valid_group: int | None = (
+        None  # which group of the fixed cut of the validation rows the probe read; they take turns
+    )
+    gram: Array | None = (
+        # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
+        None
+    )
+    replay_loss: Array | None = (
+        None  # (K,) the last global batch once more, at the parameters after its update
+    )
+    valid_gram: Array | None = (
+        None  # (K, K) inner products of validation gradient (row) and gradient of batch t
+    )
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -54,12 +73,18 @@ class Signals:
             if value is None:
                 continue
             whole = field.name in ("step", "valid_group")
-            object.__setattr__(self, field.name, operator.index(value) if whole else np.asarray(value, np.float64))
+            object.__setattr__(
+                self, field.name, operator.index(value) if whole else np.asarray(value, np.float64)
+            )
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Raise ValueError for an array of the wrong shape, a loss that is infinite or below 0, an odd token count."""
+        """Raise ValueError for an array of the wrong shape, a loss that is infinite or below 0, an
+        odd token count.
+        """
         if self.step < 0:
-            raise ValueError(f"Signals.step: found {self.step}, wanted the optimizer updates completed, >= 0")
+            raise ValueError(
+                f"Signals.step: found {self.step}, wanted the optimizer updates completed, >= 0"
+            )
         k = len(tasks)
         for field in fields(self):
             value = getattr(self, field.name)
@@ -68,7 +93,8 @@ class Signals:
             shape = (k, k) if field.name.endswith("gram") else (k,)
             if value.shape != shape:
                 raise ValueError(
-                    f"Signals.{field.name} at step {self.step}: found shape {value.shape}, wanted {shape} for the "
+                    f"Signals.{field.name} at step {self.step}: found shape {value.shape}, wanted "
+                    f"{shape} for the "
                     f"{k} tasks {list(tasks)}"
                 )
             signed = field.name.endswith("gram")
@@ -80,16 +106,19 @@ class Signals:
             if bad.any():
                 name = tasks[int(np.argwhere(bad)[0][0])]
                 raise ValueError(
-                    f"Signals.{field.name} at step {self.step}, task {name!r}: found {value[bad][0]}, wanted {wanted}; "
+                    f"Signals.{field.name} at step {self.step}, task {name!r}: found "
+                    f"{value[bad][0]}, wanted {wanted}; "
                     f"look at this task's last batch, or lower the learning rate"
                 )
 
 
 class Balancer(abc.ABC):
-    """A rule that turns signals into weights. Subclass it, declare ``needs``, write ``init`` and ``update``.
+    """A rule that turns signals into weights. Subclass it, declare ``needs``, write ``init`` and
+    ``update``.
 
-    An instance holds settings only, set in its constructor; everything that changes is in the state, so that replay,
-    resume and tests need nothing else. Randomness comes from a seed in the state.
+    An instance holds settings only, set in its constructor; everything that changes is in the
+    state, so that replay, resume and tests need nothing else. Randomness comes from a seed in the
+    state.
     """
 
     needs: ClassVar[Signal]  # a wrapper makes it a property
@@ -97,7 +126,9 @@ class Balancer(abc.ABC):
     sums_to_one: ClassVar[bool] = True  # False where the scale of the weights carries meaning
 
     def bind(self, tasks: Sequence[str]) -> Self:
-        """The balancer for these tasks: the place to turn task names in the settings into positions."""
+        """The balancer for these tasks: the place to turn task names in the settings into
+        positions.
+        """
         return self
 
     @abc.abstractmethod
@@ -106,7 +137,8 @@ class Balancer(abc.ABC):
 
     @abc.abstractmethod
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
-        """The next state, the weights (K,) of this update, and what explains them: name to (K,) or scalar array.
+        """The next state, the weights (K,) of this update, and what explains them: name to (K,) or
+        scalar array.
 
         ``state`` is consumed: its arrays may be changed in place.
         """
@@ -117,9 +149,14 @@ class Balancer(abc.ABC):
 
 
 def describe(balancer: Balancer) -> dict[str, Any]:
-    """Method and settings as plain values that survive JSON; a balancer inside another's settings is described too."""
+    """Method and settings as plain values that survive JSON; a balancer inside another's settings
+    is described too.
+    """
     kind = type(balancer)
-    return {"method": f"{kind.__module__}:{kind.__qualname__}", "settings": _plain(balancer.settings())}
+    return {
+        "method": f"{kind.__module__}:{kind.__qualname__}",
+        "settings": _plain(balancer.settings()),
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -135,6 +172,7 @@ def _plain(value: Any) -> Any:
         case None | bool() | int() | float() | str():
             return value
     raise ValueError(
-        f"setting {value!r}: found a {type(value).__name__}, wanted numbers, strings, lists or mappings, so that a "
+        f"setting {value!r}: found a {type(value).__name__}, wanted numbers, strings, lists or "
+        "mappings, so that a "
         f"checkpoint can hold it; override settings() to say what stands for it"
     )

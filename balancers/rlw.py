@@ -11,13 +11,15 @@ from balancers.protocol import Array, Balancer, Signal, Signals, State
 
 
 class RLW(Balancer):
-    """``w = softmax(n)``, every ``n_i`` drawn from the standard normal distribution at every update.
+    """``w = softmax(n)``, every ``n_i`` drawn from the standard normal distribution at every
+    update.
 
     Args:
         seed: any int.
 
-    A task's draws follow from (seed, its name, number of the update), by a hash and the Box-Muller transform, so they
-    know neither the order of the tasks nor numpy's version. Without names (no Holder) its position stands for its name.
+    A task's draws follow from (seed, its name, number of the update), by a hash and the Box-Muller
+    transform, so they know neither the order of the tasks nor numpy's version. Without names (no
+    Holder) its position stands for its name.
     """
 
     needs: ClassVar[Signal] = Signal.NONE
@@ -39,7 +41,10 @@ class RLW(Balancer):
     def init(self, k: int) -> State:
         names = self._tasks or [str(i) for i in range(k)]
         digests = [hashlib.sha256(f"{self.seed} {name}".encode()).digest() for name in names]
-        return {"key": np.array([int.from_bytes(each[:8]) for each in digests], np.uint64), "draw": np.array(0)}
+        return {
+            "key": np.array([int.from_bytes(each[:8]) for each in digests], np.uint64),
+            "draw": np.array(0),
+        }
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
         count = 2 * int(state["draw"])
@@ -50,7 +55,9 @@ class RLW(Balancer):
 
 
 def _uniform(key: np.ndarray, count: int) -> Array:
-    """(K,) numbers in [0, 1), the ``count``-th of each key's SplitMix64 sequence (Steele, Lea and Flood 2014)."""
+    """(K,) numbers in [0, 1), the ``count``-th of each key's SplitMix64 sequence (Steele, Lea and
+    Flood 2014).
+    """
     x = key + np.uint64((count + 1) * 0x9E3779B97F4A7C15 % 2**64)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -19,12 +19,12 @@ class Uncertainty(Balancer):
     Args:
         lr: learning rate of Adam on s, > 0.
 
-    L are training losses in nats per target token. The weights' sum is not 1: their scale is part of the method, and
-    tends to ``w_i = 0.5 / L_i``. s starts at 0 and takes the step of the joint minimisation: with the loss and the s
-    of the same update.
+    L are training losses in nats per target token. The weights' sum is not 1: their scale is part
+    of the method, and tends to ``w_i = 0.5 / L_i``. s starts at 0 and takes the step of the joint
+    minimisation: with the loss and the s of the same update.
 
-    Differs from the paper: s has its own Adam with its own rate instead of sharing the model's optimizer and schedule;
-    an absent task's s stays.
+    Differs from the paper: s has its own Adam with its own rate instead of sharing the model's
+    optimizer and schedule; an absent task's s stays.
 
     Explains: ``log_variance`` (K,), s.
     """

@@ -8,7 +8,8 @@ from balancers.protocol import Balancer, Signal, State
 
 
 class Wrapper(Balancer):
-    """A balancer around another one: reads its signals and promises what it promises of the weights.
+    """A balancer around another one: reads its signals and promises what it promises of the
+    weights.
 
     Args:
         balancer: the inner one, or its name, or a mapping of its name and keywords.
@@ -37,4 +38,8 @@ def nested(state: State) -> State:
 
 def unnested(state: State) -> State:
     """The inner balancer's state out of the outer one's."""
-    return {name.removeprefix("inner."): array for name, array in state.items() if name.startswith("inner.")}
+    return {
+        name.removeprefix("inner."): array
+        for name, array in state.items()
+        if name.startswith("inner.")
+    }

@@ -1,10 +1,12 @@
 """The trainer against what people run today, side by side on this machine: `make bench`.
 
-    python benchmarks/bench.py [--peer-python .venv-bench/bin/python] [--groups bf16 ...] [--rounds 7]
+    python benchmarks/bench.py [--peer-python .venv-bench/bin/python] [--groups bf16 ...] [--rounds
+    7]
 
-Every group is a few processes that are ready at the same time and take their turns one after another (A B C A B C ...), so
-that what disturbs the machine disturbs all of them. Figures are medians over the rounds, with minimum and maximum; ratios
-are taken within a round. What must be equal is checked, and a violation ends the program with an error.
+Every group is a few processes that are ready at the same time and take their turns one after
+another (A B C A B C ...), so that what disturbs the machine disturbs all of them. Figures are
+medians over the rounds, with minimum and maximum; ratios are taken within a round. What must be
+equal is checked, and a violation ends the program with an error.
 """
 
 import argparse
@@ -35,10 +37,13 @@ from turns import Contender
 from mtl.data.plan import EVERY
 
 LR, EXAMPLES, MAX_LENGTH = 1e-4, 16, 128
-MIXTURE = 1536, 0.12  # positions of such a batch when padded, and the part of them that predicts a target
+MIXTURE = (
+    1536,
+    0.12,
+)  # positions of such a batch when padded, and the part of them that predicts a target
 LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft", "numpy")
-# What mtl/process.py and mtl/engine.py set for ours, given to the peers from outside.
+# What mtl/process.py and mtl/distributed/engine.py set for ours, given to the peers from outside.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
     "OMP_WAIT_POLICY": "passive",
@@ -52,37 +57,56 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**3
 Settings = dict[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------------- contenders
+# -------------------------------------------------------------------------------------------------------
+# contenders
 
 
-def ours(balancer: Any = "Tokens", precision: str = "fp32", lora: bool = False, **changes: Any) -> Settings:
-    """Changes to configs/quickstart.yaml, whose settings of the batch stand; those of balancer and probe are left out.
+def ours(
+    balancer: Any = "Tokens", precision: str = "fp32", lora: bool = False, **changes: Any
+) -> Settings:
+    """Changes to configs/quickstart.yaml, whose settings of the batch stand; those of balancer and
+    probe are left out.
 
-    One process has nothing to share: ZeRO 0, and with bf16 weights 1, the first stage that has fp32 master weights. Compiled, and
-    with the attention that is fastest on a CPU where rows are short.
+    One process has nothing to share: ZeRO 0, and with bf16 weights 1, the first stage that has fp32
+    master weights. Compiled, and with the attention that is fastest on a CPU where rows are short.
 
     Args:
         changes: further blocks, laid over the configuration's.
     """
-    model = {"precision": precision, "lora": LORA if lora else None, "compile": True, "attention": "eager"}
+    model = {
+        "precision": precision,
+        "lora": LORA if lora else None,
+        "compile": True,
+        "attention": "eager",
+    }
     engine = {"zero": 1 if precision == "bf16" else 0}
     return {"program": "ours", "balancer": balancer, "model": model, "engine": engine, **changes}
 
 
 def released(precision: str, lora: bool = False) -> Settings:
-    """CoBa as its authors run it: a training-size validation batch through the model at every step, plain slopes.
+    """CoBa as its authors run it: a training-size validation batch through the model at every step,
+    plain slopes.
 
-    56 validation rows of each of 6 tasks in 21 groups: 16 rows, as in a training batch. Packed, and the head on targets
-    only, which is more than the released code does.
+    56 validation rows of each of 6 tasks in 21 groups: 16 rows, as in a training batch. Packed, and
+    the head on targets only, which is more than the released code does.
     """
     coba = {"name": "CoBa", "slope": "ols"}
-    return ours(coba, precision, lora, evaluate={"probe": {"every": 1, "groups": 21, "examples": "all"}})
+    return ours(
+        coba, precision, lora, evaluate={"probe": {"every": 1, "groups": 21, "examples": "all"}}
+    )
 
 
 def sft(
-    precision: str, *, trainer: str = "sft", attention: str | None = None, malloc: bool = True, **arguments: Any
+    precision: str,
+    *,
+    trainer: str = "sft",
+    attention: str | None = None,
+    malloc: bool = True,
+    **arguments: Any,
 ) -> Settings:
-    """A peer. Without arguments: what TRL does where nothing is said, but for the batch, the optimizer and the precision."""
+    """A peer. Without arguments: what TRL does where nothing is said, but for the batch, the
+    optimizer and the precision.
+    """
     given = {
         "per_device_train_batch_size": EXAMPLES,
         "learning_rate": LR,
@@ -107,7 +131,9 @@ def sft(
 
 
 def packing(precision: str, row: int, rows: int, **more: Any) -> Settings:
-    """TRL's packing into rows of at most `row` tokens, as many a step as hold about EXAMPLES of the quickstart's examples."""
+    """TRL's packing into rows of at most `row` tokens, as many a step as hold about EXAMPLES of the
+    quickstart's examples.
+    """
     return sft(
         precision, packing=True, max_length=row, per_device_train_batch_size=rows, gradient_checkpointing=False,
         train_sampling_strategy="random", **more,
@@ -120,7 +146,9 @@ def flat(precision: str, **more: Any) -> Settings:
 
 
 def mine(precision: str) -> dict[str, Settings]:
-    """Ours in a peer's precision; where that is autocast over fp32 weights, beside our own default of as many fp32 master weights."""
+    """Ours in a peer's precision; where that is autocast over fp32 weights, beside our own default
+    of as many fp32 master weights.
+    """
     if precision == "fp32":
         return {"ours": ours("Tokens", precision)}
     return {"ours": ours("Tokens", "bf16"), "ours, autocast": ours("Tokens", precision)}
@@ -143,7 +171,10 @@ def padded(precision: str) -> dict[str, Settings]:
 
 
 def full_logits(precision: str) -> dict[str, Settings]:
-    return {"ours": mine(precision)["ours"], "Trainer padded, full logits": sft(precision, trainer="full_logits")}
+    return {
+        "ours": mine(precision)["ours"],
+        "Trainer padded, full logits": sft(precision, trainer="full_logits"),
+    }
 
 
 def balancers(precision: str, lora: bool) -> dict[str, Settings]:
@@ -168,7 +199,8 @@ GROUPS: dict[str, Callable[[], dict[str, Settings]]] = {
 # How the peers' settings above were found; not part of a run unless named.
 SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
     "search rows": lambda: {
-        "128 x 4": packing("fp32", 128, 4), "256 x 2": packing("fp32", 256, 2), "512 x 1": packing("fp32", 512, 1),
+        "128 x 4": packing("fp32", 128, 4), "256 x 2": packing("fp32", 256, 2), ("512 x "
+        "1"): packing("fp32", 512, 1),
         "padding-free": flat("fp32"), "Trainer, flattening": sft("fp32", trainer="flattening"),
     },
     "search kernels": lambda: {
@@ -181,12 +213,14 @@ SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
         "256 x 2": packing("bf16_autocast", 256, 2, torch_compile=True),
     },
     "search bf16": lambda: {
-        "256 x 2": packing("bf16_autocast", 256, 2), "Trainer, flattening": sft("bf16_autocast", trainer="flattening"),
+        "256 x 2": packing("bf16_autocast", 256, 2), ("Trainer, "
+        "flattening"): sft("bf16_autocast", trainer="flattening"),
     },
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------- running
+# ----------------------------------------------------------------------------------------------------------
+# running
 
 
 class Bench:
@@ -199,7 +233,9 @@ class Bench:
         steps: optimizer steps that every contender will take.
     """
 
-    def __init__(self, config: Mapping[str, Any], python: Mapping[str, str], work: Path, steps: int):
+    def __init__(
+        self, config: Mapping[str, Any], python: Mapping[str, str], work: Path, steps: int
+    ):
         self.config, self.python, self.work, self.steps = config, dict(python), work, steps
         work.mkdir(parents=True, exist_ok=True)
 
@@ -208,11 +244,19 @@ class Bench:
 
     def yaml_of(self, name: str, settings: Settings) -> Path:
         """The configuration of one of ours, written into the folder."""
-        config = {key: value for key, value in self.config.items() if key not in ("balancer", "evaluate")}
-        config |= {"train": {"steps": self.steps + 1, "seed": 0}, "checkpoint": {"best": False}, "export": {"which": "none"}}
+        config = {
+            key: value for key, value in self.config.items() if key not in ("balancer", "evaluate")
+        }
+        config |= {
+            "train": {"steps": self.steps + 1, "seed": 0},
+            "checkpoint": {"best": False},
+            "export": {"which": "none"},
+        }
         config["batch"] = {**config["batch"], "examples": EXAMPLES, "max_length": MAX_LENGTH}
         config["optimizer"], config["schedule"] = {"lr": LR}, {"name": "constant"}
-        config["evaluate"] = {"every": self.steps + 1}  # but for the pass at step 0, before the first turn
+        config["evaluate"] = {
+            "every": self.steps + 1
+        }  # but for the pass at step 0, before the first turn
         config["cache"], config["output"] = str(self.work / "cache"), str(self.work / "no-run")
         for block, values in settings.items():
             if block != "program":
@@ -240,21 +284,38 @@ class Bench:
             argument = self.file(name, ".json")
             about = {key: settings[key] for key in ("trainer", "attention", "arguments")}
             about["arguments"] = {**about["arguments"], "output_dir": str(self.work / "unused")}
-            argument.write_text(json.dumps({"model": self.config["model"]["name"], "rows": str(self.rows), **about}))
-        command = [self.python[settings["program"]], str(HERE / f"{settings['program']}.py"), str(argument)]
+            argument.write_text(
+                json.dumps({"model": self.config["model"]["name"], "rows": str(self.rows), **about})
+            )
+        command = [
+            self.python[settings["program"]],
+            str(HERE / f"{settings['program']}.py"),
+            str(argument),
+        ]
         return Contender(name, command, environment, self.file(name, ".log"), ROOT)
 
     def group(
-        self, members: Mapping[str, Settings], rounds: int, steps: int, warmup: int, say: Callable[[str], None]
+        self,
+        members: Mapping[str, Settings],
+        rounds: int,
+        steps: int,
+        warmup: int,
+        say: Callable[[str], None],
     ) -> Settings:
-        """{member: {"about", "turns"}}: what each prepared, and its turns, of which the first (`warmup` steps) is warming up."""
+        """{member: {"about", "turns"}}: what each prepared, and its turns, of which the first
+        (`warmup` steps) is warming up.
+        """
         found: Settings = {}
         with ExitStack() as stack:
             running = []
             for name, settings in members.items():
                 say(f"  starting {name}")
                 running.append(stack.enter_context(self.start(name, settings)))
-                found[name] = {"about": running[-1].about, "same_rows": settings.get("same_rows", True), "turns": []}
+                found[name] = {
+                    "about": running[-1].about,
+                    "same_rows": settings.get("same_rows", True),
+                    "turns": [],
+                }
             for turn in range(rounds + 1):
                 taken = steps if turn else warmup
                 for each in running:
@@ -277,10 +338,15 @@ def on_average(turn: Settings, contender: Settings) -> Settings:
 
 
 def evened(contender: Settings) -> Settings:
-    """Its turns with as many target tokens each as they have on average, for comparison with a peer that packs."""
+    """Its turns with as many target tokens each as they have on average, for comparison with a peer
+    that packs.
+    """
     turns = contender["turns"][1:]
     mean = statistics.fmean(turn["tokens"] for turn in turns)
-    return {**contender, "turns": [contender["turns"][0], *({**turn, "tokens": mean} for turn in turns)]}
+    return {
+        **contender,
+        "turns": [contender["turns"][0], *({**turn, "tokens": mean} for turn in turns)],
+    }
 
 
 def rate(turn: Settings) -> float:
@@ -289,7 +355,9 @@ def rate(turn: Settings) -> float:
 
 
 def own(turn: Settings) -> float:
-    """The part of a turn outside model, optimizer and communication, batch preparation on its own thread included."""
+    """The part of a turn outside model, optimizer and communication, batch preparation on its own
+    thread included.
+    """
     named = sum(turn[name] for name in ("forward", "backward", "optimizer", "communication"))
     return (turn["seconds"] - named + turn["data_thread"]) / turn["seconds"]
 
@@ -308,19 +376,36 @@ def check(group: str, found: Settings) -> list[str]:
     fp32 = "fp32" in group
     first = next(iter(found))
     base = found[first]
-    everything = {name: value["about"]["tokens"] for name, value in found.items() if "tokens" in value["about"]}
-    total = {name: sum(turn["tokens"] for turn in value["turns"]) for name, value in found.items() if value["same_rows"]}
+    everything = {
+        name: value["about"]["tokens"]
+        for name, value in found.items()
+        if "tokens" in value["about"]
+    }
+    total = {
+        name: sum(turn["tokens"] for turn in value["turns"])
+        for name, value in found.items()
+        if value["same_rows"]
+    }
     expect(len(set(total.values())) == 1, f"target tokens of the run, same rows: {total}")
     if everything:
-        expect(set(everything.values()) == set(total.values()), f"target tokens of the peers' data sets: {everything}")
+        expect(
+            set(everything.values()) == set(total.values()),
+            f"target tokens of the peers' data sets: {everything}",
+        )
     for name, value in found.items():
         if "isolation" in value["about"]:
             leak = value["about"]["isolation"]
-            expect(leak < 1e-5, f"{name}: packed sequences do not see each other ({leak:.1e} of the largest logit)")
+            expect(
+                leak < 1e-5,
+                f"{name}: packed sequences do not see each other ({leak:.1e} of the largest logit)",
+            )
         if value["same_rows"] and name != first:
             mine, theirs = (x["turns"][0]["losses"][0] for x in (base, value))
             apart = abs(mine / theirs - 1)
-            expect(apart < (1e-3 if fp32 else 2e-2), f"loss of the first batch, {first} {mine:.6f}, {name} {theirs:.6f}")
+            expect(
+                apart < (1e-3 if fp32 else 2e-2),
+                f"loss of the first batch, {first} {mine:.6f}, {name} {theirs:.6f}",
+            )
             if "balancer" not in group:
                 ends = [statistics.fmean(x["turns"][-1]["losses"]) for x in (base, value)]
                 apart = abs(ends[0] / ends[1] - 1)
@@ -331,12 +416,15 @@ def check(group: str, found: Settings) -> list[str]:
     return told
 
 
-# --------------------------------------------------------------------------------------------------------- reporting
+# ---------------------------------------------------------------------------------------------------------
+# reporting
 
 
 def spread(values: list[float], form: str = "{:.2f}") -> str:
     """median (minimum to maximum)"""
-    low, middle, high = (form.format(x) for x in (min(values), statistics.median(values), max(values)))
+    low, middle, high = (
+        form.format(x) for x in (min(values), statistics.median(values), max(values))
+    )
     return f"{middle} ({low} to {high})"
 
 
@@ -349,7 +437,10 @@ def tables(results: Settings) -> str:
     """The results as Markdown."""
     machine = results["machine"]
     lines = [
-        f"{results['date']}, commit {results['commit']}; {machine['processor']}, {machine['cores']} cores; "
+        (
+            f"{results['date']}, commit {results['commit']}; {machine['processor']}, "
+            f"{machine['cores']} cores; "
+        )
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         + f". Median (minimum to maximum) of {results['rounds']} interleaved rounds, "
         + f"after {results['warmup']} that warm up.",
@@ -367,9 +458,15 @@ def tables(results: Settings) -> str:
             reach = 1.4 if group.startswith("packed") else 2.7
             for own_name, peer in itertools.product(found, found):
                 if own_name.startswith("ours") and not peer.startswith("ours"):
-                    ours_turns = found[own_name] if found[peer]["same_rows"] else evened(found[own_name])
+                    ours_turns = (
+                        found[own_name] if found[peer]["same_rows"] else evened(found[own_name])
+                    )
                     times = spread(ratios(ours_turns, found[peer], rate), "{:.2f}x")
-                    what = "bf16" + own_name.removeprefix("ours") if "bf16" in group else group.split()[-1]
+                    what = (
+                        "bf16" + own_name.removeprefix("ours")
+                        if "bf16" in group
+                        else group.split()[-1]
+                    )
                     row(f"target tokens/s, {what}", peer, f">= {reach}x", times)
         elif group.startswith("balancers"):
             method = "LoRA" if "LoRA" in group else "full"
@@ -379,12 +476,22 @@ def tables(results: Settings) -> str:
                 row(f"step time, {name}, {method}", "Equal", reach, spread(seconds, "{:.3f}x"))
             for name in [n for n in found if n != "CoBa, released"]:
                 shares = [100 * own(turn) for turn in found[name]["turns"][1:]]
-                row(f"time in our own code, {name}, {method}", "step time", "<= 2 %", spread(shares, "{:.2f} %"))
-                waits = [1e3 * turn["data_wait"] / turn["steps"] for turn in found[name]["turns"][1:]]
-                row(f"a step's wait for data, {name}, {method}", "", "0", spread(waits, "{:.2f} ms"))
+                row(
+                    f"time in our own code, {name}, {method}",
+                    "step time",
+                    "<= 2 %",
+                    spread(shares, "{:.2f} %"),
+                )
+                waits = [
+                    1e3 * turn["data_wait"] / turn["steps"] for turn in found[name]["turns"][1:]
+                ]
+                row(
+                    f"a step's wait for data, {name}, {method}", "", "0", spread(waits, "{:.2f} ms")
+                )
     for each in results.get("slopes", []):
         row(
-            f"error of CoBa's slopes, {each['run']} run, {'the default' if each['is_default'] else 'a'} window of {each['steps']} steps, "
+            f"error of CoBa's slopes, {each['run']} run, "
+            f"{'the default' if each['is_default'] else 'a'} window of {each['steps']} steps, "
             f"recordings: {each['recordings']}",
             "a batch every step, plain",
             "<= 0.5" if each["is_default"] else "",
@@ -395,18 +502,27 @@ def tables(results: Settings) -> str:
         what = f"peak memory of loss and logits, head {trained}: {found['ours']['mib']:.0f} MiB"
         row(what, f"full logits: {found['full']['mib']:.0f} MiB", "<= 0.25", f"{share:.2f}")
     for group, found in groups.items():
-        lines += ["", f"| {group} | target tokens/s | seconds a step | peak MiB |", "|---|---:|---:|---:|"]
+        lines += [
+            "",
+            f"| {group} | target tokens/s | seconds a step | peak MiB |",
+            "|---|---:|---:|---:|",
+        ]
         for name, value in found.items():
             turns = value["turns"][1:]
             seconds = spread([turn["seconds"] / turn["steps"] for turn in turns])
             peak = max(turn["peak_mib"] for turn in turns)
-            lines.append(f"| {name} | {spread([rate(turn) for turn in turns], '{:.1f}')} | {seconds} | {peak:.0f} |")
+            lines.append(
+                f"| {name} | {spread([rate(turn) for turn in turns], '{:.1f}')} | {seconds} | "
+                f"{peak:.0f} |"
+            )
     lines += ["", "Checked:", *(f"- {text}" for text in results["checked"])]
     return "\n".join(lines) + "\n"
 
 
 def machine(python: Mapping[str, str]) -> Settings:
-    """This machine's processor, and the versions in both environments (they must agree on what both have)."""
+    """This machine's processor, and the versions in both environments (they must agree on what both
+    have).
+    """
     code = (
         "import json, importlib.metadata as m\n"
         f"names = [n for n in {PACKAGES!r} if any(True for d in m.distributions(name=n))]\n"
@@ -414,22 +530,37 @@ def machine(python: Mapping[str, str]) -> Settings:
     )
     found: dict[str, str] = {}
     for interpreter in python.values():
-        out = subprocess.run([interpreter, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+        out = subprocess.run(
+            [interpreter, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
         for name, version in json.loads(out).items():
             if found.setdefault(name, version).split("+")[0] != version.split("+")[0]:
-                sys.exit(f"{name}: found {found[name]} here and {version} in {interpreter}, wanted the same")
+                sys.exit(
+                    f"{name}: found {found[name]} here and {version} in {interpreter}, wanted the "
+                    "same"
+                )
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     lines = (line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines())
     fields = {name.strip(): value.strip() for name, _, value in lines}
-    processor = f"{fields.get('model name', platform.processor())}, model {fields.get('model', '?')}"
-    return {"processor": processor, "cores": len(os.sched_getaffinity(0)), "versions": dict(sorted(found.items()))}
+    processor = (
+        f"{fields.get('model name', platform.processor())}, model {fields.get('model', '?')}"
+    )
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": dict(sorted(found.items())),
+    }
 
 
 def commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
 
 
 MARKS = "<!-- last measured: written by bench.py -->", "<!-- end -->"
@@ -442,7 +573,9 @@ def into_readme(text: str, readme: Path) -> None:
 
 
 def write(results: Settings, out: Path | None) -> None:
-    """Write JSON and Markdown to `out`, else into the folder of results, and the table into README.md too."""
+    """Write JSON and Markdown to `out`, else into the folder of results, and the table into
+    README.md too.
+    """
     report = tables(results)
     if not out:
         into_readme(report, HERE / "README.md")
@@ -453,21 +586,45 @@ def write(results: Settings, out: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="+", choices=[*GROUPS, *SEARCH], default=list(GROUPS), metavar="GROUP")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one that warms up")
-    parser.add_argument("--warmup", type=int, default=24, help="those of the first, which compile and settle the allocator")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--groups", nargs="+", choices=[*GROUPS, *SEARCH], default=list(GROUPS), metavar="GROUP"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="measured rounds, after one that warms up"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=24,
+        help="those of the first, which compile and settle the allocator",
+    )
     parser.add_argument("--python", default=sys.executable, help="interpreter of ours")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache/quickstart", help="what launch/quickstart.py made")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / ".cache/quickstart",
+        help="what launch/quickstart.py made",
+    )
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/bench")
-    parser.add_argument("--out", type=Path, help="without suffix; default: benchmarks/results/DATE, and into README.md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="without suffix; default: benchmarks/results/DATE, and into README.md",
+    )
     args = parser.parse_args()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    text = (ROOT / "configs/quickstart.yaml").read_text().replace(".cache/quickstart", str(args.cache.resolve()))
+    text = (
+        (ROOT / "configs/quickstart.yaml")
+        .read_text()
+        .replace(".cache/quickstart", str(args.cache.resolve()))
+    )
     python = {"ours": args.python, "peer": args.peer_python}
     now = datetime.datetime.now(datetime.UTC)
     results: Settings = {
@@ -485,8 +642,12 @@ def main() -> None:
         }
     for name in args.groups:
         say(name)
-        turn = 2 * EVERY["LoRA" in name] if "balancers" in name else 4  # steps: two of CoBa's default probes
-        bench = Bench(yaml.safe_load(text), python, args.work.resolve(), args.warmup + turn * args.rounds)
+        turn = (
+            2 * EVERY["LoRA" in name] if "balancers" in name else 4
+        )  # steps: two of CoBa's default probes
+        bench = Bench(
+            yaml.safe_load(text), python, args.work.resolve(), args.warmup + turn * args.rounds
+        )
         found = bench.group((GROUPS | SEARCH)[name](), args.rounds, turn, args.warmup, say)
         results["checked"] += check(name, found)
         results["groups"][name] = found

@@ -1,7 +1,9 @@
-"""This trainer, measured: `mtl.run.run` on a configuration, step by step at the driver's command.
+"""This trainer, measured: `mtl.train.loop.train` on a configuration, step by step at the driver's
+command.
 
-    python benchmarks/ours.py x.yaml                       a contender (see turns.py)
-    python benchmarks/ours.py x.yaml --rows rows.json      write the rows of every step, for the peers, and end
+    python benchmarks/ours.py x.yaml                       a contender (see turns.py) python
+    benchmarks/ours.py x.yaml --rows rows.json      write the rows of every step, for the peers, and
+    end
 
 Nothing here replaces a part of the trainer: the clocks are put around its calls from outside.
 """
@@ -22,22 +24,21 @@ from mtl import process
 process.settle()  # before torch is imported
 
 import numpy as np
-import torch
 from turns import Turns
 
-from mtl import comm, engine, gram, model, packing, plugins
-from mtl.checkpoint import RunState
+from mtl import build, plugins
 from mtl.config import Config
-from mtl.data.batches import TrainBatches
-from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
-from mtl.data.plan import cut_for, layout_for, mix_for, probe_every, steps_of
-from mtl.run import Parts, run
-from mtl.spec import resolve
+from mtl.data.plan import mix_for, steps_of
+from mtl.distributed import comm, engine
+from mtl.output.state import RunState
+from mtl.train.loop import train
+from mtl.train.run import Run
 
 
 class Clock:
-    """Seconds spent inside chosen calls. A call within another is counted once, under the outer one's name."""
+    """Seconds spent inside chosen calls. A call within another is counted once, under the outer
+    one's name.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -59,7 +60,9 @@ class Clock:
         return timed
 
     def apart(self, name: str, call: Callable) -> Callable:
-        """For a call on a thread of its own: the processor's seconds, beside what the others take."""
+        """For a call on a thread of its own: the processor's seconds, beside what the others
+        take.
+        """
         self.seconds[name] = 0.0
 
         def timed(*args: Any) -> Any:
@@ -79,7 +82,9 @@ class Clock:
 
 
 class Ours:
-    """A tracker that ends each step's turn, and the run's stand-in for checkpoints, of which it keeps none."""
+    """A tracker that ends each step's turn, and the run's stand-in for checkpoints, of which it
+    keeps none.
+    """
 
     def __init__(self, turns: Turns, clock: Clock, names: list[str]):
         self.output = Path(tempfile.gettempdir()) / "no-such-run"
@@ -92,8 +97,12 @@ class Ours:
             self._clock.take()
             return
         tokens = np.array([values[f"train/{n}/tokens"] for n in self._names])
-        losses = np.array([values.get(f"train/{n}/loss", 0.0) for n in self._names])  # absent: no token either
-        self._turns.step(float(losses @ tokens / tokens.sum()), int(tokens.sum()), **self._clock.take())
+        losses = np.array(
+            [values.get(f"train/{n}/loss", 0.0) for n in self._names]
+        )  # absent: no token either
+        self._turns.step(
+            float(losses @ tokens / tokens.sum()), int(tokens.sum()), **self._clock.take()
+        )
 
     def say(self, text: str) -> None:
         pass
@@ -102,59 +111,52 @@ class Ours:
         return self.output
 
 
-def build(config: Config, turns: Turns) -> Parts:
-    """What `launch/train.py` builds, without checkpoints and with clocks around its parts."""
-    tokenizer = load_tokenizer(config.model)
-    tasks = prepare(config, tokenizer, plugins.formats(config, []), say=lambda text: None)
+def build_run(config: Config, turns: Turns) -> Run:
+    """The trainer's own run, without checkpoints and with clocks around its parts."""
+    data = build.encode(config, say=lambda text: None)
     if not comm.active():
         engine.init_process_group(5)
-    torch.manual_seed(config.train.seed)
-    trained = engine.Engine(model.load(config, tokenizer), config, model.optimizer(config))
-    packed = packing.decide(config, trained, len(tokenizer), lambda text: None)
-    pad_id, mix = tokenizer.pad_token_id or 0, mix_for(config, tasks)
-    batches = TrainBatches(tasks, mix, layout_for(config, tasks, 1, 0, pad_id, packed, config.batch.tokens))
-    tokens = config.evaluate.tokens or config.batch.tokens
-    layout = layout_for(config, tasks, 1, 0, pad_id, packed, tokens)
-    cut = cut_for(config, tasks, layout)
-    names = list(config.tasks)
-    holder = plugins.holder(config)
-    objective = resolve(config, "objective", plugins.OBJECTIVE, [])
-
+    run = build.build(config, data, say=lambda text: None)
     clock = Clock()
-    trained.backward = clock.around("backward", trained.backward)
-    trained.step = clock.around("optimizer", trained.step)
-    batches.batch = clock.around("data_wait", batches.batch)
+    run.engine.backward = clock.around("backward", run.engine.backward)
+    run.engine.step = clock.around("optimizer", run.engine.step)
+    run.batches.batch = clock.around("data_wait", run.batches.batch)
     for name in ("sum_", "broadcast_"):
         setattr(comm, name, clock.around("communication", getattr(comm, name)))
-    objective = clock.around("forward", objective)
-    batches._make = clock.apart("data_thread", batches._make)
-    ours = Ours(turns, clock, names)
-    differentiated = gram.supply(holder.balancer.needs, trained.module, config)
-    steps = steps_of(config, mix)
+    run.objective = clock.around("forward", run.objective)
+    run.batches.make = clock.apart("data_thread", run.batches.make)
+    ours = Ours(turns, clock, run.names)
     ours.about = {
-        "row_length": batches.layout.row_length,
-        "first": [list(micro.input_ids.shape) for micro in batches.batch(0)],
-        "parameters": sum(p.numel() for p in trained.module.parameters() if p.requires_grad),
+        "row_length": run.batches.layout.row_length,
+        "first": [list(micro.input_ids.shape) for micro in run.batches.batch(0)],
+        "parameters": sum(p.numel() for p in run.engine.module.parameters() if p.requires_grad),
+        "probe_every": run.probe_every,
     }
-    every = probe_every(config, cut)
-    ours.about["probe_every"] = every
-    return Parts(config, names, steps, trained, objective, holder, batches, cut, ours, [ours], differentiated, every)
+    run.checkpoints, run.trackers = ours, [ours]
+    return run
 
 
 def rows(config: Config) -> list[list[dict[str, list[int]]]]:
-    """The examples of every step in the order they are drawn, as ids and labels (-100 = no target)."""
-    tasks = prepare(config, load_tokenizer(config.model), plugins.formats(config, []), say=lambda text: None)
+    """The examples of every step in the order they are drawn, as ids and labels (-100 = no
+    target).
+    """
+    tasks = build.encode(config, say=lambda text: None).tasks
     mix = mix_for(config, tasks)
 
     def row(k: int, n: int) -> dict[str, list[int]]:
         ids, target = tasks[k].train.ids(n), tasks[k].train.target(n)
         return {"input_ids": ids.tolist(), "labels": np.where(target, ids, -100).tolist()}
 
-    return [[row(k, n) for k, n in zip(*mix.batch(step), strict=True)] for step in range(steps_of(config, mix))]
+    return [
+        [row(k, n) for k, n in zip(*mix.batch(step), strict=True)]
+        for step in range(steps_of(config, mix))
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("--rows", type=Path, help="write the rows here, and end")
     args = parser.parse_args()
@@ -162,7 +164,7 @@ def main() -> None:
     if args.rows:
         args.rows.write_text(json.dumps(rows(config)))
         return
-    run(build(config, Turns()), RunState())
+    train(build_run(config, Turns()), RunState())
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/peer.py settings.json                a contender (see turns.py)
 
-Runs in the peers' own environment and imports nothing of this project. Settings, all of them required:
+Runs in the peers' own environment and imports nothing of this project. Settings, all of them
+required:
 
-    model      folder          rows       file: [step][row] -> {input_ids, labels}
-    trainer    "sft" (TRL's SFTTrainer), "full_logits" (transformers' Trainer, padded) or "flattening" (the same with
+    model      folder          rows       file: [step][row] -> {input_ids, labels} trainer    "sft"
+    (TRL's SFTTrainer), "full_logits" (transformers' Trainer, padded) or "flattening" (the same with
                DataCollatorWithFlattening: the rows of a step one after another in one row)
     attention  attn_implementation, or null for transformers' choice
     arguments  keywords of SFTConfig or TrainingArguments
@@ -24,7 +25,9 @@ from turns import Turns
 
 
 class Steps(TrainerCallback):
-    """Answers at the end of each optimizer step with the loss and the target tokens that the trainer itself computed."""
+    """Answers at the end of each optimizer step with the loss and the target tokens that the
+    trainer itself computed.
+    """
 
     def __init__(self, turns: Turns):
         self.turns, self.loss, self.tokens = turns, torch.zeros(()), 0
@@ -38,24 +41,38 @@ def counted(kind: type, steps: Steps) -> type:
     """The trainer's class, with what goes through its `training_step` written down."""
 
     class Counted(kind):
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> torch.Tensor:
+        def training_step(
+            self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any
+        ) -> torch.Tensor:
             steps.tokens += int((inputs["labels"][:, 1:] != -100).sum())
             loss = super().training_step(model, inputs, *args, **keywords)
-            steps.loss += loss.detach().cpu()  # already divided by the target tokens of all micro-batches
+            steps.loss += (
+                loss.detach().cpu()
+            )  # already divided by the target tokens of all micro-batches
             return loss
 
     return Counted
 
 
 def isolation(trainer: Any) -> float:
-    """How much the last sequence's logits of a batch change when its first token does, where another sequence owns it.
+    """How much the last sequence's logits of a batch change when its first token does, where
+    another sequence owns it.
 
-    Relative to the largest logit; 0 if packed sequences do not see each other, and where rows are padded.
+    Relative to the largest logit; 0 if packed sequences do not see each other, and where rows are
+    padded.
     """
     inputs = next(iter(trainer.get_train_dataloader()))
-    inputs = {name: value for name, value in inputs.items() if name != "labels" and name != "num_items_in_batch"}
+    inputs = {
+        name: value
+        for name, value in inputs.items()
+        if name != "labels" and name != "num_items_in_batch"
+    }
     model = trainer.model.eval()
-    starts = (inputs["position_ids"][0] == 0).nonzero().flatten() if "position_ids" in inputs else torch.zeros(1)
+    starts = (
+        (inputs["position_ids"][0] == 0).nonzero().flatten()
+        if "position_ids" in inputs
+        else torch.zeros(1)
+    )
     if len(starts) < 2:
         return 0.0
     with torch.no_grad():
@@ -90,7 +107,12 @@ def build(settings: dict[str, Any], turns: Turns) -> Any:
         }
         kind, more = transformers.Trainer, {"data_collator": collators[settings["trainer"]]()}
     return counted(kind, callback)(
-        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback], **more
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[callback],
+        **more,
     )
 
 
@@ -101,7 +123,8 @@ def run(settings: dict[str, Any], turns: Turns) -> None:
     turns.ready(
         isolation=isolation(trainer),
         rows=len(packed),
-        rows_a_step=trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
+        rows_a_step=trainer.args.per_device_train_batch_size
+        * trainer.args.gradient_accumulation_steps,
         tokens=sum(sum(label != -100 for label in labels[1:]) for labels in packed["labels"]),
         parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )

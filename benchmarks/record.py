@@ -1,8 +1,10 @@
-"""Record every validation row's loss along a run, for slopes.py: python benchmarks/record.py x.yaml run.npz [--set KEY=VALUE ...].
+"""Record every validation row's loss along a run, for slopes.py: python benchmarks/record.py x.yaml
+run.npz [--set KEY=VALUE ...].
 
-The run is `mtl.run.run` itself. The rows' losses are read before the first update and after every other one. The file holds
-`step` (probes,), updates so far; `loss_sum` (probes, K, rows) in nats; `target_tokens`, `positions` and `answer` (K, rows), of
-which the last says what the targets are (`Encoded.answers`); `tasks` (K,). Of every task as many rows as the smallest has.
+The run is `mtl.train.loop.train` itself. The rows' losses are read before the first update and
+after every other one. The file holds `step` (probes,), updates so far; `loss_sum` (probes, K, rows)
+in nats; `target_tokens`, `positions` and `answer` (K, rows), of which the last says what the
+targets are (`Encoded.answers`); `tasks` (K,). Of every task as many rows as the smallest has.
 """
 
 import argparse
@@ -18,12 +20,13 @@ process.settle()  # before torch is imported
 
 import numpy as np
 import torch
-from ours import build
+from ours import build_run
 
 from mtl import plugins
-from mtl.checkpoint import RunState
 from mtl.data.mix import permutation
-from mtl.run import Parts, run
+from mtl.output.state import RunState
+from mtl.train.loop import train
+from mtl.train.run import Run
 
 
 class Unhurried:
@@ -37,14 +40,16 @@ class Unhurried:
 class Recorder:
     """A tracker that reads the rows' losses."""
 
-    def __init__(self, parts: Parts, every: int):
-        self._parts, self._every = parts, every
-        splits, layout = parts.cut.splits, parts.cut.layout
+    def __init__(self, run: Run, every: int):
+        self._run, self._every = run, every
+        splits, layout = run.validation.splits, run.validation.layout
         self._rows = min(len(split) for split in splits)
         drawn = [np.sort(permutation(len(split), "record")[: self._rows]) for split in splits]
         task, row = np.repeat(np.arange(len(splits)), self._rows), np.concatenate(drawn)
         self.targets, self.positions, self.answers = (
-            np.array([getattr(split, name)[rows] for split, rows in zip(splits, drawn, strict=True)])
+            np.array(
+                [getattr(split, name)[rows] for split, rows in zip(splits, drawn, strict=True)]
+            )
             for name in ("targets", "positions", "answers")
         )
         each, self._micros = self.targets.reshape(-1), []
@@ -60,7 +65,11 @@ class Recorder:
         done = step + 1 if "train/loss" in values else step  # updates so far
         if done % self._every or done in self.steps:
             return
-        engine, objective, k = self._parts.engine, self._parts.objective, len(self._parts.names) * self._rows
+        engine, objective, k = (
+            self._run.engine,
+            self._run.objective,
+            len(self._run.names) * self._rows,
+        )
         engine.eval()
         with torch.no_grad():
             sums = sum(objective(engine.evaluate, micro, k).sums for micro in self._micros)
@@ -73,15 +82,19 @@ class Recorder:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("out", type=Path)
     parser.add_argument("--every", type=int, default=2)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override, as in train.seed=1")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="override, as in train.seed=1"
+    )
     args = parser.parse_args()
-    parts = build(plugins.read(args.config, args.set, []), Unhurried())
-    recorder = Recorder(parts, args.every)
-    run(replace(parts, trackers=[recorder]), RunState())
+    run = build_run(plugins.read(args.config, args.set, []), Unhurried())
+    recorder = Recorder(run, args.every)
+    train(replace(run, trackers=[recorder]), RunState())
     np.savez_compressed(
         args.out,
         step=np.array(recorder.steps),
@@ -89,7 +102,7 @@ def main() -> None:
         target_tokens=recorder.targets,
         positions=recorder.positions,
         answer=recorder.answers,
-        tasks=np.array(parts.names),
+        tasks=np.array(run.names),
     )
 
 

@@ -1,9 +1,10 @@
-"""What grows with tasks, validation rows, steps and training rows, and how: python benchmarks/scaling.py [--out FILE].
+"""What grows with tasks, validation rows, steps and training rows, and how: python
+benchmarks/scaling.py [--out FILE].
 
-balancer     time and state of CoBa's update, by tasks and past probes
-order        time of finding the rows of a global batch, by tasks and step
-validation   making the cut, and one probe, by validation rows of each of 8 tasks
-start        from a configuration to the first batch, by training rows: the first time, and with a warm cache
+balancer     time and state of CoBa's update, by tasks and past probes order        time of finding
+the rows of a global batch, by tasks and step validation   making the cut, and one probe, by
+validation rows of each of 8 tasks start        from a configuration to the first batch, by training
+rows: the first time, and with a warm cache
 """
 
 import argparse
@@ -48,14 +49,21 @@ def spread(values: list[float]) -> Row:
     return [f"{x:.3f}" for x in (statistics.median(values), min(values), max(values))]
 
 
-# --------------------------------------------------------------------------------------------------------- balancer
+# ---------------------------------------------------------------------------------------------------------
+# balancer
 
 
 def aged(balancer: CoBa, k: int, past: int) -> dict[str, np.ndarray]:
-    """The state after ``past`` probes; only the history's length matters for the cost, so it is filled in directly."""
+    """The state after ``past`` probes; only the history's length matters for the cost, so it is
+    filled in directly.
+    """
     state, rng = balancer.init(k), np.random.default_rng(0)
     history = 1e-3 * rng.normal(size=past)
-    return state | {"entries": np.array(past), "history": history, "divisor": np.array(np.abs(history).sum())}
+    return state | {
+        "entries": np.array(past),
+        "history": history,
+        "divisor": np.array(np.abs(history).sum()),
+    }
 
 
 def updates(balancer: CoBa, k: int, past: int, updates: int = 300) -> tuple[list[float], int]:
@@ -79,7 +87,8 @@ def balancer(tasks: list[int], past: list[int], times: int = 300) -> Iterator[Ro
                 yield [slope, probes, k, *spread(taken), size]
 
 
-# ------------------------------------------------------------------------------------------------- order, validation
+# -------------------------------------------------------------------------------------------------
+# order, validation
 
 
 def order(tasks: list[int], steps: list[int], times: int = 50) -> Iterator[Row]:
@@ -92,36 +101,56 @@ def order(tasks: list[int], steps: list[int], times: int = 50) -> Iterator[Row]:
         for step in steps:
             numbers = iter(range(step, step + times + 1))
             mix.batch(next(numbers))  # sorts the epoch it stands in
-            yield [k, step, *spread(ms(lambda mix=mix, numbers=numbers: mix.batch(next(numbers)), times))]
+            yield [
+                k,
+                step,
+                *spread(ms(lambda mix=mix, numbers=numbers: mix.batch(next(numbers)), times)),
+            ]
 
 
 def validation(rows: list[int], k: int = 8, times: int = 5) -> Iterator[Row]:
     from mtl.config import parse
     from mtl.data.batches import Layout
     from mtl.data.encoded import Encoded, TaskData
-    from mtl.data.plan import cut_for
+    from mtl.data.plan import validation_groups_for
 
     tasks = ", ".join(f"t{i}: {{train: x, validation: x, format: text}}" for i in range(k))
-    config = parse(f"model: {{name: none}}\ntasks: {{{tasks}}}\ntrain: {{steps: 1}}\noutput: nowhere")
-    layout, rng = Layout(1, 0, config.batch.tokens, 0, packed=True, row_length=256), np.random.default_rng(0)
-    yield ["validation rows a task", "groups", "s to cut", "positions a probe", "ms to lay out a probe", "min", "max"]
+    config = parse(
+        f"model: {{name: none}}\ntasks: {{{tasks}}}\ntrain: {{steps: 1}}\noutput: nowhere"
+    )
+    layout, rng = (
+        Layout(1, 0, config.batch.tokens, 0, packed=True, row_length=256),
+        np.random.default_rng(0),
+    )
+    yield [
+        "validation rows a task",
+        "groups",
+        "s to cut",
+        "positions a probe",
+        "ms to lay out a probe",
+        "min",
+        "max",
+    ]
     for n in rows:
         lengths = rng.integers(10, 100, n)
         split = Encoded.of((np.arange(m), np.arange(m) > m // 2) for m in lengths)
         data = [TaskData(name, split, split) for name in config.tasks]
         start = time.perf_counter()
-        cut = cut_for(config, data, layout)
+        cut = validation_groups_for(config, data, layout)
         took = time.perf_counter() - start
         positions = sum(micro.input_ids.numel() for micro in cut.group(0))
         taken = ms(lambda cut=cut: list(cut.group(0)), times)
         yield [n, cut.groups, f"{took:.3f}", positions, *spread(taken)]
 
 
-# ------------------------------------------------------------------------------------------------------------ start
+# ------------------------------------------------------------------------------------------------------------
+# start
 
 
 def begin(path: str) -> dict[str, float]:
-    """Seconds from a configuration to the first batch, and the process's peak memory beyond the imports."""
+    """Seconds from a configuration to the first batch, and the process's peak memory beyond the
+    imports.
+    """
     from mtl import plugins
     from mtl.data.batches import TrainBatches
     from mtl.data.cache import prepare
@@ -130,9 +159,13 @@ def begin(path: str) -> dict[str, float]:
 
     before, start = peak_mib(), time.perf_counter()
     config = plugins.read(path, [], [])
-    tasks = prepare(config, load_tokenizer(config.model), plugins.formats(config, []), say=lambda text: None)
+    tasks = prepare(
+        config, load_tokenizer(config.model), plugins.formats(config, []), say=lambda text: None
+    )
     prepared = time.perf_counter()
-    batches = TrainBatches(tasks, mix_for(config, tasks), layout_for(config, tasks, 1, 0, 0, True, config.batch.tokens))
+    batches = TrainBatches(
+        tasks, mix_for(config, tasks), layout_for(config, tasks, 1, 0, 0, True, config.batch.tokens)
+    )
     batches.batch(0)
     end = time.perf_counter()
     batches.close()
@@ -144,13 +177,27 @@ def start(rows: list[int], times: int = 3) -> Iterator[Row]:
     import toys
     import yaml
 
-    yield ["training rows", "first start, s", "warm start, s", "min", "max", "of it the first batch, s", "memory, MiB"]
+    yield [
+        "training rows",
+        "first start, s",
+        "warm start, s",
+        "min",
+        "max",
+        "of it the first batch, s",
+        "memory, MiB",
+    ]
     for n in rows:
         with tempfile.TemporaryDirectory() as folder:
             toys.save(toys.tiny_llama(), f"{folder}/model")
-            tasks = toys.write_tasks(f"{folder}/data", train=n * 6 // 11, validation=64)  # n in all: a half and a third more
+            tasks = toys.write_tasks(
+                f"{folder}/data", train=n * 6 // 11, validation=64
+            )  # n in all: a half and a third more
             config = {"model": {"name": f"{folder}/model"}, "tasks": tasks, "train": {"steps": 10}}
-            config |= {"cache": f"{folder}/cache", "output": f"{folder}/run", "batch": {"max_length": 512}}
+            config |= {
+                "cache": f"{folder}/cache",
+                "output": f"{folder}/run",
+                "batch": {"max_length": 512},
+            }
             path = Path(folder) / "x.yaml"
             path.write_text(yaml.safe_dump(config))
             command = [sys.executable, __file__, "--begin", str(path)]
@@ -160,15 +207,31 @@ def start(rows: list[int], times: int = 3) -> Iterator[Row]:
                 found.append(json.loads(made.stdout.splitlines()[-1]))
         first, *warm = found
         whole = [each["data"] + each["batch"] for each in warm]
-        batch, memory = (statistics.median(each[name] for each in warm) for name in ("batch", "mib"))
-        yield [n, f"{first['data'] + first['batch']:.1f}", *spread(whole), f"{batch:.3f}", f"{memory:.0f}"]
+        batch, memory = (
+            statistics.median(each[name] for each in warm) for name in ("batch", "mib")
+        )
+        yield [
+            n,
+            f"{first['data'] + first['batch']:.1f}",
+            *spread(whole),
+            f"{batch:.3f}",
+            f"{memory:.0f}",
+        ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8, 32, 128])
-    parser.add_argument("--past", type=int, nargs="+", default=[0, 100_000, 1_000_000], help="probes before the first")
+    parser.add_argument(
+        "--past",
+        type=int,
+        nargs="+",
+        default=[0, 100_000, 1_000_000],
+        help="probes before the first",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 1000, 1_000_000])
     parser.add_argument("--validation", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
@@ -185,7 +248,10 @@ def main() -> None:
         "start": lambda: start(args.rows),
     }
     lines = [
-        f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, CoBa with a window of 200 probes"
+        (
+            f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, CoBa "
+            "with a window of 200 probes"
+        )
     ]
     print(lines[0])
     for section in args.sections:

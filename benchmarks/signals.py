@@ -1,8 +1,10 @@
-"""What each balancer adds to a step, in CPU time and memory: `python benchmarks/signals.py [--rounds 3] [--memory]`.
+"""What each balancer adds to a step, in CPU time and memory: `python benchmarks/signals.py
+[--rounds 3] [--memory]`.
 
-One process, ZeRO 2, a random Llama of 9 million parameters in fp32, 6 tasks, 18 examples of 20 to 120 tokens a step in
-packed rows, AdamW. All cases take turns on one engine, four steps each a round, so that whatever slows the machine
-down for a while slows all of them. CPU seconds of the process, not wall clock: they count no other program's work.
+One process, ZeRO 2, a random Llama of 9 million parameters in fp32, 6 tasks, 18 examples of 20 to
+120 tokens a step in packed rows, AdamW. All cases take turns on one engine, four steps each a
+round, so that whatever slows the machine down for a while slows all of them. CPU seconds of the
+process, not wall clock: they count no other program's work.
 """
 
 import argparse
@@ -15,22 +17,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from balancers import Holder, make
-from mtl import engine, gram, model
-from mtl.checkpoint import RunState
+from mtl import build
 from mtl.config import parse
-from mtl.data import plan
-from mtl.data.batches import Layout, TrainBatches
 from mtl.data.encoded import Encoded, TaskData
-from mtl.data.mix import Mix
-from mtl.objectives import causal_lm
-from mtl.run import Parts, run
-from mtl.trackers import Tracker
+from mtl.distributed import engine
+from mtl.losses import head
+from mtl.output.state import RunState
+from mtl.output.trackers import Tracker
+from mtl.train.loop import train
+from mtl.train.optimizer import optimizer
 
 NAMES, TURN = list("abcdef"), 4  # a turn is as long as the rarest measurement's period
 COBA = {"name": "CoBa", "window": 5, "warmup": 1}
@@ -59,7 +61,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "MetaWeighting": ("MetaWeighting", {}),
     "MetaWeighting, params: last_layer": ("MetaWeighting", LAST),
 }
-HELD = ("Equal", "GradNorm", "GradNorm, params: last_layer", "MetaWeighting")  # whose memory is measured
+HELD = (
+    "Equal",
+    "GradNorm",
+    "GradNorm, params: last_layer",
+    "MetaWeighting",
+)  # whose memory is measured
 
 
 class Turn(Tracker):
@@ -88,8 +95,9 @@ def encoded(rows: int, seed: int) -> Encoded:
 def configuration(overrides: dict[str, Any]) -> Any:
     tasks = ", ".join(f"{name}: {{train: x, validation: x, format: text}}" for name in NAMES)
     return parse(
-        f"model: {{name: none, precision: fp32}}\ntasks: {{{tasks}}}\ntrain: {{steps: 100000}}\noutput: nowhere\n"
-        "batch: {examples: 18}\n"
+        f"model: {{name: none, precision: fp32}}\ntasks: {{{tasks}}}\ntrain: {{steps: "
+        f"100000}}\noutput: nowhere\n"
+        "batch: {examples: 18, tokens: 512, max_length: 128, row_length: 256}\n"
         "evaluate: {every: 100000, probe: {every: 1, groups: 8, examples: all}}\n"
         "checkpoint: {best: false}\nexport: {which: none}",
         overrides=[f"{key}={value}" for key, value in overrides.items()],
@@ -101,38 +109,55 @@ class Case:
 
     def __init__(self, trained: engine.Engine, name: str, folder: str, first: "Case | None" = None):
         given, overrides = CASES[name]
-        config, layout = configuration(overrides), Layout(1, 0, 512, 0, packed=True, row_length=256)
+        config = configuration(overrides)
         probe = config.evaluate.probe
         rows = 2 * probe.groups if probe.examples == "all" else 3 * probe.groups
-        data = [TaskData(name, encoded(60, i), encoded(rows, 100 + i)) for i, name in enumerate(NAMES)]
-        self.batches = TrainBatches(data, Mix(NAMES, [60] * 6, [1] * 6, 18, 0), layout)
+        data = [
+            TaskData(name, encoded(60, i), encoded(rows, 100 + i)) for i, name in enumerate(NAMES)
+        ]
+        tokenizer = SimpleNamespace(pad_token_id=0)
         holder = Holder(make(given), NAMES)
-        chosen = gram.supply(holder.balancer.needs, trained.module, config)
-        cut = plan.cut_for(config, data, layout)
-        nowhere = type("Nowhere", (), {"output": Path(folder)})()
-        every = plan.probe_every(config, cut)
-        self.parts = Parts(
-            config, NAMES, 100000, trained, causal_lm, holder, self.batches, cut, nowhere, [Turn()], chosen, every
+        self.run = build.build(
+            config,
+            build.Data(tokenizer, data),
+            engine=trained,
+            packed=True,
+            holder=holder,
+            say=lambda text: None,
         )
+        self.run.checkpoints, self.run.trackers = SimpleNamespace(output=Path(folder)), [Turn()]
         self.state = RunState()
-        if first is not None and first.parts.cut.groups == cut.groups:  # its pass over all validation rows does for all
+        if (
+            first is not None and first.run.validation.groups == self.run.validation.groups
+        ):  # its pass over all validation rows does for all
             seen = first.state
-            self.state.base_sums, self.state.base_tokens, self.state.evaluated = seen.base_sums, seen.base_tokens, 0
+            self.state.base_sums, self.state.base_tokens, self.state.evaluated = (
+                seen.base_sums,
+                seen.base_tokens,
+                0,
+            )
 
     def turn(self) -> float:
         """CPU seconds of a step."""
         began = time.process_time()
         try:
-            run(self.parts, self.state)
+            train(self.run, self.state)
         except Turn.Over:
             pass
         return (time.process_time() - began) / TURN
 
 
 def start() -> engine.Engine:
-    llama = LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4)
-    config = configuration({})
-    return engine.Engine(LlamaForCausalLM(llama), config, model.optimizer(config))
+    llama = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+    )
+    config, model = configuration({}), LlamaForCausalLM(llama)
+    head.install(model)
+    return engine.Engine(model, config, optimizer(config))
 
 
 def times(names: list[str], rounds: int, folder: str) -> None:
@@ -148,7 +173,7 @@ def times(names: list[str], rounds: int, folder: str) -> None:
             if turn:
                 found[name].append(seconds)
     for case in (first, *cases.values()):
-        case.batches.close()
+        case.run.batches.close()
     print("| balancer | CPU seconds a step, median of turns | over Equal |\n|---|---:|---:|")
     for name, each in found.items():
         ratios = [mine / equal for mine, equal in zip(each, found["Equal"], strict=True)]
@@ -158,13 +183,16 @@ def times(names: list[str], rounds: int, folder: str) -> None:
 def peak(name: str, folder: str) -> None:
     case = Case(start(), name, folder)
     case.turn()
-    case.batches.close()
-    count = sum(p.numel() for p in case.parts.differentiated)
+    case.run.batches.close()
+    count = sum(p.numel() for p in case.run.differentiated)
     print(name, count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, sep="|")
 
 
 def memory() -> None:
-    print("| balancer | parameters differentiated by | peak MiB | over Equal | K x N x 4 bytes |\n|---|---:|---:|---:|---:|")
+    print(
+        "| balancer | parameters differentiated by | peak MiB | over Equal | K x N x 4 bytes "
+        "|\n|---|---:|---:|---:|---:|"
+    )
     least = None
     for name in HELD:
         command = [sys.executable, __file__, "--peak-of", name]
@@ -172,12 +200,20 @@ def memory() -> None:
         _, count, found = out.strip().splitlines()[-1].split("|")
         least = least or float(found)
         whole = len(NAMES) * int(count) * 4 / 2**20
-        print(f"| {name} | {int(count):,} | {float(found):.0f} | {float(found) - least:.0f} | {whole:.0f} |", flush=True)
+        print(
+            f"| {name} | {int(count):,} | {float(found):.0f} | {float(found) - least:.0f} | "
+            f"{whole:.0f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="beside Equal, such as 'CoBa' 'TorchJD MGDA'; all unless given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", help="beside Equal, such as 'CoBa' 'TorchJD MGDA'; all unless given"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each case that count")
     parser.add_argument("--memory", action="store_true", help="peak memory instead, a process each")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)

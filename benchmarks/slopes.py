@@ -1,14 +1,17 @@
-"""The error of slope estimators on a recorded run: python benchmarks/slopes.py [--defaults] [--run tests/golden/recorded_run.npz].
+"""The error of slope estimators on a recorded run: python benchmarks/slopes.py [--defaults] [--run
+tests/golden/recorded_run.npz].
 
-The recording holds every validation row's loss at every probe, so each estimator can be fed what it would have read
-and compared with the slope of all rows. The rows are cut into groups once (row i into group i mod G), and probe p reads
-group (p + shift) mod G; the fixed subset is group 0. Everything is in ratio per optimizer step, the root mean square
-over tasks, shifts and all windows but the first, which the steep fall after step 0 rules.
+The recording holds every validation row's loss at every probe, so each estimator can be fed what it
+would have read and compared with the slope of all rows. The rows are cut into groups once (row i
+into group i mod G), and probe p reads group (p + shift) mod G; the fixed subset is group 0.
+Everything is in ratio per optimizer step, the root mean square over tasks, shifts and all windows
+but the first, which the steep fall after step 0 rules.
 
-With --defaults: the trainer's default probes with panel slopes beside the published method's, one mini-batch of training
-size every step with plain slopes, both over the same window and against the slope of all rows at every step of it. On the
-quickstart's model and tasks trained in full (learning rate 1e-4) and with LoRA (2e-4), recorded by record.py with 16 examples a
-step and three seeds each, one of them for 300 steps; and on the golden run of five of the tasks, which does not say what their
+With --defaults: the trainer's default probes with panel slopes beside the published method's, one
+mini-batch of training size every step with plain slopes, both over the same window and against the
+slope of all rows at every step of it. On the quickstart's model and tasks trained in full (learning
+rate 1e-4) and with LoRA (2e-4), recorded by record.py with 16 examples a step and three seeds each,
+one of them for 300 steps; and on the golden run of five of the tasks, which does not say what their
 targets are.
 """
 
@@ -20,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from balancers.coba import default_window, least_squares
-from mtl.config import Probe
+from mtl.config.schema import ProbeSection
 from mtl.data.batches import stratified
 from mtl.data.plan import EVERY, probed
 
@@ -36,15 +39,26 @@ class Recording:
     loss: np.ndarray  # (probes, K, rows), nats
     weight: np.ndarray  # (K, rows), what a row's loss is divided by in a mean over rows
     positions: np.ndarray  # (K, rows), how long a row is; 1 where that was not recorded
-    answer: np.ndarray  # (K, rows), what the targets are (`Encoded.answers`); 0 where that was not recorded
+    answer: (
+        np.ndarray
+    )  # (K, rows), what the targets are (`Encoded.answers`); 0 where that was not recorded
 
     @classmethod
     def load(cls, path: Path, by: str) -> "Recording":
         """``by`` "tokens": every target token counts the same; "rows": every row does."""
         with np.load(path) as saved:
-            step, loss, tokens = (saved[name].astype(np.float64) for name in ("step", "loss_sum", "target_tokens"))
-            rows = [saved[name] if name in saved else np.full(tokens.shape, n) for name, n in (("positions", 1), ("answer", 0))]
-        return cls(step, loss, tokens, *rows) if by == "tokens" else cls(step, loss / tokens, np.ones_like(tokens), *rows)
+            step, loss, tokens = (
+                saved[name].astype(np.float64) for name in ("step", "loss_sum", "target_tokens")
+            )
+            rows = [
+                saved[name] if name in saved else np.full(tokens.shape, n)
+                for name, n in (("positions", 1), ("answer", 0))
+            ]
+        return (
+            cls(step, loss, tokens, *rows)
+            if by == "tokens"
+            else cls(step, loss / tokens, np.ones_like(tokens), *rows)
+        )
 
     def mean(self, rows: slice) -> np.ndarray:
         """(probes, K) mean loss over some rows of each task, nats per target token."""
@@ -80,7 +94,7 @@ def errors(run: Recording, probes: int, rows: int) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean(each))) for name, each in squares.items()}
 
 
-BATCH, TASKS, GROUPS = 16, 6, Probe().groups  # the benchmark's; the trainer's default
+BATCH, TASKS, GROUPS = 16, 6, ProbeSection().groups  # the benchmark's; the trainer's default
 # By run: its files, and the default's optimizer steps between probes.
 RUNS = {
     "quickstart": ("benchmarks/recorded/quickstart-full-*.npz", EVERY[False]),
@@ -91,7 +105,8 @@ STARTS = 10  # optimizer steps between the first and the last window of a record
 
 
 def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, float]:
-    """Root mean square error of the published method's slopes and of the defaults', over tasks, phases and windows.
+    """Root mean square error of the published method's slopes and of the defaults', over tasks,
+    phases and windows.
 
     The recording has every other step; row losses in between are interpolated.
     """
@@ -99,8 +114,14 @@ def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, flo
     step = np.arange(run.step[0], run.step[-1] + 1)
     before = np.searchsorted(run.step, step, side="right") - 1
     after = np.minimum(before + 1, len(run.step) - 1)
-    part = np.where(after > before, (step - run.step[before]) / np.maximum(run.step[after] - run.step[before], 1), 0.0)
-    loss = run.loss[before] + part[:, None, None] * (run.loss[after] - run.loss[before])  # (steps, K, rows)
+    part = np.where(
+        after > before,
+        (step - run.step[before]) / np.maximum(run.step[after] - run.step[before], 1),
+        0.0,
+    )
+    loss = run.loss[before] + part[:, None, None] * (
+        run.loss[after] - run.loss[before]
+    )  # (steps, K, rows)
     whole = loss.sum(axis=2) / run.weight.sum(axis=1)
 
     def mean(t: int, task: int, rows: np.ndarray) -> float:
@@ -110,8 +131,13 @@ def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, flo
         return rng.choice(loss.shape[2], int(BATCH / TASKS + rng.random()), replace=False)
 
     drawn = np.array([[mean(t, task, draw()) for task in range(k)] for t in range(len(step))])
-    examples = probed(BATCH * k // TASKS, run.positions.mean(axis=1).tolist(), [run.loss.shape[2]] * k, GROUPS)
-    cuts = [stratified(run.weight[i], run.answer[i], GROUPS, n, f"{seed}/{i}") for i, n in enumerate(examples)]
+    examples = probed(
+        BATCH * k // TASKS, run.positions.mean(axis=1).tolist(), [run.loss.shape[2]] * k, GROUPS
+    )
+    cuts = [
+        stratified(run.weight[i], run.answer[i], GROUPS, n, f"{seed}/{i}")
+        for i, n in enumerate(examples)
+    ]
     squares: tuple[list, list] = [], []
     none = np.zeros(span)
     for phase in range(every):
@@ -129,13 +155,17 @@ def online(run: Recording, span: int, every: int, seed: int) -> tuple[float, flo
             true = least_squares(step[w], whole[w] / whole[0], none)[0]
             mine = (times >= w.start) & (times < w.stop)
             squares[0].append((least_squares(step[w], drawn[w], none)[0] - true) ** 2)
-            squares[1].append((least_squares(step[times[mine]], read[mine], group[mine])[0] - true) ** 2)
+            squares[1].append(
+                (least_squares(step[times[mine]], read[mine], group[mine])[0] - true) ** 2
+            )
     return float(np.sqrt(np.mean(squares[0]))), float(np.sqrt(np.mean(squares[1])))
 
 
 def defaults(draws: int = 30) -> list[dict[str, Any]]:
-    """Of each run and window of whole rounds: both errors over the recordings that are long enough and all draws, ours over the
-    published, and that of single draws. `is_default`: it is the window that CoBa has by default with such probes."""
+    """Of each run and window of whole rounds: both errors over the recordings that are long enough
+    and all draws, ours over the published, and that of single draws. `is_default`: it is the window
+    that CoBa has by default with such probes.
+    """
     rows: list[dict[str, Any]] = []
     for name, (files, every) in RUNS.items():
         recordings = [Recording.load(file, "tokens") for file in sorted(ROOT.glob(files))]
@@ -144,7 +174,9 @@ def defaults(draws: int = 30) -> list[dict[str, Any]]:
             long = [run for run in recordings if run.step[-1] - run.step[0] - 2 >= span + STARTS]
             if not long:
                 break
-            found = np.array([online(run, span, every, seed) for run in long for seed in range(draws)])
+            found = np.array(
+                [online(run, span, every, seed) for run in long for seed in range(draws)]
+            )
             published, ours = np.sqrt((found**2).mean(axis=0))
             single = found[:, 1] / found[:, 0]
             rows.append(
@@ -158,21 +190,47 @@ def defaults(draws: int = 30) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "tests/golden/recorded_run.npz", help="without --defaults")
-    parser.add_argument("--by", choices=["rows", "tokens"], default="rows", help="what counts the same in a mean loss")
-    parser.add_argument("--defaults", action="store_true", help="the trainer's defaults beside the published method, online")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=ROOT / "tests/golden/recorded_run.npz",
+        help="without --defaults",
+    )
+    parser.add_argument(
+        "--by",
+        choices=["rows", "tokens"],
+        default="rows",
+        help="what counts the same in a mean loss",
+    )
+    parser.add_argument(
+        "--defaults",
+        action="store_true",
+        help="the trainer's defaults beside the published method, online",
+    )
     args = parser.parse_args()
     if args.defaults:
-        print("| run | recordings | a probe every | window, steps | published | defaults | ratio | least of a draw | most |")
+        print(
+            "| run | recordings | a probe every | window, steps | published | defaults | ratio | "
+            "least of a draw | most |"
+        )
         print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-        line = "| {run} | {recordings} | {every} | {steps}{mark} | {published:.5f} | {ours:.5f} | {ratio:.2f} | {min:.2f} | {max:.2f} |"
+        line = (
+            "| {run} | {recordings} | {every} | {steps}{mark} | {published:.5f} | {ours:.5f} | "
+            "{ratio:.2f} | {min:.2f} | {max:.2f} |"
+        )
         for row in defaults():
             print(line.format(**row, mark=", the default" if row["is_default"] else ""))
         return
     run = Recording.load(args.run, args.by)
     table = [errors(run, probes, rows) for probes, rows in COLUMNS]
-    print("| estimator | " + " | ".join(f"{probes} probes x {rows} rows" for probes, rows in COLUMNS) + " |")
+    print(
+        "| estimator | "
+        + " | ".join(f"{probes} probes x {rows} rows" for probes, rows in COLUMNS)
+        + " |"
+    )
     print("|---|" + "---:|" * len(COLUMNS))
     for name in table[0]:
         print(f"| {name} | " + " | ".join(f"{column[name]:.5f}" for column in table) + " |")

@@ -1,7 +1,9 @@
-"""Several programs measured side by side on one machine: one computes while the others sleep on a pipe.
+"""Several programs measured side by side on one machine: one computes while the others sleep on a
+pipe.
 
-A contender is a process that prepares, says so in a line of JSON, and then takes as many optimizer steps as each line it
-is sent asks for. This file imports nothing but the standard library: it also runs in the peers' environment.
+A contender is a process that prepares, says so in a line of JSON, and then takes as many optimizer
+steps as each line it is sent asks for. This file imports nothing but the standard library: it also
+runs in the peers' environment.
 """
 
 import json
@@ -18,8 +20,8 @@ from typing import Any, TextIO
 class Turns:
     """The contender's side. Call `ready` once, `step` at the end of each optimizer step.
 
-    Args:
-        commands, answers: where lines are read and written. Without them standard input and output, and whatever else the
+    Args: commands, answers: where lines are read and written. Without them standard input and
+        output, and whatever else the
             process prints goes to standard error.
     """
 
@@ -49,7 +51,15 @@ class Turns:
         if not self._left:
             seconds = time.perf_counter() - self._began
             cpu = time.process_time() - self._cpu
-            self._answer({"seconds": seconds, "cpu": cpu, "tokens": self._tokens, "losses": self._losses, **self._more})
+            self._answer(
+                {
+                    "seconds": seconds,
+                    "cpu": cpu,
+                    "tokens": self._tokens,
+                    "losses": self._losses,
+                    **self._more,
+                }
+            )
 
     def _answer(self, values: Mapping[str, Any]) -> None:
         print(json.dumps({**values, "peak_mib": peak_mib()}), file=self._answers, flush=True)
@@ -63,7 +73,14 @@ class Turns:
 class Contender:
     """The driver's side: a running process. Use as a context manager."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, cwd: Path):
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        cwd: Path,
+    ):
         self.name, self._log = name, log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -86,8 +103,9 @@ class Contender:
         self._process.stdout.close()
 
     def take(self, steps: int) -> dict[str, Any]:
-        """Let it take some steps: `seconds`, `cpu` (seconds of all its threads), target `tokens`, `losses` (one a step),
-        `peak_mib`, and what else it adds up."""
+        """Let it take some steps: `seconds`, `cpu` (seconds of all its threads), target `tokens`,
+        `losses` (one a step), `peak_mib`, and what else it adds up.
+        """
         with suppress(BrokenPipeError):  # it has ended, and `_answer` says so
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
@@ -97,12 +115,17 @@ class Contender:
         line = self._process.stdout.readline()
         if not line:
             end = self._log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"{self.name} ended early (code {self._process.wait()}); the end of {self._log}:\n{end}")
+            raise RuntimeError(
+                f"{self.name} ended early (code {self._process.wait()}); the end of "
+                f"{self._log}:\n{end}"
+            )
         return json.loads(line)
 
 
 def peak_mib() -> float:
-    """The most memory this process ever held, MiB: on the GPU where torch runs on one, else resident."""
+    """The most memory this process ever held, MiB: on the GPU where torch runs on one, else
+    resident.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20

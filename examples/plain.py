@@ -1,4 +1,6 @@
-"""CoBa in a plain PyTorch loop: the five lines that end in `#`. Under torchrun with DDP nothing more changes."""
+"""CoBa in a plain PyTorch loop: the five lines that end in `#`. Under torchrun with DDP nothing
+more changes.
+"""
 
 import torch
 import toy
@@ -24,7 +26,8 @@ def main(steps: int = 60) -> Balance:
         optimizer.step()
         balance.end()  #
     print(
-        f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist(), strict=True))}, weights {balance.weights.round(3).tolist()}"
+        f"losses {dict(zip(toy.TASKS, balance.losses.round(3).tolist(), strict=True))}, weights "
+        f"{balance.weights.round(3).tolist()}"
     )
     return balance
 

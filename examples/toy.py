@@ -1,5 +1,5 @@
-"""What the examples train: a random Llama of 30,000 parameters on two made-up tasks. Put your own model and data
-here.
+"""What the examples train: a random Llama of 30,000 parameters on two made-up tasks. Put your own
+model and data here.
 """
 
 import torch
@@ -20,8 +20,8 @@ def model() -> LlamaForCausalLM:
 
 
 def batch(rows: int, seed: int) -> dict[str, Tensor]:
-    """input_ids (rows, LENGTH) and each row's task (rows,): counting upwards is learned sooner than repeating half a
-    row.
+    """input_ids (rows, LENGTH) and each row's task (rows,): counting upwards is learned sooner than
+    repeating half a row.
     """
     generator = torch.Generator().manual_seed(seed)
     task = torch.arange(rows) % len(TASKS)
@@ -34,5 +34,7 @@ def batch(rows: int, seed: int) -> dict[str, Tensor]:
 def token_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Losses of the target tokens (T,) in nats, and their tasks (T,)."""
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten(), reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten(), reduction="none"
+    )
     return losses, batch["task"].repeat_interleave(LENGTH - 1)

@@ -1,8 +1,8 @@
-"""CoBa in a LightningModule: `begin` and `loss` in `training_step`, `end` after it, the state in Lightning's
-checkpoints.
+"""CoBa in a LightningModule: `begin` and `loss` in `training_step`, `end` after it, the state in
+Lightning's checkpoints.
 
-Needs lightning (`pip install lightning`). With `accumulate_grad_batches` above 1 Lightning divides the loss: leave it
-at 1.
+Needs lightning (`pip install lightning`). With `accumulate_grad_batches` above 1 Lightning divides
+the loss: leave it at 1.
 """
 
 from typing import Any
@@ -25,7 +25,10 @@ class Multitask(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         self.eval()
         with torch.no_grad():
-            valid = {name: tensor.to(self.device) for name, tensor in toy.batch(16, seed=-1 - self.global_rank).items()}
+            valid = {
+                name: tensor.to(self.device)
+                for name, tensor in toy.batch(16, seed=-1 - self.global_rank).items()
+            }
             probe = self.balance.mean(*toy.token_losses(self.model, valid))
         self.train()
         losses, task = toy.token_losses(self.model, batch)
@@ -34,7 +37,9 @@ class Multitask(L.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         losses = self.balance.end()
-        self.log_dict({f"{name}/loss": float(loss) for name, loss in zip(toy.TASKS, losses, strict=True)})
+        self.log_dict(
+            {f"{name}/loss": float(loss) for name, loss in zip(toy.TASKS, losses, strict=True)}
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=3e-3)

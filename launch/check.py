@@ -1,7 +1,9 @@
-"""Everything up to the first step, without a cluster: `python launch/check.py --config x.yaml --world 8`.
+"""Everything up to the first step, without a cluster: `python launch/check.py --config x.yaml
+--world 8`.
 
-Prints the YAML with its defaults, what became of each task's rows, the arithmetic of batches and validation, an example of
-each task with its targets marked, and the memory a process needs. Exit code 0: a run could start.
+Prints the YAML with its defaults, what became of each task's rows, the arithmetic of batches and
+validation, an example of each task with its targets marked, and the memory a process needs. Exit
+code 0: a run could start.
 """
 
 import argparse
@@ -18,19 +20,32 @@ from mtl.cli import options
 
 process.settle()  # before torch is imported
 
-from mtl import dryrun, plugins
-from mtl.checkpoint import check_output
+from mtl import plugins
+from mtl.check import dryrun
 from mtl.config import dump
 from mtl.data.cache import prepare
 from mtl.data.encode import load_tokenizer
+from mtl.output.checkpoint import check_output
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options(parser)
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="processes of the run (GPUs); default 1")
-    parser.add_argument("--resume", action="store_true", help="check a run that is to go on: `output` may hold it already")
-    parser.add_argument("--prepare", action="store_true", help="only encode the data into the cache, for the run to find")
+    parser.add_argument(
+        "--world", type=int, default=1, metavar="N", help="processes of the run (GPUs); default 1"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="check a run that is to go on: `output` may hold it already",
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="only encode the data into the cache, for the run to find",
+    )
     args = parser.parse_args()
     if args.world < 1:
         parser.error(f"--world: found {args.world}, wanted at least 1")

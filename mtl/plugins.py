@@ -1,23 +1,31 @@
-"""What the YAML may name (balancer, objective, formats, trackers), and reading it with all of that checked at once."""
+"""What the YAML may name (balancer, objective, formats, trackers), and reading it with all of that
+checked at once.
+"""
 
 from collections.abc import Collection
 
 from balancers import METHODS, Balancer, Grouped, Holder
 from mtl.config import Config, ConfigError, load
+from mtl.config.spec import Kind, check, resolve
 from mtl.data.formats import FORMATS, Format
-from mtl.objectives import OBJECTIVES
-from mtl.spec import Kind, check, resolve
-from mtl.trackers import TRACKERS
+from mtl.losses.objective import OBJECTIVES
+from mtl.output.trackers import TRACKERS
 
 BALANCER = Kind(METHODS, base=Balancer, build=True, inner="balancer")
 OBJECTIVE = Kind(OBJECTIVES, arguments=3)
 FORMAT = Kind(FORMATS, arguments=1)
 TRACKER = Kind(TRACKERS, keywords=("output", "steps", "start"))
-KINDS = {"balancer": BALANCER, "objective": OBJECTIVE, "tasks.*.format": FORMAT, "trackers.*": TRACKER}
+KINDS = {
+    "balancer": BALANCER,
+    "objective": OBJECTIVE,
+    "tasks.*.format": FORMAT,
+    "trackers.*": TRACKER,
+}
 
 
 def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str] = ()) -> Config:
-    """`config.load`, with wrong names and keywords of balancer, objective, formats and trackers reported beside the rest.
+    """`config.load`, with wrong names and keywords of balancer, objective, formats and trackers
+    reported beside the rest.
 
     Args:
         path: the YAML file.
@@ -44,11 +52,16 @@ def holder(config: Config, allow_code: Collection[str] = ()) -> Holder:
             groups.setdefault(task.group, []).append(name)
     try:
         weights = [task.loss_weight for task in config.tasks.values()]
-        return Holder(Grouped(balancer, groups) if groups else balancer, list(config.tasks), weights)
+        return Holder(
+            Grouped(balancer, groups) if groups else balancer, list(config.tasks), weights
+        )
     except ValueError as error:
         raise ConfigError([f"{config.where('balancer')}: balancer: {error}"]) from error
 
 
 def formats(config: Config, allow_code: Collection[str] = ()) -> dict[str, Format]:
     """Each task's format, its keywords bound."""
-    return {name: resolve(config, ("tasks", name, "format"), FORMAT, allow_code) for name in config.tasks}
+    return {
+        name: resolve(config, ("tasks", name, "format"), FORMAT, allow_code)
+        for name in config.tasks
+    }

@@ -12,5 +12,7 @@ os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
 }
 
-settings.register_profile("shared", deadline=None)  # cores are shared with process groups: time says nothing
+settings.register_profile(
+    "shared", deadline=None
+)  # cores are shared with process groups: time says nothing
 settings.load_profile("shared")

@@ -22,7 +22,9 @@ Make = Callable[[tuple[str, ...]], Balancer]
 NAMES = ("code", "math", "law", "chat", "news")
 
 
-def stream(k: int, steps: int, needs: Signal, absent: float = 0.0, every: int = 1, seed: int = 0) -> Iterator[Signals]:
+def stream(
+    k: int, steps: int, needs: Signal, absent: float = 0.0, every: int = 1, seed: int = 0
+) -> Iterator[Signals]:
     """Signals of a run in which task i falls at its own rate and the last one turns up: only what ``needs`` names.
 
     ``absent`` is the chance that a task lacks in a batch or a probe, ``every`` the steps between probes. A
@@ -44,10 +46,19 @@ def stream(k: int, steps: int, needs: Signal, absent: float = 0.0, every: int = 
                 "valid_group": step // every % 4 if probed else None,
             },
             Signal.GRAM: {"gram": gradients @ gradients.T if grams else None},
-            Signal.REPLAY_LOSS: {"replay_loss": np.where(lacks, np.nan, 0.99 * loss) if step else None},
-            Signal.VALID_GRAM: {"valid_gram": (1.1 * gradients + 0.1) @ gradients.T if grams else None},
+            Signal.REPLAY_LOSS: {
+                "replay_loss": np.where(lacks, np.nan, 0.99 * loss) if step else None
+            },
+            Signal.VALID_GRAM: {
+                "valid_gram": (1.1 * gradients + 0.1) @ gradients.T if grams else None
+            },
         }
-        declared = {name: value for flag, values in known.items() if flag in needs for name, value in values.items()}
+        declared = {
+            name: value
+            for flag, values in known.items()
+            if flag in needs
+            for name, value in values.items()
+        }
         yield Signals(step=step, **declared)
 
 
@@ -69,7 +80,10 @@ def check_weights(make: Make) -> None:
         assert np.isfinite(weights).all()
         assert not held.balancer.non_negative or (weights >= 0).all()
         assert not held.balancer.sums_to_one or abs(weights.sum() - 1) < 1e-9
-        assert all(isinstance(each, np.ndarray) and each.shape in ((), (4,)) for each in held.explain.values())
+        assert all(
+            isinstance(each, np.ndarray) and each.shape in ((), (4,))
+            for each in held.explain.values()
+        )
 
 
 def check_one_task(make: Make) -> None:
@@ -97,7 +111,10 @@ def check_nothing_new(make: Make) -> None:
     """Updates to which nothing was measured, before the first measurement and between others."""
     needs = make(NAMES[:4]).needs
     for every in (1, 7):
-        bare = (Signals(step, tokens=np.ones(4) if Signal.TOKENS in needs else None) for step in range(5))
+        bare = (
+            Signals(step, tokens=np.ones(4) if Signal.TOKENS in needs else None)
+            for step in range(5)
+        )
         held = holder(make, 4)
         assert np.isfinite(run(held, bare)).all()
         assert np.isfinite(run(held, stream(4, 100, needs, every=every))).all()

@@ -58,19 +58,23 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any) -> lis
             for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
         )
         assert all(process.returncode == 0 for process in processes), report
-        return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world)]
+        return [
+            pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world)
+        ]
 
 
 def _child(call: str, answer: str) -> None:
     from importlib import import_module
 
-    from mtl.engine import init_process_group
+    from mtl.distributed.engine import init_process_group
 
     module, name, args = pickle.loads(Path(call).read_bytes())
     init_process_group(timeout_minutes=2)
     Path(answer).write_bytes(pickle.dumps(getattr(import_module(module), name)(*args)))
     sys.stderr.flush()
-    os._exit(0)  # the answer is given: how threads of what a job left open are taken down is not under test
+    os._exit(
+        0
+    )  # the answer is given: how threads of what a job left open are taken down is not under test
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mtl import model, objectives
-from mtl.checkpoint import Checkpoints
 from mtl.data.batches import TrainBatches
-from mtl.engine import Engine
-from mtl.terms import Terms
+from mtl.distributed.engine import Engine
+from mtl.losses import causal_lm as objectives
+from mtl.losses.terms import Terms
+from mtl.output import checkpoint
+from mtl.output.checkpoint import Checkpoints
 
 WHAT, WHERE, STEP, RANK = os.environ.get("MISFORTUNE", "no where -1 all").split()
 TEXT = f"the dog ate the {WHERE} of step {STEP}"
@@ -27,7 +28,9 @@ def causal_lm(forward: Callable, batch: Any, k: int) -> Terms:
     """The usual objective. Where EXPECT_PARTITIONED is set it asserts that this rank holds no whole parameter."""
     training = getattr(forward, "__func__", None) is Engine.forward
     if training and os.environ.get("EXPECT_PARTITIONED"):
-        assert all(p.numel() == 0 and p.ds_numel > 0 for p in forward.__self__.module.parameters()), "whole parameters"
+        assert all(
+            p.numel() == 0 and p.ds_numel > 0 for p in forward.__self__.module.parameters()
+        ), "whole parameters"
     terms = objectives.causal_lm(forward, batch, k)
     if training and WHERE == "step" and forward.__self__._engine.global_steps == int(STEP):
         strike()
@@ -44,9 +47,9 @@ def strike() -> None:
 
 # Where a run may be struck: what is about to be called, and from its arguments whether the step has come.
 PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-    "batch": (TrainBatches, "_make", lambda batches, step: step == int(STEP)),
+    "batch": (TrainBatches, "make", lambda batches, step: step == int(STEP)),
     "shards": (Engine, "save", lambda engine, folder: _is_due(folder.parent.name)),
-    "model": (model, "export", lambda trained, tokenizer, folder: _is_due(folder.parent.name)),
+    "model": (checkpoint, "save", lambda trained, tokenizer, folder: _is_due(folder.parent.name)),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
     "prune": (shutil, "rmtree", lambda path, **_: _is_pointed_at(path.parent / "latest")),
 }

@@ -29,10 +29,17 @@ def example_loss(model: nn.Module, ids: np.ndarray, target: np.ndarray) -> Tenso
     return -sum(log_p[j - 1, int(ids[j])] for j in np.flatnonzero(target))
 
 
-def task_losses(model: nn.Module, examples: Sequence[Example], k: int) -> tuple[list[Tensor | None], np.ndarray]:
+def task_losses(
+    model: nn.Module, examples: Sequence[Example], k: int
+) -> tuple[list[Tensor | None], np.ndarray]:
     """Each task's loss (None = absent) and its number of target tokens."""
-    tokens = np.array([sum(int(target.sum()) for _, target, task in examples if task == i) for i in range(k)])
-    sums = [sum(example_loss(model, ids, target) for ids, target, task in examples if task == i) for i in range(k)]
+    tokens = np.array(
+        [sum(int(target.sum()) for _, target, task in examples if task == i) for i in range(k)]
+    )
+    sums = [
+        sum(example_loss(model, ids, target) for ids, target, task in examples if task == i)
+        for i in range(k)
+    ]
     return [s / int(n) if n else None for s, n in zip(sums, tokens, strict=True)], tokens
 
 
@@ -41,7 +48,9 @@ def weighted(losses: Sequence[Tensor | None], weights: Sequence[float]) -> Tenso
     return sum(float(w) * loss for w, loss in zip(weights, losses, strict=True) if loss is not None)
 
 
-def gradient(model: nn.Module, examples: Sequence[Example], weights: Sequence[float]) -> dict[str, np.ndarray]:
+def gradient(
+    model: nn.Module, examples: Sequence[Example], weights: Sequence[float]
+) -> dict[str, np.ndarray]:
     """Of the weighted loss over all examples, by parameter name."""
     model.zero_grad()
     weighted(task_losses(model, examples, len(weights))[0], weights).backward()
@@ -64,7 +73,11 @@ def train(
         optimizer.zero_grad()
         found, _ = task_losses(model, examples, len(w))
         weighted(found, w).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)))
+        norms.append(
+            float(
+                torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
+            )
+        )
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         losses.append([np.nan if loss is None else loss.item() for loss in found])
@@ -85,7 +98,10 @@ def transformers_loss_curve(
     curve = []
     for examples, rate in zip(batches, rates, strict=True):
         width = max(len(ids) for ids, _, _ in examples)
-        ids, labels = torch.zeros(len(examples), width, dtype=torch.long), torch.full((len(examples), width), -100)
+        ids, labels = (
+            torch.zeros(len(examples), width, dtype=torch.long),
+            torch.full((len(examples), width), -100),
+        )
         mask = torch.zeros_like(ids)
         for row, (tokens, target, _) in enumerate(examples):
             n = len(tokens)

@@ -89,7 +89,9 @@ class Ended:
         return self
 
 
-def train(yaml: Path, *overrides: str, world: int = 1, resume: bool = False, **environment: str) -> Ended:
+def train(
+    yaml: Path, *overrides: str, world: int = 1, resume: bool = False, **environment: str
+) -> Ended:
     """Run the program on `world` forked processes that form a group. A rank that is killed takes the others with it."""
     job = {
         "arguments": arguments(yaml, overrides, resume),
@@ -104,12 +106,20 @@ def train(yaml: Path, *overrides: str, world: int = 1, resume: bool = False, **e
     server.stdin.flush()
     answer = server.stdout.readline()
     assert answer, "the process that forks has died"
-    out, err = ("".join((yaml.parent / f"{r}.{end}").read_text() for r in range(world)) for end in ("out", "err"))
+    out, err = (
+        "".join((yaml.parent / f"{r}.{end}").read_text() for r in range(world))
+        for end in ("out", "err")
+    )
     return Ended(json.loads(answer), out, err, time.monotonic() - began)
 
 
 def launch(
-    launcher: Sequence[str], yaml: Path, *overrides: str, resume: bool = False, more: Sequence[str] = (), **environment
+    launcher: Sequence[str],
+    yaml: Path,
+    *overrides: str,
+    resume: bool = False,
+    more: Sequence[str] = (),
+    **environment,
 ) -> Ended:
     """Run the program as a user does. launcher: `deepspeed --num_gpus 2`, `torchrun --nproc_per_node 2`, `python`."""
     name, *options = launcher
@@ -124,13 +134,17 @@ def launch(
         **os.environ,
         **ENVIRONMENT,
         **environment,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     env.pop("OMP_NUM_THREADS")  # the program's own business, as for a user
     began = time.monotonic()
     out, err = (yaml.parent / f"launch.{end}" for end in ("out", "err"))
     with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True
+        )
         try:
             process.wait(TIMEOUT)
         finally:
@@ -158,12 +172,19 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 def untimed(output: Path) -> list[dict[str, Any]]:
     """The same without what a clock decides."""
     timed = ("time/", "train/tokens_per_second")
-    return [{tag: value for tag, value in line.items() if not tag.startswith(timed)} for line in metrics(output)]
+    return [
+        {tag: value for tag, value in line.items() if not tag.startswith(timed)}
+        for line in metrics(output)
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by its path in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 # --- the process that forks
@@ -174,9 +195,17 @@ def _server() -> subprocess.Popen:
     env = {
         **os.environ,
         **ENVIRONMENT,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
     }
-    return subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _serve() -> None:

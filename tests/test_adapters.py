@@ -5,6 +5,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import runs
 import torch
 import toys
 from distributed import run_distributed
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 from test_equivalence import configuration
 from transformers import AutoModelForCausalLM
 
-import runs
-from mtl import engine, model
-from mtl.export import export
+from mtl.distributed import engine
+from mtl.models import load
+from mtl.output.export import export
+from mtl.train.optimizer import optimizer
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -32,7 +34,13 @@ def trained(tmp_path_factory) -> dict[str, Path]:
         for zero in (2, 3):
             found[f"{variant} {zero}"] = output = yaml.parent / f"{variant}-{zero}"
             lora = f"model.lora={{r: {RANK}, alpha: {ALPHA}, {variant}: true}}"
-            settings = [lora, f"engine.zero={zero}", f"train.steps={STEPS}", "optimizer.lr=0.01", f"output={output}"]
+            settings = [
+                lora,
+                f"engine.zero={zero}",
+                f"train.steps={STEPS}",
+                "optimizer.lr=0.01",
+                f"output={output}",
+            ]
             runs.train(yaml, *settings, world=2).well()
     return found
 
@@ -40,19 +48,36 @@ def trained(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whole_and_in_parts_it_trains_alike(trained, variant):
     curves = [
-        [line["train/loss"] for line in runs.metrics(trained[f"{variant} {zero}"]) if "train/loss" in line] for zero in (2, 3)
+        [
+            line["train/loss"]
+            for line in runs.metrics(trained[f"{variant} {zero}"])
+            if "train/loss" in line
+        ]
+        for zero in (2, 3)
     ]
     assert curves[0] == pytest.approx(curves[1], abs=1e-4) and len(curves[0]) == STEPS
-    first, last = (line["eval/macro"] for line in runs.metrics(trained[f"{variant} 3"]) if "eval/macro" in line)
+    first, last = (
+        line["eval/macro"] for line in runs.metrics(trained[f"{variant} 3"]) if "eval/macro" in line
+    )
     assert last < first - 0.1
 
 
 def modes(folder: str) -> list[set[bool]]:
     """Which modes the engine's modules are in: as built, and after each of some calls."""
-    config = configuration(folder, model__lora="{r: 2, alpha: 4, dropout: 0.1, target_modules: all-linear}")
-    built = engine.Engine(model.load(config, toys.tokenizer()), config, model.optimizer(config))
+    config = configuration(
+        folder, model__lora="{r: 2, alpha: 4, dropout: 0.1, target_modules: all-linear}"
+    )
+    built = engine.Engine(load.load(config, toys.tokenizer()), config, optimizer(config))
     found = [{part.training for part in built.module.modules()}]
-    for call in (built.train, built.train, built.eval, built.eval, built.module.train, built.eval, built.train):
+    for call in (
+        built.train,
+        built.train,
+        built.eval,
+        built.eval,
+        built.module.train,
+        built.eval,
+        built.train,
+    ):
         call()
         found.append({part.training for part in built.module.modules()})
     return found
@@ -78,7 +103,9 @@ def test_exported_whole_and_merged_by_the_formula(trained, variant, tmp_path):
     checkpoint = trained[f"{variant} 3"] / "checkpoints" / f"step-{STEPS:08d}"
     tensors = load_file(export(checkpoint, tmp_path / "adapter") / "adapter_model.safetensors")
     base = toys.tiny_llama().state_dict()
-    merged = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "merged", merge=True))
+    merged = AutoModelForCausalLM.from_pretrained(
+        export(checkpoint, tmp_path / "merged", merge=True)
+    )
     parts = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * (variant == "dora")
     linear = [name for name in base if name.endswith("_proj.weight")]
     assert len(tensors) == len(parts) * len(linear) and len(linear) == 14
@@ -86,16 +113,30 @@ def test_exported_whole_and_merged_by_the_formula(trained, variant, tmp_path):
         prefix = "base_model.model." + name.removesuffix("weight")
         adapter = {part: tensors[prefix + part] for part in parts}
         rows, columns = base[name].shape
-        shapes = {"lora_A.weight": (RANK, columns), "lora_B.weight": (rows, RANK), "lora_magnitude_vector": (rows,)}
-        assert {part: tuple(tensor.shape) for part, tensor in adapter.items()} == {part: shapes[part] for part in parts}
+        shapes = {
+            "lora_A.weight": (RANK, columns),
+            "lora_B.weight": (rows, RANK),
+            "lora_magnitude_vector": (rows,),
+        }
+        assert {part: tuple(tensor.shape) for part, tensor in adapter.items()} == {
+            part: shapes[part] for part in parts
+        }
         assert all(tensor.abs().max() > 0 for tensor in adapter.values()), name
         if variant == "dora":
             moved = (adapter["lora_magnitude_vector"] - base[name].norm(dim=1)).abs().max()
             assert moved > 1e-4, "magnitudes begin at the weights' norms and are trained"
-        torch.testing.assert_close(merged.state_dict()[name], formula(variant, base[name], adapter), rtol=1e-5, atol=1e-6)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[f"use_{variant}"] is True
+        torch.testing.assert_close(
+            merged.state_dict()[name], formula(variant, base[name], adapter), rtol=1e-5, atol=1e-6
+        )
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[f"use_{variant}"]
+        is True
+    )
 
-    apart, ids = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), torch.arange(20)[None]
+    apart, ids = (
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        torch.arange(20)[None],
+    )
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-5)
         assert (merged(ids).logits - toys.tiny_llama()(ids).logits).abs().max() > 1e-3

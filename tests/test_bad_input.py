@@ -5,14 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 import runs
-from mtl import engine, plugins
-from mtl.checkpoint import CheckpointError, check_output
+
+from mtl import plugins
 from mtl.config import ConfigError
 from mtl.data.cache import prepare
 from mtl.data.encode import load_tokenizer
 from mtl.data.encoded import DataError
+from mtl.distributed import engine
+from mtl.distributed.ds_config import ds_config
+from mtl.output.checkpoint import CheckpointError, check_output
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,10 @@ def with_line(yaml: Path, folder: Path, old: str, new: str) -> tuple[Path, str]:
     assert text.count(old) == 1
     path = folder / "bad.yaml"
     path.write_text(text.replace(old, new))
-    return path, f"{path}:{text[: text.index(old)].count(chr(10)) + new[: len(new) - len(new.lstrip())].count(chr(10)) + 1}"
+    return (
+        path,
+        f"{path}:{text[: text.index(old)].count(chr(10)) + new[: len(new) - len(new.lstrip())].count(chr(10)) + 1}",
+    )
 
 
 WRONG = {
@@ -69,16 +74,24 @@ def test_the_yaml(yaml, tmp_path, case):
     error = error_of(path)
     assert error.startswith(f"{where}: ") and len(error.splitlines()) == 1, error
     key, _, rest = texts[0].partition(":")
-    assert error.startswith(f"{where}: {key.removesuffix('.name')}") and rest in error and texts[1] in error, error
+    assert (
+        error.startswith(f"{where}: {key.removesuffix('.name')}")
+        and rest in error
+        and texts[1] in error
+    ), error
 
 
 def test_everything_that_is_wrong_is_said_at_once_and_the_exit_code_is_not_0(yaml, tmp_path):
     path, where = with_line(yaml, tmp_path, "window: 5,", "windows: 5,")
-    ended = runs.train(path, "train.steps=-1", "tasks.copy.format=nothing", f"output={tmp_path}/run", world=2)
+    ended = runs.train(
+        path, "train.steps=-1", "tasks.copy.format=nothing", f"output={tmp_path}/run", world=2
+    )
     assert ended.codes == [1, 1]
     full, rank_1 = (part for part in ended.err.split("error") if part.strip())
     assert f"{where}: balancer.windows: found an unknown keyword" in full
-    assert "--set train.steps: train.steps: found -1, wanted a whole number >= 1" in full.replace("=-1:", ":")
+    assert "--set train.steps: train.steps: found -1, wanted a whole number >= 1" in full.replace(
+        "=-1:", ":"
+    )
     assert "found 'nothing', wanted" in full
     assert rank_1.startswith(" [rank 1]: ") and "Traceback" not in ended.err
     assert not (tmp_path / "run").exists()
@@ -86,7 +99,10 @@ def test_everything_that_is_wrong_is_said_at_once_and_the_exit_code_is_not_0(yam
 
 def test_no_such_yaml(tmp_path):
     ended = runs.train(tmp_path / "x.yml")
-    assert ended.codes == [1] and f"{tmp_path}/x.yml: found no such file, wanted a YAML config." in ended.err
+    assert (
+        ended.codes == [1]
+        and f"{tmp_path}/x.yml: found no such file, wanted a YAML config." in ended.err
+    )
 
 
 # DeepSpeed's keys beside ours
@@ -105,12 +121,18 @@ def test_no_such_yaml(tmp_path):
     ],
 )
 def test_a_deepspeed_key_that_contradicts_ours_names_both_places(yaml, override, key, ours):
-    config = plugins.read(str(yaml), [f"engine.deepspeed.{override}", *["engine.offload.optimizer=cpu"] * (key is None)])
+    config = plugins.read(
+        str(yaml),
+        [f"engine.deepspeed.{override}", *["engine.offload.optimizer=cpu"] * (key is None)],
+    )
     with pytest.raises(ConfigError) as caught:
-        engine.ds_config(config, 1)
+        ds_config(config, 1, "cpu")
     name = override.partition("=")[0]
     error = str(caught.value)
-    assert f"--set engine.deepspeed.{name}" in error and f"engine.deepspeed.{name}" in error.partition(": ")[2]
+    assert (
+        f"--set engine.deepspeed.{name}" in error
+        and f"engine.deepspeed.{name}" in error.partition(": ")[2]
+    )
     if key is None:
         assert "engine.offload.optimizer at --set engine.offload.optimizer" in error
     elif key == "optimizer":
@@ -119,22 +141,36 @@ def test_a_deepspeed_key_that_contradicts_ours_names_both_places(yaml, override,
         assert f"wanted {ours}. {key} at {yaml}" in error
 
 
-@pytest.mark.parametrize("which, key", [("offload_optimizer", "optimizer"), ("offload_param", "parameters")])
+@pytest.mark.parametrize(
+    "which, key", [("offload_optimizer", "optimizer"), ("offload_param", "parameters")]
+)
 def test_offloading_is_asked_for_in_our_yaml(yaml, which, key):
     """Its checks, its build step and the memory estimate read it there."""
-    config = plugins.read(str(yaml), [f"engine.deepspeed.zero_optimization.{which}={{device: cpu}}"])
-    with pytest.raises(ConfigError, match=f"{which}.device: found 'cpu', wanted 'none'.*engine.offload.{key}"):
-        engine.ds_config(config, 1)
-    agreed = plugins.read(str(yaml), [f"engine.deepspeed.zero_optimization.{which}={{device: none}}"])
-    assert which not in engine.ds_config(agreed, 1)["zero_optimization"]
+    config = plugins.read(
+        str(yaml), [f"engine.deepspeed.zero_optimization.{which}={{device: cpu}}"]
+    )
+    with pytest.raises(
+        ConfigError, match=f"{which}.device: found 'cpu', wanted 'none'.*engine.offload.{key}"
+    ):
+        ds_config(config, 1, "cpu")
+    agreed = plugins.read(
+        str(yaml), [f"engine.deepspeed.zero_optimization.{which}={{device: none}}"]
+    )
+    assert which not in ds_config(agreed, 1, "cpu")["zero_optimization"]
 
 
-@pytest.mark.parametrize("override", ["gradient_clipping=1.0", "gradient_clipping=auto", "zero_optimization.stage=2"])
+@pytest.mark.parametrize(
+    "override", ["gradient_clipping=1.0", "gradient_clipping=auto", "zero_optimization.stage=2"]
+)
 def test_a_deepspeed_key_that_agrees_with_ours_is_fine(yaml, override):
     config = plugins.read(
-        str(yaml), [f"engine.deepspeed.{override}", "engine.deepspeed.zero_optimization.reduce_bucket_size=1000"]
+        str(yaml),
+        [
+            f"engine.deepspeed.{override}",
+            "engine.deepspeed.zero_optimization.reduce_bucket_size=1000",
+        ],
     )
-    written = engine.ds_config(config, 1)
+    written = ds_config(config, 1, "cpu")
     assert written["gradient_clipping"] == 1.0 and written["zero_optimization"]["stage"] == 2
     assert written["zero_optimization"]["reduce_bucket_size"] == 1000
 
@@ -162,20 +198,28 @@ def ds_json(yaml, tmp_path, monkeypatch) -> tuple[Path, str]:
     (tmp_path / "ds.json").write_text(DS_CONFIG)
     monkeypatch.chdir(tmp_path)
     return with_line(
-        yaml, tmp_path, "deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", "deepspeed: ds.json"
+        yaml,
+        tmp_path,
+        "deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}",
+        "deepspeed: ds.json",
     )
 
 
 def test_a_deepspeed_json_stands_for_the_mapping(ds_json):
     path, where = ds_json
     config = plugins.read(str(path), ["engine.deepspeed.zero_optimization.allgather_bucket_size=7"])
-    written = engine.ds_config(config, 1)
-    assert written["zero_optimization"]["reduce_bucket_size"] == 5e6 and written["zero_optimization"]["overlap_comm"] is True
+    written = ds_config(config, 1, "cpu")
+    assert (
+        written["zero_optimization"]["reduce_bucket_size"] == 5e6
+        and written["zero_optimization"]["overlap_comm"] is True
+    )
     assert written["zero_optimization"]["allgather_bucket_size"] == 7
     assert '"auto"' not in json.dumps(written) and not {"optimizer", "scheduler"} & written.keys()
     assert config.where("engine.deepspeed") == where
     assert config.where("engine.deepspeed.zero_optimization.stage") == "ds.json:6"
-    assert config.resolved()["engine"]["deepspeed"]["bf16"] == {"enabled": "auto"}, "the run's own YAML needs no other file"
+    assert config.resolved()["engine"]["deepspeed"]["bf16"] == {"enabled": "auto"}, (
+        "the run's own YAML needs no other file"
+    )
     assert plugins.read(str(path), ["engine.deepspeed={}"]).engine.deepspeed == {}
     assert plugins.read(
         str(path), ["engine.deepspeed={}", "engine.deepspeed=ds.json"]
@@ -187,7 +231,7 @@ def test_a_deepspeed_json_stands_for_the_mapping(ds_json):
 def test_a_deepspeed_json_that_contradicts_names_both_lines(ds_json):
     path, where = ds_json
     with pytest.raises(ConfigError) as caught:
-        engine.ds_config(plugins.read(str(path), ["engine.zero=3", "optimizer.clip=0.5"]), 1)
+        ds_config(plugins.read(str(path), ["engine.zero=3", "optimizer.clip=0.5"]), 1, "cpu")
     key = "engine.deepspeed.zero_optimization.stage"
     assert (
         str(caught.value)
@@ -195,8 +239,11 @@ def test_a_deepspeed_json_that_contradicts_names_both_lines(ds_json):
     )
     Path("ds.json").write_text(DS_CONFIG.replace('"stage": 2', '"stage": 1'))
     with pytest.raises(ConfigError) as caught:
-        engine.ds_config(plugins.read(str(path)), 1)
-    assert str(caught.value) == f"ds.json:6: {key}: found 1, wanted 2. engine.zero at {where} makes it so; leave this key out."
+        ds_config(plugins.read(str(path)), 1, "cpu")
+    assert (
+        str(caught.value)
+        == f"ds.json:6: {key}: found 1, wanted 2. engine.zero at {where} makes it so; leave this key out."
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +266,9 @@ def test_a_deepspeed_json_that_cannot_be_read(ds_json, content, found):
     path, where = ds_json
     Path("ds.json").unlink() if content is None else Path("ds.json").write_text(content)
     errors = error_of(path, "train.steps=0").splitlines()
-    assert len(errors) == 2 and errors[0].startswith(f"{where}: engine.deepspeed: found {found}"), errors
+    assert len(errors) == 2 and errors[0].startswith(f"{where}: engine.deepspeed: found {found}"), (
+        errors
+    )
     assert errors[1].startswith("--set train.steps=0: train.steps: found 0")
 
 
@@ -257,12 +306,17 @@ def test_a_key_twice_in_a_deepspeed_json(ds_json):
 )
 def test_what_a_stage_cannot_offload(yaml, tmp_path, settings, text):
     path, where = with_line(
-        yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings
+        yaml,
+        tmp_path,
+        "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}",
+        settings,
     )
     assert error_of(path) == f"{where}: {text}"
 
 
-@pytest.mark.parametrize("compatible, reason", [(False, "no libaio, or no compiler"), (True, "no ninja")])
+@pytest.mark.parametrize(
+    "compatible, reason", [(False, "no libaio, or no compiler"), (True, "no ninja")]
+)
 def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, compatible, reason):
     class Builder:
         def is_compatible(self, verbose):
@@ -271,10 +325,15 @@ def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, c
         def load(self, verbose):
             raise RuntimeError("Unable to load\nno ninja")
 
-    monkeypatch.setattr(type(engine.get_accelerator()), "create_op_builder", lambda self, name: Builder())
+    monkeypatch.setattr(
+        type(engine.get_accelerator()), "create_op_builder", lambda self, name: Builder()
+    )
     settings = "zero: 3, offload: {parameters: nvme, nvme_path: /x}"
     path, where = with_line(
-        yaml, tmp_path, "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}", settings
+        yaml,
+        tmp_path,
+        "zero: 2, deepspeed: {zero_optimization: {stage3_param_persistence_threshold: 0}}",
+        settings,
     )
     said = []
     with pytest.raises(ConfigError) as caught:
@@ -305,11 +364,17 @@ def test_a_model_that_is_not_there(yaml, tmp_path):
 
 
 def test_files_that_are_not_there_are_all_named(yaml, tmp_path):
-    overrides = [f"tasks.copy.train={tmp_path}/a.jsonl", f"tasks.prose.validation={tmp_path}/b.jsonl"]
+    overrides = [
+        f"tasks.copy.train={tmp_path}/a.jsonl",
+        f"tasks.prose.validation={tmp_path}/b.jsonl",
+    ]
     ended = runs.train(yaml, *overrides, f"output={tmp_path}/run")
     assert ended.codes == [1] and not (tmp_path / "run").exists()
     for key, name in ("copy.train", "a"), ("prose.validation", "b"):
-        assert f"tasks.{key}: nothing found under '{tmp_path}/{name}.jsonl', tried the file or folder" in ended.err
+        assert (
+            f"tasks.{key}: nothing found under '{tmp_path}/{name}.jsonl', tried the file or folder"
+            in ended.err
+        )
 
 
 def test_an_empty_task(yaml, tmp_path):
@@ -333,10 +398,22 @@ def test_rows_that_cannot_be_read_are_reported_and_the_run_goes_on(yaml, tmp_pat
     path = tmp_path / "damaged.jsonl"
     good = Path(yaml.parent / "copy.train.jsonl").read_text().splitlines()
     path.write_text(
-        "\n".join([good[0], '{"prompt": "a', *good[1:], '{"prompt": "a"}', '{"prompt": "a", "completion": ""}']) + "\n"
+        "\n".join(
+            [
+                good[0],
+                '{"prompt": "a',
+                *good[1:],
+                '{"prompt": "a"}',
+                '{"prompt": "a", "completion": ""}',
+            ]
+        )
+        + "\n"
     )
     ended = runs.train(yaml, *FOUR, f"tasks.copy.train={path}", f"output={tmp_path}/run").well()
-    report = [line.strip() for line in ended.err.partition("copy: ")[2].partition("chat: ")[0].splitlines()]
+    report = [
+        line.strip()
+        for line in ended.err.partition("copy: ")[2].partition("chat: ")[0].splitlines()
+    ]
     assert f"train: {len(good)} of {len(good) + 3} rows kept" in "\n".join(report)
     assert [line.removeprefix("train: ") for line in report if "dropped" in line] == [
         "1 row dropped: missing key", "1 row dropped: no target", "1 row dropped: unreadable",
@@ -352,7 +429,10 @@ def test_a_run_does_not_start_on_another(yaml, finished):
     before = runs.contents(finished)
     ended = runs.train(yaml, *FOUR, f"output={finished}", world=2)
     assert ended.codes == [1, 1]
-    assert f"error: output: {finished} already holds a run. Add --resume to go on with it, or choose another" in ended.err
+    assert (
+        f"error: output: {finished} already holds a run. Add --resume to go on with it, or choose another"
+        in ended.err
+    )
     assert runs.contents(finished) == before
 
 
@@ -380,12 +460,32 @@ def other_data(yaml: Path, folder: Path) -> Path:
 
 
 CHANGES = {
-    "tasks": (other_tasks, [], "  tasks: checkpoint ['copy', 'chat', 'prose'], now ['copy', 'chat', 'verse']"),
+    "tasks": (
+        other_tasks,
+        [],
+        "  tasks: checkpoint ['copy', 'chat', 'prose'], now ['copy', 'chat', 'verse']",
+    ),
     "data": (other_data, [], "  tasks.prose.train (content): checkpoint '"),
-    "balancer": (None, ["balancer=Equal"], "method: saved 'balancers.coba:CoBa', here 'balancers.equal:Equal'"),
-    "balancer's settings": (None, ["balancer.window=6"], "Resume with what was saved, or start afresh"),
-    "loss weight": (None, ["tasks.copy.loss_weight=2.0"], "loss_weight: saved [1.0, 1.0, 1.0], here [2.0, 1.0, 1.0]"),
-    "seed": (None, ["train.seed=1"], "  train: checkpoint {'steps': 4, 'epochs': None, 'seed': 0}, now "),
+    "balancer": (
+        None,
+        ["balancer=Equal"],
+        "method: saved 'balancers.coba:CoBa', here 'balancers.equal:Equal'",
+    ),
+    "balancer's settings": (
+        None,
+        ["balancer.window=6"],
+        "Resume with what was saved, or start afresh",
+    ),
+    "loss weight": (
+        None,
+        ["tasks.copy.loss_weight=2.0"],
+        "loss_weight: saved [1.0, 1.0, 1.0], here [2.0, 1.0, 1.0]",
+    ),
+    "seed": (
+        None,
+        ["train.seed=1"],
+        "  train: checkpoint {'steps': 4, 'epochs': None, 'seed': 0}, now ",
+    ),
     "batch": (None, ["batch.examples=7"], "  batch.examples: checkpoint 6, now 7"),
     "learning rate": (None, ["optimizer.lr=0.1"], "  optimizer: checkpoint {"),
     "adapters": (None, ["model.lora.r=4"], "  model.lora: checkpoint None, now {"),
@@ -410,7 +510,9 @@ def test_shares_cannot_change_when_a_run_goes_on(yaml, tmp_path):
     explicit = ["mix.shares=explicit", "tasks.copy.share=1", "tasks.chat.share=1"]
     runs.train(yaml, *FOUR, *explicit, "tasks.prose.share=1", f"output={output}").well()
     before = runs.contents(output)
-    ended = runs.train(yaml, *FOUR, *explicit, "tasks.prose.share=2", f"output={output}", resume=True)
+    ended = runs.train(
+        yaml, *FOUR, *explicit, "tasks.prose.share=2", f"output={output}", resume=True
+    )
     assert ended.codes == [1] and "tasks.prose.share: checkpoint 1.0, now 2.0" in ended.err
     assert runs.contents(output) == before
 

@@ -42,7 +42,9 @@ MAKE = {
     "CoBa panel": lambda tasks: CoBa(window=20, warmup=10, slope="panel", gate=1.0),
     "CoBa default window": lambda tasks: CoBa(warmup=10),
     "CoBa short": lambda tasks: CoBa(window=1, warmup=1),
-    "Bounded": lambda tasks: Bounded(CoBa(window=20, warmup=10), floor=0.1, ceiling=1.0 if len(tasks) == 1 else 0.6),
+    "Bounded": lambda tasks: Bounded(
+        CoBa(window=20, warmup=10), floor=0.1, ceiling=1.0 if len(tasks) == 1 else 0.6
+    ),
     "Bounded scaled": lambda tasks: Bounded("GLS", floor=0.2),
     "DWA": lambda tasks: DWA(period=10),
     "FAMO": lambda tasks: FAMO(),
@@ -51,13 +53,19 @@ MAKE = {
     "GLS": lambda tasks: GLS(),
     "GradNorm": lambda tasks: GradNorm(),
     "GradNormValid": lambda tasks: GradNormValid(),
-    "Grouped": lambda tasks: Grouped(CoBa(window=20, warmup=10), {"pair": [t for t in tasks if t in ("code", "law")]}),
-    "Grouped gradients": lambda tasks: Grouped("GradNorm", {"pair": [t for t in tasks if t in ("code", "law")]}),
+    "Grouped": lambda tasks: Grouped(
+        CoBa(window=20, warmup=10), {"pair": [t for t in tasks if t in ("code", "law")]}
+    ),
+    "Grouped gradients": lambda tasks: Grouped(
+        "GradNorm", {"pair": [t for t in tasks if t in ("code", "law")]}
+    ),
     "LBTW": lambda tasks: LBTW(epoch=40),
     "LBTWValid": lambda tasks: LBTWValid(),
     "MetaWeighting": lambda tasks: MetaWeighting(),
     "RLW": lambda tasks: RLW(seed=3),
-    "Scheduled": lambda tasks: Scheduled(CoBa(window=20, warmup=10), warmup=20, blend=0.7, freeze=110),
+    "Scheduled": lambda tasks: Scheduled(
+        CoBa(window=20, warmup=10), warmup=20, blend=0.7, freeze=110
+    ),
     "Scheduled scaled": lambda tasks: Scheduled("Uncertainty", warmup=20, blend=0.5),
     "Equal": lambda tasks: Equal(),
     "Static": lambda tasks: Static({task: 1.0 + NAMES.index(task) for task in tasks}),
@@ -76,7 +84,10 @@ MAKE = {
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
     "name",  # NashMTL solves for a quarter of a second at every Gramian
-    [pytest.param(name, marks=pytest.mark.slow) if name.endswith("NashMTL") else name for name in MAKE],
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.endswith("NashMTL") else name
+        for name in MAKE
+    ],
 )
 def test_contract(name, check):
     if (name, check.__name__) == ("TorchJD PCGrad", "check_permutation"):
@@ -98,7 +109,10 @@ def test_table_names_classes(name):
 
 def test_import_needs_numpy_only():
     code = "import sys, balancers; balancers.CoBa; print(sorted({'torch', 'torchjd', 'pydantic'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )
 
 
 def test_unknown_method():
@@ -112,14 +126,20 @@ def test_unknown_method():
 def test_tokens_is_the_token_mean():
     weights = Holder(Tokens(), ["a", "b", "c"]).update(Signals(step=0, tokens=[30, 0, 10]))
     np.testing.assert_array_equal(weights, [0.75, 0, 0.25])
-    np.testing.assert_array_equal(Holder(Tokens(), ["a", "b"]).update(Signals(step=0, tokens=[0, 0])), [0.5, 0.5])
+    np.testing.assert_array_equal(
+        Holder(Tokens(), ["a", "b"]).update(Signals(step=0, tokens=[0, 0])), [0.5, 0.5]
+    )
     with pytest.raises(ValueError, match="Tokens at step 3: found no token counts"):
         Holder(Tokens(), ["a", "b"]).update(Signals(step=3))
 
 
 def test_static_in_order_and_by_name():
-    np.testing.assert_allclose(Holder(Static([3, 1]), ["a", "b"]).update(Signals(step=0)), [0.75, 0.25])
-    np.testing.assert_allclose(Holder(Static({"b": 1, "a": 3}), ["a", "b"]).update(Signals(step=0)), [0.75, 0.25])
+    np.testing.assert_allclose(
+        Holder(Static([3, 1]), ["a", "b"]).update(Signals(step=0)), [0.75, 0.25]
+    )
+    np.testing.assert_allclose(
+        Holder(Static({"b": 1, "a": 3}), ["a", "b"]).update(Signals(step=0)), [0.75, 0.25]
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +187,9 @@ class Forgetful(Given):
 
 
 def test_holder_refuses_a_state_that_no_checkpoint_can_hold():
-    with pytest.raises(ValueError, match=r"Forgetful at step 0: found objects in the state at \['count'\]"):
+    with pytest.raises(
+        ValueError, match=r"Forgetful at step 0: found objects in the state at \['count'\]"
+    ):
         Holder(Forgetful([1.0]), ["a"]).update(Signals(step=0))
 
 
@@ -177,7 +199,9 @@ def test_loss_weight_keeps_the_sum():
     np.testing.assert_allclose(held.update(Signals(step=0)), np.array([0.5, 0.5, 1]) / 2)
     held = Holder(Scaled([2, 3]), ["a", "b"], loss_weight=[1, 3])
     np.testing.assert_allclose(held.update(Signals(step=0)), np.array([2, 9]) * 5 / 11)
-    np.testing.assert_array_equal(Holder(Scaled([0, 0]), ["a", "b"]).update(Signals(step=0)), [0, 0])
+    np.testing.assert_array_equal(
+        Holder(Scaled([0, 0]), ["a", "b"]).update(Signals(step=0)), [0, 0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,11 +223,20 @@ def test_holder_refuses_weights(weights, text):
     [
         ({"valid_loss": [1, 2, 3]}, r"valid_loss at step 4: found shape \(3,\), wanted \(2,\)"),
         ({"gram": [1, 2]}, r"gram at step 4: found shape \(2,\), wanted \(2, 2\)"),
-        ({"train_loss": [1, np.inf]}, r"train_loss at step 4, task 'b': found inf, wanted a finite .* >= 0, or nan"),
+        (
+            {"train_loss": [1, np.inf]},
+            r"train_loss at step 4, task 'b': found inf, wanted a finite .* >= 0, or nan",
+        ),
         ({"valid_loss": [-1, 1]}, r"valid_loss at step 4, task 'a': found -1.0"),
-        ({"tokens": [-1, 1]}, r"tokens at step 4, task 'a': found -1.0, wanted a finite number >= 0;"),
+        (
+            {"tokens": [-1, 1]},
+            r"tokens at step 4, task 'a': found -1.0, wanted a finite number >= 0;",
+        ),
         ({"tokens": [1, np.nan]}, r"tokens at step 4, task 'b': found nan"),
-        ({"gram": [[1, 0], [np.nan, 1]]}, r"gram at step 4, task 'b': found nan, wanted a finite number;"),
+        (
+            {"gram": [[1, 0], [np.nan, 1]]},
+            r"gram at step 4, task 'b': found nan, wanted a finite number;",
+        ),
         ({"step": -1}, r"step: found -1"),
     ],
 )
@@ -212,7 +245,9 @@ def test_holder_refuses_signals(fields, text):
         Holder(Equal(), ["a", "b"]).update(Signals(**{"step": 4, **fields}))
 
 
-@pytest.mark.parametrize(("tasks", "loss_weight"), [([], None), (["a", "a"], None), (["a"], [0]), (["a"], [1, 2])])
+@pytest.mark.parametrize(
+    ("tasks", "loss_weight"), [([], None), (["a", "a"], None), (["a"], [0]), (["a"], [1, 2])]
+)
 def test_holder_refuses_tasks_and_loss_weights(tasks, loss_weight):
     with pytest.raises(ValueError, match="found"):
         Holder(Equal(), tasks, loss_weight)
@@ -221,7 +256,12 @@ def test_holder_refuses_tasks_and_loss_weights(tasks, loss_weight):
 @pytest.mark.parametrize(
     ("balancer", "tasks", "loss_weight", "text"),
     [
-        (Equal(), ["a", "b"], None, "method: saved 'balancers.coba:CoBa', here 'balancers.equal:Equal'"),
+        (
+            Equal(),
+            ["a", "b"],
+            None,
+            "method: saved 'balancers.coba:CoBa', here 'balancers.equal:Equal'",
+        ),
         (CoBa(window=7), ["a", "b"], None, "settings: saved {'window': 5.*here {'window': 7"),
         (CoBa(window=5), ["b", "a"], None, r"tasks: saved \['a', 'b'\], here \['b', 'a'\]"),
         (CoBa(window=5), ["a", "b"], [1, 2], r"loss_weight: saved \[1.0, 1.0\], here \[1.0, 2.0\]"),

@@ -44,10 +44,14 @@ def test_golden(case, divergence):
     balancer = CoBa(window=case["N"], warmup=case["W"], tau=case["tau"], divergence=divergence)
     weights, explained = run(balancer, case["ratios"])
     want, at = case[divergence], np.array(case["at"]) - (divergence == "released")
-    np.testing.assert_allclose(weights[at], want["weights"], rtol=0, atol=1e-6 if divergence == "released" else 1e-9)
+    np.testing.assert_allclose(
+        weights[at], want["weights"], rtol=0, atol=1e-6 if divergence == "released" else 1e-9
+    )
     for golden, ours in {"slopes": "slope", "rcs": "rcs", "acs": "acs", "df": "df"}.items():
         if golden in want:
-            np.testing.assert_allclose([explained[t][ours] for t in at], want[golden], rtol=0, atol=1e-9)
+            np.testing.assert_allclose(
+                [explained[t][ours] for t in at], want[golden], rtol=0, atol=1e-9
+            )
     assert np.all(weights[: min(at)] == 1 / weights.shape[1])
 
 
@@ -55,14 +59,23 @@ def test_golden(case, divergence):
 def test_golden_panel_slopes(case):
     ratios = np.array(case["ratios"], np.float64)  # null reads as nan
     balancer = CoBa(window=case["N"], warmup=1, slope="panel")
-    _, explained = run(balancer, ratios, case["steps"], case["groups"], base=np.ones(ratios.shape[1]))
-    np.testing.assert_allclose([explained[i]["slope"] for i in case["at"]], case["slopes"], rtol=0, atol=1e-9)
+    _, explained = run(
+        balancer, ratios, case["steps"], case["groups"], base=np.ones(ratios.shape[1])
+    )
+    np.testing.assert_allclose(
+        [explained[i]["slope"] for i in case["at"]], case["slopes"], rtol=0, atol=1e-9
+    )
     assert all(explained[i]["panel"].all() for i in case["at"])
 
 
 # --- the three properties of the method
 
-slopes = arrays(np.float64, st.integers(2, 6), elements=st.floats(-0.01, 0.01).map(lambda x: round(x, 5)), unique=True)
+slopes = arrays(
+    np.float64,
+    st.integers(2, 6),
+    elements=st.floats(-0.01, 0.01).map(lambda x: round(x, 5)),
+    unique=True,
+)
 
 
 @given(slopes)
@@ -101,11 +114,18 @@ def test_one_rising_task_has_the_smallest_acs_and_less_than_its_share(case):
 
 # --- any curves, any settings
 
-any_loss = st.one_of(st.just(np.nan), st.just(0.0), st.just(0.7), st.floats(0, 1e3), st.floats(0, 1e300))
+any_loss = st.one_of(
+    st.just(np.nan), st.just(0.0), st.just(0.7), st.floats(0, 1e3), st.floats(0, 1e300)
+)
 
 
 @settings(deadline=None)
-@given(data=st.data(), k=st.integers(1, 5), window=st.none() | st.integers(1, 12), warmup=st.integers(1, 12))
+@given(
+    data=st.data(),
+    k=st.integers(1, 5),
+    window=st.none() | st.integers(1, 12),
+    warmup=st.integers(1, 12),
+)
 @pytest.mark.parametrize("divergence", ["abs", "signed", "released"])
 @pytest.mark.parametrize("slope", ["ols", "panel", "auto"])
 def test_weights_are_finite_and_sum_to_one(divergence, slope, data, k, window, warmup):
@@ -157,7 +177,9 @@ def test_slopes_use_true_step_numbers():
 
 def test_slopes_keep_their_digits_at_large_steps():
     steps = 10**12 + 7 * np.arange(20)
-    _, explained = run(CoBa(window=20, warmup=1), 1 - 1e-6 * np.arange(20)[:, None] * [7, 14], steps.tolist())
+    _, explained = run(
+        CoBa(window=20, warmup=1), 1 - 1e-6 * np.arange(20)[:, None] * [7, 14], steps.tolist()
+    )
     np.testing.assert_allclose(explained[-1]["slope"], [-1e-6, -2e-6], rtol=1e-9)
 
 
@@ -165,7 +187,9 @@ def test_absent_task_is_fitted_at_its_own_steps():
     ratio = 1 - 0.01 * np.arange(20)[:, None] * [1.0, 2.0]
     ratio[np.arange(20) % 3 > 0, 1] = np.nan
     _, explained = run(CoBa(window=9, warmup=1), ratio)
-    np.testing.assert_allclose([each["slope"] for each in explained[6:]], np.tile([-0.01, -0.02], (14, 1)), rtol=1e-12)
+    np.testing.assert_allclose(
+        [each["slope"] for each in explained[6:]], np.tile([-0.01, -0.02], (14, 1)), rtol=1e-12
+    )
 
 
 def test_task_with_fewer_than_two_observations_in_the_window_has_slope_zero():
@@ -196,7 +220,9 @@ def test_warmup_is_in_steps_and_ends_at_its_step():
 
 def test_without_a_probe_the_weights_stay_and_warmup_still_ends():
     ratio = list(curves(10)) + [None] * 10
-    weights, explained = run(CoBa(window=8, warmup=12), [np.ones(3) if r is None else r for r in ratio])
+    weights, explained = run(
+        CoBa(window=8, warmup=12), [np.ones(3) if r is None else r for r in ratio]
+    )
     state = CoBa(window=8, warmup=12).init(3)
     balancer, seen = CoBa(window=8, warmup=12), []
     for step, row in enumerate(ratio):
@@ -214,24 +240,35 @@ def test_without_a_probe_the_weights_stay_and_warmup_still_ends():
 @pytest.mark.parametrize("level", [1.0, 0.7, 0.1 + 0.2, 1e-9])
 def test_plateau_gives_equal_weights(divergence, level):
     losses = np.full((60, 3), level) * [1, 3, 7]
-    weights, explained = run(CoBa(window=20, warmup=5, divergence=divergence), losses, base=np.array([1.3, 1.7, 1.9]))
+    weights, explained = run(
+        CoBa(window=20, warmup=5, divergence=divergence), losses, base=np.array([1.3, 1.7, 1.9])
+    )
     np.testing.assert_allclose(weights, 1 / 3, atol=1e-15)
     assert (explained[-1]["slope"] == 0).all()
 
 
 def test_plain_panel_where_groups_do_not_come_twice(caplog):
     ratio = curves(20)
-    _, explained = run(CoBa(window=6, warmup=1, slope="panel"), ratio, groups=[i % 4 for i in range(20)])
-    assert len(caplog.messages) == 1 and "window of 6 probes that does not hold every group" in caplog.text
+    _, explained = run(
+        CoBa(window=6, warmup=1, slope="panel"), ratio, groups=[i % 4 for i in range(20)]
+    )
+    assert (
+        len(caplog.messages) == 1
+        and "window of 6 probes that does not hold every group" in caplog.text
+    )
     _, plain = run(CoBa(window=6, warmup=1), ratio)
     for each, other in zip(explained, plain, strict=True):
         assert (each["panel"] == 0).all()
         np.testing.assert_array_equal(each["slope"], other["slope"])
 
 
-@pytest.mark.parametrize(("window", "groups", "times"), [(6, 12, 1), (7, 4, 1), (8, 4, 0), (1, None, 0), (1, 1, 0)])
+@pytest.mark.parametrize(
+    ("window", "groups", "times"), [(6, 12, 1), (7, 4, 1), (8, 4, 0), (1, None, 0), (1, 1, 0)]
+)
 def test_a_window_too_small_for_panel_slopes_is_logged_once(caplog, window, groups, times):
-    run(CoBa(window=window, warmup=1), curves(20), groups=groups and [i % groups for i in range(20)])
+    run(
+        CoBa(window=window, warmup=1), curves(20), groups=groups and [i % groups for i in range(20)]
+    )
     assert len(caplog.messages) == times
 
 
@@ -239,8 +276,12 @@ def test_panel_sees_through_groups_of_different_difficulty():
     level = np.array([0.8, 1.3, 1.0, 0.4])[np.arange(24) % 4][:, None]
     ratio = level - 0.01 * np.arange(24)[:, None] * [1.0, 3.0]
     groups = [i % 4 for i in range(24)]
-    _, explained = run(CoBa(window=10, warmup=1, slope="panel"), ratio, groups=groups, base=np.ones(2))
-    np.testing.assert_allclose([each["slope"] for each in explained[9:]], np.tile([-0.01, -0.03], (15, 1)), rtol=1e-9)
+    _, explained = run(
+        CoBa(window=10, warmup=1, slope="panel"), ratio, groups=groups, base=np.ones(2)
+    )
+    np.testing.assert_allclose(
+        [each["slope"] for each in explained[9:]], np.tile([-0.01, -0.03], (15, 1)), rtol=1e-9
+    )
     assert all((each["panel"] == 1).all() for each in explained[7:])
 
 
@@ -249,17 +290,23 @@ def test_auto_is_panel_with_groups_and_plain_without(groups):
     rng = np.random.default_rng(0)
     ratio = 1 + rng.random((20, 3))
     found, _ = run(CoBa(window=10, warmup=1), ratio, groups=groups)
-    wanted, _ = run(CoBa(window=10, warmup=1, slope="panel" if groups else "ols"), ratio, groups=groups)
+    wanted, _ = run(
+        CoBa(window=10, warmup=1, slope="panel" if groups else "ols"), ratio, groups=groups
+    )
     other, _ = run(CoBa(window=10, warmup=1, slope="ols"), ratio, groups=groups)
     np.testing.assert_array_equal(found, wanted)
     assert (found == other).all() == (groups is None)
 
 
-@pytest.mark.parametrize(("settings", "groups"), [({}, None), ({"slope": "ols"}, 10), ({"divergence": "released"}, 10)])
+@pytest.mark.parametrize(
+    ("settings", "groups"), [({}, None), ({"slope": "ols"}, 10), ({"divergence": "released"}, 10)]
+)
 def test_default_window_is_the_published_one_otherwise(settings, groups):
     rng, steps = np.random.default_rng(1), range(0, 1250, 5)
     ratio, group = 1 + rng.random((250, 3)), groups and [i % groups for i in range(250)]
-    found, wanted, other = (run(CoBa(window=n, **settings), ratio, steps, group)[0] for n in (None, 200, 199))
+    found, wanted, other = (
+        run(CoBa(window=n, **settings), ratio, steps, group)[0] for n in (None, 200, 199)
+    )
     np.testing.assert_array_equal(found, wanted)
     assert (found != other).any()
 
@@ -290,7 +337,9 @@ def test_default_window_is_whole_rounds_of_the_groups(every, groups, wanted):
         expected, _ = least_squares(steps[w], ratio[w], group[w] if is_panel else np.zeros(length))
         np.testing.assert_allclose(slopes[probes - 1], expected, rtol=1e-9)
         assert (explained[probes - 1]["panel"] == is_panel).all()
-        acs = np.exp(-slopes[probes - 1] / np.nanmean(np.abs(slopes[w]), axis=0))  # nan: the first probe has no slope
+        acs = np.exp(
+            -slopes[probes - 1] / np.nanmean(np.abs(slopes[w]), axis=0)
+        )  # nan: the first probe has no slope
         np.testing.assert_allclose(explained[probes - 1]["acs"], acs / acs.sum(), rtol=1e-9)
 
 
@@ -322,7 +371,9 @@ def test_gate_turns_noise_into_equal_weights_and_leaves_trends_alone():
     assert spread(gated) < spread(plain) / 5
     assert explained[-1]["gate"].shape == (3,)
     trend = curves(100) + 1e-6 * rng.normal(size=(100, 3))
-    np.testing.assert_allclose(run(CoBa(20, 10, gate=2.0), trend)[0], run(CoBa(20, 10), trend)[0], atol=0.02)
+    np.testing.assert_allclose(
+        run(CoBa(20, 10, gate=2.0), trend)[0], run(CoBa(20, 10), trend)[0], atol=0.02
+    )
 
 
 def test_panel_slopes_have_a_fraction_of_the_plain_error_on_a_recorded_run():
@@ -344,7 +395,9 @@ def test_state_grows_by_eight_bytes_a_probe():
     balancer, sizes = CoBa(window=50, warmup=10), {}
     state = balancer.init(4)
     for step in range(4001):
-        state, _, _ = balancer.update(state, Signals(step=step, valid_loss=np.full(4, 1 / (1 + step))))
+        state, _, _ = balancer.update(
+            state, Signals(step=step, valid_loss=np.full(4, 1 / (1 + step)))
+        )
         if step in (1000, 4000):
             sizes[step] = sum(array.nbytes for array in state.values())
     assert sizes[4000] - sizes[1000] <= 8 * 3000 * 9 / 8 + 8 * 16
@@ -362,7 +415,10 @@ def test_state_grows_by_eight_bytes_a_probe():
         ({"tau": float("nan")}, "CoBa tau: found nan"),
         ({"tau": "5"}, "CoBa tau: found '5'"),
         ({"gate": -1.0}, "CoBa gate: found -1.0"),
-        ({"divergence": "sum"}, "CoBa divergence: found 'sum', wanted one of abs, signed, released"),
+        (
+            {"divergence": "sum"},
+            "CoBa divergence: found 'sum', wanted one of abs, signed, released",
+        ),
         ({"slope": "theil"}, "CoBa slope: found 'theil', wanted one of auto, ols, panel"),
     ],
 )

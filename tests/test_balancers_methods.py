@@ -32,7 +32,11 @@ def losses(steps, k=3, seed=0):
     """(steps, K) noisy falling losses."""
     rng = np.random.default_rng(seed)
     rate = np.linspace(0.01, 0.1, k)
-    return (0.3 + np.exp(-rate * np.arange(steps)[:, None])) * rng.uniform(0.9, 1.1, (steps, k)) * np.arange(1, k + 1)
+    return (
+        (0.3 + np.exp(-rate * np.arange(steps)[:, None]))
+        * rng.uniform(0.9, 1.1, (steps, k))
+        * np.arange(1, k + 1)
+    )
 
 
 def run(balancer, signals, k=3):
@@ -56,19 +60,25 @@ def gradient(scalarizer, values):
 
 def test_dwa_is_torchjds():
     train, reference = losses(50), scalarization.DWA(temperature=2.0)
-    weights, _ = run(DWA(period=10), [Signals(step=t + 1, train_loss=row) for t, row in enumerate(train)])
+    weights, _ = run(
+        DWA(period=10), [Signals(step=t + 1, train_loss=row) for t, row in enumerate(train)]
+    )
     for t, row in enumerate(train):
         want = gradient(reference, row)  # this call also counts the row into the period's mean
         if t % 10 == 9:
             reference.step()
-            want = gradient(reference, row)  # ours has seen the whole period at the start of the next update
+            want = gradient(
+                reference, row
+            )  # ours has seen the whole period at the start of the next update
             reference._loss_sum, reference._n_batches = None, 0
         np.testing.assert_allclose(weights[t], want / 3, atol=1e-12)
 
 
 def test_dwa_keeps_the_mean_of_a_task_absent_for_a_period():
     rows = [[4, 4], [2, 2], [1, np.nan]]
-    weights, explained = run(DWA(period=1), [Signals(step=t + 1, train_loss=r) for t, r in enumerate(rows)], 2)
+    weights, explained = run(
+        DWA(period=1), [Signals(step=t + 1, train_loss=r) for t, r in enumerate(rows)], 2
+    )
     np.testing.assert_allclose(explained[-1]["rate"], [0.5, 1.0])
     np.testing.assert_allclose(weights[-1], np.exp([0.25, 0.5]) / np.exp([0.25, 0.5]).sum())
 
@@ -76,7 +86,9 @@ def test_dwa_keeps_the_mean_of_a_task_absent_for_a_period():
 def test_uncertainty_is_torchjds_under_adam():
     reference = scalarization.UW(3).double()
     optimizer = torch.optim.Adam(reference.parameters(), lr=0.025)
-    weights, explained = run(Uncertainty(), [Signals(step=0)] + [Signals(1, train_loss=row) for row in losses(80)])
+    weights, explained = run(
+        Uncertainty(), [Signals(step=0)] + [Signals(1, train_loss=row) for row in losses(80)]
+    )
     np.testing.assert_array_equal(weights[0], [0.5, 0.5, 0.5])
     for row, now, explain in zip(losses(80), weights[1:], explained[1:], strict=True):
         optimizer.zero_grad()
@@ -93,7 +105,9 @@ def test_uncertainty_tends_to_half_of_the_inverse_loss():
 
 def test_gls_is_the_gradient_of_the_geometric_mean():
     train = losses(5)
-    weights, _ = run(GLS(), [Signals(step=0)] + [Signals(step=t + 1, train_loss=r) for t, r in enumerate(train)])
+    weights, _ = run(
+        GLS(), [Signals(step=0)] + [Signals(step=t + 1, train_loss=r) for t, r in enumerate(train)]
+    )
     np.testing.assert_array_equal(weights[0], [1 / 3] * 3)
     for row, now in zip(train, weights[1:], strict=True):
         np.testing.assert_allclose(now, gradient(scalarization.GeometricMean(), row), rtol=1e-12)
@@ -102,11 +116,17 @@ def test_gls_is_the_gradient_of_the_geometric_mean():
 
 def test_lbtw_closed_form_with_a_new_base_every_epoch():
     rows = np.array([[4.0, 1.0], [2.0, 1.0], [1.0, 0.64], [1.0, 1.0]])
-    weights, explained = run(LBTW(epoch=3), [Signals(step=t + 1, train_loss=r) for t, r in enumerate(rows)], 2)
+    weights, explained = run(
+        LBTW(epoch=3), [Signals(step=t + 1, train_loss=r) for t, r in enumerate(rows)], 2
+    )
     ratios = np.array([[1, 1], [0.5, 1], [0.25, 0.64], [1, 1]])
     np.testing.assert_allclose([each["ratio"] for each in explained], ratios)
-    np.testing.assert_allclose(weights, np.sqrt(ratios) / np.sqrt(ratios).sum(axis=1, keepdims=True))
-    never, _ = run(LBTW(alpha=1.0), [Signals(step=t + 1, train_loss=r) for t, r in enumerate(rows)], 2)
+    np.testing.assert_allclose(
+        weights, np.sqrt(ratios) / np.sqrt(ratios).sum(axis=1, keepdims=True)
+    )
+    never, _ = run(
+        LBTW(alpha=1.0), [Signals(step=t + 1, train_loss=r) for t, r in enumerate(rows)], 2
+    )
     np.testing.assert_allclose(never[-1], [0.25 / 1.25, 1 / 1.25])
 
 
@@ -127,7 +147,9 @@ def test_famo_is_torchjds():
         np.testing.assert_allclose(weights[t], gradient(reference, after[t]), atol=1e-9)
 
 
-@pytest.mark.parametrize(("balancer", "field"), [(FAMO(replay=False), "train_loss"), (FAMOValid(), "valid_loss")])
+@pytest.mark.parametrize(
+    ("balancer", "field"), [(FAMO(replay=False), "train_loss"), (FAMOValid(), "valid_loss")]
+)
 def test_famo_without_replay_reads_consecutive_losses(balancer, field):
     rows, reference = losses(60), scalarization.FAMO(3).double()
     _, explained = run(balancer, [Signals(t, **{field: row}) for t, row in enumerate(rows)])
@@ -140,7 +162,10 @@ def test_famo_without_replay_reads_consecutive_losses(balancer, field):
 def test_famo_on_validation_losses_reads_ratios_to_the_probes_own_base():
     base = losses(20, seed=5)
     plain, a = run(FAMOValid(), [Signals(t, valid_loss=r) for t, r in enumerate(losses(20))])
-    paired, b = run(FAMOValid(), [Signals(t, valid_loss=r * base[t], valid_base=base[t]) for t, r in enumerate(losses(20))])
+    paired, b = run(
+        FAMOValid(),
+        [Signals(t, valid_loss=r * base[t], valid_base=base[t]) for t, r in enumerate(losses(20))],
+    )
     np.testing.assert_allclose([e["z"] for e in b], [e["z"] for e in a], atol=1e-7)
 
 
@@ -155,7 +180,10 @@ def test_adam_is_torchs_and_leaves_absent_entries_alone():
         np.testing.assert_allclose(point, leaf.detach(), atol=1e-12)
     before = {name: array.copy() for name, array in state.items()}
     assert (adam_step(state, np.ones(3), np.array([True, False, False]))[1:] == 0).all()
-    assert all((state[name][1:] == before[name][1:]).all() and state[name][0] != before[name][0] for name in before)
+    assert all(
+        (state[name][1:] == before[name][1:]).all() and state[name][0] != before[name][0]
+        for name in before
+    )
 
 
 # --- at random
@@ -174,7 +202,9 @@ def test_rlw_draws_standard_normals():
 
 
 def test_rlw_follows_its_seed():
-    first, again, other = (Holder(RLW(seed), ["a", "b"]).update(Signals(step=0)) for seed in (1, 1, 2))
+    first, again, other = (
+        Holder(RLW(seed), ["a", "b"]).update(Signals(step=0)) for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert (first != other).all()
     with pytest.raises(ValueError, match="RLW seed: found 1.5"):
@@ -192,7 +222,9 @@ def test_gradnorm_step_is_the_derivative_of_its_loss():
         loss = rng.uniform(1, 2, 3)
         first = loss if first is None else first
         jacobian = rng.normal(size=(3, 5)) * [[1], [3], [0.5]]
-        state, now, explain = balancer.update(state, Signals(step, train_loss=loss, gram=jacobian @ jacobian.T))
+        state, now, explain = balancer.update(
+            state, Signals(step, train_loss=loss, gram=jacobian @ jacobian.T)
+        )
 
         norm = torch.tensor(np.linalg.norm(jacobian, axis=1))
         leaf = weights.clone().requires_grad_()
@@ -206,34 +238,50 @@ def test_gradnorm_step_is_the_derivative_of_its_loss():
         np.testing.assert_allclose(explain["target"], target)
 
 
-@pytest.mark.parametrize(("balancer", "field"), [(GradNorm(), "train_loss"), (GradNormValid(), "valid_loss")])
+@pytest.mark.parametrize(
+    ("balancer", "field"), [(GradNorm(), "train_loss"), (GradNormValid(), "valid_loss")]
+)
 def test_gradnorm_gives_the_slower_task_more(balancer, field):
     rows = [[4.0, 4.0]] + [[4.0, 2.0]] * 20
-    weights, _ = run(balancer, [Signals(t, gram=np.eye(2), **{field: r}) for t, r in enumerate(rows)], 2)
+    weights, _ = run(
+        balancer, [Signals(t, gram=np.eye(2), **{field: r}) for t, r in enumerate(rows)], 2
+    )
     assert weights[-1][0] > 0.6
 
 
 def test_gradnorm_evens_out_norms():
     gram = np.diag([1.0, 4.0, 16.0])
-    weights, _ = run(GradNorm(lr=0.002), [Signals(t, train_loss=[1, 1, 1], gram=gram) for t in range(3000)])
+    weights, _ = run(
+        GradNorm(lr=0.002), [Signals(t, train_loss=[1, 1, 1], gram=gram) for t in range(3000)]
+    )
     np.testing.assert_allclose(weights[-1], np.array([4, 2, 1]) / 7, atol=0.005)
 
 
 def test_metaweighting_moves_along_the_common_descent_of_the_validation_losses():
     train, valid = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[3.0, 0.0], [1.0, 1.0]])
-    gram = valid @ train.T  # rows (3, 0) and (1, 2): the point of their segment nearest to 0 is (1.5, 1.5)
+    gram = (
+        valid @ train.T
+    )  # rows (3, 0) and (1, 2): the point of their segment nearest to 0 is (1.5, 1.5)
     weights, explained = run(MetaWeighting(eta=0.1), [Signals(0, valid_gram=gram)], 2)
     np.testing.assert_allclose(explained[0]["descent"], [0.5, 0.5], atol=1e-7)
     np.testing.assert_allclose(weights[0], [0.5, 0.5], atol=1e-7)
     # Both validation losses fall with task 1 only: all weight goes there.
-    weights, _ = run(MetaWeighting(eta=0.1), [Signals(t, valid_gram=[[-1, 2], [0, 1]]) for t in range(20)], 2)
+    weights, _ = run(
+        MetaWeighting(eta=0.1), [Signals(t, valid_gram=[[-1, 2], [0, 1]]) for t in range(20)], 2
+    )
     np.testing.assert_array_equal(weights[-1], [0, 1])
 
 
 def test_metaweighting_gradient_is_that_of_a_look_ahead():
     rng = np.random.default_rng(0)
-    center_train, center_valid, theta = rng.normal(size=(3, 6)), rng.normal(size=(3, 6)), rng.normal(size=6)
-    valid = lambda w, j: 0.5 * np.sum((theta - 1e-4 * w @ (theta - center_train) - center_valid[j]) ** 2)  # noqa: E731
+    center_train, center_valid, theta = (
+        rng.normal(size=(3, 6)),
+        rng.normal(size=(3, 6)),
+        rng.normal(size=6),
+    )
+    valid = lambda w, j: (
+        0.5 * np.sum((theta - 1e-4 * w @ (theta - center_train) - center_valid[j]) ** 2)
+    )  # noqa: E731
     gram = (theta - center_valid) @ (theta - center_train).T
     for j in range(3):
         for i in range(3):
@@ -310,15 +358,23 @@ def test_torchjd_absent_task_gets_the_mean_and_takes_no_part():
 
 def test_torchjd_tells_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(ValueError, match=r'TorchJD UPGrad: a package is missing .*pip install "torchjd\[full\]'):
+    with pytest.raises(
+        ValueError, match=r'TorchJD UPGrad: a package is missing .*pip install "torchjd\[full\]'
+    ):
         TorchJD("UPGrad")
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: TorchJD("Upgrad"), "TorchJD method: found 'Upgrad', wanted one of AlignedMTL, CAGrad"),
-        (lambda: TorchJD("MGDA", {"eps": 1}), r"TorchJD options: found {'eps': 1}, wanted keywords of MGDAWeighting"),
+        (
+            lambda: TorchJD("Upgrad"),
+            "TorchJD method: found 'Upgrad', wanted one of AlignedMTL, CAGrad",
+        ),
+        (
+            lambda: TorchJD("MGDA", {"eps": 1}),
+            r"TorchJD options: found {'eps': 1}, wanted keywords of MGDAWeighting",
+        ),
         (lambda: TorchJD("PCGrad", seed=-1), "TorchJD seed: found -1"),
         (lambda: DWA(period=0), "DWA period: found 0"),
         (lambda: DWA(temperature=0), "DWA temperature: found 0"),

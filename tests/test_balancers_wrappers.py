@@ -58,7 +58,9 @@ def test_bounded_keeps_the_bounds_with_the_least_mixing(given_weights, low, high
     k = len(given_weights)
     floor, ceiling = low / k, 1 / k + high * (1 - 1 / k)
     plain = np.array(given_weights) / sum(given_weights)
-    weights, held = run(Bounded(Static(given_weights), floor, ceiling), [Signals(0)], tasks=range(k))
+    weights, held = run(
+        Bounded(Static(given_weights), floor, ceiling), [Signals(0)], tasks=range(k)
+    )
     assert (weights[0] >= floor - 1e-12).all() and (weights[0] <= ceiling + 1e-12).all()
     mixed = held.explain["mixed"]
     np.testing.assert_allclose(weights[0], (1 - mixed) * plain + mixed / k, atol=1e-12)
@@ -86,9 +88,14 @@ def test_grouped_reads_the_mean_of_its_tasks():
     coba = CoBa(window=10, warmup=5, slope="ols")  # the merged probes below name no group
     signals = list(stream(3, 80, coba.needs))
     outer, held = run(Grouped(coba, {"pair": ["a", "c"]}), signals)
-    merged = [Signals(s.step, valid_loss=[(s.valid_loss[0] + s.valid_loss[2]) / 2, s.valid_loss[1]]) for s in signals]
+    merged = [
+        Signals(s.step, valid_loss=[(s.valid_loss[0] + s.valid_loss[2]) / 2, s.valid_loss[1]])
+        for s in signals
+    ]
     inner, plain = run(coba, merged, tasks=("pair", "b"))
-    np.testing.assert_allclose(outer, np.stack([inner[:, 0] / 2, inner[:, 1], inner[:, 0] / 2], axis=1))
+    np.testing.assert_allclose(
+        outer, np.stack([inner[:, 0] / 2, inner[:, 1], inner[:, 0] / 2], axis=1)
+    )
     np.testing.assert_array_equal(held.explain["slope"], plain.explain["slope"][[0, 1, 0]])
 
 
@@ -104,12 +111,18 @@ def test_grouped_fills_an_absent_member_with_its_last_loss():
 def test_grouped_gradient_is_the_mean():
     jacobian = np.random.default_rng(0).normal(size=(3, 4))
     merged = np.stack([(jacobian[0] + jacobian[2]) / 2, jacobian[1]])
-    _, held = run(Grouped(GradNorm(), {"pair": ["a", "c"]}), [Signals(0, gram=jacobian @ jacobian.T)])
+    _, held = run(
+        Grouped(GradNorm(), {"pair": ["a", "c"]}), [Signals(0, gram=jacobian @ jacobian.T)]
+    )
     np.testing.assert_allclose(held.explain["norm"], np.linalg.norm(merged, axis=1)[[0, 1, 0]])
 
 
 def test_wrappers_nest_and_come_from_mappings():
-    spec = {"name": "Scheduled", "balancer": {"name": "Bounded", "balancer": "Equal", "floor": 0.1}, "warmup": 2}
+    spec = {
+        "name": "Scheduled",
+        "balancer": {"name": "Bounded", "balancer": "Equal", "floor": 0.1},
+        "warmup": 2,
+    }
     balancer = make(spec)
     assert isinstance(balancer, Scheduled) and isinstance(balancer.balancer.balancer, Equal)
     settings = Holder(balancer, ["a", "b"]).state_dict()["meta"]["settings"]
@@ -127,17 +140,41 @@ def test_wrappers_pass_on_what_the_inner_balancer_needs_and_promises():
     [
         (lambda: make("Coba"), "balancer 'Coba': wanted a Balancer, or one of the names .*CoBa"),
         (lambda: make(3), "balancer 3: wanted"),
-        (lambda: make({"name": "CoBa", "windw": 3}), "balancer CoBa: its keywords do not fit: .*windw"),
+        (
+            lambda: make({"name": "CoBa", "windw": 3}),
+            "balancer CoBa: its keywords do not fit: .*windw",
+        ),
         (lambda: Scheduled("Equal", warmup=-1), "Scheduled warmup: found -1"),
-        (lambda: Scheduled("Equal", blend=2), r"Scheduled blend: found 2, wanted a number in \[0, 1\]"),
-        (lambda: Scheduled("Equal", warmup=5, freeze=5), "Scheduled freeze: found 5, wanted a step after"),
+        (
+            lambda: Scheduled("Equal", blend=2),
+            r"Scheduled blend: found 2, wanted a number in \[0, 1\]",
+        ),
+        (
+            lambda: Scheduled("Equal", warmup=5, freeze=5),
+            "Scheduled freeze: found 5, wanted a step after",
+        ),
         (lambda: Bounded("Equal", floor=-0.1), "Bounded floor: found -0.1"),
-        (lambda: Bounded(TorchJD("IMTLG")), "Bounded balancer: found TorchJD, whose weights may be negative"),
-        (lambda: Holder(Bounded("Equal", floor=0.4), "abc"), "wanted floor <= 1/K <= ceiling, which is 0.3333 for 3"),
+        (
+            lambda: Bounded(TorchJD("IMTLG")),
+            "Bounded balancer: found TorchJD, whose weights may be negative",
+        ),
+        (
+            lambda: Holder(Bounded("Equal", floor=0.4), "abc"),
+            "wanted floor <= 1/K <= ceiling, which is 0.3333 for 3",
+        ),
         (lambda: Grouped("Equal", {"g": "ab"}), "Grouped groups: found {'g': 'ab'}, wanted"),
-        (lambda: Holder(Grouped("Equal", {"g": ["a", "z"]}), "abc"), r"wanted tasks of \['a', 'b', 'c'\]"),
-        (lambda: Holder(Grouped("Equal", {"g": ["a"], "h": ["a"]}), "abc"), "each in one group at most"),
-        (lambda: Holder(Grouped("Equal", {"b": ["a"]}), "abc"), "no group with the name of a task outside it"),
+        (
+            lambda: Holder(Grouped("Equal", {"g": ["a", "z"]}), "abc"),
+            r"wanted tasks of \['a', 'b', 'c'\]",
+        ),
+        (
+            lambda: Holder(Grouped("Equal", {"g": ["a"], "h": ["a"]}), "abc"),
+            "each in one group at most",
+        ),
+        (
+            lambda: Holder(Grouped("Equal", {"b": ["a"]}), "abc"),
+            "no group with the name of a task outside it",
+        ),
         (lambda: Grouped("Equal", {"g": ["a"]}).init(2), "Grouped: found no task names"),
         (lambda: Static({"a": 1}).init(1), "found a mapping but no task names"),
     ],
@@ -149,12 +186,19 @@ def test_refusals(build, text):
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_balancer_in_the_documentation_is_under_the_contract(check):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "class " in block)
+    code = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+        if "class " in block
+    )
     names = {}
     exec(code, names)  # noqa: S102
     kind = next(
         each
         for each in names.values()
-        if isinstance(each, type) and each.__module__ == "builtins" and issubclass(each, Balancer) and each is not Balancer
+        if isinstance(each, type)
+        and each.__module__ == "builtins"
+        and issubclass(each, Balancer)
+        and each is not Balancer
     )
     check(lambda tasks: kind())

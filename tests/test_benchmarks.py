@@ -46,8 +46,8 @@ def both(folder: str) -> dict[str, Any]:
     import transformers
 
     from mtl import plugins
-    from mtl.checkpoint import RunState
-    from mtl.run import run
+    from mtl.output.state import RunState
+    from mtl.train.loop import train
 
     def turns(work: Any) -> dict[str, Any]:
         out = io.StringIO()
@@ -58,12 +58,18 @@ def both(folder: str) -> dict[str, Any]:
 
     transformers.logging.disable_progress_bar()
     made = bench.Bench(base(Path(folder)), {"ours": sys.executable}, Path(folder) / "work", STEPS)
-    settings = {"ours": bench.ours("Tokens"), "padded": bench.sft("fp32"), "padding-free": bench.flat("fp32")}
-    settings["ours"]["model"]["compile"] = False  # tests/test_compile.py is about that, and takes minutes
+    settings = {
+        "ours": bench.ours("Tokens"),
+        "padded": bench.sft("fp32"),
+        "padding-free": bench.flat("fp32"),
+    }
+    settings["ours"]["model"]["compile"] = (
+        False  # tests/test_compile.py is about that, and takes minutes
+    )
     config = plugins.read(str(made.yaml_of("ours", settings["ours"])), [], [])
     rows = Path(folder) / "rows.json"
     rows.write_text(json.dumps(ours.rows(config)[:STEPS]))
-    found = {"ours": turns(lambda t: run(ours.build(config, t), RunState()))}
+    found = {"ours": turns(lambda t: train(ours.build_run(config, t), RunState()))}
     for name in ("padded", "padding-free"):
         given = {key: settings[name][key] for key in ("trainer", "attention", "arguments")}
         given["arguments"] = {**given["arguments"], "output_dir": folder}
@@ -78,26 +84,30 @@ def recorded(folder: str) -> dict[str, Any]:
     import record
 
     from mtl import plugins
-    from mtl.checkpoint import RunState
-    from mtl.run import run
+    from mtl.output.state import RunState
+    from mtl.train.loop import train
 
     passes: dict[int, list[float]] = {}
 
     class Passes:
         def log(self, step: int, values: dict[str, float]) -> None:
             if "eval/macro" in values:
-                passes[step] = [values[f"eval/{name}/loss"] for name in parts.names]
+                passes[step] = [values[f"eval/{name}/loss"] for name in run.names]
 
         def say(self, text: str) -> None: ...
 
     made = bench.Bench(base(Path(folder)), {"ours": sys.executable}, Path(folder) / "work", STEPS)
     settings = bench.ours("Equal")
     settings["model"]["compile"] = False
-    parts = ours.build(plugins.read(str(made.yaml_of("ours", settings)), [], []), record.Unhurried())
-    recorder = record.Recorder(parts, every=STEPS + 1)
-    run(replace(parts, trackers=[recorder, Passes()]), RunState())
+    run = ours.build_run(
+        plugins.read(str(made.yaml_of("ours", settings)), [], []), record.Unhurried()
+    )
+    recorder = record.Recorder(run, every=STEPS + 1)
+    train(replace(run, trackers=[recorder, Passes()]), RunState())
     means = [(sums.sum(1) / recorder.targets.sum(1)).tolist() for sums in recorder.sums]
-    whole = [len(split) == recorder.targets.shape[1] for split in parts.cut.splits]  # of the others some rows are left out
+    whole = [
+        len(split) == recorder.targets.shape[1] for split in run.validation.splits
+    ]  # of the others some rows are left out
     return {"read": dict(zip(recorder.steps, means, strict=True)), "passes": passes, "whole": whole}
 
 
@@ -126,13 +136,17 @@ def test_both_trainers_compute_the_same(found):
     for value in found.values():
         assert [len(turn["losses"]) for turn in value["turns"]] == [2, 2]
         assert all(turn["seconds"] > 0 and turn["peak_mib"] > 0 for turn in value["turns"])
-    mine, *theirs = [[loss for turn in value["turns"] for loss in turn["losses"]] for value in found.values()]
+    mine, *theirs = [
+        [loss for turn in value["turns"] for loss in turn["losses"]] for value in found.values()
+    ]
     assert mine[0] > mine[-1] > 1
     for losses in theirs:
         assert losses == pytest.approx(mine, rel=1e-4)
     assert len({sum(turn["tokens"] for turn in value["turns"]) for value in found.values()}) == 1
     told = bench.check("padded fp32", found)
-    assert len(told) == 2 + 2 * 3  # tokens of the run and of the data sets; isolation, first and last loss of each peer
+    assert (
+        len(told) == 2 + 2 * 3
+    )  # tokens of the run and of the data sets; isolation, first and last loss of each peer
     assert found["ours"]["about"]["parameters"] == found["padded"]["about"]["parameters"]
 
 
@@ -147,7 +161,10 @@ def test_own_time_is_what_is_left(found):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda f: f["padded"]["turns"][0]["losses"].__setitem__(0, 9.0), "loss of the first batch"),
+        (
+            lambda f: f["padded"]["turns"][0]["losses"].__setitem__(0, 9.0),
+            "loss of the first batch",
+        ),
         (lambda f: f["padded"]["turns"][1].update(tokens=1), "target tokens of the run"),
         (lambda f: f["padded"]["about"].update(tokens=1), "data sets"),
         (lambda f: f["padding-free"]["about"].update(isolation=1e-2), "see each other"),
@@ -162,9 +179,20 @@ def test_what_is_not_equal_is_refused(found, change, named):
 
 def test_the_table_takes_ratios_within_rounds(tmp_path):
     def turns(*seconds: float) -> dict[str, Any]:
-        made = {"tokens": 100, "peak_mib": 7.0, "losses": [1.0], "forward": 0.2, "backward": 0.2, "optimizer": 0.1}
+        made = {
+            "tokens": 100,
+            "peak_mib": 7.0,
+            "losses": [1.0],
+            "forward": 0.2,
+            "backward": 0.2,
+            "optimizer": 0.1,
+        }
         made |= {"communication": 0.0, "data_thread": 0.01, "data_wait": 0.0, "steps": 2}
-        return {"about": {}, "same_rows": True, "turns": [{**made, "seconds": s} for s in (99.0, *seconds)]}
+        return {
+            "about": {},
+            "same_rows": True,
+            "turns": [{**made, "seconds": s} for s in (99.0, *seconds)],
+        }
 
     results = {
         "date": "2026-01-01", "commit": "abc", "rounds": 3, "warmup": 8, "checked": ["that"],
@@ -181,13 +209,19 @@ def test_the_table_takes_ratios_within_rounds(tmp_path):
     }  # fmt: skip
     text = bench.tables(results)
     assert "| target tokens/s, fp32 | TRL | >= 1.4x | 2.00x (1.50x to 4.00x) |" in text
-    assert "| step time, CoBa, defaults, full | Equal | <= 1.05x | 1.100x (1.000x to 1.200x) |" in text
+    assert (
+        "| step time, CoBa, defaults, full | Equal | <= 1.05x | 1.100x (1.000x to 1.200x) |" in text
+    )
     assert "| Equal | 100.0 (100.0 to 100.0) | 0.50 (0.50 to 0.50) | 7 |" in text
     assert (
         "| <= 0.25 | 0.25 |" in text
-        and "the default window of 80 steps, recordings: 3 | a batch every step, plain | <= 0.5 | 0.40 (0.30 to 0.50) |" in text
+        and "the default window of 80 steps, recordings: 3 | a batch every step, plain | <= 0.5 | 0.40 (0.30 to 0.50) |"
+        in text
     )
-    assert "q run, a window of 120 steps, recordings: 1 | a batch every step, plain |  | 0.60 (0.50 to 0.70) |" in text
+    assert (
+        "q run, a window of 120 steps, recordings: 1 | a batch every step, plain |  | 0.60 (0.50 to 0.70) |"
+        in text
+    )
     assert "51.00 %" in text  # (1 - 0.5 + 0.01) / 1
 
     readme = tmp_path / "README.md"
@@ -231,13 +265,17 @@ def test_the_loss_alone_takes_less_than_full_logits():
 
 
 def test_scaling_shows_what_grows(measured):
-    assert all(measured["start"][name] > 0 for name in ("data", "batch"))  # with a warm cache, which ours.py has made
+    assert all(
+        measured["start"][name] > 0 for name in ("data", "batch")
+    )  # with a warm cache, which ours.py has made
     import scaling
 
     head, *rows = scaling.balancer([2, 32], [0, 10_000], times=3)
     state = {(slope, past, k): row[-1] for row in rows for slope, past, k in [row[:3]]}
     assert all(len(row) == len(head) for row in rows) and len(state) == 8
-    assert state["ols", 10_000, 2] - state["ols", 0, 2] == pytest.approx(8 * 10_000, rel=0.2)  # 8 bytes a probe
+    assert state["ols", 10_000, 2] - state["ols", 0, 2] == pytest.approx(
+        8 * 10_000, rel=0.2
+    )  # 8 bytes a probe
     assert state["ols", 0, 32] < 20 * state["ols", 0, 2]
 
     head, *rows = scaling.order([2], [0, 10**6], times=3)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 import toys
 
-import runs
-from mtl import dryrun, memory, model, plugins, process
+from mtl import plugins, process
+from mtl.check import dryrun, memory
 from mtl.config import load
 from mtl.data.batches import Layout, TrainBatches
 from mtl.data.cache import prepare
@@ -61,7 +62,9 @@ def test_it_prints_everything_and_leaves_nothing_behind(check, yaml):
         "nothing stands in the way of a run",
     ):
         assert line in out, line
-    assert out.count("[[") == 1 + 2 + 1 + out.count("in [[ ]]"), "copy has one run of targets, chat two, prose one"
+    assert out.count("[[") == 1 + 2 + 1 + out.count("in [[ ]]"), (
+        "copy has one run of targets, chat two, prose one"
+    )
     assert not (yaml.parent / "run").exists()
 
 
@@ -70,7 +73,10 @@ def test_it_prints_everything_and_leaves_nothing_behind(check, yaml):
 def test_batches_are_cut_as_the_run_cuts_them(yaml, packing, world):
     config, _, tasks = parts(yaml, f"batch.packing={str(packing).lower()}", "batch.examples=9")
     mix, steps = mix_for(config, tasks), 7
-    (found,) = (dryrun.cut(tasks, mix, one, steps) for one in dryrun.layouts(config, tasks, world, 128).values())
+    (found,) = (
+        dryrun.batch_sizes(tasks, mix, one, steps)
+        for one in dryrun.layouts(config, tasks, world, 128).values()
+    )
     micros = []  # [rank][step] -> micro-batches, as the run makes them
     for rank in range(world):
         batches = TrainBatches(tasks, mix, layout_for(config, tasks, world, rank, 0, packing, 128))
@@ -99,12 +105,14 @@ def test_a_long_example_is_shown_around_its_first_target():
     ids = tokenizer("x" * 1000 + "y" * 1000, add_special_tokens=False)["input_ids"]
     split = Encoded.of([(ids, np.arange(2000) >= 1000)])
     shown = dryrun.example(split, 0, tokenizer, color=False)
-    assert shown == "(800 tokens before) " + "x" * 200 + "[[" + "y" * 200 + "]] (and 800 more tokens)"
+    assert (
+        shown == "(800 tokens before) " + "x" * 200 + "[[" + "y" * 200 + "]] (and 800 more tokens)"
+    )
 
 
 def estimate(yaml: Path, world: int, *overrides: str) -> tuple[dict[str, memory.Part], int, int]:
     config, tokenizer, _ = parts(yaml, *overrides)
-    skeleton = model.skeleton(config, tokenizer)
+    skeleton = load.skeleton(config, tokenizer)
     sizes = [(p.numel(), p.requires_grad) for p in skeleton.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
     found = memory.estimate(config, config.engine.zero, skeleton, world, positions=100, targets=40)
@@ -126,7 +134,17 @@ LORA = ["model.lora={r: 2}", *FULL]
         (["model.precision=bf16", "engine.zero=2"], 2, 4 / 4, 12 / 4),
         (["model.precision=bf16", "engine.zero=3"], 2 / 4, 4 / 4, 12 / 4),
         (["model.precision=fp32", "engine.zero=0", "optimizer.name=sgd"], 4, 4, 0),
-        (["model.precision=fp32", "engine.zero=2", "optimizer.name=sgd", "optimizer.momentum=0.9"], 4, 4 / 4, 8 / 4),
+        (
+            [
+                "model.precision=fp32",
+                "engine.zero=2",
+                "optimizer.name=sgd",
+                "optimizer.momentum=0.9",
+            ],
+            4,
+            4 / 4,
+            8 / 4,
+        ),
     ],
 )
 @pytest.mark.parametrize("adapters", [FULL, LORA])
@@ -137,19 +155,27 @@ def test_memory_of_parameters_by_stage(yaml, settings, weights, gradients, optim
     assert found["gradients"].bytes == gradients * trained
     assert found["optimizer"].bytes == pytest.approx(optimizer * trained)
     assert not any(found[name].rough for name in ("weights", "gradients", "optimizer"))
-    assert found["logits"].rough and found["logits"].bytes == 40 * 259 * (10 if "bf16" in settings[0] else 12)
+    assert found["logits"].rough and found["logits"].bytes == 40 * 259 * (
+        10 if "bf16" in settings[0] else 12
+    )
 
 
 def test_offloaded_memory_is_elsewhere(yaml):
-    found, *_ = estimate(yaml, 2, *FULL, "engine.zero=3", "engine.offload={optimizer: cpu, parameters: cpu}")
-    assert {found[name].where for name in ("optimizer", "weights", "gradients", "transfers")} == {"cpu"}
+    found, *_ = estimate(
+        yaml, 2, *FULL, "engine.zero=3", "engine.offload={optimizer: cpu, parameters: cpu}"
+    )
+    assert {found[name].where for name in ("optimizer", "weights", "gradients", "transfers")} == {
+        "cpu"
+    }
     assert any(line.startswith("total, cpu") for line in memory.table(list(found.values())))
 
 
-@pytest.mark.parametrize("settings", [[], ["model.lora={r: 2}"], ["model.precision=bf16", "model.lora={r: 2}"]])
+@pytest.mark.parametrize(
+    "settings", [[], ["model.lora={r: 2}"], ["model.precision=bf16", "model.lora={r: 2}"]]
+)
 def test_the_skeleton_is_the_model_without_weights(yaml, settings):
     config, tokenizer, _ = parts(yaml, *settings)
-    skeleton, loaded = model.skeleton(config, tokenizer), model.load(config, tokenizer)
+    skeleton, loaded = load.skeleton(config, tokenizer), load.load(config, tokenizer)
     assert all(p.is_meta for p in skeleton.parameters())
 
     def described(module: torch.nn.Module) -> dict:
@@ -183,7 +209,12 @@ def test_a_folder_that_holds_a_run_is_found(check, tmp_path):
 
 def test_prepare_fills_the_cache_only(check, tmp_path):
     code, out, err = check("--prepare", "--set", f"cache={tmp_path}/cache")
-    assert code == 0 and out.rstrip().endswith(f"encoded in {tmp_path}/cache") and "Memory" not in out and "defaults" not in out
+    assert (
+        code == 0
+        and out.rstrip().endswith(f"encoded in {tmp_path}/cache")
+        and "Memory" not in out
+        and "defaults" not in out
+    )
     assert err.count("encoding ") == 6
     code, _, err = check("--set", f"cache={tmp_path}/cache")
     assert code == 0 and "encoding" not in err
@@ -196,4 +227,8 @@ def test_more_processes_than_examples_is_said(check):
 def test_layouts_follow_the_setting(yaml):
     config, _, tasks = parts(yaml, "batch.packing=false")
     found = dryrun.layouts(config, tasks, 2, 128)
-    assert list(found) == ["padded"] and isinstance(found["padded"], Layout) and found["padded"].row_length is None
+    assert (
+        list(found) == ["padded"]
+        and isinstance(found["padded"], Layout)
+        and found["padded"].row_length is None
+    )

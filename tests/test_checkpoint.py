@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtl.checkpoint import CheckpointError, Checkpoints
+from mtl.output.checkpoint import CheckpointError, Checkpoints
 
 
 def test_latest_names_a_complete_checkpoint_or_says_what_to_do(tmp_path):
@@ -22,5 +22,7 @@ def test_latest_names_a_complete_checkpoint_or_says_what_to_do(tmp_path):
         "not exist. Write one of ['step-00000005'] into it."
     )
     (folder / "step-00000005" / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="There is none: start anew in another `output:` folder.$"):
+    with pytest.raises(
+        CheckpointError, match="There is none: start anew in another `output:` folder.$"
+    ):
         checkpoints.latest()

@@ -8,11 +8,14 @@ import torch
 import toys
 from distributed import run_distributed
 
-from mtl import engine, model
 from mtl.config import Config, ConfigError, parse
 from mtl.data.collate import MicroBatch, collate
-from mtl.objectives import causal_lm
-from mtl.step import fetch, train_step
+from mtl.distributed import engine
+from mtl.losses.causal_lm import causal_lm
+from mtl.models import load
+from mtl.models.errors import ModelError
+from mtl.train.optimizer import optimizer
+from mtl.train.step import fetch, train_step
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -20,7 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 STEPS = 4
 COMPILE = torch.nn.Module.compile
 CASES = {
-    "packed, recomputed": (True, ["model.activation_checkpointing=true", "model.lora={r: 4}"], 5e-6),
+    "packed, recomputed": (
+        True,
+        ["model.activation_checkpointing=true", "model.lora={r: 4}"],
+        5e-6,
+    ),
     "in full": (True, [], 5e-6),
     "padded, LoRA, ZeRO 1": (False, ["model.lora={r: 4}", "engine.zero=1"], 5e-6),
     "LoRA, bf16": (True, ["model.lora={r: 4}", "model.precision=bf16"], 5e-3),
@@ -53,19 +60,28 @@ def train(folder: str, packed: bool, backend: str, *overrides: str) -> dict:
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     config = config_for(folder, *overrides)
-    trained = engine.Engine(model.load(config, toys.tokenizer()), config, model.optimizer(config))
+    trained = engine.Engine(load.load(config, toys.tokenizer()), config, optimizer(config))
     rng, losses, graphs = np.random.default_rng(0), [], []
     for _ in range(STEPS):
         micros = micro_batches(rng, packed)
-        losses.append(train_step(trained, causal_lm, fetch(lambda m=micros: m, 1), np.ones(1), 0.1, ["a"]).losses[0])
+        losses.append(
+            train_step(
+                trained, causal_lm, fetch(lambda m=micros: m, 1), np.ones(1), 0.1, ["a"]
+            ).losses[0]
+        )
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    state = {name: tensor.float().numpy() for name, tensor in trained.state_dict(trainable_only=True).items()}
+    state = {
+        name: tensor.float().numpy()
+        for name, tensor in trained.state_dict(trainable_only=True).items()
+    }
     compiled = sum(torch._dynamo.utils.counters["inductor"].values())
     return {"losses": losses, "graphs": graphs, "state": state, "compiled": compiled}
 
 
 def both(folder: str, packed: bool, backend: str, *overrides: str) -> tuple[dict, dict]:
-    return train(folder, packed, backend, *overrides), train(folder, packed, backend, "model.compile=true", *overrides)
+    return train(folder, packed, backend, *overrides), train(
+        folder, packed, backend, "model.compile=true", *overrides
+    )
 
 
 def assert_alike(eager: dict, compiled: dict, tolerance: float) -> None:
@@ -73,9 +89,13 @@ def assert_alike(eager: dict, compiled: dict, tolerance: float) -> None:
     assert compiled["graphs"][1] == compiled["graphs"][-1] <= 4, "once for all lengths"
     assert np.ptp(eager["losses"]) > 1e-3, "the batches differ"
     np.testing.assert_allclose(compiled["losses"], eager["losses"], rtol=0, atol=tolerance)
-    assert compiled["state"].keys() == eager["state"].keys(), "names are those of the model that is not compiled"
+    assert compiled["state"].keys() == eager["state"].keys(), (
+        "names are those of the model that is not compiled"
+    )
     for name, value in eager["state"].items():
-        np.testing.assert_allclose(compiled["state"][name], value, rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            compiled["state"][name], value, rtol=0, atol=tolerance, err_msg=name
+        )
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +121,19 @@ def test_compiled_it_is_the_same(folder, case):
 
 
 def test_what_cannot_be_compiled(folder, monkeypatch):
-    with pytest.raises(ConfigError, match="model.compile: found true, wanted false at engine.zero 3"):
+    with pytest.raises(
+        ConfigError, match="model.compile: found true, wanted false at engine.zero 3"
+    ):
         config_for("x", "model.compile=true", "engine.zero=3")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
-        model.ModelError, match=r"model.compile: found true, wanted a C\+\+ compiler.* Install g\+\+, name one in CXX"
+        ModelError,
+        match=r"model.compile: found true, wanted a C\+\+ compiler.* Install g\+\+, name one in CXX",
     ):
-        model.load(config_for(folder, "model.compile=true"), toys.tokenizer())
+        load.load(config_for(folder, "model.compile=true"), toys.tokenizer())
     monkeypatch.setattr(engine, "blocks", lambda module: ("", ()))
     monkeypatch.setenv("CXX", "python")  # any program: it is not started
-    with pytest.raises(model.ModelError, match="a model with a list of blocks, which LlamaForCausalLM has not"):
-        model.load(config_for(folder, "model.compile=true"), toys.tokenizer())
+    with pytest.raises(
+        ModelError, match="a model with a list of blocks, which LlamaForCausalLM has not"
+    ):
+        load.load(config_for(folder, "model.compile=true"), toys.tokenizer())

@@ -14,9 +14,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mtl import config
-from mtl.config import ConfigError, Document, dump, load, parse
-from mtl.document import show
+from mtl.config import ConfigError, dump, load, parse, reference
+from mtl.config import schema as config
+from mtl.config.document import Document, show
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = """\
@@ -105,7 +105,9 @@ def test_nan_is_a_number():
 
 
 def test_merge_keys_and_anchors_keep_their_lines_and_share_nothing():
-    document = Document("base: &b {x: 1, y: [1]}\nmore: &m {y: 2, z: 3}\na:\n  <<: *b\n  x: 5\nc: {<<: [*b, *m]}\nd: *b\n")
+    document = Document(
+        "base: &b {x: 1, y: [1]}\nmore: &m {y: 2, z: 3}\na:\n  <<: *b\n  x: 5\nc: {<<: [*b, *m]}\nd: *b\n"
+    )
     assert document.data["a"] == {"x": 5, "y": [1]}
     assert document.data["c"] == {"x": 1, "y": [1], "z": 3}
     assert document.data["d"] is not document.data["base"]
@@ -121,22 +123,41 @@ def test_merge_keys_and_anchors_keep_their_lines_and_share_nothing():
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("a: 1\nb: 2\na: 3", "x.yaml:3: a: found the key a second time (first: x.yaml:1), wanted it once."),
-        ("t: {1: a, '1': b}", "x.yaml:1: t.1: found the key a second time (first: x.yaml:1), wanted it once."),
-        ("a: [1\nb: 2", "x.yaml:2: found text that is not YAML (expected ',' or ']', but got ':', column 2), " + NOT),
+        (
+            "a: 1\nb: 2\na: 3",
+            "x.yaml:3: a: found the key a second time (first: x.yaml:1), wanted it once.",
+        ),
+        (
+            "t: {1: a, '1': b}",
+            "x.yaml:1: t.1: found the key a second time (first: x.yaml:1), wanted it once.",
+        ),
+        (
+            "a: [1\nb: 2",
+            "x.yaml:2: found text that is not YAML (expected ',' or ']', but got ':', column 2), "
+            + NOT,
+        ),
         (
             "a:\n\tb: 1",
             "x.yaml:2: found text that is not YAML (found character '\\t' that cannot start any token, "
             "column 1), wanted YAML 1.2. Indent with spaces.",
         ),
-        ("a: 1\n---\nb: 2", "x.yaml:2: found text that is not YAML (but found another document, column 1), " + NOT),
-        ("a: *b", "x.yaml:1: found text that is not YAML (found undefined alias 'b', column 4), wanted YAML 1.2."),
+        (
+            "a: 1\n---\nb: 2",
+            "x.yaml:2: found text that is not YAML (but found another document, column 1), " + NOT,
+        ),
+        (
+            "a: *b",
+            "x.yaml:1: found text that is not YAML (found undefined alias 'b', column 4), wanted YAML 1.2.",
+        ),
         (
             "a: \x00",
             "x.yaml: found text that is not YAML (unacceptable character #x0000: special characters are "
             "not allowed), wanted YAML 1.2.",
         ),
-        ("a: &b [*b]", "x.yaml:1: a.0: found an alias of a mapping or list it stands in, wanted plain values."),
+        (
+            "a: &b [*b]",
+            "x.yaml:1: a.0: found an alias of a mapping or list it stands in, wanted plain values.",
+        ),
         ("a: &b {<<: *b}", "x.yaml:1: a: found << of something else, wanted << of mappings."),
         ("a: 1\n[b]: 2", "x.yaml:2: found a key that is a mapping or a list, wanted text."),
         (
@@ -179,10 +200,15 @@ def test_files_that_cannot_be_read(tmp_path):
     assert str(caught.value) == (
         f"{missing}: found no such file, wanted a YAML config. Paths start at the current directory, {os.getcwd()}."
     )
-    with pytest.raises(ConfigError, match="found an unreadable file .Is a directory., wanted a YAML config.$"):
+    with pytest.raises(
+        ConfigError, match="found an unreadable file .Is a directory., wanted a YAML config.$"
+    ):
         load(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
-    with pytest.raises(ConfigError, match="latin.yaml: found bytes that are not UTF-8 .*byte 3.*, wanted UTF-8 text.$"):
+    with pytest.raises(
+        ConfigError,
+        match="latin.yaml: found bytes that are not UTF-8 .*byte 3.*, wanted UTF-8 text.$",
+    ):
         load(tmp_path / "latin.yaml")
 
 
@@ -192,7 +218,11 @@ def test_byte_order_mark(tmp_path):
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -200,7 +230,18 @@ plain = st.recursive(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), plain, max_size=4))
-@example({"a": "1e-4", "b": "no", "c": "0o17", "<<": "=", "d": "010", "e": "2024-01-31", "": "~", "1": ".inf"})
+@example(
+    {
+        "a": "1e-4",
+        "b": "no",
+        "c": "0o17",
+        "<<": "=",
+        "d": "010",
+        "e": "2024-01-31",
+        "": "~",
+        "1": ".inf",
+    }
+)
 def test_what_is_dumped_is_read_back(data):
     document = Document(dump(data))
     assert document.problems == []
@@ -208,7 +249,11 @@ def test_what_is_dumped_is_read_back(data):
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.text(st.characters(codec="ascii")), st.text(st.characters(codec="ascii")), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="ascii")), st.text(st.characters(codec="ascii")), max_size=4
+    )
+)
 def test_other_readers_read_dumped_text_as_text(data):
     assert yaml.safe_load(dump(data)) == data
 
@@ -221,10 +266,17 @@ def test_defaults_and_types():
     assert list(made.tasks) == ["define", "v1.5"]
     assert made.tasks["define"].train == ("a.jsonl",)
     assert made.tasks["v1.5"].train == ("a.jsonl", "c.jsonl")
-    assert (made.tasks["v1.5"].format.name, made.tasks["v1.5"].format.keywords) == ("text", {"column": "body"})
+    assert (made.tasks["v1.5"].format.name, made.tasks["v1.5"].format.keywords) == (
+        "text",
+        {"column": "body"},
+    )
     assert (made.balancer.name, made.balancer.keywords) == ("CoBa", {})
     assert [tracker.name for tracker in made.trackers] == ["console", "jsonl"]
-    assert made.batch.packing == "auto" and made.evaluate.probe.groups == 12 and made.model.lora is None
+    assert (
+        made.batch.packing == "auto"
+        and made.evaluate.probe.groups == 12
+        and made.model.lora is None
+    )
     clip = parse(with_("optimizer: {lr: 1, clip: null}")).optimizer
     assert (clip.lr, type(clip.lr), clip.clip) == (1.0, float, None)
 
@@ -242,9 +294,15 @@ def test_a_config_cannot_be_changed():
             "bath: found an unknown key, wanted model, tasks, mix, batch, train, optimizer, schedule, balancer, "
             "gram, objective, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
         ),
-        ("mix: {lr: 1}", "mix.lr: found an unknown key, wanted shares or temperature. Did you mean optimizer.lr?"),
+        (
+            "mix: {lr: 1}",
+            "mix.lr: found an unknown key, wanted shares or temperature. Did you mean optimizer.lr?",
+        ),
         ("mix: {xyz: 1}", "mix.xyz: found an unknown key, wanted shares or temperature."),
-        ("batch: {tokens: '4096'}", "batch.tokens: found '4096', wanted a whole number >= 1. Remove the quotes."),
+        (
+            "batch: {tokens: '4096'}",
+            "batch.tokens: found '4096', wanted a whole number >= 1. Remove the quotes.",
+        ),
         ("batch: {tokens: many}", "batch.tokens: found 'many', wanted a whole number >= 1."),
         ("batch: {tokens: 4096.0}", "batch.tokens: found 4096.0, wanted a whole number >= 1."),
         ("batch: {tokens: true}", "batch.tokens: found true, wanted a whole number >= 1."),
@@ -254,14 +312,23 @@ def test_a_config_cannot_be_changed():
             "batch.packing: found 'yes', wanted auto, true or false. YAML 1.2 has true and false only, without quotes.",
         ),
         ("batch: {packing: 1}", "batch.packing: found 1, wanted auto, true or false."),
-        ("batch: {too_long: trunc}", "batch.too_long: found 'trunc', wanted drop, truncate or error. Did you mean truncate?"),
+        (
+            "batch: {too_long: trunc}",
+            "batch.too_long: found 'trunc', wanted drop, truncate or error. Did you mean truncate?",
+        ),
         ("batch: 3", "batch: found 3, wanted a mapping."),
         ("optimizer: {lr: 0}", "optimizer.lr: found 0, wanted a number > 0."),
         ("optimizer: {lr: .nan}", "optimizer.lr: found nan, wanted a number > 0."),
         ("optimizer: {eps: .inf}", "optimizer.eps: found inf, wanted a number > 0."),
         ("optimizer: {clip: 0}", "optimizer.clip: found 0, wanted a number > 0 or null."),
-        ("optimizer: {betas: [0.9]}", "optimizer.betas: found a list (0.9), wanted a list of 2, each a number >= 0 and < 1."),
-        ("optimizer: {betas: [0.9, 1]}", "optimizer.betas.1: found 1, wanted a number >= 0 and < 1."),
+        (
+            "optimizer: {betas: [0.9]}",
+            "optimizer.betas: found a list (0.9), wanted a list of 2, each a number >= 0 and < 1.",
+        ),
+        (
+            "optimizer: {betas: [0.9, 1]}",
+            "optimizer.betas.1: found 1, wanted a number >= 0 and < 1.",
+        ),
         (
             "optimizer: {betas: [1, 2, 3]}",
             "optimizer.betas: found a list (1, 2, 3), wanted a list of 2, each a number >= 0 and < 1.",
@@ -278,9 +345,15 @@ def test_a_config_cannot_be_changed():
             "trackers: console",
             "trackers: found 'console', wanted a list, each item a name, or a mapping with name and keywords.",
         ),
-        ("trackers: [console, 3]", "trackers.1: found 3, wanted a name, or a mapping with name and keywords."),
+        (
+            "trackers: [console, 3]",
+            "trackers.1: found 3, wanted a name, or a mapping with name and keywords.",
+        ),
         ("engine: {zero: 4}", "engine.zero: found 4, wanted a whole number >= 0 and <= 3."),
-        ("engine: {offload: {optimizer: null}}", "engine.offload.optimizer: found null, wanted none, cpu or nvme."),
+        (
+            "engine: {offload: {optimizer: null}}",
+            "engine.offload.optimizer: found null, wanted none, cpu or nvme.",
+        ),
         (
             "engine: {offload: {optimizer: cpu}, zero: 0}",
             "engine.offload.optimizer: found cpu, wanted none at engine.zero 0. It needs zero 1.",
@@ -293,17 +366,26 @@ def test_a_config_cannot_be_changed():
             "evaluate: {best: defin}",
             "evaluate.best: found 'defin', wanted macro, token, worst, define or v1.5. Did you mean define?",
         ),
-        ("evaluate: {tokens: 512}", "evaluate.tokens: found 512, wanted at least batch.max_length, 1024."),
+        (
+            "evaluate: {tokens: 512}",
+            "evaluate.tokens: found 512, wanted at least batch.max_length, 1024.",
+        ),
         (
             "batch: {tokens: 512}",
             "batch.max_length: found 1024, wanted at most batch.tokens, 512. A micro-batch holds whole examples.",
         ),
-        ("batch: {row_length: 512}", "batch.row_length: found 512, wanted batch.max_length to batch.tokens, 1024 to 4096."),
+        (
+            "batch: {row_length: 512}",
+            "batch.row_length: found 512, wanted batch.max_length to batch.tokens, 1024 to 4096.",
+        ),
         (
             "mix: {shares: temperature}",
             "mix.temperature: found nothing, wanted a number > 0. mix.shares: temperature needs it.",
         ),
-        ("mix: {temperature: 2}", "mix.temperature: found 2, wanted nothing. It has no meaning with mix.shares: proportional."),
+        (
+            "mix: {temperature: 2}",
+            "mix.temperature: found 2, wanted nothing. It has no meaning with mix.shares: proportional.",
+        ),
         (
             "gram: {params: adapter}",
             "gram.params: found adapter, wanted all, last_layer or a regular expression. There is no model.lora.",
@@ -313,7 +395,10 @@ def test_a_config_cannot_be_changed():
             "gram.params: found 'a[', wanted all, last_layer, adapter or a regular expression. "
             "As one: unterminated character set at position 1.",
         ),
-        ("evaluate: {patience: {}}", "evaluate.patience.evaluations: found nothing, wanted a whole number >= 1."),
+        (
+            "evaluate: {patience: {}}",
+            "evaluate.patience.evaluations: found nothing, wanted a whole number >= 1.",
+        ),
         (
             "checkpoint: {best: false}",
             "export.which: found best, wanted last or none. With checkpoint.best: false the best one is not kept.",
@@ -322,7 +407,9 @@ def test_a_config_cannot_be_changed():
 )
 def test_one_wrong_line(line, error):
     found = errors(with_(line))
-    where = "x.yaml:1" if error.startswith("export.") else "x.yaml:7"  # of a key not given: what is above it
+    where = (
+        "x.yaml:1" if error.startswith("export.") else "x.yaml:7"
+    )  # of a key not given: what is above it
     assert found == [f"{where}: {error}"]
 
 
@@ -345,8 +432,14 @@ def test_one_wrong_line(line, error):
             "a: {train: [], validation: b, format: text}",
             "tasks.a.train: found a list (empty), wanted a file, folder or hub name, or a list of them.",
         ),
-        ("a: {train: [3], validation: b, format: text}", "tasks.a.train.0: found 3, wanted text. Put it in quotes."),
-        ("a: {train: a, validation: b, format: text, cap: 0}", "tasks.a.cap: found 0, wanted a whole number >= 1 or null."),
+        (
+            "a: {train: [3], validation: b, format: text}",
+            "tasks.a.train.0: found 3, wanted text. Put it in quotes.",
+        ),
+        (
+            "a: {train: a, validation: b, format: text, cap: 0}",
+            "tasks.a.cap: found 0, wanted a whole number >= 1 or null.",
+        ),
         (
             "a: {train: a, validation: b, format: text, share: 2}",
             "tasks.a.share: found 2, wanted nothing. It has no meaning with mix.shares: proportional.",
@@ -358,12 +451,19 @@ def test_one_wrong_line(line, error):
 )
 def test_one_wrong_task(task, error):
     where = "x.yaml:4" if error.startswith("tasks.") else "x.yaml:3"
-    assert errors(f"model: {{name: m}}\noutput: o\ntasks:\n  {task}\ntrain: {{steps: 1}}") == [f"{where}: {error}"]
+    assert errors(f"model: {{name: m}}\noutput: o\ntasks:\n  {task}\ntrain: {{steps: 1}}") == [
+        f"{where}: {error}"
+    ]
 
 
 def test_every_task_needs_its_share():
     text = MINIMAL.replace("define: {", "define: {share: 0.5, ")
-    assert parse(text + "mix: {shares: explicit}", "x.yaml", ["tasks.v1.5.share=1"]).tasks["v1.5"].share == 1.0
+    assert (
+        parse(text + "mix: {shares: explicit}", "x.yaml", ["tasks.v1.5.share=1"])
+        .tasks["v1.5"]
+        .share
+        == 1.0
+    )
     assert errors(text + "mix: {shares: explicit}") == [
         'x.yaml:4: tasks."v1.5".share: found nothing, wanted a number > 0. With mix.shares: explicit every task has share.'
     ]
@@ -419,7 +519,9 @@ evaluate: {best: marco}
 
 
 def test_a_problem_in_reading_hides_no_other():
-    assert errors(with_("batch: {tokens: 5000, tokens: 1, tokens: 2, examples: 0}\nmix: !x 1"), "a", "b") == [
+    assert errors(
+        with_("batch: {tokens: 5000, tokens: 1, tokens: 2, examples: 0}\nmix: !x 1"), "a", "b"
+    ) == [
         "x.yaml:7: batch.tokens: found the key a second time (first: x.yaml:7), wanted it once.",
         "x.yaml:7: batch.tokens: found the key a second time (first: x.yaml:7), wanted it once.",
         "x.yaml:7: batch.examples: found 0, wanted a whole number >= 1.",
@@ -458,7 +560,10 @@ def test_overrides():
     assert made.tasks["v1.5"].cap == 7 and list(made.tasks) == ["define", "v1.5", "v2.0"]
     assert made.model.lora.r == 4
     assert made.balancer.keywords == {"window": 5}
-    assert (made.tasks["define"].format.name, made.tasks["define"].format.keywords) == ("text", {"column": "x"})
+    assert (made.tasks["define"].format.name, made.tasks["define"].format.keywords) == (
+        "text",
+        {"column": "x"},
+    )
     assert [tracker.name for tracker in made.trackers] == ["jsonl", "tensorboard"]
     assert made.output == "a=b"
     assert made.engine.deepspeed == {"zero_optimization": {"stage": 2}}
@@ -466,17 +571,30 @@ def test_overrides():
     assert made.where("tasks.v1.5.cap") == "--set tasks.v1.5.cap=7"
     assert made.where("tasks.v1.5.train") == "x.yaml:4"
     assert made.where("balancer.window") == "--set balancer.window=5"
-    assert made.where(("tasks", "v2.0", "train")) == '--set tasks."v2.0"={train: a, validation: b, format: text}'
+    assert (
+        made.where(("tasks", "v2.0", "train"))
+        == '--set tasks."v2.0"={train: a, validation: b, format: text}'
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "error"),
     [
-        ("train.stepz=1", "train.stepz: found an unknown key, wanted steps, epochs or seed. Did you mean steps?"),
-        ("train.steps=[1", "found text that is not YAML (expected ',' or ']', but got '<stream end>', column 3), " + NOT),
+        (
+            "train.stepz=1",
+            "train.stepz: found an unknown key, wanted steps, epochs or seed. Did you mean steps?",
+        ),
+        (
+            "train.steps=[1",
+            "found text that is not YAML (expected ',' or ']', but got '<stream end>', column 3), "
+            + NOT,
+        ),
         ("train.steps", "found no KEY=VALUE, wanted one. For instance --set train.steps=10."),
         ("=3", "found no KEY=VALUE, wanted one. For instance --set train.steps=10."),
-        ("train.steps.x=1", "train.steps.x: found 10 at train.steps, wanted a mapping or a list there."),
+        (
+            "train.steps.x=1",
+            "train.steps.x: found 10 at train.steps, wanted a mapping or a list there.",
+        ),
         (
             "tasks.v1.5.train.2=x",
             'tasks."v1.5".train.2: found item 2 of a list of 2, wanted one that is there, counted from 0.',
@@ -501,7 +619,9 @@ def test_the_longest_name_wins_unless_quoted():
 
 
 def test_where():
-    made = parse(MINIMAL + "engine:\n  deepspeed:\n    zero_optimization:\n      stage: 2\n", "x.yaml")
+    made = parse(
+        MINIMAL + "engine:\n  deepspeed:\n    zero_optimization:\n      stage: 2\n", "x.yaml"
+    )
     assert made.where("engine.deepspeed.zero_optimization.stage") == "x.yaml:10"
     assert made.where("tasks.v1.5.format.column") == "x.yaml:4"
     assert made.where(("tasks", "v1.5", "train", 1)) == "x.yaml:4"
@@ -512,11 +632,15 @@ def test_where():
     assert made.error(("tasks", "v1.5", "train"), "0 rows", "at least one", "Look at c.jsonl.") == (
         'x.yaml:4: tasks."v1.5".train: found 0 rows, wanted at least one. Look at c.jsonl.'
     )
-    assert config.Config(model={"name": "m"}, tasks=made.tasks, output="o").where("output") == "config"
+    assert (
+        config.Config(model={"name": "m"}, tasks=made.tasks, output="o").where("output") == "config"
+    )
 
 
 names = st.lists(
-    st.from_regex(r"\A[A-Za-z0-9_.-]{1,6}\Z").filter(lambda name: name not in config.RESERVED), min_size=1, unique=True
+    st.from_regex(r"\A[A-Za-z0-9_.-]{1,6}\Z").filter(lambda name: name not in config.RESERVED),
+    min_size=1,
+    unique=True,
 )
 rare = st.none() | st.floats(0.01, 100)
 
@@ -542,18 +666,28 @@ def test_a_resolved_config_is_the_same_config(lr, clip, weight, names, keywords,
         "engine": {"deepspeed": {"x": free}},
     }
     made = parse(dump(data))
-    assert list(made.tasks) == names and made.optimizer.lr == lr and made.balancer.keywords == keywords
+    assert (
+        list(made.tasks) == names and made.optimizer.lr == lr and made.balancer.keywords == keywords
+    )
     again = parse(dump(made.resolved()))
     assert repr(again.resolved()) == repr(made.resolved())
 
 
 def leaves(data, above=()):
     yield above
-    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+    for key, value in (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else ()
+    ):
         yield from leaves(value, (*above, key))
 
 
-FULL = parse(MINIMAL, "x", ["model.lora={target_modules: [q]}", "engine.deepspeed={a: [1]}"]).resolved()
+FULL = parse(
+    MINIMAL, "x", ["model.lora={target_modules: [q]}", "engine.deepspeed={a: [1]}"]
+).resolved()
 
 
 @settings(deadline=None)
@@ -581,8 +715,17 @@ def test_resolved_holds_every_key():
     resolved = parse(MINIMAL).resolved()
     assert list(resolved) == list(config.Config.model_fields)
     probe = {"every": None, "groups": 12, "examples": "batch"}
-    assert resolved["evaluate"] == {"every": 100, "tokens": None, "best": "macro", "probe": probe, "patience": None}
-    assert resolved["balancer"] == "CoBa" and resolved["tasks"]["v1.5"]["format"] == {"name": "text", "column": "body"}
+    assert resolved["evaluate"] == {
+        "every": 100,
+        "tokens": None,
+        "best": "macro",
+        "probe": probe,
+        "patience": None,
+    }
+    assert resolved["balancer"] == "CoBa" and resolved["tasks"]["v1.5"]["format"] == {
+        "name": "text",
+        "column": "body",
+    }
     assert resolved["optimizer"]["betas"] == [0.9, 0.999]
 
 
@@ -590,16 +733,22 @@ def test_resolved_holds_every_key():
 
 
 def test_docs_are_up_to_date():
-    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == config.markdown(), "run python -m mtl.config"
+    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == reference.markdown(), (
+        "run python -m mtl.config.reference"
+    )
     schema = json.loads((ROOT / "docs/config.schema.json").read_text(encoding="utf-8"))
-    assert schema == config.json_schema(), "run python -m mtl.config"
+    assert schema == reference.json_schema(), "run python -m mtl.config.reference"
 
 
 def test_every_key_has_a_meaning_and_the_schema_is_closed():
-    from mtl.words import fields
+    from mtl.config.words import fields
 
     assert [keys for keys, _, field in fields(config.Config) if not field.description] == []
-    assert config.json_schema()["properties"]["tasks"]["additionalProperties"] is False
-    definitions = config.json_schema()["$defs"]
-    assert {name for name, schema in definitions.items() if schema.get("additionalProperties") is not False} == {"Spec"}
+    assert reference.json_schema()["properties"]["tasks"]["additionalProperties"] is False
+    definitions = reference.json_schema()["$defs"]
+    assert {
+        name
+        for name, schema in definitions.items()
+        if schema.get("additionalProperties") is not False
+    } == {"Spec"}
     assert [branch["type"] for branch in definitions["Spec"]["anyOf"]] == ["string", "object"]

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import toys
 from transformers import Qwen2Config
 
-import runs
-from mtl import engine, memory, model, process
+from mtl import process
+from mtl.check import memory
 from mtl.config import load
+from mtl.distributed.ds_config import ds_config, zero_stage
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -50,12 +52,16 @@ def without_extras(path: Path) -> list[str]:
 def test_it_is_read_and_deepspeed_follows_for_any_number_of_processes(path):
     config = load(path)
     for world in (1, 8, 16):
-        settings = engine.ds_config(config, world)
+        settings = ds_config(config, world, "cpu")
         assert settings["train_batch_size"] == world
-        assert settings["zero_optimization"]["stage"] == engine.zero_stage(config)
+        assert settings["zero_optimization"]["stage"] == zero_stage(config)
         for key, value in config.engine.deepspeed.get("zero_optimization", {}).items():
             assert settings["zero_optimization"][key] == value
-    wide = [f"{path.name}:{n}" for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 144]
+    wide = [
+        f"{path.name}:{n}"
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 144
+    ]
     assert not wide
 
 
@@ -65,19 +71,25 @@ def test_it_fits_the_gpus_it_is_written_for(name, tmp_path):
     world, memory_of_gpu, sizes, parameters = WRITTEN_FOR[name]
     Qwen2Config(vocab_size=152064, tie_word_embeddings=False, **sizes).save_pretrained(tmp_path)
     config = load(FOLDER / name, [f"model.name={tmp_path}", *without_extras(FOLDER / name)])
-    skeleton = model.skeleton(config, toys.tokenizer())
+    skeleton = load.skeleton(config, toys.tokenizer())
     frozen = sum(p.numel() for n, p in skeleton.named_parameters() if "lora_" not in n)
     assert frozen == pytest.approx(parameters, rel=1e-3), "it is the model it says"
     tokens = config.batch.tokens
-    parts = memory.estimate(config, engine.zero_stage(config), skeleton, world, tokens, tokens // 2)
+    parts = memory.estimate(config, zero_stage(config), skeleton, world, tokens, tokens // 2)
     if config.model.quantize or not config.model.lora:
-        assert sum(part.bytes for part in parts if part.where == "device") / 2**30 < 0.8 * memory_of_gpu
+        assert (
+            sum(part.bytes for part in parts if part.where == "device") / 2**30
+            < 0.8 * memory_of_gpu
+        )
 
 
 @pytest.mark.parametrize("name", WRITTEN_FOR)
 def test_nothing_stands_in_the_way_of_it(name, tmp_path, monkeypatch, capsys):
     toys.save(toys.tiny_llama(), tmp_path / "model")
-    made = {task["format"]: task for task in toys.write_tasks(tmp_path, train=64, validation=32).values()}
+    made = {
+        task["format"]: task
+        for task in toys.write_tasks(tmp_path, train=64, validation=32).values()
+    }
     config = load(FOLDER / name)
     overrides = [
         f"model.name={tmp_path}/model",
@@ -87,11 +99,18 @@ def test_nothing_stands_in_the_way_of_it(name, tmp_path, monkeypatch, capsys):
     ]
     for task, settings in config.tasks.items():
         rows = made[settings.format.name]
-        overrides += [f"tasks.{task}.train={rows['train']}", f"tasks.{task}.validation={rows['validation']}"]
+        overrides += [
+            f"tasks.{task}.train={rows['train']}",
+            f"tasks.{task}.validation={rows['validation']}",
+        ]
     world = WRITTEN_FOR[name][0]
     sets = [part for override in overrides for part in ("--set", override)]
-    monkeypatch.setattr(sys, "argv", ["check.py", "--config", str(FOLDER / name), "--world", str(world), *sets])
-    code = process.exit_code(runpy.run_path(str(runs.ROOT / "launch" / "check.py"), run_name="check")["main"])
+    monkeypatch.setattr(
+        sys, "argv", ["check.py", "--config", str(FOLDER / name), "--world", str(world), *sets]
+    )
+    code = process.exit_code(
+        runpy.run_path(str(runs.ROOT / "launch" / "check.py"), run_name="check")["main"]
+    )
     out, err = capsys.readouterr()
     assert code == 0 and "nothing stands in the way of a run" in out, out + err
     assert f"ZeRO {config.engine.zero}, {world} process" in out

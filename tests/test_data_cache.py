@@ -24,7 +24,7 @@ from mtl.data import cache, formats, lock, source
 from mtl.data.cache import encode_split, prepare
 from mtl.data.encode import Encoder
 from mtl.data.encoded import DataError, Encoded
-from mtl.data.lock import Holder, build_once
+from mtl.data.lock import Owner, build_once
 from mtl.data.source import open_source
 
 TOK = tokenizer()
@@ -32,7 +32,9 @@ ROWS = [{"text": "abc"}, {"text": "de"}]
 
 
 def write(path: Path, *lines: str | bytes) -> str:
-    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
+    path.write_bytes(
+        b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines)
+    )
     return str(path)
 
 
@@ -72,7 +74,9 @@ def test_jsonl_hands_on_what_it_cannot_read(tmp_path):
         "not UTF-8: invalid start byte",
     ]
     starts += ["not Unicode: half of a surrogate pair", "not JSON: "]
-    assert all(problem.startswith(start) for (_, _, problem), start in zip(found[1:6], starts, strict=True))
+    assert all(
+        problem.startswith(start) for (_, _, problem), start in zip(found[1:6], starts, strict=True)
+    )
 
 
 def test_every_kind_of_source_reads_the_same(tmp_path):
@@ -83,7 +87,14 @@ def test_every_kind_of_source_reads_the_same(tmp_path):
     zipped.write_bytes(gzip.compress(Path(jsonl).read_bytes()))
     pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    for name in (jsonl, array, lines, str(zipped), str(tmp_path / "a.parquet"), str(tmp_path / "saved")):
+    for name in (
+        jsonl,
+        array,
+        lines,
+        str(zipped),
+        str(tmp_path / "a.parquet"),
+        str(tmp_path / "saved"),
+    ):
         assert values(name) == ROWS, name
     assert open_source(str(tmp_path / "a.parquet")).where(1) == f"{tmp_path}/a.parquet, row 2"
 
@@ -128,7 +139,10 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(DataError, match=text):
             values(str(tmp_path / name))
-    with pytest.raises(DataError, match=r"tried the file or folder .*owner/name and the hub \(ConnectionError: offline\)"):
+    with pytest.raises(
+        DataError,
+        match=r"tried the file or folder .*owner/name and the hub \(ConnectionError: offline\)",
+    ):
         open_source("owner/name")
     with pytest.raises(DataError, match="streaming is not supported"):
         open_source("https://host/a.jsonl")
@@ -164,21 +178,48 @@ def test_fingerprints_follow_content_not_place(tmp_path, monkeypatch):
 # The encoded cache
 
 
-def encode(root: Path, *names: str, cap=None, form=formats.text, encoder=None, say=lambda text: None) -> Encoded:
-    return encode_split(root, [open_source(n) for n in names], form, encoder or Encoder(TOK, 20), cap, "task (train)", say)
+def encode(
+    root: Path, *names: str, cap=None, form=formats.text, encoder=None, say=lambda text: None
+) -> Encoded:
+    return encode_split(
+        root,
+        [open_source(n) for n in names],
+        form,
+        encoder or Encoder(TOK, 20),
+        cap,
+        "task (train)",
+        say,
+    )
 
 
 def test_rows_come_back_and_what_was_dropped_is_reported(tmp_path):
-    one = write(tmp_path / "a.jsonl", '{"text": "abc"}', "oops", '{"texts": 1}', '{"text": ""}', '{"text": "de"}')
+    one = write(
+        tmp_path / "a.jsonl",
+        '{"text": "abc"}',
+        "oops",
+        '{"texts": 1}',
+        '{"text": ""}',
+        '{"text": "de"}',
+    )
     two = write(tmp_path / "b.jsonl", *['{"text": "%s"}' % ("x" * 30)] * 5, '{"text": "fgh"}')
     split = encode(tmp_path / "cache", one, two)
-    assert [TOK.decode(split.ids(i)) for i in range(len(split))] == ["abc<|end|>", "de<|end|>", "fgh<|end|>"]
+    assert [TOK.decode(split.ids(i)) for i in range(len(split))] == [
+        "abc<|end|>",
+        "de<|end|>",
+        "fgh<|end|>",
+    ]
     assert split.target(0).tolist() == [False, True, True, True]
     assert [split.where(i) for i in range(3)] == [f"{one}:1", f"{one}:5", f"{two}:6"]
     assert split.lengths.tolist() == [4, 3, 4] and split.targets.tolist() == [3, 2, 3]
     assert split.lengths.dtype == split.targets.dtype == np.int64
     report = split.report
-    assert (report.read, report.kept, report.tokens, report.targets, report.cut) == (11, 3, 11, 8, 0)
+    assert (report.read, report.kept, report.tokens, report.targets, report.truncated) == (
+        11,
+        3,
+        11,
+        8,
+        0,
+    )
     assert report.dropped == {"unreadable": 1, "missing key": 1, "no target": 1, "too long": 5}
     lines = split.problems()
     assert lines[0] == "3 of 11 rows kept: 11 tokens, 8 of them targets"
@@ -219,7 +260,11 @@ def test_what_changes_the_content_changes_the_key_and_nothing_else_does(tmp_path
         encode(tmp_path, name, other),
         encode(tmp_path, name, cap=1),
         encode(tmp_path, name, form=shout),
-        encode(tmp_path, name, form=partial(formats.prompt_completion, prompt="text", completion="text")),
+        encode(
+            tmp_path,
+            name,
+            form=partial(formats.prompt_completion, prompt="text", completion="text"),
+        ),
         encode(tmp_path, name, form=partial(formats.text, text="text")),
         encode(tmp_path, name, encoder=Encoder(TOK, 21)),
         encode(tmp_path, name, encoder=Encoder(TOK, 20, "truncate")),
@@ -227,7 +272,9 @@ def test_what_changes_the_content_changes_the_key_and_nothing_else_does(tmp_path
         encode(tmp_path, name, encoder=Encoder(tokenizer(template=CHAT + " "), 20)),
     ]
     assert len({split.fingerprint for split in prints}) == len(prints)
-    same = encode(tmp_path, name, encoder=Encoder(tokenizer(), 20, "error"))  # drop and error keep the same rows
+    same = encode(
+        tmp_path, name, encoder=Encoder(tokenizer(), 20, "error")
+    )  # drop and error keep the same rows
     assert same.fingerprint == prints[0].fingerprint
 
 
@@ -236,7 +283,9 @@ def test_a_damaged_cache_is_an_error_that_says_what_to_do(tmp_path, left):
     name = write(tmp_path / "a.jsonl", *[json.dumps(ROWS[0])] * 600)
     file = tmp_path / encode(tmp_path, name).fingerprint / "rows.arrow"
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(DataError, match=f"the encoded data in {file.parent} is damaged .*Remove the folder"):
+    with pytest.raises(
+        DataError, match=f"the encoded data in {file.parent} is damaged .*Remove the folder"
+    ):
         encode(tmp_path, name)
 
 
@@ -263,7 +312,10 @@ def test_truncation_is_counted_and_error_is_one(tmp_path):
         "2 of 2 rows kept: 7 tokens, 5 of them targets",
         "1 row truncated",
     ]
-    with pytest.raises(DataError, match=rf"found 1 rows? above batch.max_length(.|\n)*{name}:1: found 9 tokens, wanted"):
+    with pytest.raises(
+        DataError,
+        match=rf"found 1 rows? above batch.max_length(.|\n)*{name}:1: found 9 tokens, wanted",
+    ):
         encode(tmp_path, name, encoder=Encoder(TOK, 5, "error"))
 
 
@@ -324,7 +376,11 @@ def test_prepare_reports_every_problem_of_every_task(tmp_path):
     masked = write(tmp_path / "masked.jsonl", '{"prompt": "a", "completion": ""}')
     good = write(tmp_path / "good.jsonl", '{"prompt": "a", "completion": "b"}')
     tasks = {
-        "one": {"train": empty, "validation": str(tmp_path / "gone.jsonl"), "format": "prompt_completion"},
+        "one": {
+            "train": empty,
+            "validation": str(tmp_path / "gone.jsonl"),
+            "format": "prompt_completion",
+        },
         "two": {"train": [good, masked], "validation": masked, "format": "prompt_completion"},
     }
     with pytest.raises(DataError) as error:
@@ -332,7 +388,10 @@ def test_prepare_reports_every_problem_of_every_task(tmp_path):
     text = str(error.value)
     assert "tasks.one.train: found no usable row\n  0 of 0 rows kept" in text
     assert "tasks.one.validation: nothing found under" in text
-    assert "tasks.two.validation: found no usable row" in text and f"{masked}:1: the completion is empty" in text
+    assert (
+        "tasks.two.validation: found no usable row" in text
+        and f"{masked}:1: the completion is empty" in text
+    )
     assert "tasks.two.train" not in text
     assert text.count("x.yaml:") == 3
 
@@ -372,10 +431,14 @@ def test_one_process_builds_and_the_others_wait(tmp_path, fail):
         (writer,) = (tmp_path / "log").read_text().split()
         assert errors[2] == "ValueError: the disk is full"
         assert all(
-            e.startswith(f"DataError: process {writer} on ") and e.endswith("failed: the disk is full") for e in errors[:2]
+            e.startswith(f"DataError: process {writer} on ")
+            and e.endswith("failed: the disk is full")
+            for e in errors[:2]
         )
         assert not (tmp_path / "folder").exists()
-        build_once(tmp_path / "folder", lambda partial, progress: None, say=print)  # another try is free to succeed
+        build_once(
+            tmp_path / "folder", lambda partial, progress: None, say=print
+        )  # another try is free to succeed
     else:
         assert errors == []
     assert (tmp_path / "folder").is_dir()
@@ -390,27 +453,44 @@ def dead_process() -> int:
 
 @pytest.mark.parametrize("pid", ["dead", "used again"])
 def test_a_lock_left_behind_on_this_host_is_taken_over_and_that_is_said(tmp_path, pid):
-    left = Holder(socket.gethostname(), dead_process() if pid == "dead" else os.getpid(), "1", "yesterday", "7 rows")
+    left = Owner(
+        socket.gethostname(),
+        dead_process() if pid == "dead" else os.getpid(),
+        "1",
+        "yesterday",
+        "7 rows",
+    )
     (tmp_path / "folder.lock").write_text(json.dumps(asdict(left)))
     (tmp_path / f"folder.{left.host}.{left.pid}.partial").mkdir()
     said = []
-    build_once(tmp_path / "folder", lambda partial, progress: (partial / "done").touch(), said.append)
-    assert (tmp_path / "folder" / "done").exists() and [p.name for p in tmp_path.iterdir()] == ["folder"]
-    assert said == [f"{left} was encoding {tmp_path}/folder and does not run any more: doing it here"]
+    build_once(
+        tmp_path / "folder", lambda partial, progress: (partial / "done").touch(), said.append
+    )
+    assert (tmp_path / "folder" / "done").exists() and [p.name for p in tmp_path.iterdir()] == [
+        "folder"
+    ]
+    assert said == [
+        f"{left} was encoding {tmp_path}/folder and does not run any more: doing it here"
+    ]
 
 
 def test_a_silent_lock_of_another_host_is_taken_over_in_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "SILENT", 0.5)
-    left = Holder("elsewhere", 1, "1", "yesterday")
+    left = Owner("elsewhere", 1, "1", "yesterday")
     (tmp_path / "folder.lock").write_text(json.dumps(asdict(left)))
     said = []
     build_once(tmp_path / "folder", lambda partial, progress: None, said.append)
-    assert said[0].startswith("waiting 0 s for process 1 on elsewhere (since yesterday), which is encoding ")
-    assert said[1].endswith("has given no sign for 0 s: doing it here") and (tmp_path / "folder").is_dir()
+    assert said[0].startswith(
+        "waiting 0 s for process 1 on elsewhere (since yesterday), which is encoding "
+    )
+    assert (
+        said[1].endswith("has given no sign for 0 s: doing it here")
+        and (tmp_path / "folder").is_dir()
+    )
 
 
 def test_this_process_is_alive_and_a_dead_one_is_not():
     ticks = lock._ticks(os.getpid())
-    assert ticks.isdigit() and not Holder(socket.gethostname(), os.getpid(), ticks, "").gone
-    assert Holder(socket.gethostname(), dead_process(), ticks, "").gone
-    assert not Holder("elsewhere", os.getpid(), "0", "").gone
+    assert ticks.isdigit() and not Owner(socket.gethostname(), os.getpid(), ticks, "").gone
+    assert Owner(socket.gethostname(), dead_process(), ticks, "").gone
+    assert not Owner("elsewhere", os.getpid(), "0", "").gone

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mtl.config import parse
 from mtl.data import plan
-from mtl.data.batches import Layout, TrainBatches, ValidationCut
+from mtl.data.batches import Layout, TrainBatches, ValidationGroups
 from mtl.data.collate import TILES, collate, deal, row_length_for, widened
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
@@ -25,17 +25,30 @@ def test_deal(lengths, world, tokens, row_length):
         tokens = max(tokens, row_length)
     ranks = deal(lengths, world, tokens, row_length)
     assert len(ranks) == world
-    assert sorted(i for rank in ranks for micro in rank for row in micro for i in row) == list(range(len(lengths)))
+    assert sorted(i for rank in ranks for micro in rank for row in micro for i in row) == list(
+        range(len(lengths))
+    )
     assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
     positions = []
     for rank in ranks:
-        cost = [len(micro) * max((sum(lengths[i] for i in row) for row in micro), default=0) for micro in rank]
+        cost = [
+            len(micro) * max((sum(lengths[i] for i in row) for row in micro), default=0)
+            for micro in rank
+        ]
         assert max(cost) <= tokens
         positions.append(sum(cost))
         for micro in rank:
             for row in micro:
-                assert row and (len(row) == 1 if row_length is None else sum(lengths[i] for i in row) <= row_length)
-    largest = max(len(m) * max((sum(lengths[i] for i in r) for r in m), default=0) for rank in ranks for m in rank)
+                assert row and (
+                    len(row) == 1
+                    if row_length is None
+                    else sum(lengths[i] for i in row) <= row_length
+                )
+    largest = max(
+        len(m) * max((sum(lengths[i] for i in r) for r in m), default=0)
+        for rank in ranks
+        for m in rank
+    )
     assert max(positions) - min(positions) <= largest
 
 
@@ -44,13 +57,17 @@ def test_deal_is_even_and_tight():
     lengths = rng.integers(10, 120, 256).tolist()
     for row_length, waste in ((None, 1.12), (256, 1.04)):
         ranks = deal(lengths, 4, 1024, row_length)
-        positions = [sum(len(m) * max(sum(lengths[i] for i in r) for r in m) for m in rank) for rank in ranks]
+        positions = [
+            sum(len(m) * max(sum(lengths[i] for i in r) for r in m) for m in rank) for rank in ranks
+        ]
         assert max(positions) * 4 <= waste * sum(lengths)
 
 
 def test_deal_gives_every_rank_rows_when_one_could_hold_them_all():
     assert deal([10] * 4, 2, 1000) == [[[[0], [1]]], [[[2], [3]]]]
-    assert [[sorted(sum(micro, [])) for micro in rank] for rank in deal([10] * 4, 2, 1000, 100)] == [[[0, 1]], [[2, 3]]]
+    assert [
+        [sorted(sum(micro, [])) for micro in rank] for rank in deal([10] * 4, 2, 1000, 100)
+    ] == [[[0, 1]], [[2, 3]]]
 
 
 def test_deal_keeps_one_long_row_apart_from_many_short_ones():
@@ -70,9 +87,13 @@ def test_deal_with_more_ranks_than_examples():
 
 
 def test_deal_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"an example of 11 positions, wanted at most batch.tokens = 10"):
+    with pytest.raises(
+        ValueError, match=r"an example of 11 positions, wanted at most batch.tokens = 10"
+    ):
         deal([3, 11], 1, 10)
-    with pytest.raises(ValueError, match=r"an example of 11 positions, wanted at most row_length = 8"):
+    with pytest.raises(
+        ValueError, match=r"an example of 11 positions, wanted at most row_length = 8"
+    ):
         deal([3, 11], 1, 10, 8)
     with pytest.raises(ValueError, match=r"row_length 12, wanted at most batch.tokens = 10"):
         deal([3], 1, 10, 12)
@@ -97,7 +118,9 @@ def test_packed_rows_fill_whole_tiles_with_little_padding():
     rng = np.random.default_rng(0)
     share, odd = [], 0
     for _ in range(100):
-        lengths = np.maximum(5, rng.choice([45, 19, 28, 43, 22, 33], 16) + rng.integers(-10, 20, 16)).tolist()
+        lengths = np.maximum(
+            5, rng.choice([45, 19, 28, 43, 22, 33], 16) + rng.integers(-10, 20, 16)
+        ).tolist()
         ((micro,),) = deal(lengths, 1, 1024, 256)
         width = widened(len(micro), max(sum(lengths[i] for i in row) for row in micro), 1024)
         share.append(len(micro) * width / sum(lengths))
@@ -109,7 +132,9 @@ def test_packed_rows_fill_whole_tiles_with_little_padding():
 def test_flash_attention_gets_one_row_a_micro_batch():
     rng = np.random.default_rng(0)
     lengths = rng.integers(10, 120, 64).tolist()
-    assert [[len(micro) for micro in rank] for rank in deal(lengths, 2, 1024, 1024)] == [[1] * 3] * 2
+    assert [[len(micro) for micro in rank] for rank in deal(lengths, 2, 1024, 1024)] == [
+        [1] * 3
+    ] * 2
 
 
 def test_row_length():
@@ -129,11 +154,20 @@ def test_collate_padded():
     assert batch.input_ids.tolist() == [[1, 2, 9], [4, 9, 9], [9, 9, 9]]
     # By length: 9 is data as well as padding.
     assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
-    assert [row[:n] for row, n in zip(batch.position_ids.tolist(), (2, 3, 1), strict=True)] == [[0, 1], [0, 1, 2], [0]]
+    assert [row[:n] for row, n in zip(batch.position_ids.tolist(), (2, 3, 1), strict=True)] == [
+        [0, 1],
+        [0, 1, 2],
+        [0],
+    ]
     assert batch.at.tolist() == [0, 1, 4, 6] and batch.most == 4
     assert batch.labels.tolist() == [2, 3, 9, 8] and batch.task.tolist() == [0, 0, 1, 2]
     assert batch.counts(4).tolist() == [2, 1, 1, 0]
-    assert {batch.input_ids.dtype, batch.position_ids.dtype, batch.labels.dtype, batch.task.dtype} == {torch.int64}
+    assert {
+        batch.input_ids.dtype,
+        batch.position_ids.dtype,
+        batch.labels.dtype,
+        batch.task.dtype,
+    } == {torch.int64}
 
 
 def test_collate_packed():
@@ -157,7 +191,10 @@ def test_batches_fill_whole_tiles_where_there_is_room(packed):
         ((micro, most),) = layout.deal([split], task, row)
         batch = layout.collate(micro, most, [split], task, row)
         assert batch.input_ids.shape == (2, width) and (batch.input_ids[:, 62:] == 257).all()
-        assert batch.labels.tolist() == ids[1:] * 2 and batch.input_ids.flatten()[batch.at].tolist() == ids[:-1] * 2
+        assert (
+            batch.labels.tolist() == ids[1:] * 2
+            and batch.input_ids.flatten()[batch.at].tolist() == ids[:-1] * 2
+        )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -189,7 +226,9 @@ def toy_tasks(sizes: dict[str, int], low: int = 2, high: int = 30) -> list[TaskD
             rows.append(([k, s, i] + [5] * (length - 3), target.tolist()))
         return Encoded.of(rows)
 
-    return [TaskData(name, split(k, 0, n), split(k, 1, n)) for k, (name, n) in enumerate(sizes.items())]
+    return [
+        TaskData(name, split(k, 0, n), split(k, 1, n)) for k, (name, n) in enumerate(sizes.items())
+    ]
 
 
 def heads(batch) -> list[tuple[int, int, int]]:
@@ -205,10 +244,15 @@ def test_every_cut_of_a_step_holds_the_same_examples_and_targets(world, packed, 
     mix = Mix([t.name for t in tasks], [len(t.train) for t in tasks], [9, 20, 5], 12, 0)
     task, row = mix.batch(3)
     expected = sorted((k, 0, i) for k, i in zip(task.tolist(), row.tolist(), strict=True))
-    counts = [sum(int(tasks[k].train.targets[i]) for k, i in zip(task, row, strict=True) if k == j) for j in range(3)]
+    counts = [
+        sum(int(tasks[k].train.targets[i]) for k, i in zip(task, row, strict=True) if k == j)
+        for j in range(3)
+    ]
     found, total, micros = [], torch.zeros(3, dtype=torch.int64), set()
     for rank in range(world):
-        batches = TrainBatches(tasks, mix, Layout(world, rank, tokens, 257, packed, 30 if packed else None), ahead=0)
+        batches = TrainBatches(
+            tasks, mix, Layout(world, rank, tokens, 257, packed, 30 if packed else None), ahead=0
+        )
         got = batches.batch(3)
         batches.close()
         micros.add(len(got))
@@ -244,7 +288,10 @@ def test_an_error_in_the_worker_is_raised_by_its_step():
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_validation_groups_cover_every_row_once(groups, world, packed):
     tasks = toy_tasks({"a": 7, "b": 20, "c": 13})
-    cuts = [ValidationCut(tasks, groups, 0, Layout(world, rank, 64, 257, packed)) for rank in range(world)]
+    cuts = [
+        ValidationGroups(tasks, groups, 0, Layout(world, rank, 64, 257, packed))
+        for rank in range(world)
+    ]
     g = cuts[0].groups
     assert g == min(groups, 7)
     everything = []
@@ -257,8 +304,12 @@ def test_validation_groups_cover_every_row_once(groups, world, packed):
                 found += heads(batch)
                 total += batch.counts(3)
         rows = cuts[0].rows(group)
-        assert sorted(found) == sorted((k, 1, i) for k, some in enumerate(rows) for i in some.tolist())
-        assert total.tolist() == [int(t.validation.targets[some].sum()) for t, some in zip(tasks, rows, strict=True)]
+        assert sorted(found) == sorted(
+            (k, 1, i) for k, some in enumerate(rows) for i in some.tolist()
+        )
+        assert total.tolist() == [
+            int(t.validation.targets[some].sum()) for t, some in zip(tasks, rows, strict=True)
+        ]
         assert len(micros) == 1
         everything += found
     assert len(everything) == len(set(everything)) == 40
@@ -271,7 +322,7 @@ def test_validation_groups_cover_every_row_once(groups, world, packed):
 @given(st.integers(1, 9), st.integers(1, 8))
 def test_groups_of_few_examples_are_fair_samples(groups, examples):
     tasks = toy_tasks({"a": 7, "b": 40, "c": 13})
-    cut = ValidationCut(tasks, groups, 0, Layout(1, 0, 64, 257), [examples] * 3)
+    cut = ValidationGroups(tasks, groups, 0, Layout(1, 0, 64, 257), [examples] * 3)
     assert cut.groups == max(1, min(groups, 7 // examples)) and cut.parts - cut.groups in (0, 1)
     for k, task in enumerate(tasks):
         n, targets = len(task.validation), task.validation.targets
@@ -291,30 +342,36 @@ def test_groups_of_few_examples_are_fair_samples(groups, examples):
 def test_every_group_has_a_classifiers_labels_in_their_proportion(examples, counts):
     """20, 20 and 10 rows in random order whose answers, all of three tokens, differ in the second."""
     labels = np.random.default_rng(2).permutation(np.repeat([7, 8, 9], [20, 20, 10]))
-    split = Encoded.of([([i, 4, int(n), 5], [False, True, True, True]) for i, n in enumerate(labels)])
-    cut = ValidationCut([TaskData("a", split, split)], 5, 0, Layout(1, 0, 64, 257), examples and [examples])
+    split = Encoded.of(
+        [([i, 4, int(n), 5], [False, True, True, True]) for i, n in enumerate(labels)]
+    )
+    cut = ValidationGroups(
+        [TaskData("a", split, split)], 5, 0, Layout(1, 0, 64, 257), examples and [examples]
+    )
     for group in range(5):
         assert np.unique(labels[cut.rows(group)[0]], return_counts=True)[1].tolist() == counts
 
 
-def planned(sizes: list[int], positions: int = 9, **changes: str) -> tuple[ValidationCut, int]:
+def planned(sizes: list[int], positions: int = 9, **changes: str) -> tuple[ValidationGroups, int]:
     """The cut of tasks with so many validation rows each, and the steps between probes, as a configuration has it.
 
     Rows have 9 positions, those of the first task `positions`.
     """
     tasks = []
     for k, n in enumerate(sizes):
-        split = Encoded.of([(range(1 + (9 if k else positions)), [False] + [True] * (9 if k else positions))] * n)
+        split = Encoded.of(
+            [(range(1 + (9 if k else positions)), [False] + [True] * (9 if k else positions))] * n
+        )
         tasks.append(TaskData(f"t{k}", split, split))
     named = ", ".join(f"t{k}: {{train: x, validation: x, format: text}}" for k in range(len(sizes)))
     text = f"model: {{name: x}}\ntasks: {{{named}}}\ntrain: {{steps: 1}}\noutput: x\nbatch: {{examples: 16}}"
     config = parse(text, overrides=[f"{key}={value}" for key, value in changes.items()])
-    cut = plan.cut_for(config, tasks, Layout(1, 0, 64, 257))
+    cut = plan.validation_groups_for(config, tasks, Layout(1, 0, 64, 257))
     return cut, plan.probe_every(config, cut)
 
 
 def test_a_probe_reads_a_quarter_more_rows_than_a_batch_has_where_there_are_enough():
-    def sizes(cut: ValidationCut) -> list[list[int]]:
+    def sizes(cut: ValidationGroups) -> list[list[int]]:
         return [[len(rows) for rows in cut.rows(group)] for group in range(cut.groups)]
 
     lora = {"model.lora": "{r: 2, alpha: 2, target_modules: all-linear}"}
@@ -337,7 +394,9 @@ def test_a_probe_reads_a_quarter_more_rows_than_a_batch_has_where_there_are_enou
 
 def test_the_cut_follows_the_seed():
     tasks = toy_tasks({"a": 30, "b": 30})
-    first, same, other = (ValidationCut(tasks, 3, seed, Layout(1, 0, 64, 257), [4, 4]) for seed in (0, 0, 1))
+    first, same, other = (
+        ValidationGroups(tasks, 3, seed, Layout(1, 0, 64, 257), [4, 4]) for seed in (0, 0, 1)
+    )
     for part in range(first.parts):
         for k in range(2):
             assert first.rows(part)[k].tolist() == same.rows(part)[k].tolist()
@@ -368,7 +427,9 @@ def test_where_there_is_an_accelerator_its_device_is_set_and_steps_are_pinned(mo
     batches = TrainBatches(tasks, Mix(["a"], [6], [6], 2, 0), Layout(1, 0, 64, 257), ahead=0)
     (micro,) = batches.batch(0)
     batches.close()
-    assert seen == [("batches", 3)] + [("batches", "pin")] * 6, "input_ids, position_ids, attention_mask, at, labels, task"
+    assert seen == [("batches", 3)] + [("batches", "pin")] * 6, (
+        "input_ids, position_ids, attention_mask, at, labels, task"
+    )
     monkeypatch.undo()
     plain = TrainBatches(tasks, Mix(["a"], [6], [6], 2, 0), Layout(1, 0, 64, 257), ahead=0)
     for field in ("input_ids", "position_ids", "attention_mask", "at", "labels", "task"):

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from toys import CHAT, END, GENERATION_CHAT, START, tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mtl.config import Model
+from mtl.config.schema import ModelSection
 from mtl.data import formats
 from mtl.data.encode import Encoder, load_tokenizer
 from mtl.data.encoded import DataError
@@ -47,7 +47,13 @@ def test_text_trains_all_but_the_first_token():
     assert marked(Encoder(TOK, 99), Text("abc")) == f"a[bc{END}]"
 
 
-TALK = turns(("system", "be brief"), ("user", "hi"), ("assistant", "yo"), ("user", "and?"), ("assistant", "bye"))
+TALK = turns(
+    ("system", "be brief"),
+    ("user", "hi"),
+    ("assistant", "yo"),
+    ("user", "and?"),
+    ("assistant", "bye"),
+)
 TALK_MARKED = (
     f"{START}system\nbe brief{END}\n{START}user\nhi{END}\n{START}assistant\n[yo{END}]\n"
     f"{START}user\nand?{END}\n{START}assistant\n[bye{END}]"  # no loss depends on the template's last newline
@@ -65,7 +71,7 @@ def test_nothing_is_kept_behind_the_last_target():
     assert short.endswith(f"[yo{END}]") and marked(Encoder(TOK, 48), asked) == short
     talk = Messages([*asked.messages, {"role": "assistant", "content": "bye"}])
     made = Encoder(TOK, 80, "truncate")(talk)
-    assert made.cut and made.ids.tolist() == Encoder(TOK, 48)(asked).ids.tolist()
+    assert made.truncated and made.ids.tolist() == Encoder(TOK, 48)(asked).ids.tolist()
 
 
 def test_generation_tags_and_prefixes_agree():
@@ -73,7 +79,13 @@ def test_generation_tags_and_prefixes_agree():
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=6)), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=6)),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_generation_tags_and_prefixes_agree_on_any_conversation(pairs):
     talk = turns(("user", "x"), *pairs, ("assistant", "y"))
     one, two = (Encoder(tok, 2000)(talk) for tok in (TOK, TAGGED))
@@ -83,48 +95,72 @@ def test_generation_tags_and_prefixes_agree_on_any_conversation(pairs):
 def test_the_end_of_a_turn_without_eos_is_the_end_of_its_text():
     plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    assert marked(Encoder(tokenizer(template=plain), 99), turns(("user", "a"), ("assistant", "b"))) == (
-        "<user>a\n<assistant>[b\n]"
-    )
+    assert marked(
+        Encoder(tokenizer(template=plain), 99), turns(("user", "a"), ("assistant", "b"))
+    ) == ("<user>a\n<assistant>[b\n]")
 
 
 def test_a_template_that_rewrites_earlier_turns_shows_the_turn():
     rewriting = CHAT.replace(
-        "{{ message.content }}", "{{ message.content if loop.last else message.content.split('</think>')[-1] }}"
+        "{{ message.content }}",
+        "{{ message.content if loop.last else message.content.split('</think>')[-1] }}",
     )
     encoder = Encoder(tokenizer(template=rewriting), 999)
     once = turns(("user", "a"), ("assistant", "<think>hm</think>b"))
     assert marked(encoder, once).endswith(f"[<think>hm</think>b{END}]")
-    with pytest.raises(RowProblem, match=r"changes turn 2 \(assistant\) once more turns follow: .*think.* against") as e:
-        encoder(Messages([*once.messages, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]))
+    with pytest.raises(
+        RowProblem, match=r"changes turn 2 \(assistant\) once more turns follow: .*think.* against"
+    ) as e:
+        encoder(
+            Messages(
+                [
+                    *once.messages,
+                    {"role": "user", "content": "c"},
+                    {"role": "assistant", "content": "d"},
+                ]
+            )
+        )
     assert e.value.reason == "template"
 
 
 def test_a_generation_prompt_that_is_not_how_a_turn_begins():
     odd = CHAT.replace("<|start|>assistant\n{% endif", "<|start|>assistant\nOh: {% endif")
-    with pytest.raises(RowProblem, match=r"generation prompt is not how turn 2 \(assistant\) begins: .*Oh: "):
+    with pytest.raises(
+        RowProblem, match=r"generation prompt is not how turn 2 \(assistant\) begins: .*Oh: "
+    ):
         Encoder(tokenizer(template=odd), 99)(turns(("user", "a"), ("assistant", "b")))
 
 
 def test_a_template_that_refuses_a_row():
-    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHAT
+    strict = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHAT
+    )
     with pytest.raises(RowProblem, match="the chat template: TemplateError: user first"):
-        Encoder(tokenizer(template=strict), 99)(turns(("system", "s"), ("user", "a"), ("assistant", "b")))
+        Encoder(tokenizer(template=strict), 99)(
+            turns(("system", "s"), ("user", "a"), ("assistant", "b"))
+        )
     with pytest.raises(RowProblem, match=r"turn 1 \(assistant\) is the first"):
         Encoder(TOK, 99)(turns(("assistant", "b")))
 
 
 def test_tools_reach_the_template():
     with_tools = "{% if tools %}{{ tools[0].function.name }};{% endif %}" + CHAT
-    talk = Messages(turns(("user", "a"), ("assistant", "b")).messages, [{"function": {"name": "clock"}}])
-    assert marked(Encoder(tokenizer(template=with_tools), 99), talk).startswith(f"clock;{START}user")
+    talk = Messages(
+        turns(("user", "a"), ("assistant", "b")).messages, [{"function": {"name": "clock"}}]
+    )
+    assert marked(Encoder(tokenizer(template=with_tools), 99), talk).startswith(
+        f"clock;{START}user"
+    )
 
 
 def test_what_the_template_would_leave_out_is_refused():
     talk = turns(("user", "a"), ("assistant", "b")).messages
     with pytest.raises(RowProblem, match="found tools, which the chat template does not read"):
         Encoder(TOK, 99)(Messages(talk, [{"function": {"name": "clock"}}]))
-    called = [talk[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}]
+    called = [
+        talk[0],
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]},
+    ]
     with pytest.raises(RowProblem, match="found tool_calls, which the chat template does not read"):
         Encoder(TOK, 99)(Messages(called))
 
@@ -158,7 +194,7 @@ def test_length(example, length, policy, result):
     encoder = Encoder(TOK, length, policy)
     if " " not in result:
         assert marked(encoder, example) == result
-        assert encoder(example).cut == (policy == "truncate")
+        assert encoder(example).truncated == (policy == "truncate")
     else:
         with pytest.raises(RowProblem) as problem:
             encoder(example)
@@ -177,7 +213,10 @@ def test_completion_is_prompt_then_completion_then_eos(prompt, completion):
 def words_with_bos() -> PreTrainedTokenizerFast:
     """Puts a bos first and merges `ab`, so that texts put together are not always their tokens put together."""
     backend = Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(["a", "b", "c", "ab", "<s>", "</s>"])}, merges=[("a", "b")])
+        models.BPE(
+            vocab={t: i for i, t in enumerate(["a", "b", "c", "ab", "<s>", "</s>"])},
+            merges=[("a", "b")],
+        )
     )
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 4)])
@@ -186,16 +225,25 @@ def words_with_bos() -> PreTrainedTokenizerFast:
 
 def test_the_prompt_has_the_tokens_it_has_when_the_model_is_used():
     encoder = Encoder(words_with_bos(), 99)
-    for prompt, completion, ids, first in (("c", "ab", [4, 2, 3, 5], 2), ("ca", "bc", [4, 2, 0, 1, 2, 5], 3)):
+    for prompt, completion, ids, first in (
+        ("c", "ab", [4, 2, 3, 5], 2),
+        ("ca", "bc", [4, 2, 0, 1, 2, 5], 3),
+    ):
         made = encoder(Completion(prompt, completion))
-        assert made.ids.tolist() == ids and made.target.tolist() == [i >= first for i in range(len(ids))]
+        assert made.ids.tolist() == ids and made.target.tolist() == [
+            i >= first for i in range(len(ids))
+        ]
         assert made.ids.tolist()[:first] == encoder.tokenizer(prompt)["input_ids"]
     assert encoder(Text("ab")).target.tolist() == [False, True, True]
 
 
 def test_a_space_that_a_tokenizer_puts_before_every_text_is_not_put_inside_one():
-    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["_", "a", "b", "</s>"])}, merges=[]))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    backend = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(["_", "a", "b", "</s>"])}, merges=[])
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("_"), normalizers.Replace(" ", "_")]
+    )
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), 99)
     assert encoder(Completion("a", "b")).ids.tolist() == [0, 1, 2, 3]
@@ -212,7 +260,10 @@ def test_formats_that_are_listed_are_there():
 
 def test_messages_drops_what_arrow_fills_in():
     row = {
-        "messages": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b"}],
+        "messages": [
+            {"role": "user", "content": "a", "name": None},
+            {"role": "assistant", "content": "b"},
+        ],
         "tools": None,
     }
     assert formats.messages(row) == turns(("user", "a"), ("assistant", "b"))
@@ -225,20 +276,32 @@ def test_messages_with_a_tool():
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "1"},
     ]
-    assert formats.messages({"messages": said, "tools": '[{"name": "f"}]'}) == Messages(said, [{"name": "f"}])
+    assert formats.messages({"messages": said, "tools": '[{"name": "f"}]'}) == Messages(
+        said, [{"name": "f"}]
+    )
 
 
 def test_prompt_completion_and_text_rename_their_keys():
-    assert formats.prompt_completion({"q": "a", "r": "b"}, prompt="q", completion="r") == Completion("a", "b")
+    assert formats.prompt_completion(
+        {"q": "a", "r": "b"}, prompt="q", completion="r"
+    ) == Completion("a", "b")
     assert formats.text({"body": "a"}, text="body") == Text("a")
 
 
 def test_alpaca():
-    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "s", "history": [["a", "b"]]}
+    row = {
+        "instruction": "Add",
+        "input": "1 2",
+        "output": "3",
+        "system": "s",
+        "history": [["a", "b"]],
+    }
     assert formats.alpaca(row) == turns(
         ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "Add\n1 2"), ("assistant", "3")
     )
-    assert formats.alpaca({"instruction": "Hi", "input": "", "output": "Ho"}) == turns(("user", "Hi"), ("assistant", "Ho"))
+    assert formats.alpaca({"instruction": "Hi", "input": "", "output": "Ho"}) == turns(
+        ("user", "Hi"), ("assistant", "Ho")
+    )
 
 
 def test_sharegpt():
@@ -271,7 +334,10 @@ def test_chat_rounds():
     row = {
         "id": 1,
         "data_name": "x",
-        "chat_rounds": [{"role": role, "content": text, "chat_round_id": i} for i, (role, text) in enumerate(rounds)],
+        "chat_rounds": [
+            {"role": role, "content": text, "chat_round_id": i}
+            for i, (role, text) in enumerate(rounds)
+        ],
     }
     assert formats.chat_rounds(row) == turns(
         ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
@@ -281,11 +347,23 @@ def test_chat_rounds():
 @pytest.mark.parametrize(
     ("call", "reason", "text"),
     [
-        (lambda: formats.text({"body": 1, "id": 2}), "missing key", "found the keys body, id, wanted text"),
+        (
+            lambda: formats.text({"body": 1, "id": 2}),
+            "missing key",
+            "found the keys body, id, wanted text",
+        ),
         (lambda: formats.text({}), "missing key", "found the keys (none), wanted text"),
         (lambda: formats.text({"text": 3}), "bad value", "text: found 3, wanted text"),
-        (lambda: formats.prompt_completion({"prompt": "a"}), "missing key", "found the keys prompt, wanted completion"),
-        (lambda: formats.messages({"messages": "hi"}), "bad value", "messages: found 'hi', wanted a list"),
+        (
+            lambda: formats.prompt_completion({"prompt": "a"}),
+            "missing key",
+            "found the keys prompt, wanted completion",
+        ),
+        (
+            lambda: formats.messages({"messages": "hi"}),
+            "bad value",
+            "messages: found 'hi', wanted a list",
+        ),
         (
             lambda: formats.messages({"messages": ["hi"]}),
             "bad value",
@@ -334,16 +412,18 @@ def test_a_row_that_does_not_fit_says_what_was_found_and_wanted(call, reason, te
 
 def test_load_tokenizer(tmp_path):
     tokenizer().save_pretrained(tmp_path / "model")
-    loaded = load_tokenizer(Model(name=str(tmp_path / "model")))
+    loaded = load_tokenizer(ModelSection(name=str(tmp_path / "model")))
     assert loaded("ab")["input_ids"] == TOK("ab")["input_ids"] and loaded.chat_template == CHAT
     (tmp_path / "t.jinja").write_text("{{ messages }}")
-    changed = load_tokenizer(Model(name=str(tmp_path / "model"), chat_template=str(tmp_path / "t.jinja")))
+    changed = load_tokenizer(
+        ModelSection(name=str(tmp_path / "model"), chat_template=str(tmp_path / "t.jinja"))
+    )
     assert changed.chat_template == "{{ messages }}"
 
 
 def test_load_tokenizer_errors(tmp_path):
     with pytest.raises(DataError, match="config: model.name: found no tokenizer of .*nowhere"):
-        load_tokenizer(Model(name=str(tmp_path / "nowhere")))
+        load_tokenizer(ModelSection(name=str(tmp_path / "nowhere")))
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="model.chat_template .*none.jinja"):
-        load_tokenizer(Model(name=str(tmp_path), chat_template=str(tmp_path / "none.jinja")))
+        load_tokenizer(ModelSection(name=str(tmp_path), chat_template=str(tmp_path / "none.jinja")))

@@ -19,11 +19,21 @@ def mixes(draw: st.DrawFn) -> Mix:
     n = draw(sizes)
     number = st.one_of(st.integers(1, 30), st.floats(0.01, 10).map(lambda x: round(x, 3)))
     shares = draw(st.one_of(st.just(n), st.lists(number, min_size=len(n), max_size=len(n))))
-    return Mix([f"task{k}" for k in range(len(n))], n, shares, draw(st.integers(1, 20)), draw(st.integers(0, 3)))
+    return Mix(
+        [f"task{k}" for k in range(len(n))],
+        n,
+        shares,
+        draw(st.integers(1, 20)),
+        draw(st.integers(0, 3)),
+    )
 
 
 def sequence(mix: Mix, steps: int) -> list[tuple[int, int]]:
-    return [pair for step in range(steps) for pair in zip(*map(np.ndarray.tolist, mix.batch(step)), strict=True)]
+    return [
+        pair
+        for step in range(steps)
+        for pair in zip(*map(np.ndarray.tolist, mix.batch(step)), strict=True)
+    ]
 
 
 @settings(deadline=None)
@@ -31,7 +41,10 @@ def sequence(mix: Mix, steps: int) -> list[tuple[int, int]]:
 def test_a_batch_depends_on_its_number_alone(mix):
     steps = 12
     fresh = Mix(mix.names, mix.sizes, mix._shares, mix.examples, mix.seed)
-    backwards = [list(zip(*map(np.ndarray.tolist, fresh.batch(step)), strict=True)) for step in reversed(range(steps))]
+    backwards = [
+        list(zip(*map(np.ndarray.tolist, fresh.batch(step)), strict=True))
+        for step in reversed(range(steps))
+    ]
     assert sum(reversed(backwards), []) == sequence(mix, steps)
 
 
@@ -40,7 +53,10 @@ def test_a_batch_depends_on_its_number_alone(mix):
 def test_the_size_of_a_batch_does_not_change_the_sequence(mix, examples):
     other = Mix(mix.names, mix.sizes, mix._shares, examples, mix.seed)
     n = 60
-    assert sequence(mix, math.ceil(n / mix.examples))[:n] == sequence(other, math.ceil(n / examples))[:n]
+    assert (
+        sequence(mix, math.ceil(n / mix.examples))[:n]
+        == sequence(other, math.ceil(n / examples))[:n]
+    )
 
 
 @settings(deadline=None)
@@ -49,7 +65,9 @@ def test_tasks_come_in_the_order_of_the_divisor_method(mix):
     # The reference replays one draw after another: next is the task with the least (2 c + 1) / (2 s).
     counts, expected = [0] * len(mix.sizes), []
     for _ in range(5 * mix.examples):
-        k = min(range(len(counts)), key=lambda k: (Fraction(2 * counts[k] + 1, 2 * mix._shares[k]), k))
+        k = min(
+            range(len(counts)), key=lambda k: (Fraction(2 * counts[k] + 1, 2 * mix._shares[k]), k)
+        )
         expected.append(k)
         counts[k] += 1
     assert [k for k, _ in sequence(mix, 5)] == expected
@@ -70,7 +88,9 @@ def test_counts_stay_near_their_share(mix, step):
 @given(mixes(), st.one_of(st.integers(0, 50), st.integers(10**6, 10**12)))
 def test_drawn_counts_the_batches_before(mix, step):
     tasks, _ = mix.batch(step)
-    assert (mix.drawn(step + 1) - mix.drawn(step)).tolist() == np.bincount(tasks, minlength=len(mix.sizes)).tolist()
+    assert (mix.drawn(step + 1) - mix.drawn(step)).tolist() == np.bincount(
+        tasks, minlength=len(mix.sizes)
+    ).tolist()
 
 
 @settings(deadline=None)
@@ -102,13 +122,18 @@ def test_epochs_differ_and_names_and_seeds_are_keys():
         return Mix([name], [50], [1], 50, seed).batch(epoch)[1].tolist()
 
     assert order("a", 0, 0) == order("a", 0, 0)
-    assert len({tuple(order(*key)) for key in [("a", 0, 0), ("a", 0, 1), ("a", 1, 0), ("b", 0, 0)]}) == 4
+    assert (
+        len({tuple(order(*key)) for key in [("a", 0, 0), ("a", 0, 1), ("a", 1, 0), ("b", 0, 0)]})
+        == 4
+    )
 
 
 def test_the_place_of_a_task_in_the_list_does_not_change_its_rows():
     def rows(names: list[str], task: str) -> list[int]:
         n = {"a": 7, "b": 11, "c": 30}
-        pairs = sequence(Mix(names, [n[name] for name in names], [n[name] for name in names], 8, 3), 6)
+        pairs = sequence(
+            Mix(names, [n[name] for name in names], [n[name] for name in names], 8, 3), 6
+        )
         return [row for k, row in pairs if names[k] == task]
 
     for task in "abc":
@@ -148,11 +173,17 @@ def test_shares():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: shares_for("explicit", [1, 2], share=[1, None]), r"shares explicit: found share \[1, None\], wanted"),
+        (
+            lambda: shares_for("explicit", [1, 2], share=[1, None]),
+            r"shares explicit: found share \[1, None\], wanted",
+        ),
         (lambda: shares_for("temperature", [1, 2]), "shares temperature: found temperature"),
         (lambda: shares_for("some", [1]), "found shares 'some', wanted proportional, equal"),
         (lambda: Mix(["a"], [0], [1], 4, 0), "task a: found 0 training rows, wanted at least 1"),
-        (lambda: Mix(["a"], [1], [-1], 4, 0), "task a: found share -1, wanted a finite number above 0"),
+        (
+            lambda: Mix(["a"], [1], [-1], 4, 0),
+            "task a: found share -1, wanted a finite number above 0",
+        ),
         (lambda: Mix(["a"], [1], [math.nan], 4, 0), "task a: found share nan"),
         (lambda: Mix(["a"], [1], [1], 0, 0), "found 0 examples in a batch"),
         (lambda: Mix(["a"], [1, 2], [1], 1, 0), "found 1 names, 2 sizes, 1 shares"),

@@ -21,14 +21,19 @@ from transformers import AutoModelForCausalLM
 
 from balancers import Holder, Signals
 from balancers.tokens import Tokens
-from mtl import comm, engine, evaluate, head, model, packing
 from mtl.config import Config, parse
-from mtl.data.batches import Layout, ValidationCut
+from mtl.data.batches import Layout, ValidationGroups
 from mtl.data.collate import MicroBatch, collate, deal
 from mtl.data.encoded import Encoded, TaskData
-from mtl.objectives import causal_lm
-from mtl.step import NonFinite, fetch, train_step
-from mtl.terms import Terms
+from mtl.distributed import comm, engine
+from mtl.losses import head
+from mtl.losses.causal_lm import causal_lm
+from mtl.losses.terms import Terms
+from mtl.models import load as models
+from mtl.models import packing
+from mtl.train import evaluate
+from mtl.train import optimizer as optimizers
+from mtl.train.step import NonFinite, fetch, train_step
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all jobs
 
@@ -46,7 +51,13 @@ MIXED = [
     [(0, 1, 2), (0,)],
 ]
 PURE = [[(0, 0), (1,), (2,), (0,), (1, 1), (2, 2)]]  # one task in every cell
-WEIGHTS = [(0.7, 0.007, 0.293), (0.2, 0.3, 0.5), (0.01, 0.98, 0.01), (0.3, 0.3, 0.4), (0.1, 0.8, 0.1)]
+WEIGHTS = [
+    (0.7, 0.007, 0.293),
+    (0.2, 0.3, 0.5),
+    (0.01, 0.98, 0.01),
+    (0.3, 0.3, 0.4),
+    (0.1, 0.8, 0.1),
+]
 RATES = {"sgd": [0.1, 0.2, 0.05, 0.1, 0.15], "adamw": [1e-3, 2e-3, 5e-4, 1e-3, 1e-3]}
 CLIP = 0.5
 
@@ -81,13 +92,21 @@ def micro_batches(batch: list[Cell], cut: str, packed: bool) -> list[MicroBatch]
     most = sum(int(target.sum()) for _, target, _ in flat(batch))
     if cut == "dealt":
         examples = flat(batch)
-        dealt = deal([len(ids) for ids, _, _ in examples], world, ROW, ROW if packed else None)[rank]
-        return [collate([[examples[i] for i in row] for row in micro], PAD, packed, most) for micro in dealt]
+        dealt = deal([len(ids) for ids, _, _ in examples], world, ROW, ROW if packed else None)[
+            rank
+        ]
+        return [
+            collate([[examples[i] for i in row] for row in micro], PAD, packed, most)
+            for micro in dealt
+        ]
     cells = batch[rank::world]
     if cut == "merged":
         cells = [flat(cells)]
     wide = 2 if packed else 1
-    return [collate([cell[i : i + wide] for i in range(0, len(cell), wide)], PAD, packed, most) for cell in cells]
+    return [
+        collate([cell[i : i + wide] for i in range(0, len(cell), wide)], PAD, packed, most)
+        for cell in cells
+    ]
 
 
 def configuration(folder: str, **overrides: object) -> Config:
@@ -99,7 +118,9 @@ def configuration(folder: str, **overrides: object) -> Config:
         engine: {{deepspeed: {{zero_optimization: {{stage3_param_persistence_threshold: 0}}}}}}
         output: nowhere
     """
-    return parse(text, overrides=[f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+    return parse(
+        text, overrides=[f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    )
 
 
 # --- jobs: what runs on every rank of a process group
@@ -132,19 +153,21 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def start(folder: str, make: type[torch.optim.Optimizer] | None = None, **overrides: object) -> engine.Engine:
+def start(
+    folder: str, make: type[torch.optim.Optimizer] | None = None, **overrides: object
+) -> engine.Engine:
     """A fresh engine. Adapters get seeded noise: the zeros they begin with would hide half of their gradients."""
     gc.collect()
     gc.freeze()  # what is alive is mostly modules: leaving them out makes collections, DeepSpeed's too, 20 times faster
     config = configuration(folder, **overrides)
-    loaded = model.load(config, toys.tokenizer())
+    loaded = models.load(config, toys.tokenizer())
     generator = torch.Generator().manual_seed(1)
     for name, p in loaded.named_parameters():
         if "lora_" in name:
             assert p.numel(), "adapters are made whole"
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    optimizer = model.optimizer(config) if make is None else lambda module: make(trainable(module))
-    return engine.Engine(loaded, config, optimizer)
+    made = optimizers.optimizer(config) if make is None else lambda module: make(trainable(module))
+    return engine.Engine(loaded, config, made)
 
 
 def parameters(trained: engine.Engine) -> dict[str, np.ndarray]:
@@ -155,17 +178,26 @@ def masters(trained: engine.Engine) -> dict[str, np.ndarray]:
     """The fp32 weights that the optimizer updates."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(p).numpy().copy() for name, p in trained.module.named_parameters()}
+    return {
+        name: safe_get_full_fp32_param(p).numpy().copy()
+        for name, p in trained.module.named_parameters()
+    }
 
 
-def update(trained: engine.Engine, batch: list[Cell], weights: Sequence[float], cut: str, packed: bool) -> None:
+def update(
+    trained: engine.Engine, batch: list[Cell], weights: Sequence[float], cut: str, packed: bool
+) -> None:
     """One update by an optimizer that reads no learning rate."""
     fetched = fetch(lambda: micro_batches(batch, cut, packed), len(NAMES))
     train_step(trained, causal_lm, fetched, np.array(weights), 0.0, NAMES)
 
 
 def train(
-    folder: str, cut: str = "cells", packed: bool = False, by_tokens: bool = False, **overrides: object
+    folder: str,
+    cut: str = "cells",
+    packed: bool = False,
+    by_tokens: bool = False,
+    **overrides: object,
 ) -> dict[str, Any]:
     """Five updates."""
     trained = start(folder, **overrides)
@@ -239,7 +271,11 @@ def spoiled(folder: str, value: float | None, **overrides: object) -> dict[str, 
 
     def objective(forward: Callable, batch: MicroBatch, k: int) -> Terms:
         terms = causal_lm(forward, batch, k)
-        ill = (torch.arange(k) == NAMES.index("bees")) & (terms.counts > 0) & (comm.rank() == comm.world() - 1)
+        ill = (
+            (torch.arange(k) == NAMES.index("bees"))
+            & (terms.counts > 0)
+            & (comm.rank() == comm.world() - 1)
+        )
         if value is None:
             terms.sums.register_hook(lambda gradient: torch.where(ill, math.inf, gradient))
             return terms
@@ -276,7 +312,11 @@ def one_rank_fails(_: str) -> dict[str, Any]:
         raise ValueError(f"rank {comm.rank()} is out of rows")
 
     found = []
-    for attempt in (lambda: comm.together(work), lambda: fetch(work, 3), lambda: comm.together(all_fail)):
+    for attempt in (
+        lambda: comm.together(work),
+        lambda: fetch(work, 3),
+        lambda: comm.together(all_fail),
+    ):
         try:
             attempt()
         except Exception as e:
@@ -294,17 +334,23 @@ def validation_tasks() -> list[TaskData]:
 def validate(folder: str, packed: bool, **overrides: object) -> dict[str, Any]:
     trained = start(folder, **overrides)
     layout = Layout(comm.world(), comm.rank(), ROW, PAD, packed, ROW if packed else None)
-    cut = ValidationCut(validation_tasks(), 3, 0, layout)
+    cut = ValidationGroups(validation_tasks(), 3, 0, layout)
     full = evaluate.full_pass(trained, causal_lm, cut, len(NAMES))
     probes = [evaluate.probe(trained, causal_lm, cut, g, len(NAMES)) for g in range(cut.groups)]
-    return {"full": full, "probes": np.array(probes), "micros": [len(list(cut.group(g))) for g in range(cut.groups)]}
+    return {
+        "full": full,
+        "probes": np.array(probes),
+        "micros": [len(list(cut.group(g))) for g in range(cut.groups)],
+    }
 
 
 def isolation(folder: str, **overrides: object) -> packing.Isolation:
     return packing.measure(start(folder, **overrides), 258)
 
 
-def run_jobs(folders: dict[str, str], jobs: dict[str, tuple[Callable, dict[str, Any]]]) -> dict[str, Any]:
+def run_jobs(
+    folders: dict[str, str], jobs: dict[str, tuple[Callable, dict[str, Any]]]
+) -> dict[str, Any]:
     results = {}
     for name, (function, arguments) in jobs.items():
         others = {key: value for key, value in arguments.items() if key not in ("family", "slice_")}
@@ -342,7 +388,15 @@ MORE_CUTS = [
     ("2x2 sliced", 2),
     ("2x2 sliced", 3),
 ]
-GPT2_CUTS = [("2x2 packed", 0), ("2x2 packed", 1), ("2x2", 2), ("2x2", 3), ("1x4", 2), ("2x1", 2), ("2x2 sliced", 3)]
+GPT2_CUTS = [
+    ("2x2 packed", 0),
+    ("2x2 packed", 1),
+    ("2x2", 2),
+    ("2x2", 3),
+    ("1x4", 2),
+    ("2x1", 2),
+    ("2x2 sliced", 3),
+]
 LOUD, QUIET = (0.98, 0.01, 0.01), (0.01, 0.98, 0.01)
 LORA = {"model__lora__r": 4, "model__lora__alpha": 8}
 BF16 = {"model__precision": "bf16"}
@@ -371,7 +425,13 @@ for z in STAGES:
 for z in (2, 3):
     job(f"lora zero {z}", train, engine__zero=z, **LORA)
     job(f"lora gradient zero {z}", gradient, engine__zero=z, **LORA)
-    job(f"lora checkpointing zero {z}", gradient, engine__zero=z, model__activation_checkpointing="true", **LORA)
+    job(
+        f"lora checkpointing zero {z}",
+        gradient,
+        engine__zero=z,
+        model__activation_checkpointing="true",
+        **LORA,
+    )
     job(
         f"lora gradient sliced zero {z}",
         gradient,
@@ -396,7 +456,13 @@ job("one rank fails", one_rank_fails)
 job("same", same)
 for n, z in ((1, 2), (2, 2), (2, 3)):
     for p in (False, True):
-        job(f"validation {n} {'packed' if p else 'padded'} zero {z}", validate, world=n, packed=p, engine__zero=z)
+        job(
+            f"validation {n} {'packed' if p else 'padded'} zero {z}",
+            validate,
+            world=n,
+            packed=p,
+            engine__zero=z,
+        )
 job("isolation zero 3", isolation, engine__zero=3)
 job("isolation bf16", isolation, engine__zero=2, **BF16)
 
@@ -413,7 +479,11 @@ def results(folders: dict[str, str]) -> dict[str, list[Any]]:
     """Job name -> what each rank returned."""
     found = {}
     for world in (1, 2):
-        mine = {name: (function, arguments) for name, (n, function, arguments) in JOBS.items() if n == world}
+        mine = {
+            name: (function, arguments)
+            for name, (n, function, arguments) in JOBS.items()
+            if n == world
+        }
         ranks = run_distributed(run_jobs, world, folders, mine)
         found |= {name: [rank[name] for rank in ranks] for name in mine}
     return found
@@ -429,7 +499,9 @@ def load(folder: str) -> torch.nn.Module:
 def optimizer(name: str) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
     if name == "sgd":
         return lambda parameters: torch.optim.SGD(parameters, lr=1.0)
-    return lambda parameters: torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    return lambda parameters: torch.optim.AdamW(
+        parameters, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
 
 
 BATCHES = [flat(batch) for batch in examples_of(MIXED)]
@@ -441,7 +513,9 @@ def trajectory(folders: dict[str, str]) -> Callable[..., reference.Trajectory]:
 
     @cache
     def run(family: str, name: str = "sgd", clip: float | None = None) -> reference.Trajectory:
-        return reference.train(load(folders[family]), BATCHES, WEIGHTS, RATES[name], optimizer(name), clip)
+        return reference.train(
+            load(folders[family]), BATCHES, WEIGHTS, RATES[name], optimizer(name), clip
+        )
 
     return run
 
@@ -460,7 +534,9 @@ def furthest(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> flo
 def apart(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
     """The largest relative difference (2-norm) of any tensor."""
     assert set(found) == set(wanted)
-    return max(float(np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in wanted)
+    return max(
+        float(np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in wanted
+    )
 
 
 def apart_together(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
@@ -508,10 +584,14 @@ def test_a_task_that_is_absent_from_the_batch_has_no_loss(results):
 def test_five_adamw_updates(name, results, trajectory):
     found, wanted = results[name][0], trajectory("llama", "adamw")
     assert furthest(found["parameters"], wanted.parameters) < 1e-4
-    assert furthest(found["parameters"], found["before"]) > 4e-3  # five updates of about the learning rate
+    assert (
+        furthest(found["parameters"], found["before"]) > 4e-3
+    )  # five updates of about the learning rate
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if name.endswith("zero 3") and "gradient" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in JOBS if name.endswith("zero 3") and "gradient" in name]
+)
 def test_zero_3_is_partitioned_for_real(name, results):
     for rank in results[name]:
         assert set(rank["local"]) == {0}
@@ -538,33 +618,47 @@ def test_weights_act_where_every_micro_batch_holds_one_task(name, results, folde
     own = [reference.gradient(load(folders["llama"]), batch, np.eye(3)[k]) for k in range(3)]
     wanted = {n: sum(w * g[n] for w, g in zip(weights, own, strict=True)) for n in own[0]}
     assert apart(results[name][0]["gradient"], wanted) < 1e-6
-    swapped = {n: sum(w * g[n] for w, g in zip(weights[1::-1] + weights[2:], own, strict=True)) for n in own[0]}
+    swapped = {
+        n: sum(w * g[n] for w, g in zip(weights[1::-1] + weights[2:], own, strict=True))
+        for n in own[0]
+    }
     assert apart_together(results[name][0]["gradient"], swapped) > 0.5
 
 
 @pytest.mark.parametrize("name", named("tokens"))
 def test_token_weights_give_the_loss_of_ordinary_fine_tuning(name, results, folders):
     rule = "adamw" if "adamw" in name else "sgd"
-    curve, parameters = reference.transformers_loss_curve(load(folders["llama"]), BATCHES, RATES[rule], optimizer(rule))
+    curve, parameters = reference.transformers_loss_curve(
+        load(folders["llama"]), BATCHES, RATES[rule], optimizer(rule)
+    )
     found = results[name][0]
-    np.testing.assert_allclose(np.nansum(found["weights"] * found["losses"], axis=1), curve, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.nansum(found["weights"] * found["losses"], axis=1), curve, rtol=1e-6
+    )
     assert furthest(found["parameters"], parameters) < (1e-6 if rule == "sgd" else 1e-4)
 
 
 @pytest.mark.parametrize("name", named("checkpointing"))
 def test_activation_checkpointing_gives_the_same_gradients(name, results, first_gradient):
     assert apart(results[name][0]["gradient"], first_gradient("llama")) < 1e-6
-    assert results[name][0]["forwards"] == 2 and results["llama gradient 2x2 zero 2"][0]["forwards"] == 1
+    assert (
+        results[name][0]["forwards"] == 2
+        and results["llama gradient 2x2 zero 2"][0]["forwards"] == 1
+    )
 
 
 # --- LoRA
 
 # PEFT asks transformers for it when it adds an adapter.
-peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+peft_warns = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 def adapted(folder: str, state: dict[str, np.ndarray]) -> torch.nn.Module:
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear"
+    )
     result = peft.get_peft_model(load(folder), settings)
     result.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
     return result
@@ -574,7 +668,9 @@ def adapted(folder: str, state: dict[str, np.ndarray]) -> torch.nn.Module:
 @pytest.mark.parametrize("zero", (2, 3))
 def test_lora(zero, results, folders):
     found = results[f"lora zero {zero}"][0]
-    wanted = reference.train(adapted(folders["llama"], found["before"]), BATCHES, WEIGHTS, RATES["sgd"], optimizer("sgd"))
+    wanted = reference.train(
+        adapted(folders["llama"], found["before"]), BATCHES, WEIGHTS, RATES["sgd"], optimizer("sgd")
+    )
     assert furthest(found["parameters"], wanted.parameters) < 1e-6
     change = {name: np.abs(array).max() for name, array in moved(found).items()}
     assert min(x for name, x in change.items() if "lora_" in name) > 1e-4
@@ -611,7 +707,9 @@ def test_bf16_stays_close_to_fp32(name, results, trajectory):
 @pytest.mark.parametrize("zero", (1, 2, 3))
 def test_bf16_gradients_add_up_in_fp32(zero, results, first_gradient):
     """A micro-batch's gradient is the same bf16 numbers in both cuts; added or sent in bf16, the sums would differ."""
-    whole, parts = (results[f"bf16 gradient {cut} zero {zero}"][0]["gradient"] for cut in ("1x4", "2x2"))
+    whole, parts = (
+        results[f"bf16 gradient {cut} zero {zero}"][0]["gradient"] for cut in ("1x4", "2x2")
+    )
     assert apart(parts, whole) < 1e-6
     assert apart(parts, first_gradient("llama")) < 0.02
 
@@ -646,7 +744,10 @@ def test_a_gradient_that_is_not_finite_ends_both_without_an_update(name, results
 
 def test_other_texts_on_other_ranks_are_noticed(results):
     one, two = results["same"]
-    assert one == ["agreed", "RankError: rank 1 failed: ValueError: rank 1 has another order than rank 0. Here: order of 1"]
+    assert one == [
+        "agreed",
+        "RankError: rank 1 failed: ValueError: rank 1 has another order than rank 0. Here: order of 1",
+    ]
     assert two == ["agreed", "ValueError: rank 1 has another order than rank 0. Here: order of 1"]
 
 
@@ -667,7 +768,7 @@ def test_an_error_on_one_rank_ends_both(results):
 def test_validation(name, results, folders):
     """Every group's sums and counts on every rank, and the probe of a group is that group's loss."""
     tasks = validation_tasks()
-    cut = ValidationCut(tasks, 3, 0, Layout(1, 0, ROW, PAD))
+    cut = ValidationGroups(tasks, 3, 0, Layout(1, 0, ROW, PAD))
     module, losses = load(folders["llama"]).eval(), np.zeros((3, 3))
     tokens = np.zeros((3, 3))
     with torch.no_grad():

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import peft
 import pytest
+import runs
 import torch
 import toys
 import yaml as pyyaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import runs
-from mtl import model, process
+from mtl import process
 from mtl.config import parse
-from mtl.export import export
+from mtl.models.errors import ModelError
+from mtl.output.export import export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -49,7 +50,9 @@ def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 def prompt(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoTokenizer.from_pretrained(folder)("abc =", return_tensors="pt", return_token_type_ids=False)
+    return AutoTokenizer.from_pretrained(folder)(
+        "abc =", return_tensors="pt", return_token_type_ids=False
+    )
 
 
 def test_a_whole_model(full, tmp_path):
@@ -57,7 +60,9 @@ def test_a_whole_model(full, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert shapes(loaded) == shapes(toys.tiny_llama())
     before = toys.tiny_llama().state_dict()
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items()), "all were trained"
+    assert all(
+        not torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items()
+    ), "all were trained"
     assert AutoTokenizer.from_pretrained(out).chat_template == toys.CHAT
     assert (out / "generation_config.json").is_file()
     assert loaded.generate(**prompt(out), max_new_tokens=3, do_sample=False).shape == (1, 8)
@@ -80,11 +85,16 @@ def test_an_adapter_stays_small_and_names_its_base(adapter, yaml, tmp_path):
 
 
 def test_an_adapters_checkpoint_holds_no_frozen_weight(adapter):
-    trained = sum(tensor.numel() for tensor in load_file(adapter / "model" / "adapter_model.safetensors").values())
+    trained = sum(
+        tensor.numel()
+        for tensor in load_file(adapter / "model" / "adapter_model.safetensors").values()
+    )
     frozen = sum(parameter.numel() for parameter in toys.tiny_llama().parameters())
     assert frozen > 8 * trained
     engine = sum(path.stat().st_size for path in (adapter / "engine").iterdir())
-    assert 12 * trained < engine < 4 * frozen, "fp32 parameters and two moments, and no room for the rest"
+    assert 12 * trained < engine < 4 * frozen, (
+        "fp32 parameters and two moments, and no room for the rest"
+    )
     (weights,) = (adapter / "model").glob("*.safetensors")
     assert 4 * trained < weights.stat().st_size < 4 * trained + 8192
     for path in (adapter / "engine").glob("*_model_states.pt"):
@@ -96,12 +106,16 @@ def test_merged_is_base_and_adapter_together(adapter, tmp_path):
     out = export(adapter, tmp_path / "out", merge=True)
     assert not (out / "adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(out)
-    assert type(merged).__name__ == "LlamaForCausalLM" and shapes(merged) == shapes(toys.tiny_llama())
+    assert type(merged).__name__ == "LlamaForCausalLM" and shapes(merged) == shapes(
+        toys.tiny_llama()
+    )
     apart = peft.AutoPeftModelForCausalLM.from_pretrained(adapter / "model")
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-5)
-        assert (merged(ids).logits - toys.tiny_llama()(ids).logits).abs().max() > 1e-4, "the adapter does something"
+        assert (merged(ids).logits - toys.tiny_llama()(ids).logits).abs().max() > 1e-4, (
+            "the adapter does something"
+        )
     assert AutoTokenizer.from_pretrained(out).chat_template == toys.CHAT
 
 
@@ -120,10 +134,14 @@ def test_shards_are_cast_one_by_one(full, tmp_path):
     copy = tmp_path / "run" / "checkpoints" / "step-00000012"
     shutil.copytree(full / "model", copy / "model")
     (copy / "model" / "model.safetensors").unlink()
-    AutoModelForCausalLM.from_pretrained(full / "model").save_pretrained(copy / "model", max_shard_size="100KB")
+    AutoModelForCausalLM.from_pretrained(full / "model").save_pretrained(
+        copy / "model", max_shard_size="100KB"
+    )
     assert len(list((copy / "model").glob("*.safetensors"))) > 2
     out = export(copy, tmp_path / "out", "bf16")
-    loaded, whole = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, full / "model"))
+    loaded, whole = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (out, full / "model")
+    )
     for name, tensor in whole.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -142,10 +160,14 @@ def test_the_card(kind, request, yaml, tmp_path):
     passes = [line for line in runs.metrics(checkpoint.parent.parent) if "eval/macro" in line]
     for name, rows in (("copy", 24), ("chat", 12), ("prose", 8)):
         (line,) = (line for line in body.splitlines() if line.startswith(f"| {name} | {rows} |"))
-        assert line.endswith(f"| {passes[0][f'eval/{name}/loss']:.4f} | {passes[-1][f'eval/{name}/loss']:.4f} |")
+        assert line.endswith(
+            f"| {passes[0][f'eval/{name}/loss']:.4f} | {passes[-1][f'eval/{name}/loss']:.4f} |"
+        )
     blocks = [pyyaml.safe_load(part.partition("```")[0]) for part in body.split("```yaml\n")[1:]]
     assert blocks[0] == {"balancer": {"name": "CoBa", "window": 5, "warmup": 3}}
-    assert parse(pyyaml.safe_dump(blocks[1])).resolved() == blocks[1], "the config in it is a config"
+    assert parse(pyyaml.safe_dump(blocks[1])).resolved() == blocks[1], (
+        "the config in it is a config"
+    )
     assert "at step 12 of 12" in body and f"torch {torch.__version__}".split("+")[0] in body
 
 
@@ -161,7 +183,9 @@ def call(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 def test_the_program(adapter, tmp_path, monkeypatch, capsys):
-    code, out, _ = call(monkeypatch, capsys, adapter, tmp_path / "out", "--merge", "--dtype", "bf16")
+    code, out, _ = call(
+        monkeypatch, capsys, adapter, tmp_path / "out", "--merge", "--dtype", "bf16"
+    )
     assert code == 0 and out == f"merged model, of step-00000012: {tmp_path}/out\n"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
@@ -177,10 +201,14 @@ def test_what_cannot_be_exported(full, adapter, tmp_path, monkeypatch, capsys):
     ):
         if arguments[0] == full.parent.parent:
             (tmp_path / "run").mkdir()
-            arguments[0] = tmp_path / "run"  # a run's own folder has a model/ at its end: not a checkpoint without one
+            arguments[0] = (
+                tmp_path / "run"
+            )  # a run's own folder has a model/ at its end: not a checkpoint without one
         code, _, err = call(monkeypatch, capsys, *arguments)
         assert code == 1 and text in err and "Traceback" not in err, err
-    assert not (tmp_path / "out").exists() and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "out").exists() and [p.name for p in (tmp_path / "mine").iterdir()] == [
+        "thesis.tex"
+    ]
 
 
 def test_a_base_model_that_is_gone(adapter, tmp_path):
@@ -191,6 +219,6 @@ def test_a_base_model_that_is_gone(adapter, tmp_path):
     settings = json.loads((copy / "model" / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "gone")
     (copy / "model" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(model.ModelError, match="the adapter's base model .*gone' could not be loaded"):
+    with pytest.raises(ModelError, match="the adapter's base model .*gone' could not be loaded"):
         export(copy, tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()

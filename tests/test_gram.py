@@ -9,16 +9,29 @@ import reference
 import torch
 import toys
 from distributed import run_distributed
-from test_equivalence import BF16, LORA, NAMES, PAD, STAGES, adapted, configuration, load, parameters, run_jobs, start
+from test_equivalence import (
+    BF16,
+    LORA,
+    NAMES,
+    PAD,
+    STAGES,
+    adapted,
+    configuration,
+    load,
+    parameters,
+    run_jobs,
+    start,
+)
 
 from balancers import Signal
-from mtl import comm, gram
 from mtl.config import ConfigError
-from mtl.data.batches import Layout, TrainBatches, ValidationCut
+from mtl.data.batches import Layout, TrainBatches, ValidationGroups
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.mix import Mix
-from mtl.objectives import causal_lm
-from mtl.step import fetch, train_step
+from mtl.distributed import comm
+from mtl.losses.causal_lm import causal_lm
+from mtl.train import gram
+from mtl.train.step import fetch, train_step
 
 # Examples of each task. In a batch of 7 the rare one is absent from the first batch and there in a later one.
 SIZES, EXAMPLES, GROUPS = (30, 20, 2), 7, 2
@@ -41,7 +54,10 @@ ROWS = {
     "validation": [examples(k, 5 - k, 1) for k in range(3)],
 }
 TASKS = [
-    TaskData(name, *(Encoded.of([row[:2] for row in ROWS[split][k]]) for split in ("train", "validation")))
+    TaskData(
+        name,
+        *(Encoded.of([row[:2] for row in ROWS[split][k]]) for split in ("train", "validation")),
+    )
     for k, name in enumerate(NAMES)
 ]
 MIX = Mix(NAMES, SIZES, SIZES, EXAMPLES, 0)
@@ -56,7 +72,7 @@ def batch(step: int) -> list[reference.Example]:
 
 
 def group(number: int) -> list[reference.Example]:
-    cut = ValidationCut(TASKS, GROUPS, 0, layout(False))
+    cut = ValidationGroups(TASKS, GROUPS, 0, layout(False))
     return [ROWS["validation"][k][n] for k, rows in enumerate(cut.rows(number)) for n in rows]
 
 
@@ -64,12 +80,18 @@ def group(number: int) -> list[reference.Example]:
 
 
 def measure(
-    folder: str, params: tuple[str, ...] = ("all", "last_layer"), packed: bool = False, **overrides: object
+    folder: str,
+    params: tuple[str, ...] = ("all", "last_layer"),
+    packed: bool = False,
+    **overrides: object,
 ) -> dict[str, Any]:
     """Gramians before each of two updates; the parameters after them, and those of the same updates without
     Gramians.
     """
-    batches, cut = TrainBatches(TASKS, MIX, layout(packed)), ValidationCut(TASKS, GROUPS, 0, layout(packed))
+    batches, cut = (
+        TrainBatches(TASKS, MIX, layout(packed)),
+        ValidationGroups(TASKS, GROUPS, 0, layout(packed)),
+    )
     found: dict[str, Any] = {"gram": {}, "valid_gram": {}, "names": {}}
     for key in ("with", "without"):
         trained = start(folder, **overrides)
@@ -78,8 +100,12 @@ def measure(
             trained.train()
             for which in params if key == "with" else ():
                 chosen = gram.select(trained.module, which)
-                ours = gram.gradients(trained, causal_lm, batches.by_task(step), list(chosen.values()))
-                theirs = gram.gradients(trained, causal_lm, cut.by_task(step % GROUPS), list(chosen.values()))
+                ours = gram.gradients(
+                    trained, causal_lm, batches.by_task(step), list(chosen.values())
+                )
+                theirs = gram.gradients(
+                    trained, causal_lm, cut.by_task(step % GROUPS), list(chosen.values())
+                )
                 if step == 0:
                     found["names"][which] = list(chosen)
                     found["gram"][which], found["valid_gram"][which] = (
@@ -88,7 +114,10 @@ def measure(
                     )
             fetched = fetch(lambda s=step: batches.batch(s), len(NAMES))
             train_step(trained, causal_lm, fetched, WEIGHTS, 0.1, NAMES)
-        found[key], found["local"] = parameters(trained), [p.numel() for p in trained.module.parameters()]
+        found[key], found["local"] = (
+            parameters(trained),
+            [p.numel() for p in trained.module.parameters()],
+        )
     batches.close()
     return found
 
@@ -96,7 +125,12 @@ def measure(
 CHECKPOINTING = {"model__activation_checkpointing": "true"}
 JOBS: dict[str, dict[str, Any]] = {f"llama zero {z}": {"engine__zero": z} for z in STAGES} | {
     "tied zero 1": {"engine__zero": 1, "family": "gpt2", "packed": True},
-    "tied checkpointing zero 3": {"engine__zero": 3, "family": "gpt2", "packed": True, **CHECKPOINTING},
+    "tied checkpointing zero 3": {
+        "engine__zero": 3,
+        "family": "gpt2",
+        "packed": True,
+        **CHECKPOINTING,
+    },
     "checkpointing adamw zero 2": {
         "engine__zero": 2,
         "optimizer__name": "adamw",
@@ -130,7 +164,9 @@ def results(folders) -> dict[str, list[dict[str, Any]]]:
 # --- one plain process
 
 
-def gradients(model: torch.nn.Module, rows: list[reference.Example], names: list[str]) -> np.ndarray:
+def gradients(
+    model: torch.nn.Module, rows: list[reference.Example], names: list[str]
+) -> np.ndarray:
     """(K, N) float64, zeros where a task is absent."""
     chosen = [dict(model.named_parameters())[name] for name in names]
     found = []
@@ -148,7 +184,9 @@ def wanted(folders, results):
     def gramians(name: str, which: str) -> tuple[np.ndarray, np.ndarray]:
         found, folder = results[name][0], folders[JOBS[name].get("family", "llama")]
         model = adapted(folder, found["at first"]) if "lora" in name else load(folder)
-        ours, theirs = (gradients(model, rows, found["names"][which]) for rows in (batch(0), group(0)))
+        ours, theirs = (
+            gradients(model, rows, found["names"][which]) for rows in (batch(0), group(0))
+        )
         return ours @ ours.T, theirs @ ours.T
 
     return gramians
@@ -161,7 +199,9 @@ def apart(found: np.ndarray, wanted: np.ndarray) -> float:
 PRECISE = [name for name in JOBS if "bf16" not in name and "autocast" not in name]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft asks transformers
 @pytest.mark.parametrize("name", JOBS)
 def test_gramian_of_one_plain_process(name, results, wanted):
     tolerance = 1e-6 if name in PRECISE else 0.03
@@ -172,8 +212,12 @@ def test_gramian_of_one_plain_process(name, results, wanted):
 
 
 def test_an_absent_tasks_row_is_zero(results):
-    assert {task for _, _, task in batch(0)} == {0, 1} and any(task == 2 for t in range(4) for _, _, task in batch(t))
-    grams, valid_grams = (results["llama zero 3"][0][name]["all"] for name in ("gram", "valid_gram"))
+    assert {task for _, _, task in batch(0)} == {0, 1} and any(
+        task == 2 for t in range(4) for _, _, task in batch(t)
+    )
+    grams, valid_grams = (
+        results["llama zero 3"][0][name]["all"] for name in ("gram", "valid_gram")
+    )
     assert not grams[2].any() and not grams[:, 2].any() and np.diag(grams)[:2].min() > 0
     assert valid_grams[2, 0] != 0 and not valid_grams[:, 2].any()
 
@@ -184,10 +228,14 @@ def test_the_update_does_not_notice(name, results):
     assert found["without"].keys() == found["at first"].keys() and found["without"]
     for parameter, array in found["without"].items():
         np.testing.assert_array_equal(found["with"][parameter], array, err_msg=parameter)
-    assert any((found["with"][parameter] != array).any() for parameter, array in found["at first"].items())
+    assert any(
+        (found["with"][parameter] != array).any() for parameter, array in found["at first"].items()
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if name.endswith("zero 3") and "lora" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in JOBS if name.endswith("zero 3") and "lora" not in name]
+)
 def test_partitioned_for_real(name, results):
     assert not any(results[name][0]["local"])
 
@@ -195,13 +243,18 @@ def test_partitioned_for_real(name, results):
 def test_parameters_chosen():
     names = list(gram.select(toys.tiny_llama(), "last_layer"))
     assert len(names) == 9 and all(name.startswith("model.layers.1.") for name in names)
-    assert list(gram.select(toys.tiny_gpt2(), r"wpe|ln_f\.bias")) == ["transformer.wpe.weight", "transformer.ln_f.bias"]
+    assert list(gram.select(toys.tiny_gpt2(), r"wpe|ln_f\.bias")) == [
+        "transformer.wpe.weight",
+        "transformer.ln_f.bias",
+    ]
     assert len(gram.select(toys.tiny_gpt2(), "all")) == len(list(toys.tiny_gpt2().parameters()))
 
 
 @pytest.mark.parametrize("which", ["adapter", "lm_haed"])
 def test_parameters_that_do_not_exist(which):
-    with pytest.raises(ValueError, match=rf"found '{which}', which no trainable parameter matches.*lm_head\.weight"):
+    with pytest.raises(
+        ValueError, match=rf"found '{which}', which no trainable parameter matches.*lm_head\.weight"
+    ):
         gram.select(toys.tiny_llama(), which)
 
 

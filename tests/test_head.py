@@ -8,8 +8,8 @@ import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import tiny_gpt2, tiny_llama
 
-from mtl import head
-from mtl.head import Targets
+from mtl.losses import head
+from mtl.losses.head import Targets
 
 V = 211  # no other size of any model here
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -22,7 +22,9 @@ def llama(**changes: object) -> hf.LlamaForCausalLM:
 
 
 def lora_on_the_head() -> peft.PeftModel:
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     return peft.get_peft_model(llama(), settings)
 
 
@@ -34,11 +36,17 @@ MODELS = {
     "phi, bias": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SIZES)),
     "cohere, scale": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES, logit_scale=0.3)),
     "granite, scale": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=3.0)),
-    "gemma2, soft cap": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GROUPED, final_logit_softcapping=0.5)),
+    "gemma2, soft cap": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**GROUPED, final_logit_softcapping=0.5)
+    ),
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED)),
-    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)),
-    "opt, nested": lambda: hf.OPTForCausalLM(hf.OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
+    ),
+    "opt, nested": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)
+    ),
     "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES)),
     "llama, lora on the head": lora_on_the_head,
@@ -50,13 +58,17 @@ def inputs(seed: int = 0) -> tuple[dict[str, torch.Tensor], Targets]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, V, (3, 12), generator=generator)
     at = torch.nonzero(torch.rand(36, generator=generator) < 0.5).flatten()
-    return {"input_ids": ids, "use_cache": False}, Targets(at, torch.randint(2, V, at.shape, generator=generator), len(at))
+    return {"input_ids": ids, "use_cache": False}, Targets(
+        at, torch.randint(2, V, at.shape, generator=generator), len(at)
+    )
 
 
 def gradients(model: torch.nn.Module, losses: torch.Tensor) -> torch.Tensor:
     """Of unevenly weighted losses, so that a mistaken order would show."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad((losses * torch.linspace(0.1, 2, len(losses))).sum(), trained, allow_unused=True)
+    found = torch.autograd.grad(
+        (losses * torch.linspace(0.1, 2, len(losses))).sum(), trained, allow_unused=True
+    )
     return torch.cat([g.flatten() for g in found if g is not None])
 
 
@@ -99,7 +111,11 @@ def test_dropout_in_the_head_is_the_same_in_the_backward_pass(monkeypatch):
     """Adapters on the head may drop out: a slice that is computed again must drop what it dropped before."""
     monkeypatch.setattr(head, "slice_rows", lambda hidden: 5)
     settings = peft.LoraConfig(
-        r=4, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM"
+        r=4,
+        target_modules=["lm_head"],
+        lora_dropout=0.5,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(0)
     model = peft.get_peft_model(llama(), settings).train()
@@ -121,7 +137,9 @@ def test_dropout_in_the_head_is_the_same_in_the_backward_pass(monkeypatch):
         for sign in (1, -2):
             scale.add_(sign * step)
             values.append(total())
-    assert float((values[0] - values[1]) / 2) == pytest.approx(float((found * step).sum()), rel=1e-3)
+    assert float((values[0] - values[1]) / 2) == pytest.approx(
+        float((found * step).sum()), rel=1e-3
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -148,7 +166,9 @@ def test_no_more_logits_than_a_slice_are_ever_made(monkeypatch):
             if sliced:
                 losses = model(**rest, targets=targets).loss
             else:
-                losses = F.cross_entropy(model(**rest).logits.flatten(0, 1)[targets.at], targets.labels, reduction="none")
+                losses = F.cross_entropy(
+                    model(**rest).logits.flatten(0, 1)[targets.at], targets.labels, reduction="none"
+                )
             losses.sum().backward()
         found[sliced] = largest.rows
     assert found == {True: 4, False: 36}
@@ -179,7 +199,12 @@ def test_the_losses_are_fp32_in_a_bf16_model(monkeypatch):
     head.install(model)
     found = model(**rest, targets=targets).loss
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, F.cross_entropy(logits.float(), targets.labels, reduction="none"), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        found,
+        F.cross_entropy(logits.float(), targets.labels, reduction="none"),
+        rtol=2e-3,
+        atol=2e-3,
+    )
 
 
 def test_a_model_that_is_all_head_is_refused():
@@ -187,5 +212,8 @@ def test_a_model_that_is_all_head_is_refused():
         head.decoder_of(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="LlamaModel has no decoder beside its head"):
         head.decoder_of(tiny_llama().model)
-    assert head.decoder_of(tiny_llama())[1] == "model" and head.decoder_of(lora_on_the_head())[1] == "model"
+    assert (
+        head.decoder_of(tiny_llama())[1] == "model"
+        and head.decoder_of(lora_on_the_head())[1] == "model"
+    )
     assert head.decoder_of(MODELS["opt, nested"]())[1] == "model.decoder"

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
 import runs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -22,7 +21,11 @@ ERRORS = {
         "GatedRepo",
         "Access to model owner/gated is restricted. You must have access to it and be authenticated.",
     ),
-    "owner/asked": (403, "GatedRepo", "Access to model owner/asked is restricted and you are not in the authorized list."),
+    "owner/asked": (
+        403,
+        "GatedRepo",
+        "Access to model owner/asked is restricted and you are not in the authorized list.",
+    ),
     "owner/missing": (401, "RepoNotFound", "Repository not found"),
 }
 CHECK = f"""
@@ -52,17 +55,29 @@ class Answer(BaseHTTPRequestHandler):
         name, file = match.groups() if match else ("", None)
         if name in ERRORS:
             status, code, text = ERRORS[name]
-            return self.answer(status, json.dumps({"error": text}).encode(), {"X-Error-Code": code, "X-Error-Message": text})
+            return self.answer(
+                status,
+                json.dumps({"error": text}).encode(),
+                {"X-Error-Code": code, "X-Error-Message": text},
+            )
         path = self.server.folder / (file or "")
         if not path.is_file():
-            return self.answer(404, b"Entry not found", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
+            return self.answer(
+                404,
+                b"Entry not found",
+                {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"},
+            )
         return self.answer(200, path.read_bytes(), {"ETag": f'"{file}"'})
 
     do_HEAD = do_GET
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**headers, "X-Repo-Commit": COMMIT, "Content-Length": str(len(body))}.items():
+        for name, value in {
+            **headers,
+            "X-Repo-Commit": COMMIT,
+            "Content-Length": str(len(body)),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -79,7 +94,9 @@ def checked(tmp_path_factory) -> Iterator[tuple[dict[str, str], Hub, Path]]:
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "code.Odd", "AutoModelForCausalLM": "code.OddForCausalLM"}
     (folder / "config.json").write_text(
-        json.dumps(config | {"model_type": "odd", "architectures": ["OddForCausalLM"], "auto_map": auto})
+        json.dumps(
+            config | {"model_type": "odd", "architectures": ["OddForCausalLM"], "auto_map": auto}
+        )
     )
     (folder / "code.py").write_text(f"open({str(yaml.parent / 'it ran')!r}, 'w')\n")
     hub = Hub(folder)
@@ -89,7 +106,9 @@ def checked(tmp_path_factory) -> Iterator[tuple[dict[str, str], Hub, Path]]:
         "HF_HOME": str(yaml.parent / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
     command = [sys.executable, "-c", CHECK, str(yaml), *ERRORS, "owner/remote"]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=runs.TIMEOUT)
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=runs.TIMEOUT
+    )
     hub.shutdown()
     hub.server_close()
     said = dict(re.findall(r"^=== (\S+)\n(.*?^exit \d+)$", ended.stderr, re.MULTILINE | re.DOTALL))
@@ -102,14 +121,19 @@ def checked(tmp_path_factory) -> Iterator[tuple[dict[str, str], Hub, Path]]:
     [
         ("owner/gated", ["gated repo", "hf auth login", "HF_TOKEN"]),
         ("owner/asked", ["gated repo", "Ask its owner for access", "hf auth login"]),
-        ("owner/missing", ["is not a local folder and is not a valid model identifier", "hf auth login"]),
+        (
+            "owner/missing",
+            ["is not a local folder and is not a valid model identifier", "hf auth login"],
+        ),
         ("owner/remote", ["runs code that comes with it", "model.allow_remote_code: true"]),
     ],
 )
 def test_it_says_the_model_the_line_and_the_next_move(checked, name, texts):
     said, hub, yaml = checked
     *_, text, code = said[name].splitlines()
-    assert text.startswith(f"error: --set model.name={name}: model.name: ") and repr(name) in text, text
+    assert (
+        text.startswith(f"error: --set model.name={name}: model.name: ") and repr(name) in text
+    ), text
     assert all(one in text for one in texts), text
     assert code == "exit 1" and "Traceback" not in said[name], said[name]
     assert any(f"{name}/resolve/main/" in path for path in hub.asked), "it has asked the hub"

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from distributed import run_distributed
 
 from balancers import DWA, FAMO, CoBa, Equal, GradNorm, Static, Tokens
-from mtl import comm
+from mtl.distributed import comm
 from mtl.integrations.loop import Balance
 
 NAMES = ["code", "math", "law"]
 
 
-def micro_batches(step: int, ranks: int = 1, rank: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def micro_batches(
+    step: int, ranks: int = 1, rank: int = 0
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(inputs (T, 4), labels (T,), task (T,)): four micro-batches a step of unequal size, one of them without
     targets.
     """
@@ -36,7 +38,9 @@ def linear() -> torch.nn.Linear:
     return torch.nn.Linear(4, 5)
 
 
-def train(balance: Balance, steps: range, model: torch.nn.Module, ranks: int = 1, rank: int = 0) -> list[np.ndarray]:
+def train(
+    balance: Balance, steps: range, model: torch.nn.Module, ranks: int = 1, rank: int = 0
+) -> list[np.ndarray]:
     """The loop of the module's docstring; gradients are averaged over ranks as DDP does. Returns the losses of each
     step.
     """
@@ -58,7 +62,9 @@ def reference(weights: np.ndarray, steps: range) -> tuple[list[np.ndarray], torc
     model = linear()
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
     for step in steps:
-        inputs, labels, task = (torch.cat(parts) for parts in zip(*micro_batches(step), strict=True))
+        inputs, labels, task = (
+            torch.cat(parts) for parts in zip(*micro_batches(step), strict=True)
+        )
         each = F.cross_entropy(model(inputs), labels, reduction="none")
         means = [each[task == k].mean() for k in range(3)]
         optimizer.zero_grad()
@@ -78,7 +84,13 @@ def test_a_plain_loop_without_a_process_group():
 
 def on_two_ranks() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     model = linear()
-    losses = train(Balance(Static({"code": 5, "math": 3, "law": 2}), NAMES), range(4), model, comm.world(), comm.rank())
+    losses = train(
+        Balance(Static({"code": 5, "math": 3, "law": 2}), NAMES),
+        range(4),
+        model,
+        comm.world(),
+        comm.rank(),
+    )
     balance = Balance(Equal(), NAMES)
     mean = balance.mean(torch.tensor([1.0 + comm.rank(), 2.0]), torch.tensor([0, comm.rank()]))
     return losses, model.weight.detach().numpy(), mean
@@ -130,7 +142,10 @@ def test_signals_the_caller_measures():
         balance.begin(task, valid_loss=[2.0 - 0.1 * step, 1.0 + 0.1 * step], valid_group=0)
         balance.loss(torch.ones(2), task), balance.end()
     assert abs(balance.weights[0] - balance.weights[1]) > 0.1
-    with pytest.raises(ValueError, match=r"found \['gram'\]; CoBa reads \['valid_base', 'valid_group', 'valid_loss'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"found \['gram'\]; CoBa reads \['valid_base', 'valid_group', 'valid_loss'\]",
+    ):
         balance.begin(task, gram=np.eye(2))
     with pytest.raises(ValueError, match="found no gram at step 0, wanted it: GradNorm reads it"):
         Balance(GradNorm(), NAMES[:2]).begin(task)

@@ -23,9 +23,17 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_example(name):
     check = "assert b.step == 30 and b.losses.min() < 4 and abs(b.weights[0] - b.weights[1]) > 1e-3, vars(b)"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]), "CUDA_VISIBLE_DEVICES": ""}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", f"{CALLS[name]}\n{check}"], env=env, capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", f"{CALLS[name]}\n{check}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
 

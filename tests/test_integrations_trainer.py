@@ -13,7 +13,7 @@ import toys
 from distributed import run_distributed
 
 from balancers import CoBa, Equal, GradNorm, Static, Tokens
-from mtl import comm
+from mtl.distributed import comm
 
 NAMES = ["code", "math", "law"]
 
@@ -24,7 +24,9 @@ def rows(n: int, seed: int, task: str | None = None) -> list[dict[str, Any]]:
     for i in range(n):
         ids = rng.integers(0, 250, int(rng.integers(4, 20))).tolist()
         labels = [token if rng.random() < 0.5 else -100 for token in ids]
-        made.append({"input_ids": ids, "labels": [*labels[:-1], ids[-1]], "task": task or NAMES[i % 3]})
+        made.append(
+            {"input_ids": ids, "labels": [*labels[:-1], ids[-1]], "task": task or NAMES[i % 3]}
+        )
     return made
 
 
@@ -152,7 +154,11 @@ def refusals(train: Any, folder: str) -> dict[str, str]:
         "validation": {"balancer": CoBa(window=3, warmup=1), "tasks": NAMES},
         "column": {"balancer": Equal(), "tasks": NAMES, "task_column": "kind"},
         "name": {"balancer": Equal(), "tasks": ["code", "math", "lore"]},
-        "smoothing": {"balancer": Equal(), "tasks": NAMES, "changes": {"label_smoothing_factor": 0.1}},
+        "smoothing": {
+            "balancer": Equal(),
+            "tasks": NAMES,
+            "changes": {"label_smoothing_factor": 0.1},
+        },
     }
     found = {}
     for name, case in cases.items():
@@ -174,16 +180,29 @@ def sft() -> dict[str, Any]:
         pass
 
     texts = [
-        {"prompt": f"{NAMES[i % 3]} {i} +", "completion": f" {'x' * (i * i % 13 + 1)}", "task": NAMES[i % 3]}
+        {
+            "prompt": f"{NAMES[i % 3]} {i} +",
+            "completion": f" {'x' * (i * i % 13 + 1)}",
+            "task": NAMES[i % 3],
+        }
         for i in range(120)
     ]
-    valid = {name: Dataset.from_list([row for row in texts[:24] if row["task"] == name]) for name in NAMES}
+    valid = {
+        name: Dataset.from_list([row for row in texts[:24] if row["task"] == name])
+        for name in NAMES
+    }
     packed = {"packing": True, "max_length": 48}
 
     def make(kind: Any, folder: str, changes: dict | None = None, **more: Any) -> Any:
         given = {"max_length": 64, "bf16": False} | (changes or {})  # TRL would autocast
         args = arguments(folder, SFTConfig, **given)
-        return kind(toys.tiny_llama(), args, train_dataset=Dataset.from_list(texts), processing_class=toys.tokenizer(), **more)
+        return kind(
+            toys.tiny_llama(),
+            args,
+            train_dataset=Dataset.from_list(texts),
+            processing_class=toys.tokenizer(),
+            **more,
+        )
 
     def train(*given: Any, resume: bool = False, **more: Any) -> dict[str, Any]:
         trainer = make(*given, **more)
@@ -196,7 +215,16 @@ def sft() -> dict[str, Any]:
     def coba(folder: str, changes: dict, **more: Any) -> dict[str, Any]:
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
         balancer = CoBa(window=3, warmup=1)
-        return train(BalancedSFT, folder, saving, balancer=balancer, tasks=NAMES, eval_dataset=valid, probe_groups=2, **more)
+        return train(
+            BalancedSFT,
+            folder,
+            saving,
+            balancer=balancer,
+            tasks=NAMES,
+            eval_dataset=valid,
+            probe_groups=2,
+            **more,
+        )
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -211,9 +239,15 @@ def sft() -> dict[str, Any]:
         }
         for layout in layouts if comm.world() == 1 else ("packed",):
             found["own", layout] = train(SFTTrainer, root, layouts[layout])
-            found["tokens", layout] = train(BalancedSFT, root, layouts[layout], balancer=Tokens(), tasks=NAMES)
-        found["static", "packed"] = train(BalancedSFT, root, packed, balancer=Static([8, 1, 1]), tasks=NAMES)
-        found["static", "padded"] = train(BalancedSFT, root, {}, balancer=Static([8, 1, 1]), tasks=NAMES)
+            found["tokens", layout] = train(
+                BalancedSFT, root, layouts[layout], balancer=Tokens(), tasks=NAMES
+            )
+        found["static", "packed"] = train(
+            BalancedSFT, root, packed, balancer=Static([8, 1, 1]), tasks=NAMES
+        )
+        found["static", "padded"] = train(
+            BalancedSFT, root, {}, balancer=Static([8, 1, 1]), tasks=NAMES
+        )
         found["coba", "packed"] = coba(f"{root}/packed", packed)
         coba(f"{root}/broken", packed | {"max_steps": 2})
         found["resumed", "packed"] = coba(f"{root}/broken", packed, resume=True)
@@ -233,7 +267,9 @@ def two() -> list[dict[str, Any]]:
 
 def assert_close(found: dict[str, Any], wanted: dict[str, Any], atol: float = 2e-7) -> None:
     for name, array in wanted["parameters"].items():
-        np.testing.assert_allclose(found["parameters"][name], array, rtol=0, atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            found["parameters"][name], array, rtol=0, atol=atol, err_msg=name
+        )
 
 
 def losses(run: dict[str, Any], tag: str = "loss") -> list[float]:
@@ -242,7 +278,9 @@ def losses(run: dict[str, Any], tag: str = "loss") -> list[float]:
 
 def test_tokens_is_the_trainers_own_loss(alone):
     assert_close(alone["tokens"], alone["own"])
-    np.testing.assert_allclose(losses(alone["tokens"]), losses(alone["own"]), atol=2e-4)  # the Trainer rounds what it logs
+    np.testing.assert_allclose(
+        losses(alone["tokens"]), losses(alone["own"]), atol=2e-4
+    )  # the Trainer rounds what it logs
     first = toys.tiny_llama().get_output_embeddings().weight.detach().numpy()
     assert np.abs(alone["own"]["parameters"]["lm_head.weight"] - first).max() > 1e-3, "it has moved"
 
@@ -263,7 +301,10 @@ def test_weights_act(alone):
     name = "lm_head.weight"
     difference = alone["static"]["parameters"][name] - alone["tokens"]["parameters"][name]
     assert np.abs(difference).max() > 1e-3
-    assert losses(alone["static"], "code/weight") == [0.8] * 3 and len(losses(alone["static"], "law/loss")) == 3
+    assert (
+        losses(alone["static"], "code/weight") == [0.8] * 3
+        and len(losses(alone["static"], "law/loss")) == 3
+    )
 
 
 @pytest.mark.parametrize("world", (1, 2))
@@ -282,7 +323,9 @@ def test_the_probe_is_the_same_on_two_processes(alone, two):
 def test_what_is_refused(alone):
     found = alone["refused"]
     assert "reads Signal.TRAIN_LOSS|GRAM, wanted token counts" in found["gradients"]
-    assert "eval_dataset must map each of ['code', 'math', 'law'] to its rows" in found["validation"]
+    assert (
+        "eval_dataset must map each of ['code', 'math', 'law'] to its rows" in found["validation"]
+    )
     assert "no column 'kind': add it to every training row" in found["column"]
     assert "column 'task': found 'law', wanted one of ['code', 'math', 'lore']" in found["name"]
     assert "label smoothing, wanted neither" in found["smoothing"]
@@ -311,7 +354,9 @@ def test_under_the_trainers_own_deepspeed(sharded, alone):
             assert_close(rank[run], alone[run], 1e-6)
             np.testing.assert_allclose(losses(rank[run]), losses(alone[run]), atol=2e-4)
         assert_close(rank["at once"], alone["at once"], 1e-5)
-        np.testing.assert_allclose(rank["at once"]["weights"], alone["at once"]["weights"], rtol=2e-3)
+        np.testing.assert_allclose(
+            rank["at once"]["weights"], alone["at once"]["weights"], rtol=2e-3
+        )
         for name, array in rank["at once"]["parameters"].items():
             np.testing.assert_array_equal(rank["resumed"]["parameters"][name], array, err_msg=name)
         np.testing.assert_array_equal(rank["resumed"]["weights"], rank["at once"]["weights"])
@@ -326,7 +371,9 @@ def trl() -> dict[int, list[dict]]:
 def test_in_trl_tokens_is_its_own_loss(layout, trl):
     (found,) = trl[1]
     assert_close(found["tokens", layout], found["own", layout], 1e-6)
-    assert losses(found["own", layout])[-1] < losses(found["own", layout])[0] - 0.5, "it has learned"
+    assert losses(found["own", layout])[-1] < losses(found["own", layout])[0] - 0.5, (
+        "it has learned"
+    )
 
 
 def test_trl_on_two_processes(trl):
@@ -338,7 +385,9 @@ def test_trl_on_two_processes(trl):
                 for tag in ("loss", "weight"):
                     found, wanted = (losses(each[run], f"{name}/{tag}") for each in (rank, alone))
                     assert len(wanted) >= 2
-                    np.testing.assert_allclose(found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-6)
+                    np.testing.assert_allclose(
+                        found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-6
+                    )
 
 
 @pytest.mark.parametrize("layout", ("packed", "wrapped"))
@@ -346,7 +395,9 @@ def test_packed_rows_keep_their_tasks(layout, trl):
     """Every text begins with its task's name and ends with <|end|>; those of a wrapped row may be cut anywhere."""
     (found,) = trl[1]
     rows, own = (found[run, layout]["rows"] for run in ("tokens", "own"))
-    assert rows["input_ids"] == own["input_ids"] and rows["labels"] == own["labels"], "packed as TRL does"
+    assert rows["input_ids"] == own["input_ids"] and rows["labels"] == own["labels"], (
+        "packed as TRL does"
+    )
     stream, task = (np.concatenate(rows[name]) for name in ("input_ids", "task"))
     texts = np.split(np.arange(len(stream)), np.flatnonzero(stream == 257) + 1)
     assert len(texts) == 121 and not len(texts.pop())
@@ -360,24 +411,34 @@ def test_packed_rows_keep_their_tasks(layout, trl):
     first = np.concatenate(rows["task"][:4])
     np.testing.assert_array_equal(batch["task"].ravel(), first)
     label = np.concatenate([row for row in batch["labels"].numpy()])
-    starts = np.arange(len(label)) % batch["labels"].shape[1] == 0  # nothing predicts a row's first token
+    starts = (
+        np.arange(len(label)) % batch["labels"].shape[1] == 0
+    )  # nothing predicts a row's first token
     np.testing.assert_array_equal(of_target, first[(label != -100) & ~starts])
     assert keep.sum() == len(of_target)
 
 
 def test_weights_act_on_packed_rows(trl):
     (found,) = trl[1]
-    difference = [found[run, "packed"]["parameters"]["lm_head.weight"] for run in ("static", "tokens")]
+    difference = [
+        found[run, "packed"]["parameters"]["lm_head.weight"] for run in ("static", "tokens")
+    ]
     assert np.abs(difference[0] - difference[1]).max() > 1e-3
     run = found["static", "packed"]
     by_task = np.array([losses(run, f"{name}/loss") for name in NAMES])
-    np.testing.assert_allclose([0.8, 0.1, 0.1] @ by_task, losses(run), atol=2e-3)  # the Trainer rounds what it logs
+    np.testing.assert_allclose(
+        [0.8, 0.1, 0.1] @ by_task, losses(run), atol=2e-3
+    )  # the Trainer rounds what it logs
 
 
 @pytest.mark.parametrize("world", (1, 2))
 def test_resumed_trl_goes_on_bit_for_bit(world, trl):
     for found in trl[world]:
         for name, array in found["coba", "packed"]["parameters"].items():
-            np.testing.assert_array_equal(found["resumed", "packed"]["parameters"][name], array, err_msg=name)
-        np.testing.assert_array_equal(found["resumed", "packed"]["weights"], found["coba", "packed"]["weights"])
+            np.testing.assert_array_equal(
+                found["resumed", "packed"]["parameters"][name], array, err_msg=name
+            )
+        np.testing.assert_array_equal(
+            found["resumed", "packed"]["weights"], found["coba", "packed"]["weights"]
+        )
         assert len(set(found["coba", "packed"]["weights"])) == 3, "CoBa is past its warm-up"

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import runs
 from mtl import plugins
 
 STEPS = ["train.steps=4", "evaluate.every=2", "checkpoint.every=null"]
@@ -34,13 +34,17 @@ def launched(yaml) -> tuple[Path, runs.Ended]:
 
 def test_deepspeed_ends_with_a_table_and_a_model_that_generates(launched):
     output, ended = launched
-    printed = [line for line in ended.out.splitlines() if not line.startswith("[")]  # the launcher's own
+    printed = [
+        line for line in ended.out.splitlines() if not line.startswith("[")
+    ]  # the launcher's own
     *table, exported = printed[-7:]
     assert re.fullmatch(rf"best model, of step-0000000\d: {output}/model", exported)
     assert table[0].split()[:4] == ["task", "start", "best", "at"]
     assert [line.split()[0] for line in table[2:]] == ["copy", "chat", "prose", "macro"]
 
-    model, tokenizer = (auto.from_pretrained(output / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        auto.from_pretrained(output / "model") for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
     prompt = tokenizer("abc =", return_tensors="pt")
     made = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert made.shape == (1, prompt["input_ids"].shape[1] + 5)
@@ -50,7 +54,9 @@ def test_deepspeed_ends_with_a_table_and_a_model_that_generates(launched):
 
 def test_torchrun_gives_what_deepspeed_gives(yaml, launched):
     output = yaml.parent / "torchrun"
-    runs.launch(["torchrun", "--nproc_per_node", "2", "--standalone"], yaml, *STEPS, f"output={output}").well()
+    runs.launch(
+        ["torchrun", "--nproc_per_node", "2", "--standalone"], yaml, *STEPS, f"output={output}"
+    ).well()
     assert runs.untimed(output) == runs.untimed(launched[0])
 
 
@@ -65,7 +71,9 @@ def test_plain_python_gives_the_same_losses(yaml, launched):
             assert one[tag] == pytest.approx(two[tag], rel=1e-4, abs=1e-6), (one["step"], tag)
 
 
-@pytest.mark.parametrize("given", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]])
+@pytest.mark.parametrize(
+    "given", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]]
+)
 def test_what_launchers_append_is_accepted(monkeypatch, given):
     program = runpy.run_path(str(runs.PROGRAM))
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.yaml", *given])
@@ -75,7 +83,12 @@ def test_what_launchers_append_is_accepted(monkeypatch, given):
 def test_an_error_of_one_rank_ends_both_with_its_text(yaml, tmp_path):
     """In the preparation of a batch, which the ranks agree about: neither is left in a collective."""
     ended = runs.launch(
-        deepspeed(), yaml, *STEPS, f"output={tmp_path}", "objective=outside:causal_lm", MISFORTUNE="raise batch 2 1"
+        deepspeed(),
+        yaml,
+        *STEPS,
+        f"output={tmp_path}",
+        "objective=outside:causal_lm",
+        MISFORTUNE="raise batch 2 1",
     )
     assert ended.codes == [1]
     assert re.search(r"^RuntimeError: the dog ate the batch of step 2$", ended.err, re.MULTILINE)
@@ -86,7 +99,14 @@ def test_an_error_of_one_rank_ends_both_with_its_text(yaml, tmp_path):
 
 def test_an_error_between_forward_and_backward_ends_both(yaml, tmp_path):
     """Where no agreement is asked for: the other rank loses its partner in the next collective."""
-    ended = runs.train(yaml, *STEPS, f"output={tmp_path}", "objective=outside:causal_lm", world=2, MISFORTUNE="raise step 2 1")
+    ended = runs.train(
+        yaml,
+        *STEPS,
+        f"output={tmp_path}",
+        "objective=outside:causal_lm",
+        world=2,
+        MISFORTUNE="raise step 2 1",
+    )
     assert ended.codes == [1, 1]
     assert "RuntimeError: the dog ate the step of step 2" in ended.err
     assert [line["step"] for line in runs.metrics(tmp_path) if "train/loss" in line] == [0, 1]
@@ -107,7 +127,11 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_of_the_readme_exist(command):
-    words = [word for word in shlex.split(command, comments=True) if "=" not in word or word.startswith("-")]
+    words = [
+        word
+        for word in shlex.split(command, comments=True)
+        if "=" not in word or word.startswith("-")
+    ]
     if "bash" in words:  # the command it is given
         words += shlex.split(words[words.index("-c") + 1])
     if words[0] == "make":
@@ -133,14 +157,18 @@ def test_the_readme_has_commands():
     assert {"make train", "make test"} <= {command.split("#")[0].strip() for command in commands()}
 
 
-@pytest.mark.parametrize("path", sorted((runs.ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((runs.ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name
+)
 def test_every_yaml_that_ships_is_read(path):
     assert plugins.read(str(path)).output
 
 
 def test_the_yaml_of_the_readme_is_read(tmp_path):
     for n, text in enumerate(
-        re.findall(r"^```yaml\n(.*?)^```", (runs.ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+        re.findall(
+            r"^```yaml\n(.*?)^```", (runs.ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+        )
     ):
         path = tmp_path / f"{n}.yaml"
         path.write_text(text)

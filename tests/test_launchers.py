@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import yaml as pyyaml
 
-import runs
 from mtl import cli, process
 
 LAUNCH = runs.ROOT / "launch"
@@ -29,7 +29,9 @@ def test_srun_tells_a_process_its_place():
     }  # fmt: skip
     last = {**STEP, "SLURM_PROCID": "19", "SLURM_NODEID": "2", "SLURM_LOCALID": "3"}
     assert process.from_srun(last)["LOCAL_WORLD_SIZE"] == "4"
-    assert process.from_srun({**STEP, "MASTER_PORT": "29500"})["MASTER_PORT"] == "29500", "what is set stays"
+    assert process.from_srun({**STEP, "MASTER_PORT": "29500"})["MASTER_PORT"] == "29500", (
+        "what is set stays"
+    )
     other = process.from_srun({**STEP, "SLURM_STEP_ID": "2"})["MASTER_PORT"]
     assert other != "27137", "two steps of a job may run at once"
 
@@ -86,7 +88,11 @@ def alike(yaml):
 def test_srun_starts_a_run(yaml, alike):
     """As srun does it: the same command twice, with nothing but SLURM's variables to tell them apart."""
     output = yaml.parent / "srun"
-    command = [sys.executable, str(runs.PROGRAM), *runs.arguments(yaml, [*STEPS, f"output={output}"], resume=False)]
+    command = [
+        sys.executable,
+        str(runs.PROGRAM),
+        *runs.arguments(yaml, [*STEPS, f"output={output}"], resume=False),
+    ]
     environment = {
         **os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent), "MASTER_PORT": str(runs.free_port()),
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost",
@@ -94,7 +100,10 @@ def test_srun_starts_a_run(yaml, alike):
     }  # fmt: skip
     tasks = [
         subprocess.Popen(
-            command, env={**environment, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}, stderr=subprocess.PIPE, text=True
+            command,
+            env={**environment, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for n in range(2)
     ]
@@ -106,7 +115,17 @@ def test_srun_starts_a_run(yaml, alike):
 def test_accelerate_starts_a_run(yaml, alike):
     output = yaml.parent / "accelerate"
     port = str(runs.free_port())
-    launcher = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher = [
+        "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     launcher += ["--dynamo_backend", "no", "--main_process_port", port]
     runs.launch(launcher, yaml, *STEPS, f"output={output}").well()
     alike(output)
@@ -117,12 +136,14 @@ def test_the_console_script_runs_the_programs(yaml):
     environment = {**os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT)}
 
     def call(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, cwd=yaml.parent)
+        return subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, cwd=yaml.parent
+        )
 
     shown = call("--help")
-    assert shown.returncode == 0 and all(re.search(rf"^  {name} +\w", shown.stdout, re.M) for name in cli.PROGRAMS), (
-        shown.stdout
-    )
+    assert shown.returncode == 0 and all(
+        re.search(rf"^  {name} +\w", shown.stdout, re.M) for name in cli.PROGRAMS
+    ), shown.stdout
     wrong = call("trian")
     assert wrong.returncode == 2 and "usage: mtl" in wrong.stderr
     checked = call("check", "--config", str(yaml), "--world", "2")
@@ -138,7 +159,9 @@ def test_the_console_script_passes_everything_on(tmp_path, monkeypatch):
         )
     monkeypatch.setattr(cli, "folder", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mtl", "--local_rank=1", "train", "--config", "x.yaml", "--set", "a=b"])
+    monkeypatch.setattr(
+        sys, "argv", ["mtl", "--local_rank=1", "train", "--config", "x.yaml", "--set", "a=b"]
+    )
     cli.main()
     assert (tmp_path / "said").read_text() == "['--config', 'x.yaml', '--set', 'a=b']"
 
@@ -150,12 +173,27 @@ def installed(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(runs.ROOT / name, folder)
     for name in ("mtl", "balancers", "launch"):
-        shutil.copytree(runs.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            runs.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder)], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder)],
+        check=True,
+    )
     (wheel,) = folder.glob("*.whl")
     subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(folder / "site"), str(wheel)], check=True
+        [
+            *pip,
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--no-compile",
+            "--target",
+            str(folder / "site"),
+            str(wheel),
+        ],
+        check=True,
     )
     return folder / "site"
 
@@ -163,11 +201,15 @@ def installed(tmp_path_factory) -> Path:
 def test_a_wheel_holds_the_whole_package(installed):
     def files(folder: Path) -> set[str]:
         return {
-            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
         }
 
     assert files(installed / "balancers") == files(runs.ROOT / "balancers")
-    assert files(installed / "mtl") == files(runs.ROOT / "mtl") | {f"launch/{name}" for name in files(LAUNCH)}
+    assert files(installed / "mtl") == files(runs.ROOT / "mtl") | {
+        f"launch/{name}" for name in files(LAUNCH)
+    }
 
 
 def test_an_installed_wheel_needs_no_checkout(installed, yaml, tmp_path):
@@ -175,13 +217,23 @@ def test_an_installed_wheel_needs_no_checkout(installed, yaml, tmp_path):
 
     def call(*arguments: str) -> subprocess.CompletedProcess:
         command = [str(installed / "bin" / "mtl"), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
 
-    assert call("--help").stdout.endswith(f": {installed / 'mtl' / 'launch'}\n"), "it says where the templates are"
+    assert call("--help").stdout.endswith(f": {installed / 'mtl' / 'launch'}\n"), (
+        "it says where the templates are"
+    )
     checked = call("check", "--config", str(yaml), "--world", "2")
     assert checked.returncode == 0 and "nothing stands in the way" in checked.stdout, checked.stderr
     source = f"import sys, runpy; runpy.run_path({str(installed / 'mtl/launch/report.py')!r}); print(sys.path)"
-    shown = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    shown = subprocess.run(
+        [sys.executable, "-c", source],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert f"'{installed}'" in shown.stdout and f"'{installed / 'mtl'}'" not in shown.stdout, (
         "where `import data` would be ours"
     )
@@ -192,7 +244,9 @@ def test_an_installed_wheel_needs_no_checkout(installed, yaml, tmp_path):
 
 def options_of(program: str) -> set[str]:
     """A program's long options, from its own parser's help."""
-    help_ = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
+    help_ = subprocess.run(
+        [sys.executable, program, "--help"], capture_output=True, text=True, check=True
+    )
     return set(re.findall(r"--[a-z][\w-]*", help_.stdout))
 
 
@@ -205,9 +259,16 @@ def options() -> dict[str, set[str]]:
     def of(parser) -> set[str]:
         return {name for action in parser._actions for name in action.option_strings}
 
-    found = {f"launch/{name}.py": options_of(str(LAUNCH / f"{name}.py")) for name in ("train", "check", "export")}
+    found = {
+        f"launch/{name}.py": options_of(str(LAUNCH / f"{name}.py"))
+        for name in ("train", "check", "export")
+    }
     deepspeed = set(re.findall(r"[\"'](--\w+)[\"']", Path(runner.__file__).read_text()))
-    return found | {"torchrun": of(get_args_parser()), "accelerate": of(launch_command_parser()), "deepspeed": deepspeed}
+    return found | {
+        "torchrun": of(get_args_parser()),
+        "accelerate": of(launch_command_parser()),
+        "deepspeed": deepspeed,
+    }
 
 
 def assert_known(command: list[str], options: dict[str, set[str]]) -> None:
@@ -217,12 +278,19 @@ def assert_known(command: list[str], options: dict[str, set[str]]) -> None:
         if word in options:
             owner = word
         elif word.startswith("--"):
-            assert word.partition("=")[0] in options[owner], f"{owner} has no {word}: {shlex.join(command)}"
+            assert word.partition("=")[0] in options[owner], (
+                f"{owner} has no {word}: {shlex.join(command)}"
+            )
 
 
 def commands(text: str) -> list[list[str]]:
     text = text.replace("-m mtl.cli train", "launch/train.py")
-    return [shlex.split(one) for one in re.findall(r"`((?:deepspeed|torchrun|accelerate|python) [^`]*launch/[^`]*)`", text)]
+    return [
+        shlex.split(one)
+        for one in re.findall(
+            r"`((?:deepspeed|torchrun|accelerate|python) [^`]*launch/[^`]*)`", text
+        )
+    ]
 
 
 def test_the_commands_of_the_cluster_page_exist(options):
@@ -243,8 +311,12 @@ def test_the_slurm_script(options):
         if line.startswith("srun"):
             program = line[line.index("launch/") :].replace('"$@"', "--config x.yaml")
             assert_known(shlex.split(program), options)
-    assert text.index("#SBATCH") < text.index("set -euo"), "sbatch reads no option after the first command"
-    outside = subprocess.run(["bash", str(script)], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert text.index("#SBATCH") < text.index("set -euo"), (
+        "sbatch reads no option after the first command"
+    )
+    outside = subprocess.run(
+        ["bash", str(script)], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
+    )
     assert outside.returncode != 0 and "submit this with sbatch" in outside.stderr
 
 
@@ -252,9 +324,15 @@ def test_the_slurm_script_prepares_then_trains(tmp_path):
     """With an srun that only says what it was given."""
     (tmp_path / "srun").write_text('#!/bin/sh\necho "srun $*"\n')
     (tmp_path / "srun").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": "py"}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "PYTHON": "py",
+    }
     command = ["bash", str(LAUNCH / "slurm.sh"), "--config", "x.yaml", "--set", "a=b c"]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert said == [
         "srun --nodes=1 --ntasks=1 py launch/check.py --prepare --config x.yaml --set a=b c",
         "srun --kill-on-bad-exit=1 --cpus-per-task=8 py launch/train.py --resume --config x.yaml --set a=b c",
@@ -265,11 +343,16 @@ def test_the_kubernetes_job(options):
     job = pyyaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
-    assert replicas["Master"]["replicas"] == 1 and replicas["Worker"]["template"] == replicas["Master"]["template"]
+    assert (
+        replicas["Master"]["replicas"] == 1
+        and replicas["Worker"]["template"] == replicas["Master"]["template"]
+    )
     pod = replicas["Master"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["name"] == "pytorch"
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     command = shlex.split(container["args"][0])[1:]
     assert_known(command, options)
     assert f"--nproc_per_node={container['resources']['limits']['nvidia.com/gpu']}" in command

@@ -16,11 +16,27 @@ import torch.nn.functional as F
 import toys
 from test_head import GROUPED, MODELS, gradients, inputs, lora_on_the_head
 
-from mtl import head, model
 from mtl.config import ConfigError, parse
+from mtl.losses import head
+from mtl.models import load
+from mtl.models.errors import ModelError
 
-IS_REAL = importlib.util.find_spec("liger_kernel") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-PLAIN = "llama", "llama tied", "gpt2", "phi, bias", "gemma3", "qwen3", "mixtral", "opt, nested", "neox", "falcon"
+IS_REAL = (
+    importlib.util.find_spec("liger_kernel") is not None
+    and os.environ.get("TRITON_INTERPRET") == "1"
+)
+PLAIN = (
+    "llama",
+    "llama tied",
+    "gpt2",
+    "phi, bias",
+    "gemma3",
+    "qwen3",
+    "mixtral",
+    "opt, nested",
+    "neox",
+    "falcon",
+)
 SCALED = "cohere, scale", "granite, scale", "gemma2, soft cap"
 
 
@@ -32,7 +48,11 @@ def stand_in(hidden, weight, labels, bias=None, *, reduction, accum_dtype):
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
     if not IS_REAL:
-        for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional"):
+        for name in (
+            "liger_kernel",
+            "liger_kernel.transformers",
+            "liger_kernel.transformers.functional",
+        ):
             module = types.ModuleType(name)
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)
             monkeypatch.setitem(sys.modules, name, module)
@@ -49,7 +69,9 @@ def test_the_kernel_gives_the_losses_and_gradients_of_full_logits(name):
     wanted = F.cross_entropy(logits.flatten(0, 1)[targets.at], targets.labels, reduction="none")
     head.install(made, "liger")
     rows = []
-    made.get_output_embeddings().register_forward_hook(lambda part, given, out: rows.append(out.numel() // out.shape[-1]))
+    made.get_output_embeddings().register_forward_hook(
+        lambda part, given, out: rows.append(out.numel() // out.shape[-1])
+    )
     found = made(**rest, targets=targets).loss
     assert found.dtype == torch.float32 and found.shape == targets.at.shape
     assert rows == [1, 1, 1], "the model's own head saw one position, and twice the large one"
@@ -58,7 +80,9 @@ def test_the_kernel_gives_the_losses_and_gradients_of_full_logits(name):
     assert (ours - theirs).norm() < 2e-6 * theirs.norm() and theirs.norm() > 0
     made(**rest, targets=targets)
     assert rows == [1, 1, 1, 1], "checked once"
-    none = made(**rest, targets=head.Targets(targets.at[:0], targets.labels[:0], len(targets.at))).loss
+    none = made(
+        **rest, targets=head.Targets(targets.at[:0], targets.labels[:0], len(targets.at))
+    ).loss
     assert none.shape == (0,) and none.requires_grad
 
 
@@ -68,7 +92,9 @@ def test_a_head_that_does_more_than_multiply_is_refused(name):
     made = MODELS[name]()
     head.install(made, "liger")
     rest, targets = inputs()
-    with pytest.raises(ValueError, match="ForCausalLM scales or caps its logits.* Leave the key out"):
+    with pytest.raises(
+        ValueError, match="ForCausalLM scales or caps its logits.* Leave the key out"
+    ):
         made(**rest, targets=targets)
 
 
@@ -76,7 +102,9 @@ def test_a_mild_soft_cap_is_seen():
     """At the logits of a model that has learned nothing, a cap of 30 changes the seventh digit."""
     import transformers as hf
 
-    made = hf.Gemma2ForCausalLM(hf.Gemma2Config(**GROUPED, final_logit_softcapping=30.0, initializer_range=0.05))
+    made = hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**GROUPED, final_logit_softcapping=30.0, initializer_range=0.05)
+    )
     head.install(made, "liger")
     rest, targets = inputs()
     with pytest.raises(ValueError, match="scales or caps"):
@@ -84,7 +112,9 @@ def test_a_mild_soft_cap_is_seen():
 
 
 def test_an_adapter_on_the_head_is_refused():
-    with pytest.raises(TypeError, match="LlamaForCausalLM's head is a .*, wanted a plain linear module"):
+    with pytest.raises(
+        TypeError, match="LlamaForCausalLM's head is a .*, wanted a plain linear module"
+    ):
         head.install(lora_on_the_head(), "liger")
 
 
@@ -98,15 +128,19 @@ def config_for(folder: str, *overrides: str):
 
 def test_what_it_needs_is_said(tmp_path, monkeypatch):
     folder = toys.save(toys.tiny_llama(), tmp_path)
-    assert model.load(config_for(folder), toys.tokenizer()) is not None
-    with pytest.raises(ConfigError, match="model.loss_kernel: found liger, wanted null at engine.zero 3"):
+    assert load.load(config_for(folder), toys.tokenizer()) is not None
+    with pytest.raises(
+        ConfigError, match="model.loss_kernel: found liger, wanted null at engine.zero 3"
+    ):
         config_for(folder, "engine.zero=3")
     adapter = "model.lora={r: 4, target_modules: [q_proj, lm_head]}"
-    with pytest.raises(model.ModelError, match="needs a head that is one linear module without an adapter, found a "):
-        model.load(config_for(folder, adapter), toys.tokenizer())
+    with pytest.raises(
+        ModelError, match="needs a head that is one linear module without an adapter, found a "
+    ):
+        load.load(config_for(folder, adapter), toys.tokenizer())
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(model.ModelError, match="needs a GPU, found a CPU. Leave the key out"):
-        model.load(config_for(folder), toys.tokenizer())
+    with pytest.raises(ModelError, match="needs a GPU, found a CPU. Leave the key out"):
+        load.load(config_for(folder), toys.tokenizer())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(model.ModelError, match=r"not installed. Run: pip install 'coba-mtl\[liger\]'"):
-        model.load(config_for(folder), toys.tokenizer())
+    with pytest.raises(ModelError, match=r"not installed. Run: pip install 'coba-mtl\[liger\]'"):
+        load.load(config_for(folder), toys.tokenizer())

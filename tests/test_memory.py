@@ -8,8 +8,10 @@ import torch
 import toys
 from distributed import run_distributed
 
-from mtl import comm, engine, memory, model
+from mtl.check import memory
 from mtl.config import parse
+from mtl.distributed import comm, engine
+from mtl.train.optimizer import optimizer
 
 COUNTED = ("weights", "gradients", "optimizer", "bf16 gradients", "buffer", "transfers")
 # precision, ZeRO stage, LoRA, what is offloaded
@@ -50,23 +52,42 @@ engine:
         if lora:
             lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
             made = peft.get_peft_model(made, lora, autocast_adapter_dtype=False)
-        parts = {part.name: part.bytes for part in memory.estimate(config, stage, made, 2, positions=1, targets=1)}
-        held = engine.Engine(made, config, model.optimizer(config))
-        for last in (False, True, None):  # at the end in the middle of the second step, where gradients are held
-            ids = torch.randint(0, 259, (2, 4), generator=torch.Generator().manual_seed(comm.rank()))
+        parts = {
+            part.name: part.bytes
+            for part in memory.estimate(config, stage, made, 2, positions=1, targets=1)
+        }
+        held = engine.Engine(made, config, optimizer(config))
+        for last in (
+            False,
+            True,
+            None,
+        ):  # at the end in the middle of the second step, where gradients are held
+            ids = torch.randint(
+                0, 259, (2, 4), generator=torch.Generator().manual_seed(comm.rank())
+            )
             held.train()
             held.backward(held.forward(input_ids=ids, labels=ids).loss, last=bool(last))
             if last:
                 held.step(1e-3)
         gc.collect()
-        grads = [p.grad for p in held.module.parameters() if p.grad is not None]  # Python may not know of them
-        sizes = storages() | {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in grads}
+        grads = [
+            p.grad for p in held.module.parameters() if p.grad is not None
+        ]  # Python may not know of them
+        sizes = storages() | {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in grads
+        }
         local = [getattr(p, "ds_tensor", p) for p in held.module.parameters()]
         zero = held._engine.optimizer
         state = getattr(zero, "optimizer", zero).state.values()
-        flat = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+        flat = (
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat",
+        )
         master = next((getattr(zero, name) for name in flat if hasattr(zero, name)), [])
-        assert not {t.data_ptr() for t in master} & {t.data_ptr() for t in local}, "the master weights are the weights"
+        assert not {t.data_ptr() for t in master} & {t.data_ptr() for t in local}, (
+            "the master weights are the weights"
+        )
         found.append({
             "estimate": sum(parts.get(name, 0) for name in COUNTED),
             "total": sum(sizes.values()),
@@ -79,7 +100,11 @@ engine:
 
 def storages() -> dict[int, int]:
     """Bytes by address of all that tensors hold which were made since gc.freeze."""
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"]
+    tensors = [
+        one
+        for one in gc.get_objects()
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"
+    ]
     return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
 
@@ -93,6 +118,8 @@ def test_the_estimate_is_what_an_engine_holds(measured, case):
     found = measured[case]
     for name in ("weights", "optimizer"):
         estimated, held = found[name]
-        assert held == pytest.approx(estimated, rel=1e-3), name  # the ranks' parts are padded to whole numbers
+        assert held == pytest.approx(estimated, rel=1e-3), (
+            name
+        )  # the ranks' parts are padded to whole numbers
     # Beside the parts: inputs, and now and then up to two of the largest parameter's gradients on their way into the buckets.
     assert 0.97 * found["estimate"] < found["total"] < 1.03 * found["estimate"] + 2 * LARGEST, case

@@ -32,7 +32,10 @@ def config(tmp_path: Path) -> Path:
     """The released CoBa config's keys, its paths filled in."""
     for name, row in (("math", CHAT), ("code-helper", PAIR)):
         (tmp_path / name).mkdir()
-        rows = [json.dumps(row | {"id": i, "input": "x"} | ({"output": f"a{i}"} if row is PAIR else {})) for i in range(20)]
+        rows = [
+            json.dumps(row | {"id": i, "input": "x"} | ({"output": f"a{i}"} if row is PAIR else {}))
+            for i in range(20)
+        ]
         if row is CHAT:
             rows = [line.replace("1+1?", f"{i}+1?") for i, line in enumerate(rows)]
         (tmp_path / name / "part.jsonl").write_text("\n".join(rows) + "\n\n")
@@ -82,20 +85,31 @@ def test_the_config(config, tmp_path):
     notes = migrate["migrate"](config, 2, tmp_path / "new")
     ours = load(tmp_path / "new" / "config.yaml")
     assert list(ours.tasks) == ["math", "code-helper"]
-    assert ours.balancer.name == "CoBa" and ours.balancer.keywords == {"window": 30, "warmup": 7, "tau": 5.0}
+    assert ours.balancer.name == "CoBa" and ours.balancer.keywords == {
+        "window": 30,
+        "warmup": 7,
+        "tau": 5.0,
+    }
     assert ours.batch.examples == 12 and ours.batch.tokens == 128 and ours.batch.max_length == 64
     assert ours.train.epochs == 4 and ours.schedule.warmup == 6, "half of ceil(4 * 36 / 12) steps"
     assert ours.schedule.floor == pytest.approx(0.1)
-    assert ours.model.lora.r == 96 and ours.model.attention == "sdpa" and not ours.model.allow_remote_code
+    assert (
+        ours.model.lora.r == 96
+        and ours.model.attention == "sdpa"
+        and not ours.model.allow_remote_code
+    )
     assert ours.evaluate.probe.every == 2 and ours.evaluate.patience.evaluations == 5
-    assert any(line.startswith("quantization: ") for line in notes) and any("tb_dir: left out" in line for line in notes)
+    assert any(line.startswith("quantization: ") for line in notes) and any(
+        "tb_dir: left out" in line for line in notes
+    )
 
 
 def test_the_data_is_split_without_overlap(config, tmp_path):
     migrate["migrate"](config, 2, tmp_path / "new")
     for name in ("math", "code-helper"):
         train, valid = (
-            (tmp_path / "new" / "data" / f"{name}.{split}.jsonl").read_text().splitlines() for split in ("train", "validation")
+            (tmp_path / "new" / "data" / f"{name}.{split}.jsonl").read_text().splitlines()
+            for split in ("train", "validation")
         )
         assert (len(train), len(valid)) == (18, 2) and len({*train, *valid}) == 20
 
@@ -135,7 +149,9 @@ def test_rows(row, form):
     ],
 )
 def test_loss_modes(config, tmp_path, mode, weights, wanted):
-    migrate["migrate"](changed(config, weighted_loss_mode=mode, task_weights=weights), 2, tmp_path / "new")
+    migrate["migrate"](
+        changed(config, weighted_loss_mode=mode, task_weights=weights), 2, tmp_path / "new"
+    )
     assert load(tmp_path / "new" / "config.yaml").resolved()["balancer"] == wanted
 
 
@@ -160,5 +176,7 @@ def test_what_cannot_be_migrated(config, tmp_path, changes, error):
 def test_an_unknown_row_is_named(config, tmp_path):
     with (tmp_path / "math" / "part.jsonl").open("a") as file:
         file.write('{"quest": "x"}\n')
-    with pytest.raises(ValueError, match=r"part\.jsonl:22: found the keys quest, wanted chat_rounds"):
+    with pytest.raises(
+        ValueError, match=r"part\.jsonl:22: found the keys quest, wanted chat_rounds"
+    ):
         migrate["migrate"](config, 2, tmp_path / "new")

@@ -8,20 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import torch
 import toys
 import transformers
 from distributed import run_distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import runs
-from mtl import comm, engine, head, model, packing, plugins
+from mtl import plugins
 from mtl.config import parse
+from mtl.config.spec import resolve
 from mtl.data.collate import collate
-from mtl.export import export
-from mtl.objectives import causal_lm
-from mtl.spec import resolve
-from mtl.step import fetch, train_step
+from mtl.distributed import comm, engine
+from mtl.losses import head
+from mtl.losses.causal_lm import causal_lm
+from mtl.models import load, packing
+from mtl.models.errors import ModelError
+from mtl.output.export import export
+from mtl.train.optimizer import optimizer
+from mtl.train.step import fetch, train_step
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -42,13 +47,16 @@ ARCHITECTURES = {
     "Gemma": {"head_dim": 8},
     "Mixtral": {"num_local_experts": 4},
 }  # fmt: skip
+FP32_EPS = torch.finfo(torch.float32).eps
 
 
 def build(name: str) -> transformers.PreTrainedModel:
     own_names = {"vocab_size": 259, "bos_token_id": 257, "eos_token_id": 257, "pad_token_id": 257}
     sizes = (own_names if name == "GPT2" else SIZES) | ARCHITECTURES[name]
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**sizes), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{name}Config")(**sizes), dtype=torch.float32
+    )
 
 
 def one_step(names: list[str]) -> list[dict[str, float]]:
@@ -73,7 +81,8 @@ def one_step(names: list[str]) -> list[dict[str, float]]:
     for name in names:
         mine = build(name)
         plain = copy.deepcopy(mine).train()
-        trained = engine.Engine(mine, config, model.optimizer(config))
+        head.install(mine)
+        trained = engine.Engine(mine, config, optimizer(config))
         isolated = packing.measure(trained, 259)
         report = train_step(trained, causal_lm, fetch(lambda: [batch], 1), np.ones(1), 0.1, ["a"])
         loss = plain(input_ids=whole, attention_mask=mask, labels=labels).loss
@@ -82,8 +91,10 @@ def one_step(names: list[str]) -> list[dict[str, float]]:
         torch.optim.SGD(plain.parameters(), lr=0.1).step()
         after = trained.state_dict()
         found.append({
-            "loss": abs(float(report.losses[0]) - float(loss.detach())),
-            "parameters": max(float((after[n] - p).abs().max()) for n, p in plain.named_parameters()),
+            "loss": abs(float(report.losses[0]) / float(loss.detach()) - 1),
+            "parameters": max(
+                float((after[n] - p).abs().max() / p.abs().max()) for n, p in plain.named_parameters()
+            ),
             "moved": max(float((before[n] - p).abs().max()) for n, p in plain.named_parameters()),
             "packs": isolated.holds,
         })  # fmt: skip
@@ -92,14 +103,17 @@ def one_step(names: list[str]) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def stepped() -> dict[str, dict[str, float]]:
-    return dict(zip(ARCHITECTURES, run_distributed(one_step, 1, list(ARCHITECTURES))[0], strict=True))
+    return dict(
+        zip(ARCHITECTURES, run_distributed(one_step, 1, list(ARCHITECTURES))[0], strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_is_that_of_plain_pytorch(stepped, name):
     found = stepped[name]
-    assert found["loss"] < 1e-6 and found["parameters"] < 1e-6 < 1e-3 < found["moved"]
-    assert found["packs"]
+    # Both sides add in fp32, in another order: a few units of rounding, relative to what is compared.
+    assert found["loss"] < 8 * FP32_EPS and found["parameters"] < 64 * FP32_EPS
+    assert found["moved"] > 1e-3 and found["packs"]
 
 
 ROUTED = 0.02
@@ -119,24 +133,46 @@ def router_steps(slices: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     rows = [(rng.integers(0, 257, n).astype(np.int32), np.arange(n) >= 3, 0) for n in (9, 5, 12, 8)]
     micros = [collate([[row]], 257, False, most=9) for row in rows]
-    trained = engine.Engine(mine, config, model.optimizer(config))
+    head.install(mine)
+    trained = engine.Engine(mine, config, optimizer(config))
     before = trained.state_dict()
-    report = train_step(trained, objective, fetch(lambda: micros[comm.rank() :: comm.world()], 1), np.ones(1), 0.1, ["a"])
+    report = train_step(
+        trained,
+        objective,
+        fetch(lambda: micros[comm.rank() :: comm.world()], 1),
+        np.ones(1),
+        0.1,
+        ["a"],
+    )
     after = trained.state_dict()
 
     total, routed, tokens = 0.0, 0.0, sum(len(m.labels) for m in micros)
     for micro in micros:
-        outputs = plain(input_ids=micro.input_ids, attention_mask=micro.attention_mask, output_router_logits=True)
+        outputs = plain(
+            input_ids=micro.input_ids,
+            attention_mask=micro.attention_mask,
+            output_router_logits=True,
+        )
         share = len(micro.labels) / tokens
-        token_mean = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1)[micro.at], micro.labels)
+        token_mean = torch.nn.functional.cross_entropy(
+            outputs.logits.flatten(0, 1)[micro.at], micro.labels
+        )
         total, routed = total + share * token_mean, routed + share * ROUTED * outputs.aux_loss
     (total + routed).backward()
     torch.optim.SGD(plain.parameters(), lr=0.1).step()
     return {
         "losses": (report.losses.tolist(), [float(total.detach())]),
         "penalties": (report.penalties, {"router_loss": float(routed.detach())}),
-        "apart": max(float((after[n] - p.detach()).abs().max()) for n, p in plain.named_parameters()) if after else None,
-        "router moved": max(float((after[n] - before[n]).abs().max()) for n in after if ".gate." in n) if after else None,
+        "apart": max(
+            float((after[n] - p.detach()).abs().max()) for n, p in plain.named_parameters()
+        )
+        if after
+        else None,
+        "router moved": max(
+            float((after[n] - before[n]).abs().max()) for n in after if ".gate." in n
+        )
+        if after
+        else None,
     }
 
 
@@ -150,9 +186,14 @@ def test_the_router_loss_is_a_term_of_its_own(slices):
 
 
 def test_a_router_loss_is_refused_where_there_is_no_router(tmp_path):
-    ended = runs.train(runs.write(tmp_path), *STEPS, "objective={name: causal_lm, router_loss: 0.02}")
+    ended = runs.train(
+        runs.write(tmp_path), *STEPS, "objective={name: causal_lm, router_loss: 0.02}"
+    )
     assert ended.codes == [1]
-    assert "objective.router_loss: found 0.02, wanted 0: this model gives no router loss (aux_loss)." in ended.err
+    assert (
+        "objective.router_loss: found 0.02, wanted 0: this model gives no router loss (aux_loss)."
+        in ended.err
+    )
 
 
 def more_tokens(folder: Path) -> Path:
@@ -176,7 +217,10 @@ ROWS = "model.lora={r: 2, modules_to_save: [embed_tokens, lm_head]}"
 def test_new_tokens_get_rows_and_are_trained(tmp_path, zero, world):
     yaml = more_tokens(tmp_path)
     runs.train(yaml, *STEPS, f"engine.zero={zero}", world=world).well()
-    loaded, tokenizer = (kind.from_pretrained(tmp_path / "run" / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    loaded, tokenizer = (
+        kind.from_pretrained(tmp_path / "run" / "model")
+        for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     assert len(tokenizer) == 262
     assert loaded.get_input_embeddings().weight.shape == loaded.lm_head.weight.shape == (262, 64)
     assert loaded.config.vocab_size == 262
@@ -191,8 +235,13 @@ def test_new_tokens_beside_an_adapter_must_be_trained_with_it(tmp_path):
     assert "model.lora.modules_to_save: found [], wanted embed_tokens in it" in ended.err
     assert "the tokenizer has 262 tokens, the model 259" in ended.err
     runs.train(yaml, *STEPS, ROWS).well()
-    merged = export(tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "merged", merge=True)
-    assert AutoModelForCausalLM.from_pretrained(merged).get_input_embeddings().weight.shape == (262, 64)
+    merged = export(
+        tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "merged", merge=True
+    )
+    assert AutoModelForCausalLM.from_pretrained(merged).get_input_embeddings().weight.shape == (
+        262,
+        64,
+    )
 
 
 def test_a_tokenizer_without_a_pad_token(tmp_path):
@@ -214,7 +263,7 @@ def config_for(name: Path | str):
     )
 
 
-@pytest.mark.parametrize("how", [model.load, model.skeleton])
+@pytest.mark.parametrize("how", [load.load, load.skeleton])
 def test_a_model_with_code_of_its_own_is_refused(tmp_path, how):
     settings = {
         "model_type": "foreign", "architectures": ["Foreign"],
@@ -222,9 +271,11 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path, how):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "foreign.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(model.ModelError) as caught:
+    with pytest.raises(ModelError) as caught:
         how(config_for(tmp_path), toys.tokenizer())
-    assert "it runs code that comes with it" in str(caught.value) and "model.allow_remote_code: true" in str(caught.value)
+    assert "it runs code that comes with it" in str(
+        caught.value
+    ) and "model.allow_remote_code: true" in str(caught.value)
     assert str(caught.value).startswith("config:1: model.name: ")
 
 
@@ -232,9 +283,11 @@ def test_a_gated_model_names_the_way_in(monkeypatch):
     def refuse(*_, **__):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
-    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(model.ModelError, match="gated repo. Make sure .* `hf auth login` or set HF_TOKEN"):
-        model.load(config_for("someone/secret"), toys.tokenizer())
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(
+        ModelError, match="gated repo. Make sure .* `hf auth login` or set HF_TOKEN"
+    ):
+        load.load(config_for("someone/secret"), toys.tokenizer())
 
 
 def unused(stage: int) -> float:
@@ -245,9 +298,17 @@ def unused(stage: int) -> float:
     )
     made = build("Llama")
     made.idle = torch.nn.Parameter(torch.ones(2, 2))
-    trained = engine.Engine(made, config, model.optimizer(config))
+    head.install(made)
+    trained = engine.Engine(made, config, optimizer(config))
     row = (np.arange(9, dtype=np.int32), np.arange(9) >= 3, 0)
-    train_step(trained, causal_lm, fetch(lambda: [collate([[row]], 257, packed=True)], 1), np.ones(1), 0.1, ["a"])
+    train_step(
+        trained,
+        causal_lm,
+        fetch(lambda: [collate([[row]], 257, packed=True)], 1),
+        np.ones(1),
+        0.1,
+        ["a"],
+    )
     return float(made.idle.detach().mean())
 
 

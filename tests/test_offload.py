@@ -9,8 +9,10 @@ import torch
 import toys
 from distributed import run_distributed
 
-from mtl import comm, engine, model
 from mtl.config import parse
+from mtl.distributed import comm, engine
+from mtl.losses import head
+from mtl.train.optimizer import optimizer
 
 # precision, ZeRO stage, LoRA, what is offloaded, whether it is also resumed. In bf16 not stage 1, where gradients that are
 # offloaded are rounded once more: after the ranks' mean, as at stages 2 and 3.
@@ -42,15 +44,20 @@ engine: {{zero: {stage}, offload: {offload}, deepspeed: {{zero_optimization: {{s
     made = toys.tiny_llama().to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if lora:
         torch.manual_seed(0)
-        made = peft.get_peft_model(made, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
-    return engine.Engine(made, config, model.optimizer(config))
+        made = peft.get_peft_model(
+            made, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear")
+        )
+    head.install(made)
+    return engine.Engine(made, config, optimizer(config))
 
 
 def train(trained: engine.Engine, steps: range) -> dict[str, torch.Tensor]:
     """Two micro-batches a step; the trained parameters after them."""
     for step in steps:
         for micro in range(2):
-            ids = torch.randint(0, 259, (6, 12), generator=torch.Generator().manual_seed(10 * step + micro))
+            ids = torch.randint(
+                0, 259, (6, 12), generator=torch.Generator().manual_seed(10 * step + micro)
+            )
             mine = ids.chunk(trained.world)[comm.rank()]
             trained.train()
             trained.backward(trained.forward(input_ids=mine, labels=mine).loss, last=micro == 1)
@@ -72,13 +79,21 @@ def work(cases: list[tuple], folder: str) -> list[dict[str, float]]:
         moved = build(*kind, offload.replace("DISK", f"{folder}/disk"))
         train(moved, range(2))
         moved.save(saved)
-        found.append({"ended": distance(expected, train(moved, range(2, 3))), "moved": distance(expected, begin)})
+        found.append(
+            {
+                "ended": distance(expected, train(moved, range(2, 3))),
+                "moved": distance(expected, begin),
+            }
+        )
         if resumed:
             again = build(*kind, offload.replace("DISK", f"{folder}/another"))
             again.load(saved)
             found[-1]["resumed"] = distance(expected, train(again, range(2, 3)))
         elif "optimizer: nvme" in offload:
-            for load in (lambda one, at: one.load(at), lambda one, at: one.reshard(at, Path(folder) / "scratch", 1)):
+            for load in (
+                lambda one, at: one.load(at),
+                lambda one, at: one.reshard(at, Path(folder) / "scratch", 1),
+            ):
                 with pytest.raises(ValueError, match="cannot be resumed"):
                     load(moved, saved)
     return found
@@ -86,7 +101,9 @@ def work(cases: list[tuple], folder: str) -> list[dict[str, float]]:
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max((float((one[name].float() - other[name].float()).abs().max()) for name in one), default=0.0)
+    return max(
+        (float((one[name].float() - other[name].float()).abs().max()) for name in one), default=0.0
+    )
 
 
 def check(cases: list[tuple]) -> None:

@@ -9,11 +9,11 @@ import transformers as hf
 from torch import nn
 from toys import tiny_gpt2, tiny_llama
 
-from mtl import head
 from mtl.config import ConfigError, parse
 from mtl.data.collate import collate
-from mtl.objectives import causal_lm
-from mtl.packing import decide, measure
+from mtl.losses import head
+from mtl.losses.causal_lm import causal_lm
+from mtl.models.packing import decide, measure
 
 VOCABULARY = 200
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -89,7 +89,9 @@ class Whispers(nn.Module):
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.table = nn.Parameter(torch.randn(VOCABULARY, VOCABULARY, generator=generator).bfloat16())
+        self.table = nn.Parameter(
+            torch.randn(VOCABULARY, VOCABULARY, generator=generator).bfloat16()
+        )
 
     def forward(self, input_ids, position_ids, use_cache):
         logits = self.table[input_ids]
@@ -128,7 +130,11 @@ def test_packed_is_padded(name):
         return sum(t.sums for t in terms).detach().numpy(), gradient
 
     padded, wanted = run([[[piece] for piece in pieces]], False)
-    one_row, rows, singles = [[pieces]], [[pieces[:2], pieces[2:4]], [pieces[4:]]], [[[piece]] for piece in pieces]
+    one_row, rows, singles = (
+        [[pieces]],
+        [[pieces[:2], pieces[2:4]], [pieces[4:]]],
+        [[[piece]] for piece in pieces],
+    )
     for micros, packed in ((one_row, True), (rows, True), (singles, False)):
         sums, gradient = run(micros, packed)
         np.testing.assert_allclose(sums, padded, rtol=1e-6)
@@ -158,5 +164,7 @@ def test_deciding():
     assert [text.split(":")[0] for text in said] == [
         "batches are packed", "batches are packed", "batches are padded, because OPTForCausalLM does not isolate",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r":6: batch.packing: found true, wanted auto or false.*OPTForCausalLM"):
+    with pytest.raises(
+        ConfigError, match=r":6: batch.packing: found true, wanted auto or false.*OPTForCausalLM"
+    ):
         decide(config_of("true"), leaking, VOCABULARY, said.append)

@@ -5,14 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl.checkpoint import RunState
-from mtl.patience import Patience, hold
+from mtl.output.state import RunState
+from mtl.train.patience import Patience, hold
 
 NAMES = ["a", "b"]
 NAN = np.nan
 
 
-def observe(patience: Patience, passes: list[list[float]], state: RunState | None = None) -> tuple[RunState, list[list[str]]]:
+def observe(
+    patience: Patience, passes: list[list[float]], state: RunState | None = None
+) -> tuple[RunState, list[list[str]]]:
     state = state or RunState(weights=np.array([0.75, 0.25]))
     return state, [patience.observe(state, np.array(losses), NAMES) for losses in passes]
 
@@ -32,18 +34,24 @@ def test_log_names_a_task_once_and_again_when_it_goes_on():
 def test_freeze_keeps_the_part_of_the_weights_it_had():
     patience = Patience(2, "freeze")
     state, told = observe(patience, FALLING_AND_FLAT)
-    assert told[-1] == ["b is done: its lowest loss is 1.0000, full passes since: 2; its part of the weights stays 0.250"]
+    assert told[-1] == [
+        "b is done: its lowest loss is 1.0000, full passes since: 2; its part of the weights stays 0.250"
+    ]
     np.testing.assert_array_equal(state.held, [NAN, 0.25])
     state.weights = np.array([0.5, 0.5])
     state, told = observe(patience, [[0.9, 0.1]], state)
-    assert told == [[]] and patience.done(state).tolist() == [False, True], "what is done stays done"
+    assert told == [[]] and patience.done(state).tolist() == [False, True], (
+        "what is done stays done"
+    )
     np.testing.assert_array_equal(state.held, [NAN, 0.25])
 
 
 def test_drop_and_the_end_of_the_run():
     patience = Patience(1, "drop")
     state, told = observe(patience, [[3, 1], [2, 1]])
-    assert told[-1] == ["b is done: its lowest loss is 1.0000, full passes since: 1; its weight is now 0"]
+    assert told[-1] == [
+        "b is done: its lowest loss is 1.0000, full passes since: 1; its weight is now 0"
+    ]
     assert not patience.done(state).all()
     state, _ = observe(patience, [[2, 0.5]], state)
     assert patience.done(state).all()
@@ -83,5 +91,10 @@ def test_the_sum_stays(tasks):
     done = np.array([d for _, d in tasks])
     done[0] = False
     held = np.where(done, weights / weights.sum(), NAN)
-    np.testing.assert_allclose(hold(held, weights), weights, rtol=1e-9), "held at what they are: nothing changes"
-    np.testing.assert_allclose(hold(np.where(done, 0.0, NAN), weights).sum(), weights.sum(), rtol=1e-9)
+    (
+        np.testing.assert_allclose(hold(held, weights), weights, rtol=1e-9),
+        "held at what they are: nothing changes",
+    )
+    np.testing.assert_allclose(
+        hold(np.where(done, 0.0, NAN), weights).sum(), weights.sum(), rtol=1e-9
+    )

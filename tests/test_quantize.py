@@ -6,22 +6,27 @@ from pathlib import Path
 
 import peft
 import pytest
+import runs
 import torch
 import toys
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import runs
-from mtl import memory, model
+from mtl.check import memory
 from mtl.config import Config, ConfigError, parse
-from mtl.export import export
+from mtl.models import load
+from mtl.models.errors import ModelError
+from mtl.output.export import export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 QLORA = ["model.lora={r: 4}", "model.quantize=nf4"]
-KINDS = {"nf4": (bitsandbytes.nn.Linear4bit, torch.uint8), "int8": (bitsandbytes.nn.Linear8bitLt, torch.int8)}
+KINDS = {
+    "nf4": (bitsandbytes.nn.Linear4bit, torch.uint8),
+    "int8": (bitsandbytes.nn.Linear8bitLt, torch.int8),
+}
 
 
 def config_for(folder: object, *overrides: str) -> Config:
@@ -53,8 +58,13 @@ def test_the_loss_falls_and_only_adapters_are_kept(run):
     checkpoint = run / "checkpoints" / "step-00000012"
     for path in (checkpoint / "engine").glob("*_model_states.pt"):
         names = torch.load(path, weights_only=False)["module"]
-        assert len(names) == 2 * 7 * 2 and all("lora_" in name for name in names), "neither weights nor their scales"
-    trained = sum(tensor.numel() for tensor in load_file(checkpoint / "model" / "adapter_model.safetensors").values())
+        assert len(names) == 2 * 7 * 2 and all("lora_" in name for name in names), (
+            "neither weights nor their scales"
+        )
+    trained = sum(
+        tensor.numel()
+        for tensor in load_file(checkpoint / "model" / "adapter_model.safetensors").values()
+    )
     engine = sum(path.stat().st_size for path in (checkpoint / "engine").iterdir())
     assert engine < 16 * trained + 100_000
 
@@ -65,8 +75,13 @@ def test_it_goes_on_bit_for_bit(run, yaml):
     (again / "checkpoints" / "latest").write_text("step-00000006")
     runs.train(yaml, *QLORA, f"output={again}", world=2, resume=True).well()
     assert runs.untimed(run) == runs.untimed(again)
-    one, other = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (run, again))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and one.keys() == other.keys()
+    one, other = (
+        load_file(folder / "model" / "adapter_model.safetensors") for folder in (run, again)
+    )
+    assert (
+        all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        and one.keys() == other.keys()
+    )
 
 
 def test_another_quantization_is_another_run(run, yaml):
@@ -78,9 +93,14 @@ def test_another_quantization_is_another_run(run, yaml):
 
 def test_merged_is_the_model_that_was_trained(run, yaml, tmp_path):
     """The adapter belongs to the quantized weights: merged into them, not into those before quantization."""
-    merged = AutoModelForCausalLM.from_pretrained(export(run / "checkpoints" / "step-00000012", tmp_path / "out", merge=True))
-    assert not quantized_modules(merged, "nf4") and "quantization_config" not in merged.config.to_dict()
-    trained = model.load(config_for(yaml.parent / "model", *QLORA), toys.tokenizer()).eval()
+    merged = AutoModelForCausalLM.from_pretrained(
+        export(run / "checkpoints" / "step-00000012", tmp_path / "out", merge=True)
+    )
+    assert (
+        not quantized_modules(merged, "nf4")
+        and "quantization_config" not in merged.config.to_dict()
+    )
+    trained = load.load(config_for(yaml.parent / "model", *QLORA), toys.tokenizer()).eval()
     peft.set_peft_model_state_dict(trained, load_file(run / "model" / "adapter_model.safetensors"))
     plain = AutoModelForCausalLM.from_pretrained(yaml.parent / "model", dtype=torch.float32)
     other = peft.PeftModel.from_pretrained(plain, run / "model").eval()
@@ -103,9 +123,11 @@ def test_gradients_are_those_of_the_dequantized_model(yaml, kind, checkpointing)
         yaml.parent / "model", "model.lora={r: 4}", f"model.quantize={kind}", "model.precision=bf16_autocast",
         f"model.activation_checkpointing={str(checkpointing).lower()}",
     )  # fmt: skip
-    mine = model.load(config, toys.tokenizer())
+    mine = load.load(config, toys.tokenizer())
     found = quantized_modules(mine, kind)
-    assert len(found) == 2 * 7 and all(part.weight.dtype == KINDS[kind][1] for part in found.values())
+    assert len(found) == 2 * 7 and all(
+        part.weight.dtype == KINDS[kind][1] for part in found.values()
+    )
     assert {p.dtype for p in mine.parameters() if p.requires_grad} == {torch.float32}
     before = {name: part.weight.clone() for name, part in found.items()}
     plain = _dequantized(yaml, kind)
@@ -124,23 +146,41 @@ def test_gradients_are_those_of_the_dequantized_model(yaml, kind, checkpointing)
         gradients.append({n: p.grad for n, p in one.named_parameters() if "lora_" in n})
     for name, gradient in gradients[1].items():
         error = (gradients[0][name] - gradient).norm() / gradient.norm()
-        assert error < 0.05, (name, float(error))  # products are in bf16 and, of int8, from weights rounded to bf16
+        assert error < 0.05, (
+            name,
+            float(error),
+        )  # products are in bf16 and, of int8, from weights rounded to bf16
     assert all(torch.equal(part.weight, before[name]) for name, part in found.items())
 
 
 def _dequantized(yaml: Path, kind: str) -> torch.nn.Module:
     settings = {
-        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        },
         "int8": {"load_in_8bit": True},
     }
     quantization = BitsAndBytesConfig(**settings[kind])
-    base = AutoModelForCausalLM.from_pretrained(yaml.parent / "model", dtype=torch.float32, quantization_config=quantization)
-    return peft.get_peft_model(base.dequantize(torch.float32), peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear"))
+    base = AutoModelForCausalLM.from_pretrained(
+        yaml.parent / "model", dtype=torch.float32, quantization_config=quantization
+    )
+    return peft.get_peft_model(
+        base.dequantize(torch.float32),
+        peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear"),
+    )
 
 
 def test_int8_in_bf16_trains(yaml):
     output = yaml.parent / "int8"
-    settings = ["model.lora={r: 4}", "model.quantize=int8", "model.precision=bf16", "train.steps=6", f"output={output}"]
+    settings = [
+        "model.lora={r: 4}",
+        "model.quantize=int8",
+        "model.precision=bf16",
+        "train.steps=6",
+        f"output={output}",
+    ]
     ended = runs.train(yaml, *settings).well()
     losses = [line["eval/macro"] for line in runs.metrics(output) if "eval/macro" in line]
     assert losses[-1] < losses[0] - 0.1, losses
@@ -149,17 +189,23 @@ def test_int8_in_bf16_trains(yaml):
 
 @pytest.mark.parametrize("kind, size", [("nf4", 0.5 + 1 / 64 + 1 / 4096), ("int8", 1)])
 def test_memory_counts_quantized_weights(yaml, kind, size):
-    config = config_for(yaml.parent / "model", "model.lora={r: 4}", f"model.quantize={kind}", "model.precision=bf16")
-    skeleton = model.skeleton(config, toys.tokenizer())
-    (found,) = (part for part in memory.estimate(config, 2, skeleton, 1, 10, 5) if part.name == "weights")
+    config = config_for(
+        yaml.parent / "model", "model.lora={r: 4}", f"model.quantize={kind}", "model.precision=bf16"
+    )
+    skeleton = load.skeleton(config, toys.tokenizer())
+    (found,) = (
+        part for part in memory.estimate(config, 2, skeleton, 1, 10, 5) if part.name == "weights"
+    )
     base = toys.tiny_llama()
     linear = sum(
-        part.weight.numel() for name, part in base.named_modules() if isinstance(part, torch.nn.Linear) and name != "lm_head"
+        part.weight.numel()
+        for name, part in base.named_modules()
+        if isinstance(part, torch.nn.Linear) and name != "lm_head"
     )
     adapters = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     rest = sum(p.numel() for p in base.parameters()) - linear
     assert found.bytes == pytest.approx(size * linear + 2 * (rest + adapters))
-    loaded = model.load(config, toys.tokenizer())
+    loaded = load.load(config, toys.tokenizer())
     held = sum(p.numel() * p.element_size() for p in loaded.parameters())
     assert found.bytes == pytest.approx(held, rel=0.02), "the scales are beside the parameters"
 
@@ -167,8 +213,14 @@ def test_memory_counts_quantized_weights(yaml, kind, size):
 def test_what_cannot_be(yaml):
     for overrides, texts in (
         (["model.quantize=nf4"], ["model.quantize: found nf4, wanted null", "add model.lora"]),
-        ([*QLORA, "engine.zero=3"], ["model.quantize: found nf4, wanted null at engine.zero 3", "with zero 2"]),
-        (["model.lora={r: 4}", "model.quantize=int8"], ["model.precision: found fp32, wanted bf16 or bf16_autocast"]),
+        (
+            [*QLORA, "engine.zero=3"],
+            ["model.quantize: found nf4, wanted null at engine.zero 3", "with zero 2"],
+        ),
+        (
+            ["model.lora={r: 4}", "model.quantize=int8"],
+            ["model.precision: found fp32, wanted bf16 or bf16_autocast"],
+        ),
         (["model.lora={r: 4}", "model.quantize=fp8"], ["wanted nf4, int8 or null"]),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -178,16 +230,27 @@ def test_what_cannot_be(yaml):
 
 def test_without_bitsandbytes(yaml, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest))
-    for how in (model.load, model.skeleton):
-        with pytest.raises(model.ModelError, match=r"not installed. Run: pip install 'coba-mtl\[qlora\]'"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest),
+    )
+    for how in (load.load, load.skeleton):
+        with pytest.raises(
+            ModelError, match=r"not installed. Run: pip install 'coba-mtl\[qlora\]'"
+        ):
             how(config_for(yaml.parent / "model", *QLORA), toys.tokenizer())
 
 
 def test_bitsandbytes_without_a_kernel_for_the_device(yaml, monkeypatch):
     def refuse(*_, **__):
-        raise NotImplementedError("Could not run 'bitsandbytes::quantize_4bit' with arguments\nfrom the 'CPU' backend.")
+        raise NotImplementedError(
+            "Could not run 'bitsandbytes::quantize_4bit' with arguments\nfrom the 'CPU' backend."
+        )
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", refuse)
-    with pytest.raises(model.ModelError, match="nf4 needs bitsandbytes, which does not work on cpu.* from the 'CPU' backend"):
-        model.load(config_for(yaml.parent / "model", *QLORA), toys.tokenizer())
+    with pytest.raises(
+        ModelError,
+        match="nf4 needs bitsandbytes, which does not work on cpu.* from the 'CPU' backend",
+    ):
+        load.load(config_for(yaml.parent / "model", *QLORA), toys.tokenizer())

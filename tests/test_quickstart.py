@@ -139,12 +139,15 @@ def test_translations_keep_finished_plain_entries():
 def samples(*rows: tuple[str, str]) -> str:
     chat = [{"role": "system", "content": "Be terse."}]
     return "".join(
-        json.dumps({"input": [*chat, {"role": "user", "content": user}], "ideal": ideal}) + "\n" for user, ideal in rows
+        json.dumps({"input": [*chat, {"role": "user", "content": user}], "ideal": ideal}) + "\n"
+        for user, ideal in rows
     )
 
 
 def test_headlines_become_chats():
-    rows = list(quickstart.headlines(samples(("area man is the only one left", "1"), ("short", "0"))))
+    rows = list(
+        quickstart.headlines(samples(("area man is the only one left", "1"), ("short", "0")))
+    )
     assert [row.data for row in rows] == [
         {
             "messages": [
@@ -154,19 +157,31 @@ def test_headlines_become_chats():
             ]
         }
     ]
-    assert rows[0].key == next(quickstart.headlines(samples(("Area man: is the only one LEFT!", "0")))).key
+    assert (
+        rows[0].key
+        == next(quickstart.headlines(samples(("Area man: is the only one LEFT!", "0")))).key
+    )
 
 
 def test_occupations_leave_out_titles_with_several_groups():
     ask = "What is the SOC Code for the job title {}'"
     answers = [("Baker", " Bakers"), ("Miner", " Miners"), ("Miner", " Bolters")]
-    rows = quickstart.occupations(samples(*[(ask.format(title), answer) for title, answer in answers]))
+    rows = quickstart.occupations(
+        samples(*[(ask.format(title), answer) for title, answer in answers])
+    )
     assert pairs(rows) == [("Occupation group of the job title 'Baker':", " Bakers")]
 
 
 def test_sums_are_right_and_know_their_mirror():
-    rows = list(quickstart.sums(samples(("0110 + 01", "7"), ("01 + 110", "7"), ("11 * 01", "3"), ("11 - 01", "2"))))
-    assert pairs(rows) == [("Binary 0110 + 01 in decimal:\n", "7"), ("Binary 01 + 110 in decimal:\n", "7")]
+    rows = list(
+        quickstart.sums(
+            samples(("0110 + 01", "7"), ("01 + 110", "7"), ("11 * 01", "3"), ("11 - 01", "2"))
+        )
+    )
+    assert pairs(rows) == [
+        ("Binary 0110 + 01 in decimal:\n", "7"),
+        ("Binary 01 + 110 in decimal:\n", "7"),
+    ]
     assert rows[0].key == rows[1].key == "1 + 6"
 
 
@@ -174,7 +189,10 @@ def test_sums_are_right_and_know_their_mirror():
 
 
 def numbered(count: int, group=lambda i: None):
-    return [quickstart.completion(f"unique{i} word{i}", str(i), "answer", group(i)) for i in range(count)]
+    return [
+        quickstart.completion(f"unique{i} word{i}", str(i), "answer", group(i))
+        for i in range(count)
+    ]
 
 
 def test_split_holds_out_exactly_so_many_rows_and_ignores_the_order_of_the_source():
@@ -194,7 +212,9 @@ def test_split_keeps_groups_whole():
 def test_split_keeps_one_row_of_a_key_and_no_training_row_close_to_a_held_out_one():
     same = [quickstart.completion("the same key", str(i), "") for i in range(5)]
     assert sum(map(len, quickstart.split(same, limit=100))) == 1
-    near = [quickstart.completion(f"a b c d e f g h i x{i}", str(i), "") for i in range(100)]  # 9 of 11 words shared
+    near = [
+        quickstart.completion(f"a b c d e f g h i x{i}", str(i), "") for i in range(100)
+    ]  # 9 of 11 words shared
     train, valid = quickstart.split(near, limit=100)
     assert (len(train), len(valid)) == (0, 56)
 
@@ -206,7 +226,10 @@ def test_members_of_wheels_and_tarballs(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
         wheel.writestr("package/été.txt", "oui\n")
     with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
-        for name, text in {"package/index.noun": b"index\n", "package/data.noun": b"data\n"}.items():
+        for name, text in {
+            "package/index.noun": b"index\n",
+            "package/data.noun": b"data\n",
+        }.items():
             info = tarfile.TarInfo(name)
             info.size = len(text)
             tar.addfile(info, io.BytesIO(text))
@@ -227,10 +250,14 @@ def test_fetch_checks_sums_and_falls_back_aloud(tmp_path, capsys):
     offline = archive("offline", "raise SystemExit('no route to host')", HELLO)
     missing = quickstart.Archive("missing", HELLO, ("no-such-program",))
     assert quickstart.fetch(tmp_path, offline, right) == tmp_path / "right"
-    assert "no route to host" in (said := capsys.readouterr().err) and "trying right instead" in said
+    assert (
+        "no route to host" in (said := capsys.readouterr().err) and "trying right instead" in said
+    )
     with pytest.raises(quickstart.BuildError, match=f"wrong: found SHA-256 3733.*, wanted {HELLO}"):
         quickstart.fetch(tmp_path, wrong)
-    with pytest.raises(quickstart.BuildError, match="exit code 1(?s:.*)no route to host(?s:.*)by hand") as error:
+    with pytest.raises(
+        quickstart.BuildError, match="exit code 1(?s:.*)no route to host(?s:.*)by hand"
+    ) as error:
         quickstart.fetch(tmp_path, missing, offline)
     assert "no-such-program is not installed" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
@@ -243,7 +270,9 @@ def test_fetch_takes_what_is_there_but_not_when_it_is_broken(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     (tmp_path / "file").write_text("half")
     quickstart.fetch(tmp_path, counting)
-    assert "wrong checksum" in capsys.readouterr().err and (tmp_path / "file").read_text() == "hello"
+    assert (
+        "wrong checksum" in capsys.readouterr().err and (tmp_path / "file").read_text() == "hello"
+    )
 
 
 def test_a_part_is_built_once_and_again_only_when_it_is_not_whole(tmp_path):
@@ -297,7 +326,9 @@ def test_the_three_configs_differ_in_the_balancer_and_the_output_only():
     names = {"quickstart": "CoBa", "quickstart-equal": "Equal", "quickstart-tokens": "Tokens"}
     configs = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in names]
     balancers = [config.pop("balancer") for config in configs]
-    assert [each["name"] if isinstance(each, dict) else each for each in balancers] == list(names.values())
+    assert [each["name"] if isinstance(each, dict) else each for each in balancers] == list(
+        names.values()
+    )
     assert [config.pop("output") for config in configs] == [f"runs/{name}" for name in names]
     assert configs[0] == configs[1] == configs[2]
 
@@ -317,10 +348,14 @@ def test_the_configs_read_what_the_builder_writes(tmp_path, monkeypatch):
     note = quickstart.build_data(tmp_path, out)
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     assert list(note) == list(config["tasks"])
-    paths = [Path(task[side]) for task in config["tasks"].values() for side in ("train", "validation")]
+    paths = [
+        Path(task[side]) for task in config["tasks"].values() for side in ("train", "validation")
+    ]
     assert {path.parent for path in paths} == {Path(".cache/quickstart/data")}
     assert sorted(path.name for path in paths) == sorted(path.name for path in out.iterdir())
-    assert all(row["valid"] == quickstart.VALIDATION and row["train"] == 344 for row in note.values())
+    assert all(
+        row["valid"] == quickstart.VALIDATION and row["train"] == 344 for row in note.values()
+    )
 
 
 def test_too_few_rows_are_an_error_that_names_the_task(tmp_path, monkeypatch):
@@ -329,5 +364,7 @@ def test_too_few_rows_are_an_error_that_names_the_task(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "standard_library", lambda: [])
     with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w"):
         pass
-    with pytest.raises(quickstart.BuildError, match="doc2code: found 0 training and 0 validation rows"):
+    with pytest.raises(
+        quickstart.BuildError, match="doc2code: found 0 training and 0 validation rows"
+    ):
         quickstart.build_data(tmp_path, tmp_path)

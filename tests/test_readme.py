@@ -34,6 +34,8 @@ def test_every_page_the_readme_links_to_exists():
 
 def test_the_quickstarts_configurations_differ_in_the_balancer_and_the_folder_only():
     configs = Path(__file__).parent.parent / "configs"
-    first, *others = (load(configs / f"quickstart{name}.yaml").resolved() for name in ("", "-equal", "-tokens"))
+    first, *others = (
+        load(configs / f"quickstart{name}.yaml").resolved() for name in ("", "-equal", "-tokens")
+    )
     for other in others:
         assert {key for key in first if first[key] != other[key]} == {"balancer", "output"}

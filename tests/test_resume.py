@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import runs
-from mtl.engine import _refuse
+from mtl.distributed.engine import _refuse
 
 OURS = "objective=outside:causal_lm"  # the usual one, from a module that can kill
 LORA = ["model.lora.r=4", "model.lora.dropout=0.3"]
@@ -41,7 +41,9 @@ def assert_same(one: Path, other: Path) -> None:
         tensors = [load_file(next(run.glob(file))) for run in (one, other)]
         assert tensors[0].keys() == tensors[1].keys() and tensors[0]
         for name, tensor in tensors[0].items():
-            torch.testing.assert_close(tensor, tensors[1][name], rtol=0, atol=0, equal_nan=True, msg=f"{file}: {name}")
+            torch.testing.assert_close(
+                tensor, tensors[1][name], rtol=0, atol=0, equal_nan=True, msg=f"{file}: {name}"
+            )
     states = [json.loads((newest(run) / "state.json").read_text()) for run in (one, other)]
     for state in states:
         del state["run"]["metrics_bytes"]  # the text of times
@@ -70,18 +72,33 @@ def test_killed_in_the_middle_of_a_step(yaml, case):
     world, settings, resumed = CASES[case]
     settings = [OURS, *settings]
     at_once, killed = (yaml.parent / f"{case} {how}" for how in ("at once", "killed"))
-    expected = {"EXPECT_PARTITIONED": "1"} if "engine.zero=3" in settings and "LoRA" not in case else {}
+    expected = (
+        {"EXPECT_PARTITIONED": "1"} if "engine.zero=3" in settings and "LoRA" not in case else {}
+    )
     runs.train(yaml, *settings, f"output={at_once}", world=world, **expected).well()
     assert_each_step_once(at_once)
-    saved_after = next(line for line in runs.metrics(at_once) if line["step"] == resumed - 1 and "train/loss" in line)
-    assert len({value for tag, value in saved_after.items() if tag.endswith("/weight")}) == 3, "CoBa is past its warm-up"
+    saved_after = next(
+        line
+        for line in runs.metrics(at_once)
+        if line["step"] == resumed - 1 and "train/loss" in line
+    )
+    assert len({value for tag, value in saved_after.items() if tag.endswith("/weight")}) == 3, (
+        "CoBa is past its warm-up"
+    )
 
-    died = runs.train(yaml, *settings, f"output={killed}", world=world, MISFORTUNE=f"kill step 7 {world - 1}")
+    died = runs.train(
+        yaml, *settings, f"output={killed}", world=world, MISFORTUNE=f"kill step 7 {world - 1}"
+    )
     assert died.codes == [-9] * world
     assert newest(killed).name == f"step-{resumed:08d}"
-    assert runs.metrics(killed)[-1]["step"] == 6 and runs.untimed(killed) == runs.untimed(at_once)[: len(runs.metrics(killed))]
+    assert (
+        runs.metrics(killed)[-1]["step"] == 6
+        and runs.untimed(killed) == runs.untimed(at_once)[: len(runs.metrics(killed))]
+    )
 
-    ended = runs.train(yaml, *settings, f"output={killed}", world=world, resume=True, **expected).well()
+    ended = runs.train(
+        yaml, *settings, f"output={killed}", world=world, resume=True, **expected
+    ).well()
     assert f"resuming from {newest(killed).parent / f'step-{resumed:08d}'}" in ended.err
     assert_each_step_once(killed)
     assert_same(at_once, killed)
@@ -102,7 +119,9 @@ SAVING = ["engine.zero=1", "checkpoint.every=4", "checkpoint.keep=1", "evaluate.
 def test_killed_while_saving(yaml, whole, where):
     """Half a checkpoint of step 8 lies there; only once `latest` has moved does the run go on from it."""
     output = yaml.parent / where
-    assert runs.train(yaml, OURS, *SAVING, f"output={output}", MISFORTUNE=f"kill {where} 8 0").codes == [-9]
+    assert runs.train(
+        yaml, OURS, *SAVING, f"output={output}", MISFORTUNE=f"kill {where} 8 0"
+    ).codes == [-9]
     left = {path.name for path in (output / "checkpoints").glob("step-*")}
     assert left == ({"step-00000004"} if where == "shards" else {"step-00000004", "step-00000008"})
     complete = 8 if where == "prune" else 4
@@ -119,7 +138,9 @@ def test_half_a_checkpoint_never_takes_a_complete_ones_place(yaml, whole):
     output = yaml.parent / "half"
     runs.train(yaml, OURS, *SAVING, f"output={output}", MISFORTUNE="kill model 8 0")
     sooner = [*SAVING, "checkpoint.every=6"]
-    died = runs.train(yaml, OURS, *sooner, f"output={output}", resume=True, MISFORTUNE="kill step 7 0")
+    died = runs.train(
+        yaml, OURS, *sooner, f"output={output}", resume=True, MISFORTUNE="kill step 7 0"
+    )
     assert died.codes == [-9] and newest(output).name == "step-00000006"
     assert newest(output).is_dir()
     runs.train(yaml, OURS, *sooner, f"output={output}", resume=True).well()
@@ -128,7 +149,9 @@ def test_half_a_checkpoint_never_takes_a_complete_ones_place(yaml, whole):
 
 def test_killed_before_any_checkpoint(yaml, whole):
     output = yaml.parent / "early"
-    assert runs.train(yaml, OURS, *SAVING, f"output={output}", MISFORTUNE="kill step 2 0").codes == [-9]
+    assert runs.train(
+        yaml, OURS, *SAVING, f"output={output}", MISFORTUNE="kill step 2 0"
+    ).codes == [-9]
     assert len(runs.metrics(output)) == 3 and not (output / "checkpoints").exists()
     ended = runs.train(yaml, OURS, *SAVING, f"output={output}", resume=True).well()
     assert f"--resume: no complete checkpoint in {output}; starting at step 0" in ended.err
@@ -138,20 +161,29 @@ def test_killed_before_any_checkpoint(yaml, whole):
 def test_a_run_stopped_before_any_checkpoint_goes_on_as_itself_only(yaml):
     """A first start may have --resume already, as jobs that are queued again do."""
     output = yaml.parent / "queued"
-    started = runs.train(yaml, OURS, *SAVING, f"output={output}", resume=True, MISFORTUNE="kill step 2 0")
+    started = runs.train(
+        yaml, OURS, *SAVING, f"output={output}", resume=True, MISFORTUNE="kill step 2 0"
+    )
     assert started.codes == [-9] and (output / "run.json").is_file()
     before = runs.contents(output)
     other = runs.train(yaml, OURS, *SAVING, f"output={output}", "train.seed=7", resume=True)
-    assert other.codes == [1] and f"{output}/run.json cannot be continued: the run has changed." in other.err
+    assert (
+        other.codes == [1]
+        and f"{output}/run.json cannot be continued: the run has changed." in other.err
+    )
     assert runs.contents(output) == before
 
 
 def test_a_shard_that_is_missing_ends_both_ranks(yaml, tmp_path):
     output = tmp_path / "run"
     runs.train(yaml, OURS, *SAVING, f"output={output}", "train.steps=4", world=2).well()
-    (shard,) = (output / "checkpoints" / "step-00000004" / "engine").glob("*zero_pp_rank_1_*_optim_states.pt")
+    (shard,) = (output / "checkpoints" / "step-00000004" / "engine").glob(
+        "*zero_pp_rank_1_*_optim_states.pt"
+    )
     shard.unlink()
-    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", "train.steps=4", world=2, resume=True)
+    ended = runs.train(
+        yaml, OURS, *SAVING, f"output={output}", "train.steps=4", world=2, resume=True
+    )
     assert ended.codes == [1, 1]
     assert (
         f"{shard.parent}: found 2 DeepSpeed files (*.pt), 1 of them with optimizer state, wanted that of 2 processes"
@@ -170,20 +202,28 @@ def test_the_best_checkpoint_survives_a_kill(yaml):
         "balancer={name: Equal}",
     ]
     output = yaml.parent / "best"
-    assert runs.train(yaml, OURS, *diverging, f"output={output}", MISFORTUNE="kill step 9 0").codes == [-9]
+    assert runs.train(
+        yaml, OURS, *diverging, f"output={output}", MISFORTUNE="kill step 9 0"
+    ).codes == [-9]
     ended = runs.train(yaml, OURS, *diverging, f"output={output}", resume=True).well()
-    losses = {line["step"]: line["eval/macro"] for line in runs.metrics(output) if "eval/macro" in line}
+    losses = {
+        line["step"]: line["eval/macro"] for line in runs.metrics(output) if "eval/macro" in line
+    }
     best = min(losses, key=losses.get)
     assert best == 6 and newest(output).name == "step-00000012", losses
     assert f"best model, of step-0000000{best}: " in ended.out
     kept = {path.name: path for path in (output / "checkpoints").glob("step-*")}
     assert kept.keys() == {"step-00000006", "step-00000012"}
-    assert (output / "model/model.safetensors").read_bytes() == (kept["step-00000006"] / "model/model.safetensors").read_bytes()
+    assert (output / "model/model.safetensors").read_bytes() == (
+        kept["step-00000006"] / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_a_finished_run_is_exported_again_and_not_trained(yaml, whole):
     before = runs.contents(whole)
-    ended = runs.train(yaml, OURS, *SAVING, f"output={whole}", "export.dtype=bf16", resume=True).well()
+    ended = runs.train(
+        yaml, OURS, *SAVING, f"output={whole}", "export.dtype=bf16", resume=True
+    ).well()
     after = runs.contents(whole)
     kept = {name for name in before if not name.startswith("model/")}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
@@ -210,11 +250,16 @@ def test_a_checkpoint_that_could_run_code_ends_the_run(yaml, whole, tmp_path):
     """Before anything of it is loaded, on both ranks, whichever of them meets the file."""
     output = tmp_path / "run"
     shutil.copytree(whole, output)
-    torch.save({"x": Foreign()}, newest(output) / "engine" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save(
+        {"x": Foreign()}, newest(output) / "engine" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    )
     before = runs.contents(output)
     ended = runs.train(yaml, OURS, *SAVING, f"output={output}", resume=True)
     assert ended.codes == [1]
-    assert "test_resume.Foreign'], which DeepSpeed never writes and which could run code when loaded" in ended.err
+    assert (
+        "test_resume.Foreign'], which DeepSpeed never writes and which could run code when loaded"
+        in ended.err
+    )
     assert runs.contents(output) == before
 
 
@@ -223,7 +268,9 @@ def test_deepspeed_launch_killed_and_resumed(yaml, tmp_path):
     deepspeed = ["deepspeed", "--num_gpus", "2", "--master_port", str(runs.free_port())]
     at_once, killed = tmp_path / "at once", tmp_path / "killed"
     runs.train(yaml, OURS, *LORA, f"output={at_once}", world=2).well()
-    died = runs.launch(deepspeed, yaml, OURS, *LORA, f"output={killed}", MISFORTUNE="kill model 12 1")
+    died = runs.launch(
+        deepspeed, yaml, OURS, *LORA, f"output={killed}", MISFORTUNE="kill model 12 1"
+    )
     assert died.codes != [0] and newest(killed).name == "step-00000006"
     runs.launch(deepspeed, yaml, OURS, *LORA, f"output={killed}", resume=True).well()
     assert_each_step_once(killed)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import runs
-from mtl import process, report, trackers
-from mtl.export import export
+from mtl import process
+from mtl.output import report, trackers
+from mtl.output.export import export
 
 TASKS = ["copy", "chat", "prose"]
 
@@ -24,9 +25,16 @@ TASKS = ["copy", "chat", "prose"]
 def finished(tmp_path_factory) -> tuple[Path, runs.Ended]:
     """12 steps on two processes, a probe every 2 steps, evaluated every 5, TensorBoard too."""
     yaml = runs.write(tmp_path_factory.mktemp("run"))
-    settings = ["evaluate.every=5", "evaluate.probe.every=2", "checkpoint.every=4", "tasks.chat.loss_weight=2.0"]
+    settings = [
+        "evaluate.every=5",
+        "evaluate.probe.every=2",
+        "checkpoint.every=4",
+        "tasks.chat.loss_weight=2.0",
+    ]
     output = yaml.parent / "run"
-    return output, runs.train(yaml, *settings, "trackers=[tensorboard, {name: console, every: 4}]", world=2).well()
+    return output, runs.train(
+        yaml, *settings, "trackers=[tensorboard, {name: console, every: 4}]", world=2
+    ).well()
 
 
 def steps(output: Path) -> list[dict]:
@@ -38,18 +46,28 @@ def steps(output: Path) -> list[dict]:
 
 def test_every_step_has_its_tags_and_no_other(finished):
     every = {f"train/{task}/{what}" for task in TASKS for what in ("loss", "weight", "tokens")}
-    every |= {f"train/{what}" for what in ("loss", "positions", "grad_norm", "lr", "target_tokens", "tokens_per_second")}
+    every |= {
+        f"train/{what}"
+        for what in ("loss", "positions", "grad_norm", "lr", "target_tokens", "tokens_per_second")
+    }
     every |= {"step", "time/step_seconds", "time/left_seconds"}
-    probed = {f"coba/{task}/{what}" for task in TASKS for what in ("slope", "rcs", "acs", "panel")} | {"coba/df"}
+    probed = {
+        f"coba/{task}/{what}" for task in TASKS for what in ("slope", "rcs", "acs", "panel")
+    } | {"coba/df"}
     for line in steps(finished[0]):
-        missing = {f"coba/{task}/slope" for task in TASKS} if line["step"] == 0 else set()  # one probe has no slope
-        assert line.keys() == every | (probed - missing if line["step"] % 2 == 0 else set()), line["step"]
+        missing = (
+            {f"coba/{task}/slope" for task in TASKS} if line["step"] == 0 else set()
+        )  # one probe has no slope
+        assert line.keys() == every | (probed - missing if line["step"] % 2 == 0 else set()), line[
+            "step"
+        ]
 
 
 def test_the_numbers_of_a_step_fit_each_other(finished):
     for line in steps(finished[0]):
         loss, weight, tokens = (
-            np.array([line[f"train/{task}/{what}"] for task in TASKS]) for what in ("loss", "weight", "tokens")
+            np.array([line[f"train/{task}/{what}"] for task in TASKS])
+            for what in ("loss", "weight", "tokens")
         )
         assert line["train/loss"] == pytest.approx((weight * loss).sum(), rel=1e-12)
         assert weight.sum() == pytest.approx(1, abs=1e-9) and (weight > 0).all()
@@ -59,8 +77,12 @@ def test_the_numbers_of_a_step_fit_each_other(finished):
         cosine = 0.5e-3 * (1 + math.cos(math.pi * line["step"] / 11))  # 0 at the last of 12 steps
         assert line["train/lr"] == pytest.approx(cosine, rel=1e-6, abs=1e-12)
     first = steps(finished[0])[0]
-    assert [first[f"train/{task}/weight"] for task in TASKS] == pytest.approx([0.25, 0.5, 0.25])  # loss_weight 2 for chat
-    assert first["train/loss"] == pytest.approx(math.log(259), abs=0.1), "a random model: uniform over 259 tokens"
+    assert [first[f"train/{task}/weight"] for task in TASKS] == pytest.approx(
+        [0.25, 0.5, 0.25]
+    )  # loss_weight 2 for chat
+    assert first["train/loss"] == pytest.approx(math.log(259), abs=0.1), (
+        "a random model: uniform over 259 tokens"
+    )
 
 
 def test_validation_comes_before_the_first_step_at_its_interval_and_at_the_end(finished):
@@ -68,14 +90,24 @@ def test_validation_comes_before_the_first_step_at_its_interval_and_at_the_end(f
     assert [line["step"] for line in evaluated] == [0, 5, 10, 12]
     state = next((finished[0] / "checkpoints").glob("step-*/state.safetensors"))
     targets = load_file(state)["run.base_tokens"].sum(1).numpy()
-    assert targets.tolist() == [54, 22, 67]  # those of test data: bytes of the completions, their ends
+    assert targets.tolist() == [
+        54,
+        22,
+        67,
+    ]  # those of test data: bytes of the completions, their ends
     for line in evaluated:
-        assert line.keys() == {"step", "time/evaluate_seconds", "eval/macro", "eval/token", "eval/worst"} | {
-            f"eval/{task}/loss" for task in TASKS
-        }
+        assert line.keys() == {
+            "step",
+            "time/evaluate_seconds",
+            "eval/macro",
+            "eval/token",
+            "eval/worst",
+        } | {f"eval/{task}/loss" for task in TASKS}
         losses = np.array([line[f"eval/{task}/loss"] for task in TASKS])
         assert line["eval/macro"] == pytest.approx(losses.mean(), rel=1e-12)
-        assert line["eval/token"] == pytest.approx((losses * targets).sum() / targets.sum(), rel=1e-9)
+        assert line["eval/token"] == pytest.approx(
+            (losses * targets).sum() / targets.sum(), rel=1e-9
+        )
         assert line["eval/worst"] == losses.max()
     assert evaluated[-1]["eval/macro"] < evaluated[0]["eval/macro"] - 0.3, "it learns"
 
@@ -101,11 +133,19 @@ def test_the_console_without_a_terminal(finished):
             rf"\| {number} min left",
             line,
         ), line
-    assert [line.split()[1] for line in lines if "validation: macro" in line] == ["0/12", "5/12", "10/12", "12/12"]
+    assert [line.split()[1] for line in lines if "validation: macro" in line] == [
+        "0/12",
+        "5/12",
+        "10/12",
+        "12/12",
+    ]
     saved = [line for line in lines if " saved " in line]
     assert [line.split()[1] for line in saved] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
     assert ["the best so far (macro" in line for line in saved] == [False, True, False, True, True]
-    assert "copy: 33.3% of the examples\n  train: 24 of 24 rows kept: 346 tokens, 173 of them targets" in finished[1].err
+    assert (
+        "copy: 33.3% of the examples\n  train: 24 of 24 rows kept: 346 tokens, 173 of them targets"
+        in finished[1].err
+    )
 
 
 def test_the_table_holds_the_runs_numbers(finished):
@@ -115,7 +155,12 @@ def test_the_table_holds_the_runs_numbers(finished):
     for task in TASKS:
         losses = [line[f"eval/{task}/loss"] for line in evaluated]
         best = int(np.argmin(losses))
-        want = [f"{losses[0]:.3f}", f"{losses[best]:.3f}", str(evaluated[best]["step"]), f"{losses[-1]:.3f}"]
+        want = [
+            f"{losses[0]:.3f}",
+            f"{losses[best]:.3f}",
+            str(evaluated[best]["step"]),
+            f"{losses[-1]:.3f}",
+        ]
         assert rows[task][1:5] == want
         weights = np.array([line[f"train/{task}/weight"] for line in steps(output)])
         fifths = [weights[a:b].mean() for a, b in ((0, 3), (3, 6), (6, 8), (8, 10), (10, 12))]
@@ -157,18 +202,32 @@ def test_a_report_of_nothing(tmp_path):
 def test_provenance_is_written(finished):
     record = json.loads((finished[0] / "run.json").read_text())
     assert (record["steps"], record["world"]) == (12, 2)
-    assert record["config"]["tasks"]["chat"]["loss_weight"] == 2.0 and record["config"]["batch"]["too_long"] == "drop"
+    assert (
+        record["config"]["tasks"]["chat"]["loss_weight"] == 2.0
+        and record["config"]["batch"]["too_long"] == "drop"
+    )
     chat = record["tasks"]["chat"]
-    assert (chat["train"]["rows"], chat["train"]["target_tokens"], chat["validation"]["rows"]) == (12, 68, 4)
+    assert (chat["train"]["rows"], chat["train"]["target_tokens"], chat["validation"]["rows"]) == (
+        12,
+        68,
+        4,
+    )
     assert record["versions"]["torch"] == version("torch")
 
 
 def test_the_newest_two_checkpoints_and_the_best_are_kept(finished):
     left = sorted(path.name for path in (finished[0] / "checkpoints").glob("step-*"))
     assert left == ["step-00000010", "step-00000012"]
-    evaluated = {line["step"]: line["eval/macro"] for line in runs.metrics(finished[0]) if "eval/macro" in line}
+    evaluated = {
+        line["step"]: line["eval/macro"]
+        for line in runs.metrics(finished[0])
+        if "eval/macro" in line
+    }
     state = json.loads((finished[0] / "checkpoints" / "step-00000012" / "state.json").read_text())
-    assert state["best"] == "step-00000012" and state["run"]["best"] == {"step": 12, "value": min(evaluated.values())}
+    assert state["best"] == "step-00000012" and state["run"]["best"] == {
+        "step": 12,
+        "value": min(evaluated.values()),
+    }
 
 
 @pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
@@ -195,7 +254,9 @@ def test_what_is_exported_gives_the_loss_that_was_logged(finished):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output / "model"), toys.tokenizer()
     total, count = 0.0, 0
     for line in (output.parent / "prose.validation.jsonl").read_text().splitlines():
-        ids = torch.tensor([[*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]])
+        ids = torch.tensor(
+            [[*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]]
+        )
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
@@ -207,8 +268,18 @@ def test_what_is_exported_gives_the_loss_that_was_logged(finished):
 
 def test_jsonl_writes_no_nan(tmp_path):
     jsonl = trackers.Jsonl(tmp_path, steps=2)
-    jsonl.log(0, {"train/loss": 1.5, "train/a/loss": math.nan, "train/b/loss": math.inf, "train/c/loss": -math.inf})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "train/loss": 1.5}\n', "flushed at once"
+    jsonl.log(
+        0,
+        {
+            "train/loss": 1.5,
+            "train/a/loss": math.nan,
+            "train/b/loss": math.inf,
+            "train/c/loss": -math.inf,
+        },
+    )
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "train/loss": 1.5}\n', (
+        "flushed at once"
+    )
     jsonl.close()
     again = trackers.Jsonl(tmp_path, steps=2, start=1)
     again.log(1, {"train/loss": 1.0})
@@ -217,13 +288,13 @@ def test_jsonl_writes_no_nan(tmp_path):
 
 
 def test_metrics_are_cut_back_to_a_checkpoint(tmp_path):
-    trackers.cut_metrics(tmp_path, 0)  # none yet
+    trackers.truncate_metrics(tmp_path, 0)  # none yet
     assert trackers.metrics_bytes(tmp_path) == 0
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"st')
-    trackers.cut_metrics(tmp_path, 12)
+    trackers.truncate_metrics(tmp_path, 12)
     assert path.read_text() == '{"step": 0}\n'
-    trackers.cut_metrics(tmp_path, 100)
+    trackers.truncate_metrics(tmp_path, 100)
     assert path.read_text() == '{"step": 0}\n'
 
 
@@ -231,7 +302,10 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in read.Scalars(tag)]
+        for tag in read.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_holds_what_metrics_hold(finished):
@@ -257,11 +331,20 @@ def test_a_tracker_that_is_not_asked_for_writes_nothing(tmp_path, capsys):
     console = trackers.Console(tmp_path, steps=40)
     for step in range(40):
         console.log(
-            step, {"train/loss": 1.0, "train/a/weight": 1.0, "train/tokens_per_second": 10.0, "time/left_seconds": 90.0}
+            step,
+            {
+                "train/loss": 1.0,
+                "train/a/weight": 1.0,
+                "train/tokens_per_second": 10.0,
+                "time/left_seconds": 90.0,
+            },
         )
     console.close()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 20 and lines[-1] == "step 40/40  loss 1.000, 10 tokens/s | weights: a 1.00 | 1.5 min left"
+    assert (
+        len(lines) == 20
+        and lines[-1] == "step 40/40  loss 1.000, 10 tokens/s | weights: a 1.00 | 1.5 min left"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -290,7 +373,10 @@ def test_exit_code(monkeypatch, capsys, raised, code, said):
     assert err.endswith(said) and err.startswith("Traceback") == isinstance(raised, RuntimeError)
 
 
-@pytest.mark.parametrize("text, said", [("one line", "one line"), ("first\nsecond", "first ... (in full"), ("", "ValueError")])
+@pytest.mark.parametrize(
+    "text, said",
+    [("one line", "one line"), ("first\nsecond", "first ... (in full"), ("", "ValueError")],
+)
 def test_other_ranks_are_brief_about_a_users_error(monkeypatch, capsys, text, said):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "9")

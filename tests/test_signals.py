@@ -9,20 +9,22 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import runs
 import test_gram
 import toys
 from distributed import run_distributed
 from test_equivalence import NAMES, STAGES, configuration, parameters, start
 
-import runs
 from balancers import METHODS, Holder, Signal, Signals, make, torchjd
-from mtl import comm, evaluate, gram, plugins
-from mtl.checkpoint import RunState
+from mtl import build, plugins
 from mtl.config import ConfigError
-from mtl.data.batches import TrainBatches, ValidationCut
+from mtl.data.batches import ValidationGroups
 from mtl.data.encoded import TaskData
-from mtl.objectives import causal_lm
-from mtl.run import Parts, run
+from mtl.distributed import comm
+from mtl.losses.causal_lm import causal_lm
+from mtl.output.state import RunState
+from mtl.train import evaluate
+from mtl.train.loop import train as run_loop
 
 STEPS = 5
 KINDS: dict[str, Any] = {  # one balancer for each kind of signal
@@ -42,7 +44,11 @@ OTHERS: dict[str, Any] = {
     "GLS": "GLS",
     "GradNorm": "GradNorm",
     "GradNormValid": "GradNormValid",
-    "Grouped": {"name": "Grouped", "groups": {"fruit": NAMES[:2]}, "balancer": {"name": "TorchJD", "method": "MGDA"}},
+    "Grouped": {
+        "name": "Grouped",
+        "groups": {"fruit": NAMES[:2]},
+        "balancer": {"name": "TorchJD", "method": "MGDA"},
+    },
     "LBTW": "LBTW",
     "LBTWValid": "LBTWValid",
     "RLW": "RLW",
@@ -79,26 +85,27 @@ class Recorder(Holder):
 def training_losses(trained: Any) -> np.ndarray:
     """(K,) of every training row, nats per target token."""
     rows = [TaskData(each.name, each.train, each.train) for each in test_gram.TASKS]
-    return evaluate.full_pass(trained, causal_lm, ValidationCut(rows, 1, 0, test_gram.layout(packed=False)), 3).losses
+    return evaluate.full_pass(
+        trained, causal_lm, ValidationGroups(rows, 1, 0, test_gram.layout(packed=False)), 3
+    ).losses
 
 
 def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any]:
-    layout = test_gram.layout(packed=False)
-    batches, cut = (
-        TrainBatches(test_gram.TASKS, test_gram.MIX, layout),
-        ValidationCut(test_gram.TASKS, test_gram.GROUPS, 0, layout),
-    )
     holder = Recorder(make(given), NAMES)
+    data = build.Data(toys.tokenizer(), test_gram.TASKS)
     with tempfile.TemporaryDirectory() as folder:
         memory = Memory(Path(folder))
-        chosen = gram.supply(holder.balancer.needs, trained.module, config)
-        trackers = [memory] if comm.rank() == 0 else []
-        parts = Parts(config, NAMES, STEPS, trained, causal_lm, holder, batches, cut, memory, trackers, chosen)
+        run = build.build(config, data, engine=trained, packed=False, holder=holder, say=memory.say)
+        run.checkpoints, run.trackers = memory, [memory] if comm.rank() == 0 else []
         with patch.object(evaluate, "probe", wraps=evaluate.probe) as probe:
-            run(parts, RunState())
-    batches.close()
+            run_loop(run, RunState())
+    run.batches.close()
     after = training_losses(trained)
-    weights = [[line[f"train/{name}/weight"] for name in NAMES] for _, line in memory.lines if "train/loss" in line]
+    weights = [
+        [line[f"train/{name}/weight"] for name in NAMES]
+        for _, line in memory.lines
+        if "train/loss" in line
+    ]
     return {
         "weights": np.array(weights),
         "seen": getattr(holder, "seen", []),
@@ -114,7 +121,11 @@ def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
         settings = {
             "engine__zero": zero,
             "optimizer__lr": 0.05,
+            "batch__examples": test_gram.EXAMPLES,
+            "batch__tokens": 40,
+            "batch__max_length": 40,
             "evaluate__every": 100,
+            "evaluate__probe": f"{{every: 1, groups: {test_gram.GROUPS}, examples: all}}",
             "gram__every": 2,
             "schedule__name": "constant",
         }
@@ -124,7 +135,11 @@ def every_kind(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
             before = training_losses(trained)
             found[name, zero] = train(trained, config, given) | {"before": before}
     often = settings | {"evaluate__every": 3}
-    return found | {("full passes", zero): train(start(folder, **often), configuration(folder, **often), KINDS["valid"])}
+    return found | {
+        ("full passes", zero): train(
+            start(folder, **often), configuration(folder, **often), KINDS["valid"]
+        )
+    }
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +149,14 @@ def results(tmp_path_factory) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_every_method_is_here():
-    named = {each if isinstance(each, str) else each["name"] for each in (*KINDS.values(), *OTHERS.values())}
+    named = {
+        each if isinstance(each, str) else each["name"]
+        for each in (*KINDS.values(), *OTHERS.values())
+    }
     assert named == set(METHODS)
-    assert {make(each).method for each in (KINDS["gram"], *map(OTHERS.get, GRAM_METHODS))} == set(torchjd.METHODS)
+    assert {make(each).method for each in (KINDS["gram"], *map(OTHERS.get, GRAM_METHODS))} == set(
+        torchjd.METHODS
+    )
 
 
 @pytest.mark.parametrize("zero", STAGES)
@@ -155,7 +175,9 @@ def test_every_balancer_trains(name, results):
     """All tasks get better, under the weights that the method gives for what was measured."""
     found, holder = results[name, 2], Holder(make({**KINDS, **OTHERS}[name]), NAMES)
     assert [signals.step for signals in found["seen"]] == list(range(STEPS))
-    np.testing.assert_array_equal(found["weights"], [holder.update(signals) for signals in found["seen"]])
+    np.testing.assert_array_equal(
+        found["weights"], [holder.update(signals) for signals in found["seen"]]
+    )
     assert (found["after"] < found["before"] - 0.03).all()
     if name != "none":
         assert np.abs(found["weights"] - 1 / 3).max() > 1e-6
@@ -175,7 +197,9 @@ def conflict_averse(gram: np.ndarray, c: float = 0.5) -> np.ndarray:
     return mean + length / norms[best] * simplex[:, best]
 
 
-def nash(gram: np.ndarray) -> np.ndarray:  # w_i <g_i, sum_j w_j g_j> = 1/2 for both: the update's norm is 1
+def nash(
+    gram: np.ndarray,
+) -> np.ndarray:  # w_i <g_i, sum_j w_j g_j> = 1/2 for both: the update's norm is 1
     norms = np.sqrt(np.diag(gram))
     return 1 / (norms * np.sqrt(2 * (1 + gram[0, 1] / norms.prod())))
 
@@ -217,7 +241,9 @@ def test_only_what_is_declared_is_measured(name, results):
             Signal.VALID_GRAM: signals.step % 2 == 0,
         }
         for flag, is_due in due.items():
-            assert (getattr(signals, flag.name.lower()) is not None) == (flag in needs and is_due), (flag, signals.step)
+            assert (getattr(signals, flag.name.lower()) is not None) == (
+                flag in needs and is_due
+            ), (flag, signals.step)
 
 
 def test_a_full_pass_spares_the_probe(results):
@@ -241,7 +267,10 @@ def test_tasks_of_a_group_count_as_one(tmp_path):
     path, short = str(runs.write(tmp_path)), ["tasks.copy.group=short", "tasks.chat.group=short"]
     config = plugins.read(path, [*short, "balancer={name: Static, weights: {short: 3, prose: 1}}"])
     np.testing.assert_allclose(plugins.holder(config).update(Signals(0)), [0.375, 0.375, 0.25])
-    with pytest.raises(ConfigError, match=r"x.yaml:\d+: balancer: Grouped groups: .*no group with the name of a task"):
+    with pytest.raises(
+        ConfigError,
+        match=r"x.yaml:\d+: balancer: Grouped groups: .*no group with the name of a task",
+    ):
         plugins.read(path, ["tasks.copy.group=prose"])
 
 
@@ -250,19 +279,38 @@ def test_a_balancer_from_outside_within_another(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from balancers import Static\nclass Mine(Static):\n    def __init__(self, code): super().__init__(code)\n"
     )
-    path, inner = str(runs.write(tmp_path)), "balancer.balancer={name: 'mine:Mine', code: [6, 3, 1]}"
+    path, inner = (
+        str(runs.write(tmp_path)),
+        "balancer.balancer={name: 'mine:Mine', code: [6, 3, 1]}",
+    )
     settings = ["balancer={name: Bounded, floor: 0.2, balancer: CoBa}", inner]
     holder = plugins.holder(plugins.read(path, settings, ["mine"]), ["mine"])
-    np.testing.assert_allclose(holder.update(Signals(0)), np.array([0.6, 0.3, 0.1]) * 4 / 7 + 1 / 7)  # the floor mixes in 3/7
+    np.testing.assert_allclose(
+        holder.update(Signals(0)), np.array([0.6, 0.3, 0.1]) * 4 / 7 + 1 / 7
+    )  # the floor mixes in 3/7
     assert holder.state_dict()["meta"]["settings"]["balancer"]["method"] == "mine:Mine"
-    with pytest.raises(ConfigError, match="balancer.balancer: found 'mine:Mine', code from outside.*--allow-code mine"):
+    with pytest.raises(
+        ConfigError,
+        match="balancer.balancer: found 'mine:Mine', code from outside.*--allow-code mine",
+    ):
         plugins.read(path, settings)
     grouped = plugins.read(
-        path, [*settings[:1], "tasks.copy.group=short", "tasks.chat.group=short", "balancer.balancer=Tokens"]
+        path,
+        [
+            *settings[:1],
+            "tasks.copy.group=short",
+            "tasks.chat.group=short",
+            "balancer.balancer=Tokens",
+        ],
     )
     assert plugins.holder(grouped).state_dict()["meta"]["tasks"] == ["copy", "chat", "prose"]
-    with pytest.raises(ConfigError, match="--set balancer.balancer.window=0: balancer.balancer.window: CoBa window: found 0"):
-        plugins.read(path, [*settings[:1], "balancer.balancer={name: CoBa}", "balancer.balancer.window=0"])
+    with pytest.raises(
+        ConfigError,
+        match="--set balancer.balancer.window=0: balancer.balancer.window: CoBa window: found 0",
+    ):
+        plugins.read(
+            path, [*settings[:1], "balancer.balancer={name: CoBa}", "balancer.balancer.window=0"]
+        )
 
 
 CASES = {
@@ -272,14 +320,23 @@ CASES = {
         "model.lora={r: 4, dropout: 0.3}",
     ],
     "validation gradients": ["balancer=MetaWeighting", "gram={params: last_layer, every: 2}"],
-    "replay, patience": ["balancer=FAMO", "evaluate.patience={evaluations: 1, action: freeze, margin: 0.5}"],
+    "replay, patience": [
+        "balancer=FAMO",
+        "evaluate.patience={evaluations: 1, action: freeze, margin: 0.5}",
+    ],
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_goes_on_bit_for_bit(case, tmp_path):
     yaml = runs.write(tmp_path)
-    settings = ["objective=outside:causal_lm", "engine.zero=1", "evaluate.every=4", "checkpoint.every=5", *CASES[case]]
+    settings = [
+        "objective=outside:causal_lm",
+        "engine.zero=1",
+        "evaluate.every=4",
+        "checkpoint.every=5",
+        *CASES[case],
+    ]
     at_once, killed = tmp_path / "at once", tmp_path / "killed"
     runs.train(yaml, *settings, f"output={at_once}").well()
     assert runs.train(yaml, *settings, f"output={killed}", MISFORTUNE="kill step 7 0").codes == [-9]
@@ -295,9 +352,16 @@ def test_a_killed_run_goes_on_bit_for_bit(case, tmp_path):
 
 def test_gradients_that_cannot_be_had(tmp_path):
     yaml = runs.write(tmp_path)
-    ended = runs.train(yaml, "balancer=GradNorm", "gram.params=no_such_layer", f"output={tmp_path / 'run'}")
-    assert ended.codes == [1] and "gram.params: found 'no_such_layer', which no trainable parameter matches" in ended.err
-    ended = runs.train(yaml, "balancer=GradNorm", "gram.params=adapter", f"output={tmp_path / 'run'}")
+    ended = runs.train(
+        yaml, "balancer=GradNorm", "gram.params=no_such_layer", f"output={tmp_path / 'run'}"
+    )
+    assert (
+        ended.codes == [1]
+        and "gram.params: found 'no_such_layer', which no trainable parameter matches" in ended.err
+    )
+    ended = runs.train(
+        yaml, "balancer=GradNorm", "gram.params=adapter", f"output={tmp_path / 'run'}"
+    )
     assert ended.codes == [1] and "There is no model.lora" in ended.err
 
 
@@ -305,12 +369,23 @@ def test_the_run_ends_when_all_tasks_are_done(tmp_path):
     yaml = runs.write(tmp_path)
     # Nothing counts as an improvement but the first loss, so all have stalled at the second pass.
     patience = "evaluate.patience={evaluations: 1, action: drop, margin: 100.0}"
-    ended = runs.train(yaml, "evaluate.every=3", "balancer=Equal", patience, f"output={tmp_path / 'run'}").well()
+    ended = runs.train(
+        yaml, "evaluate.every=3", "balancer=Equal", patience, f"output={tmp_path / 'run'}"
+    ).well()
     steps = [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line]
     assert steps == [0, 1, 2]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000003"
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     for task in ("copy", "chat", "prose"):
         assert f"{task} is done: its lowest loss is" in ended.err
-    again = runs.train(yaml, "evaluate.every=3", "balancer=Equal", patience, f"output={tmp_path / 'run'}", resume=True).well()
-    assert [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line] == steps, again.err
+    again = runs.train(
+        yaml,
+        "evaluate.every=3",
+        "balancer=Equal",
+        patience,
+        f"output={tmp_path / 'run'}",
+        resume=True,
+    ).well()
+    assert [
+        line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line
+    ] == steps, again.err

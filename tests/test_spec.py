@@ -8,7 +8,7 @@ import pytest
 
 import balancers
 from mtl.config import ConfigError, parse
-from mtl.spec import Kind, check, resolve
+from mtl.config.spec import Kind, check, resolve
 
 YAML = """\
 model: {name: m}
@@ -77,7 +77,9 @@ def config(line: str = "balancer: Ruler", **more):
     return parse(YAML.replace("balancer: Ruler", line), "x.yaml", **more)
 
 
-def wrong(line: str, kind: Kind = BALANCER, allow: tuple[str, ...] = (), path: str = "balancer") -> str:
+def wrong(
+    line: str, kind: Kind = BALANCER, allow: tuple[str, ...] = (), path: str = "balancer"
+) -> str:
     with pytest.raises(ConfigError) as caught:
         resolve(config(line), path, kind, allow)()
     return str(caught.value)
@@ -105,9 +107,13 @@ def test_names_and_keywords():
     assert (type(made), made.window, made.warmup) == (Ruler, 7, 2)
     assert resolve(config(), "tasks.a.format", FORMAT)({"pair": ["x", "y"]}) == "x y"
     assert resolve(config(), ("tasks", "b", "format"), FORMAT)({"pair": ["x", "y"]}) == "x-y"
-    log = resolve(config("trackers: [{name: Log, every: 9}]"), "trackers.0", TRACKER)(output="o", steps=5)
+    log = resolve(config("trackers: [{name: Log, every: 9}]"), "trackers.0", TRACKER)(
+        output="o", steps=5
+    )
     assert log.got == ("o", 5, 9)
-    assert resolve(config("trackers: [{name: Open, z: 9}]"), "trackers.0", TRACKER)(output="o", steps=5).rest == {
+    assert resolve(config("trackers: [{name: Open, z: 9}]"), "trackers.0", TRACKER)(
+        output="o", steps=5
+    ).rest == {
         "output": "o",
         "steps": 5,
         "z": 9,
@@ -130,7 +136,10 @@ NAMES = "Ruler, Needy, Log, Open, pair or package.module:attribute"
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("balancer: ruler", f"x.yaml:12: balancer: found 'ruler', wanted {NAMES}. Did you mean Ruler?"),
+        (
+            "balancer: ruler",
+            f"x.yaml:12: balancer: found 'ruler', wanted {NAMES}. Did you mean Ruler?",
+        ),
         ("balancer: os.path", f"x.yaml:12: balancer: found 'os.path', wanted {NAMES}."),
         ("balancer: '../x:y'", f"x.yaml:12: balancer: found '../x:y', wanted {NAMES}."),
         (
@@ -153,7 +162,10 @@ NAMES = "Ruler, Needy, Log, Open, pair or package.module:attribute"
             "balancer:\n  name: Ruler\n  warmup: 0\n  window: 0",
             "x.yaml:15: balancer.window: Ruler refuses it: window: found 0, wanted at least 1",
         ),
-        ("balancer:\n  name: Ruler\n  warmup: 2\n  window: 1", "x.yaml:12: balancer: Ruler refuses it: warmup is above window"),
+        (
+            "balancer:\n  name: Ruler\n  warmup: 2\n  window: 1",
+            "x.yaml:12: balancer: Ruler refuses it: warmup is above window",
+        ),
         (
             "balancer:\n  name: Ruler\n  window: x",
             "x.yaml:12: balancer: Ruler refuses it: '<' not supported between instances of 'str' and 'int'",
@@ -162,7 +174,10 @@ NAMES = "Ruler, Needy, Log, Open, pair or package.module:attribute"
             "balancer: Log",
             f"x.yaml:12: balancer: found '{__name__}:Log', which is no Base, wanted a subclass of {__name__}.Base.",
         ),
-        ("balancer: pair", "x.yaml:12: balancer.row: found nothing, wanted a value, which pair has no default for."),
+        (
+            "balancer: pair",
+            "x.yaml:12: balancer.row: found nothing, wanted a value, which pair has no default for.",
+        ),
     ],
 )
 def test_what_does_not_fit(line, error):
@@ -181,13 +196,18 @@ def test_an_override_is_named():
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("Rulr", f"found '{__name__}:Rulr', which is not there, wanted an attribute of {__name__}. Did you mean Ruler?"),
+        (
+            "Rulr",
+            f"found '{__name__}:Rulr', which is not there, wanted an attribute of {__name__}. Did you mean Ruler?",
+        ),
         ("NUMBER", f"found '{__name__}:NUMBER', of type int, wanted a class or a function."),
         ("made_by_hand", "found made_by_hand, which made one of type Other, wanted Base."),
     ],
 )
 def test_code_from_outside_that_does_not_fit(name, error):
-    assert wrong(f"balancer: {__name__}:{name}", allow=(__name__,)) == f"x.yaml:12: balancer: {error}"
+    assert (
+        wrong(f"balancer: {__name__}:{name}", allow=(__name__,)) == f"x.yaml:12: balancer: {error}"
+    )
 
 
 def test_a_function_may_make_what_is_wanted():
@@ -206,11 +226,20 @@ AROUND = Kind({**HERE, "Around": f"{__name__}:Around"}, base=Base, build=True, i
 
 
 def test_a_spec_within_a_spec(package):
-    package(f"from {__name__} import Base\nclass Mine(Base):\n    def __init__(self, power=4): self.power = power")
+    package(
+        f"from {__name__} import Base\nclass Mine(Base):\n    def __init__(self, power=4): self.power = power"
+    )
     line = "balancer:\n  name: Around\n  floor: 0.1\n  balancer:\n    name: Around\n    balancer: {name: 'plug.own:Mine', power: 2}"
     made = resolve(config(line), "balancer", AROUND, ["plug"])()
     assert made.floor == 0.1 and type(made.balancer) is Around and made.balancer.balancer.power == 2
-    assert type(resolve(config("balancer: {name: Around, balancer: Ruler}"), "balancer", AROUND)().balancer) is Ruler
+    assert (
+        type(
+            resolve(
+                config("balancer: {name: Around, balancer: Ruler}"), "balancer", AROUND
+            )().balancer
+        )
+        is Ruler
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,7 +284,9 @@ def test_what_the_program_passes_must_fit_and_is_not_the_users():
     assert wrong("objective: {name: pair, row: 3}", FORMAT, path="objective") == (
         "x.yaml:12: objective.row: found an unknown keyword, wanted one of sep=' '."
     )
-    assert wrong("objective: Other", Kind({"Other": f"{__name__}:Other"}, arguments=2), path="objective") == (
+    assert wrong(
+        "objective: Other", Kind({"Other": f"{__name__}:Other"}, arguments=2), path="objective"
+    ) == (
         "x.yaml:12: objective: found 'Other', whose signature is () (too many positional arguments), "
         "wanted one that takes 2 arguments."
     )
@@ -300,11 +331,20 @@ def test_any_exception_of_an_import_is_reported(package):
     )
 
 
-KINDS = {"balancer": BALANCER, "objective": Kind({}, arguments=3), "tasks.*.format": FORMAT, "trackers.*": TRACKER}
+KINDS = {
+    "balancer": BALANCER,
+    "objective": Kind({}, arguments=3),
+    "tasks.*.format": FORMAT,
+    "trackers.*": TRACKER,
+}
 
 
 def test_check_reports_specs_together_with_the_rest():
-    text = YAML.replace("pair", "pear").replace("Ruler", "{name: Ruler, window: 0}").replace("steps", "stesp")
+    text = (
+        YAML.replace("pair", "pear")
+        .replace("Ruler", "{name: Ruler, window: 0}")
+        .replace("steps", "stesp")
+    )
     text += "trackers: [Log, {name: Open}, 3, {name: Log, evry: 1}]\n"
     with pytest.raises(ConfigError) as caught:
         parse(text, "x.yaml", check=check(KINDS))
@@ -331,7 +371,9 @@ def test_every_balancer_that_ships_resolves():
             resolve(config(f"balancer: {name}"), "balancer", kind)
         except ConfigError as error:  # it has no default for something, which is the only excuse
             assert "has no default for" in str(error)
-    with pytest.raises(ConfigError, match=r"^x.yaml:12: balancer.windw: found .*Did you mean window\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^x.yaml:12: balancer.windw: found .*Did you mean window\?$"
+    ):
         config("balancer: {name: CoBa, windw: 3}", check=check({"balancer": kind}))
     with pytest.raises(ConfigError, match="^x.yaml:12: balancer.window: CoBa"):
         resolve(config("balancer: {name: CoBa, window: 0}"), "balancer", kind)()

@@ -10,11 +10,13 @@ import toys
 from distributed import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtl import comm, engine, model
 from mtl.config import parse
 from mtl.data.collate import MicroBatch, collate
-from mtl.objectives import causal_lm
-from mtl.step import fetch, train_step
+from mtl.distributed import comm, engine
+from mtl.losses.causal_lm import causal_lm
+from mtl.models import load
+from mtl.train.optimizer import optimizer
+from mtl.train.step import fetch, train_step
 
 NAMES = ["a", "b"]
 
@@ -38,7 +40,10 @@ class Waits(TorchDispatchMode):
 
 def batch(micros: int) -> list[MicroBatch]:
     rng = np.random.default_rng(0)
-    row = [(rng.integers(0, 257, n).astype(np.int32), np.arange(n) >= 2, k) for k, n in ((0, 9), (1, 14))]
+    row = [
+        (rng.integers(0, 257, n).astype(np.int32), np.arange(n) >= 2, k)
+        for k, n in ((0, 9), (1, 14))
+    ]
     return [collate([row, row], 257, packed=True) for _ in range(micros)]
 
 
@@ -48,7 +53,7 @@ def count(folder: str) -> list[int]:
         f"model: {{name: {folder}, precision: bf16}}\ntasks: {{a: {{train: a, validation: a, format: text}}}}\n"
         "train: {steps: 1}\nengine: {zero: 2}\noutput: x"
     )
-    trained = engine.Engine(model.load(config, toys.tokenizer()), config, model.optimizer(config))
+    trained = engine.Engine(load.load(config, toys.tokenizer()), config, optimizer(config))
 
     def step(micros: int) -> int:
         made = batch(micros)

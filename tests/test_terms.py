@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from mtl import comm, head
 from mtl.data.collate import collate
-from mtl.objectives import causal_lm
-from mtl.schedule import lr
-from mtl.step import fetch
-from mtl.terms import Terms, combine
+from mtl.distributed import comm
+from mtl.losses import head
+from mtl.losses.causal_lm import causal_lm
+from mtl.losses.terms import Terms, combine
+from mtl.train.schedule import lr
+from mtl.train.step import fetch
 
 K = 4
 token = st.tuples(st.floats(2**-7, 20, width=32), st.integers(0, K - 1))
@@ -49,8 +50,12 @@ def test_combine_by_hand():
 def test_combine_has_the_gradient_of_the_formula():
     losses = torch.tensor([1.0, 2.0, 0.5], requires_grad=True)
     terms = Terms.by_task(losses, torch.tensor([0, 2, 0]), 3)
-    combine(terms, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([4, 0, 2]), world=2).backward()
-    np.testing.assert_allclose(losses.grad.numpy(), [2 * 0.5 / 4, 2 * 0.2 / 2, 2 * 0.5 / 4], rtol=1e-6)
+    combine(
+        terms, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([4, 0, 2]), world=2
+    ).backward()
+    np.testing.assert_allclose(
+        losses.grad.numpy(), [2 * 0.5 / 4, 2 * 0.2 / 2, 2 * 0.5 / 4], rtol=1e-6
+    )
 
 
 @given(st.lists(st.tuples(token, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), weights_of_all,
@@ -72,11 +77,15 @@ def test_no_cut_changes_the_loss(tokens, weights, world, micros):
 def test_renaming_tasks_changes_nothing(tokens, weights, order):
     """Task k becomes order[k]: sums, counts and weights go along, the loss stays."""
     terms, renamed = terms_of(tokens), terms_of([(loss, order[task]) for loss, task in tokens])
-    assert torch.equal(renamed.sums[list(order)], terms.sums) and torch.equal(renamed.counts[list(order)], terms.counts)
+    assert torch.equal(renamed.sums[list(order)], terms.sums) and torch.equal(
+        renamed.counts[list(order)], terms.counts
+    )
     moved = torch.empty(K, dtype=torch.float64)
     moved[list(order)] = torch.tensor(weights, dtype=torch.float64)
     one = combine(terms, torch.tensor(weights, dtype=torch.float64), terms.counts, 1)
-    assert combine(renamed, moved, renamed.counts, 1).item() == pytest.approx(one.item(), rel=1e-5, abs=1e-9)
+    assert combine(renamed, moved, renamed.counts, 1).item() == pytest.approx(
+        one.item(), rel=1e-5, abs=1e-9
+    )
 
 
 @given(st.lists(token, min_size=1, max_size=30))
@@ -95,7 +104,12 @@ def test_one_tasks_nan_stays_its_own(value):
 @pytest.mark.parametrize("weight", (math.nan, math.inf))
 def test_a_task_that_is_absent_contributes_nothing_whatever_its_weight(weight):
     terms = terms_of([(3.0, 0)])
-    loss = combine(terms, torch.tensor([1.0, weight, 0.5, 0.5], dtype=torch.float64), torch.tensor([3, 0, 0, 7]), 1)
+    loss = combine(
+        terms,
+        torch.tensor([1.0, weight, 0.5, 0.5], dtype=torch.float64),
+        torch.tensor([3, 0, 0, 7]),
+        1,
+    )
     assert loss.item() == 1.0
 
 
@@ -138,9 +152,17 @@ def test_causal_lm_is_the_negative_log_probability_of_each_target(packed, rows, 
         (np.array([4, 4, 2]), np.array([False, False, True]), 1),
     ]
     model = bigram(6)
-    terms = causal_lm(model, collate([pieces[:2], pieces[2:]] if packed else [[p] for p in pieces], 0, packed), 3)
-    log_p = model.decoder.weight.detach().double().log_softmax(-1)  # bf16 logits, but the loss in fp32
-    np.testing.assert_allclose(terms.sums.tolist(), [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0], rtol=1e-6)
+    terms = causal_lm(
+        model, collate([pieces[:2], pieces[2:]] if packed else [[p] for p in pieces], 0, packed), 3
+    )
+    log_p = (
+        model.decoder.weight.detach().double().log_softmax(-1)
+    )  # bf16 logits, but the loss in fp32
+    np.testing.assert_allclose(
+        terms.sums.tolist(),
+        [-log_p[5, 0], -(log_p[1, 2] + log_p[3, 4] + log_p[4, 2]), 0.0],
+        rtol=1e-6,
+    )
     assert terms.counts.tolist() == [1, 3, 0] and terms.sums.dtype == torch.float32
 
 
@@ -155,7 +177,9 @@ def test_a_micro_batch_without_targets_still_reaches_the_head():
 
 def test_a_penalty_is_averaged_over_micro_batches_by_their_target_tokens():
     cells = [terms_of([(1.0, 0)] * 3), terms_of([(1.0, 1)]), terms_of([])]
-    values = [torch.tensor(x, requires_grad=True) for x in (2.0, 10.0, math.nan)]  # no token, no part in it
+    values = [
+        torch.tensor(x, requires_grad=True) for x in (2.0, 10.0, math.nan)
+    ]  # no token, no part in it
     weights, counts = torch.full((K,), 0.25, dtype=torch.float64), torch.tensor([3, 1, 0, 0])
     loss = sum(
         combine(Terms(cell.sums, cell.counts, {"router_loss": value}), weights, counts, 2)
@@ -177,16 +201,27 @@ def test_schedules_by_hand():
     assert rates(5, name="constant") == [2.0] * 5
     assert rates(5, name="linear") == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
     assert rates(5, name="linear", floor=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25, 1.0])
-    assert rates(5, name="cosine") == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0])
+    assert rates(5, name="cosine") == pytest.approx(
+        [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0]
+    )
     assert rates(6, name="linear", warmup=2) == pytest.approx([1.0, 2.0, 2.0, 4 / 3, 2 / 3, 0.0])
     assert rates(1, name="cosine") == [2.0] and rates(2, name="cosine", warmup=1) == [2.0, 2.0]
 
 
-@given(st.integers(1, 60), st.integers(0, 70), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1))
+@given(
+    st.integers(1, 60),
+    st.integers(0, 70),
+    st.sampled_from(["cosine", "linear", "constant"]),
+    st.floats(0, 1),
+)
 def test_schedules_rise_then_fall_to_the_floor(steps, warmup, name, floor):
     found = rates(steps, name=name, warmup=warmup, floor=floor)
     rising, falling = found[:warmup], found[warmup:]
-    assert all(rate > 0 for rate in rising) and rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert (
+        all(rate > 0 for rate in rising)
+        and rising == sorted(rising)
+        and falling == sorted(falling, reverse=True)
+    )
     assert max(found) <= 2.0 and all(rate >= 2.0 * floor - 1e-12 for rate in falling)
     if warmup <= steps:
         assert warmup == 0 or found[warmup - 1] == 2.0
@@ -202,7 +237,11 @@ def test_schedules_rise_then_fall_to_the_floor(steps, warmup, name, floor):
 def test_without_a_group_collectives_are_the_identity():
     tensor = torch.tensor([1.0, 2.0])
     assert (comm.rank(), comm.world(), comm.active()) == (0, 1, False)
-    assert comm.sum_(tensor) is tensor and comm.broadcast_(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
+    assert (
+        comm.sum_(tensor) is tensor
+        and comm.broadcast_(tensor) is tensor
+        and tensor.tolist() == [1.0, 2.0]
+    )
     assert comm.together(lambda: 7) == 7
     with pytest.raises(KeyError, match="row 7"):
         comm.together(lambda: {}["row 7"])

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import peft
 import pytest
+import runs
 import torch
 import toys
 from distributed import run_distributed
 from safetensors.torch import load_file
 
-import runs
-from mtl import comm, engine, model
 from mtl.config import parse
-from mtl.reshard import FP32, Files
+from mtl.distributed import comm, engine
+from mtl.distributed.reshard import FP32, Files
+from mtl.losses import head
+from mtl.train.optimizer import optimizer
 
 KINDS = {
     "sgd": "optimizer: {name: sgd, lr: 0.05, clip: null}",
@@ -78,8 +80,11 @@ engine: {{zero: {stage}, deepspeed: {{zero_optimization: {{stage3_param_persiste
         made = made.to(torch.bfloat16)
     if kind == "lora":
         torch.manual_seed(0)
-        made = peft.get_peft_model(made, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
-    return engine.Engine(made, config, model.optimizer(config))
+        made = peft.get_peft_model(
+            made, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear")
+        )
+    head.install(made)
+    return engine.Engine(made, config, optimizer(config))
 
 
 def train(trained: engine.Engine, steps: range) -> None:
@@ -111,7 +116,10 @@ def read(folder: Path, jobs: list[tuple[str, tuple[int, int], int]]) -> list[dic
     """Per job: what changed on the way from another layout, and after 3 more steps."""
     found = []
     for number, (kind, (world, old), stage) in enumerate(jobs):
-        here, scratch = folder / f"{kind}-{world}-{old}", folder / f"scratch-{comm.world()}-{number}"
+        here, scratch = (
+            folder / f"{kind}-{world}-{old}",
+            folder / f"scratch-{comm.world()}-{number}",
+        )
         trained = build(kind, stage)
         trained.reshard(here / "engine", scratch / "x", world if old else 0)
         trained.save(scratch / "again")
@@ -150,18 +158,27 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def norm(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """L2 norm of the difference over all parameters."""
-    return sum(float((one[name].float() - other[name].float()).square().sum()) for name in one) ** 0.5
+    return (
+        sum(float((one[name].float() - other[name].float()).square().sum()) for name in one) ** 0.5
+    )
 
 
 @pytest.fixture(scope="module")
 def resharded(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("universal")
     for world in (1, 2, 3):
-        run_distributed(write, world, folder, sorted({(kind, old[1]) for kind, old, _ in CASES if old[0] == world}))
+        run_distributed(
+            write,
+            world,
+            folder,
+            sorted({(kind, old[1]) for kind, old, _ in CASES if old[0] == world}),
+        )
     results = {}
     for world in (1, 2):
         cases = [case for case in CASES if case[2][0] == world]
-        found = run_distributed(read, world, folder, [(kind, old, new[1]) for kind, old, new in cases])[0]
+        found = run_distributed(
+            read, world, folder, [(kind, old, new[1]) for kind, old, new in cases]
+        )[0]
         results |= {name_of(case): one for case, one in zip(cases, found, strict=True)}
     return results
 
@@ -186,7 +203,9 @@ def test_it_trains_on_as_it_would_have(resharded, case):
         # (2 processes against 1) and 1.5% (another ZeRO stage), these by 1.5%. A lost step count makes 52%, lost moments 105%.
         assert found["drift"] < 0.05
         return
-    limit = {"sgd": 1e-6, "momentum": 1e-6, "adamw": 1e-4, "lora": 1e-4}[case[0]]  # Adam amplifies rounding
+    limit = {"sgd": 1e-6, "momentum": 1e-6, "adamw": 1e-4, "lora": 1e-4}[
+        case[0]
+    ]  # Adam amplifies rounding
     assert found["after"] < limit < found["moved"]
 
 
@@ -208,7 +227,14 @@ def test_one_command_goes_on_in_another_layout(yaml, case):
     (world, stage), (other, other_stage), more = ENDS[case]
     stayed, moved = (yaml.parent / f"{case} {how}" for how in ("stayed", "moved"))
     settings = [*COMMON, *more]
-    runs.train(yaml, *settings, "objective=outside:causal_lm", f"engine.zero={stage}", f"output={stayed}", world=world).well()
+    runs.train(
+        yaml,
+        *settings,
+        "objective=outside:causal_lm",
+        f"engine.zero={stage}",
+        f"output={stayed}",
+        world=world,
+    ).well()
     died = runs.train(
         yaml, *settings, "objective=outside:causal_lm", f"engine.zero={stage}", f"output={moved}", world=world,
         MISFORTUNE=f"kill step 8 {world - 1}",
@@ -223,14 +249,20 @@ def test_one_command_goes_on_in_another_layout(yaml, case):
         world=other,
         resume=True,
     ).well()
-    told = f"is of ZeRO {stage} (processes: {world}); its parameters and optimizer state are cut anew for ZeRO {other_stage} (processes: {other})"
+    told = f"is of ZeRO {stage} (processes: {world}); its parameters and optimizer state are re-partitioned for ZeRO {other_stage} (processes: {other})"
     assert ended.err.count(told) == 1, ended.err
     tokens = [
-        [{tag: n for tag, n in line.items() if tag.endswith("/tokens")} for line in runs.metrics(run) if "train/loss" in line]
+        [
+            {tag: n for tag, n in line.items() if tag.endswith("/tokens")}
+            for line in runs.metrics(run)
+            if "train/loss" in line
+        ]
         for run in (stayed, moved)
     ]
     assert tokens[0] == tokens[1] and len(tokens[0]) == 12, "the same rows, step by step"
-    one, another = (load_file(next((run / "model").glob("*.safetensors"))) for run in (stayed, moved))
+    one, another = (
+        load_file(next((run / "model").glob("*.safetensors"))) for run in (stayed, moved)
+    )
     assert one.keys() == another.keys()
     assert max(float((one[name] - another[name]).abs().max()) for name in one) < 1e-6
     assert not (moved / "checkpoints" / ".resharded").exists()
@@ -240,7 +272,7 @@ def test_one_command_goes_on_in_another_layout(yaml, case):
 
 def test_another_models_state_is_refused(tmp_path):
     """By name, before anything is loaded."""
-    from mtl.reshard import fill
+    from mtl.distributed.reshard import fill
 
     for folder, name in (("old", "a.weight"), ("new", "b.weight")):
         (tmp_path / folder).mkdir()

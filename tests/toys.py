@@ -97,7 +97,9 @@ def save(model: PreTrainedModel, folder: Path | str, chat: bool = True) -> str:
     return str(folder)
 
 
-def write_tasks(folder: Path | str, train: int = 24, validation: int = 8, seed: int = 0) -> dict[str, dict[str, str]]:
+def write_tasks(
+    folder: Path | str, train: int = 24, validation: int = 8, seed: int = 0
+) -> dict[str, dict[str, str]]:
     """Write three small tasks of unequal size and length as JSONL, one in each basic format.
 
     `copy` (prompt_completion, `train` rows): repeat a word. `chat` (messages, half as many): two turns about a number.
@@ -117,14 +119,23 @@ def write_tasks(folder: Path | str, train: int = 24, validation: int = 8, seed: 
 
     def chat() -> dict[str, object]:
         n = draw.randint(1, 99)
-        turns = [("user", f"{n} + 1?"), ("assistant", f"{n + 1}"), ("user", "and one more?"), ("assistant", f"{n + 2}")]
+        turns = [
+            ("user", f"{n} + 1?"),
+            ("assistant", f"{n + 1}"),
+            ("user", "and one more?"),
+            ("assistant", f"{n + 2}"),
+        ]
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
     def prose() -> dict[str, object]:
         return {"text": " ".join(word() for _ in range(draw.randint(3, 8)))}
 
     tasks = {}
-    kinds = (("copy", copy, "prompt_completion", 1), ("chat", chat, "messages", 2), ("prose", prose, "text", 3))
+    kinds = (
+        ("copy", copy, "prompt_completion", 1),
+        ("chat", chat, "messages", 2),
+        ("prose", prose, "text", 3),
+    )
     for name, row, form, part in kinds:
         tasks[name] = {"format": form}
         for split, rows in (("train", train), ("validation", validation)):

@@ -1,8 +1,9 @@
 """The encoded cache: every split of every task as token ids on disk, made once and memory-mapped.
 
-A split's folder is named by a hash of everything that decides its content: the sources' bytes, the tokenizer with its
-chat template, the format with its keywords, the length policy, the cap, and the code that encodes. It holds
-`rows.arrow` (Arrow's stream format, a row an example; `datasets.Dataset.from_file` reads it too) and `report.json`.
+A split's folder is named by a hash of everything that decides its content: the sources' bytes, the
+tokenizer with its chat template, the format with its keywords, the length policy, the cap, and the
+code that encodes. It holds `rows.arrow` (Arrow's stream format, a row an example;
+`datasets.Dataset.from_file` reads it too) and `report.json`.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mtl.config import Config
-from mtl.data.encode import Encoder, Tokens
+from mtl.data.encode import Encoder, Tokenized
 from mtl.data.encoded import SCHEMA, DataError, Encoded, Report, TaskData, record_batch
 from mtl.data.formats import Format, RowProblem
 from mtl.data.lock import Say, build_once
@@ -32,7 +33,7 @@ CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
 PARALLEL = 2**25  # bytes of source above which starting processes, seconds each, is worth it
 NEWS = 10.0  # seconds between two signs of progress
 
-Outcome = tuple[int, Tokens | RowProblem]  # a row's number, and what became of it
+Outcome = tuple[int, Tokenized | RowProblem]  # a row's number, and what became of it
 
 
 def prepare(
@@ -43,8 +44,8 @@ def prepare(
 ) -> list[TaskData]:
     """Both splits of every task, encoded: read from `config.cache` if they are there, else made.
 
-    Every process calls this; one of them encodes a split, the others wait. No process group is needed, and none should
-    exist yet: its collectives would time out meanwhile.
+    Every process calls this; one of them encodes a split, the others wait. No process group is
+    needed, and none should exist yet: its collectives would time out meanwhile.
 
     Args:
         formats: each task's format, its keywords bound.
@@ -64,9 +65,15 @@ def prepare(
         ):
             try:
                 sources = [open_source(one, split) for one in names]
-                splits.append(encode_split(root, sources, formats[name], encoder, cap, f"{name} ({split})", say))
+                splits.append(
+                    encode_split(
+                        root, sources, formats[name], encoder, cap, f"{name} ({split})", say
+                    )
+                )
             except DataError as error:
-                problems.append(f"{config.where(('tasks', name, split))}: tasks.{name}.{split}: {error}")
+                problems.append(
+                    f"{config.where(('tasks', name, split))}: tasks.{name}.{split}: {error}"
+                )
         tasks.append((name, splits))
     if problems:
         raise DataError("\n".join(problems))
@@ -82,13 +89,14 @@ def encode_split(
     label: str,
     say: Say,
 ) -> Encoded:
-    """The rows of `sources`, one source after the other, encoded; from the cache under `root` if it has them.
+    """The rows of `sources`, one source after the other, encoded; from the cache under `root` if it
+    has them.
 
-    Args:
-        cap: keep the first so many usable rows, in the order of the sources, and read no further; None = all.
-        label: what to call it in messages.
+    Args: cap: keep the first so many usable rows, in the order of the sources, and read no further;
+        None = all. label: what to call it in messages.
 
-    Raises: DataError if a source cannot be read, no row is left, or a row is too long and `encoder.too_long` "error".
+    Raises: DataError if a source cannot be read, no row is left, or a row is too long and
+    `encoder.too_long` "error".
     """
     key = _key(sources, to_example, encoder, cap)
     folder = root / key
@@ -96,21 +104,39 @@ def encode_split(
 
         def build(partial: Path, progress: Say) -> None:
             say(f"encoding {label}: {', '.join(one.name for one in sources)}")
-            _write(partial, sources, to_example, encoder, cap, lambda text: progress(f"{label}: {text}"))
+            _write(
+                partial,
+                sources,
+                to_example,
+                encoder,
+                cap,
+                lambda text: progress(f"{label}: {text}"),
+            )
 
         build_once(folder, build, say)
     split = Encoded.open(folder, [one.where for one in sources], key)
     long = split.report.dropped.get("too long", 0)
     if len(split) == 0 or encoder.too_long == "error" and long:
-        found = "no usable row" if len(split) == 0 else f"{long:,} rows above batch.max_length, with too_long: error"
+        found = (
+            "no usable row"
+            if len(split) == 0
+            else f"{long:,} rows above batch.max_length, with too_long: error"
+        )
         raise DataError("\n  ".join([f"found {found}", *split.problems()]))
     return split
 
 
 def _write(
-    folder: Path, sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None, progress: Say
+    folder: Path,
+    sources: Sequence[Source],
+    to_example: Format,
+    encoder: Encoder,
+    cap: int | None,
+    progress: Say,
 ) -> None:
-    """Encode into `rows.arrow` and `report.json`; no more than a few chunks of rows are in memory at a time."""
+    """Encode into `rows.arrow` and `report.json`; no more than a few chunks of rows are in memory
+    at a time.
+    """
     report, pending, told = Report(), [], time.monotonic()
     with (folder / "rows.arrow").open("wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for s, number, result in _outcomes(sources, to_example, encoder, cap):
@@ -123,7 +149,7 @@ def _write(
                 report.kept += 1
                 report.tokens += len(result.ids)
                 report.targets += int(result.target.sum())
-                report.cut += result.cut
+                report.truncated += result.truncated
                 pending.append((result.ids, result.target, s, number))
             if len(pending) == CHUNK:
                 writer.write_batch(record_batch(pending))
@@ -137,10 +163,19 @@ def _write(
 
 def _outcomes(
     sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None
-) -> Iterator[tuple[int, int, Tokens | RowProblem]]:
-    """(source, row number, what became of it), in the order of the rows however many processes work."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    alone = cores == 1 or sum(one.size for one in sources) < PARALLEL or cap is not None and cap <= 16 * CHUNK
+) -> Iterator[tuple[int, int, Tokenized | RowProblem]]:
+    """(source, row number, what became of it), in the order of the rows however many processes
+    work.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    alone = (
+        cores == 1
+        or sum(one.size for one in sources) < PARALLEL
+        or cap is not None
+        and cap <= 16 * CHUNK
+    )
     # Fresh processes: forking one that has threads (torch, tokenizers) can deadlock.
     pool = None if alone else ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
     try:
@@ -159,27 +194,39 @@ def _outcomes(
 
 
 def _ahead(
-    pool: ProcessPoolExecutor, chunks: Iterator[list[Row]], to_example: Format, encoder: Encoder, many: int
+    pool: ProcessPoolExecutor,
+    chunks: Iterator[list[Row]],
+    to_example: Format,
+    encoder: Encoder,
+    many: int,
 ) -> Iterator[list[Outcome]]:
-    """Results in order, `many` chunks being under way: Executor.map would read the whole source first."""
-    coming = deque(pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, many))
+    """Results in order, `many` chunks being under way: Executor.map would read the whole source
+    first.
+    """
+    coming = deque(
+        pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, many)
+    )
     while coming:
         yield coming.popleft().result()
-        coming.extend(pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, 1))
+        coming.extend(
+            pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, 1)
+        )
 
 
 def _encode(rows: Sequence[Row], to_example: Format, encoder: Encoder) -> list[Outcome]:
     return [(row.number, _encode_row(row, to_example, encoder)) for row in rows]
 
 
-def _encode_row(row: Row, to_example: Format, encoder: Encoder) -> Tokens | RowProblem:
+def _encode_row(row: Row, to_example: Format, encoder: Encoder) -> Tokenized | RowProblem:
     if row.value is None:
         return RowProblem("unreadable", row.problem)
     try:
         example = to_example(row.value)
     except RowProblem as problem:
         return problem
-    except Exception as error:  # a format of the user's own: one row it cannot take must not end the run
+    except (
+        Exception
+    ) as error:  # a format of the user's own: one row it cannot take must not end the run
         return RowProblem("bad value", f"the format raises {type(error).__name__}: {error}")
     try:
         return encoder(example)
@@ -188,7 +235,9 @@ def _encode_row(row: Row, to_example: Format, encoder: Encoder) -> Tokens | RowP
 
 
 def _key(sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None) -> str:
-    function = getattr(to_example, "func", getattr(to_example, "target", to_example))  # of a partial, a spec.Maker
+    function = getattr(
+        to_example, "func", getattr(to_example, "target", to_example)
+    )  # of a partial, a spec.Maker
     identity = {
         "sources": [one.fingerprint() for one in sources],
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
@@ -196,15 +245,23 @@ def _key(sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: i
         "length": [encoder.max_length, encoder.too_long == "truncate"],
         "cap": cap,
         # The code itself instead of version numbers that someone would have to remember to raise.
-        "code": [_module_hash(thing) for thing in (function, open_source, RowProblem, Encoder, Report)],
+        "code": [
+            _module_hash(thing) for thing in (function, open_source, RowProblem, Encoder, Report)
+        ],
     }
     return _hash(json.dumps(identity, sort_keys=True, default=repr))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal, of all that decides which ids a text gets: the tokenizer's own file, its specials, its template."""
+    """Hexadecimal, of all that decides which ids a text gets: the tokenizer's own file, its
+    specials, its template.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    rules = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]

@@ -1,6 +1,8 @@
-"""Examples into micro-batches: how a global batch is cut (`deal`, on lengths alone) and laid out (`collate`).
+"""Examples into micro-batches: how a global batch is cut (`deal`, on lengths alone) and laid out
+(`collate`).
 
-The cut changes speed and memory, never the loss: per-task sums over all micro-batches of all ranks do not depend on it.
+The cut changes speed and memory, never the loss: per-task sums over all micro-batches of all ranks
+do not depend on it.
 """
 
 from bisect import bisect_left, insort
@@ -12,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Matrix products like positions in whole tiles: on AMX cores those of 530 positions take a quarter longer than those of 544, and
-# GPUs' tensor cores are alike. The first of these that costs few positions.
+# Matrix products like positions in whole tiles: on AMX cores those of 530 positions take a quarter
+# longer than those of 544, and GPUs' tensor cores are alike. The first of these that costs few
+# positions.
 TILES = 32, 16, 8
 
 Piece = tuple[np.ndarray, np.ndarray, int]  # ids (n,), target mask (n,) bool, task
@@ -25,10 +28,16 @@ Micro = list[Row]
 class MicroBatch:
     """R rows of L token positions with T target tokens, the input of one forward on one rank."""
 
-    input_ids: Tensor  # (R, L) int64, each example's tokens but the last, which nothing is predicted from
+    input_ids: (
+        Tensor  # (R, L) int64, each example's tokens but the last, which nothing is predicted from
+    )
     position_ids: Tensor  # (R, L) int64, restart at 0 with each example
-    attention_mask: Tensor | None  # (R, L) int64, 1 = token, where rows are padded; None where they are packed
-    at: Tensor  # (T,) int64, ascending flat positions (row * L + column) that predict a target: the one before the target token
+    attention_mask: (
+        Tensor | None
+    )  # (R, L) int64, 1 = token, where rows are padded; None where they are packed
+    # (T,) int64, ascending flat positions (row * L + column) that predict a target: the one before
+    # the target token
+    at: Tensor
     labels: Tensor  # (T,) int64, the ids to predict there
     task: Tensor  # (T,) int64, the task of each target
     most: int  # the largest T of any rank's micro-batch of this forward
@@ -47,24 +56,35 @@ class MicroBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         values = (getattr(self, field.name) for field in fields(self))
-        return MicroBatch(*(change(value) if isinstance(value, Tensor) else value for value in values))
+        return MicroBatch(
+            *(change(value) if isinstance(value, Tensor) else value for value in values)
+        )
 
 
-def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: int = 0, tokens: int | None = None) -> MicroBatch:
-    """Lay rows of examples out as one micro-batch; no rows at all give one dummy row without targets.
+def collate(
+    rows: Sequence[Sequence[Piece]],
+    pad_id: int,
+    packed: bool,
+    most: int = 0,
+    tokens: int | None = None,
+) -> MicroBatch:
+    """Lay rows of examples out as one micro-batch; no rows at all give one dummy row without
+    targets.
 
-    Args:
-        most: target tokens of the rank that has most of them in this forward, where it may be another.
-        tokens: the most positions there may be; where given, rows are made somewhat longer for the sake of `TILES`.
+    Args: most: target tokens of the rank that has most of them in this forward, where it may be
+        another. tokens: the most positions there may be; where given, rows are made somewhat longer
+        for the sake of `TILES`.
 
-    An example of n tokens takes n - 1 positions: its last token is only predicted, and nothing from it.
-    Padded (one example a row): padding stands on the right and is masked by length, never by id: pad is often eos.
-    Packed (any number of examples a row): position ids restart with each example, and no mask is given, which is how
-    transformers' models tell sequences apart; the tail of a short row is a segment of its own. The first token of an
-    example is never a target, so nothing is predicted across examples.
+    An example of n tokens takes n - 1 positions: its last token is only predicted, and nothing from
+    it. Padded (one example a row): padding stands on the right and is masked by length, never by
+    id: pad is often eos. Packed (any number of examples a row): position ids restart with each
+    example, and no mask is given, which is how transformers' models tell sequences apart; the tail
+    of a short row is a segment of its own. The first token of an example is never a target, so
+    nothing is predicted across examples.
     """
     assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
-    # Two positions: the shortest sequence that every attention implementation accepts and packing detection can read.
+    # Two positions: the shortest sequence that every attention implementation accepts and packing
+    # detection can read.
     width = max(2, max((sum(len(ids) - 1 for ids, _, _ in row) for row in rows), default=2))
     if rows and tokens is not None:
         width = widened(len(rows), width, tokens)
@@ -72,12 +92,16 @@ def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: in
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, -1, dtype=np.int64)  # what a position predicts; -1 = nothing that counts
+    labels = np.full(
+        shape, -1, dtype=np.int64
+    )  # what a position predicts; -1 = nothing that counts
     task = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         end = 0
         for ids, wanted, k in row:
-            assert not wanted[0], "the first token of an example has nothing before it to be predicted from"
+            assert not wanted[0], (
+                "the first token of an example has nothing before it to be predicted from"
+            )
             start, end = end, end + len(ids) - 1
             input_ids[r, start:end], task[r, start:end] = ids[:-1], k
             labels[r, start:end] = np.where(wanted[1:], ids[1:], -1)
@@ -99,7 +123,9 @@ def collate(rows: Sequence[Sequence[Piece]], pad_id: int, packed: bool, most: in
 
 
 def widened(rows: int, width: int, tokens: int) -> int:
-    """A width from `width` on, for so many rows to hold whole tiles: an eighth more at the most, and `tokens` positions."""
+    """A width from `width` on, for so many rows to hold whole tiles: an eighth more at the most,
+    and `tokens` positions.
+    """
     for tile in TILES:
         step = tile // gcd(tile, rows)
         wider = _ceil(width, step) * step
@@ -108,18 +134,21 @@ def widened(rows: int, width: int, tokens: int) -> int:
     return width
 
 
-def deal(lengths: Sequence[int], world: int, tokens: int, row_length: int | None = None) -> list[list[Micro]]:
-    """Cut examples into rows, rows into micro-batches, and deal these over ranks. Pure arithmetic on the lengths.
+def deal(
+    lengths: Sequence[int], world: int, tokens: int, row_length: int | None = None
+) -> list[list[Micro]]:
+    """Cut examples into rows, rows into micro-batches, and deal these over ranks. Pure arithmetic
+    on the lengths.
 
-    Args:
-        lengths: (n,) positions of each example.
-        world: ranks. More ranks than examples is fine: the others get empty micro-batches.
-        tokens: the most positions, padding included, of a micro-batch: rows times longest row.
-        row_length: None = one example a row; else examples are packed whole into rows of at most so many positions.
+    Args: lengths: (n,) positions of each example. world: ranks. More ranks than examples is fine:
+        the others get empty micro-batches. tokens: the most positions, padding included, of a
+        micro-batch: rows times longest row. row_length: None = one example a row; else examples are
+        packed whole into rows of at most so many positions.
 
-    Returns: [rank][micro][row] -> indices into `lengths`. Every index once; as many micro-batches on every rank, an
-        empty list where a rank has none left (`collate` makes the dummy row); the largest first, so that what does not
-        fit in memory fails at once. Ranks differ in padded positions by no more than one micro-batch.
+    Returns: [rank][micro][row] -> indices into `lengths`. Every index once; as many micro-batches
+        on every rank, an empty list where a rank has none left (`collate` makes the dummy row); the
+        largest first, so that what does not fit in memory fails at once. Ranks differ in padded
+        positions by no more than one micro-batch.
 
     Raises: ValueError if an example does not fit.
     """
@@ -129,29 +158,49 @@ def deal(lengths: Sequence[int], world: int, tokens: int, row_length: int | None
     longest = max(lengths, default=1)
     if longest > limit:
         name = "batch.tokens" if row_length is None else "row_length"
-        raise ValueError(f"found an example of {longest} positions, wanted at most {name} = {limit}")
+        raise ValueError(
+            f"found an example of {longest} positions, wanted at most {name} = {limit}"
+        )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if row_length is None:
         rows = [[i] for i in order]
     else:
         rows = _fill(lengths, order, world, tokens, row_length) if order else []
     widths = [sum(lengths[i] for i in row) for row in rows]
-    cuts = sorted(_cut(widths, world, tokens), key=lambda cut: -(cut.stop - cut.start) * sum(widths[cut.start :][:1]))
-    # Back and forth over the ranks: largest first, so a round's differences are taken back by the next, smaller ones.
-    turns = [cuts[i : i + world][:: 1 if i // world % 2 == 0 else -1] for i in range(0, len(cuts), world)]
+    cuts = sorted(
+        _split(widths, world, tokens),
+        key=lambda cut: -(cut.stop - cut.start) * sum(widths[cut.start :][:1]),
+    )
+    # Back and forth over the ranks: largest first, so a round's differences are taken back by the
+    # next, smaller ones.
+    turns = [
+        cuts[i : i + world][:: 1 if i // world % 2 == 0 else -1] for i in range(0, len(cuts), world)
+    ]
     return [[rows[turn[rank]] for turn in turns] for rank in range(world)]
 
 
-def _fill(lengths: Sequence[int], order: Sequence[int], world: int, tokens: int, row_length: int) -> list[Row]:
-    """Pack the examples into a multiple of `world` rows (or fewer than that, where examples are few), filled evenly.
+def _fill(
+    lengths: Sequence[int], order: Sequence[int], world: int, tokens: int, row_length: int
+) -> list[Row]:
+    """Pack the examples into a multiple of `world` rows (or fewer than that, where examples are
+    few), filled evenly.
 
-    One row a micro-batch where a row may be as long as that (FlashAttention). Else the number of rows with the fewest positions,
-    counting what tiles and attention cost: with a dense mask, rows of 256 tokens take an eighth longer than the shortest.
+    One row a micro-batch where a row may be as long as that (FlashAttention). Else the number of
+    rows with the fewest positions, counting what tiles and attention cost: with a dense mask, rows
+    of 256 tokens take an eighth longer than the shortest.
     """
-    fewest, total, longest = _ceil(len(_pack(lengths, order, row_length)), world) * world, sum(lengths), lengths[order[0]]
+    fewest, total, longest = (
+        _ceil(len(_pack(lengths, order, row_length)), world) * world,
+        sum(lengths),
+        lengths[order[0]],
+    )
 
     def packed(count: int) -> list[Row]:
-        return _pack(lengths, order, _least(longest, row_length, lambda size: len(_pack(lengths, order, size)) <= count))
+        return _pack(
+            lengths,
+            order,
+            _least(longest, row_length, lambda size: len(_pack(lengths, order, size)) <= count),
+        )
 
     def cost(count: int, size: int) -> float:
         mine = _ceil(count, world)
@@ -163,28 +212,38 @@ def _fill(lengths: Sequence[int], order: Sequence[int], world: int, tokens: int,
     if row_length == tokens:
         return packed(fewest)
     most = max(fewest, _ceil(total, longest) + world)
-    # Were rows filled to the last position. The packings themselves are made in this order until none can be better.
-    promised = sorted((cost(count, max(longest, _ceil(total, count))), count) for count in range(fewest, most + 1, world))
+    # Were rows filled to the last position. The packings themselves are made in this order until
+    # none can be better.
+    promised = sorted(
+        (cost(count, max(longest, _ceil(total, count))), count)
+        for count in range(fewest, most + 1, world)
+    )
     best: tuple[float, list[Row]] = (inf, [])
     for bound, count in promised[:8]:
         if bound < best[0]:
             rows = packed(count)
-            best = min(best, (cost(len(rows), sum(lengths[i] for i in rows[0])), rows), key=lambda each: each[0])
+            best = min(
+                best,
+                (cost(len(rows), sum(lengths[i] for i in rows[0])), rows),
+                key=lambda each: each[0],
+            )
     return best[1]
 
 
 def row_length_for(longest: int, tokens: int, dense_mask: bool) -> int:
     """The most tokens of a packed row when the user names none.
 
-    Kernels that build a dense L x L mask (sdpa, eager) want rows not much longer than the longest example: 4,096 tokens of
-    64-token sequences took 0.22 s in rows of 512 and 0.75 s in one row. FlashAttention's variable-length kernel takes exactly
-    one row.
+    Kernels that build a dense L x L mask (sdpa, eager) want rows not much longer than the longest
+    example: 4,096 tokens of 64-token sequences took 0.22 s in rows of 512 and 0.75 s in one row.
+    FlashAttention's variable-length kernel takes exactly one row.
     """
     return min(tokens, max(longest, 256)) if dense_mask else tokens
 
 
 def _pack(lengths: Sequence[int], order: Sequence[int], size: int) -> list[Row]:
-    """Best-fit-decreasing bin packing of the examples into rows of at most `size` tokens, the fullest row first."""
+    """Best-fit-decreasing bin packing of the examples into rows of at most `size` tokens, the
+    fullest row first.
+    """
     rows: list[Row] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for i in order:
@@ -199,11 +258,15 @@ def _pack(lengths: Sequence[int], order: Sequence[int], size: int) -> list[Row]:
     return [rows[row] for _, row in room]
 
 
-def _cut(widths: Sequence[int], world: int, tokens: int) -> list[slice]:
-    """Cut rows, sorted by falling width, into a multiple of `world` runs of rows * widest <= tokens, of even size."""
+def _split(widths: Sequence[int], world: int, tokens: int) -> list[slice]:
+    """Cut rows, sorted by falling width, into a multiple of `world` runs of rows * widest <=
+    tokens, of even size.
+    """
     n = len(widths)
 
-    def fewest(budget: int) -> list[int]:  # [i]: the fewest micro-batches that hold rows i, i+1, ...
+    def fewest(
+        budget: int,
+    ) -> list[int]:  # [i]: the fewest micro-batches that hold rows i, i+1, ...
         need = [0] * (n + 1)
         for i in reversed(range(n)):
             need[i] = 1 + need[min(n, i + budget // widths[i])]
@@ -215,7 +278,8 @@ def _cut(widths: Sequence[int], world: int, tokens: int) -> list[slice]:
     for left in range(parts, 0, -1):
         stop, share = start, ahead / left
         most = min(n, start + budget // widths[start]) if start < n else n
-        # A fair share of what is left, more where the rest would otherwise need too many micro-batches.
+        # A fair share of what is left, more where the rest would otherwise need too many
+        # micro-batches.
         while stop < most and ((stop - start) * widths[start] < share or need[stop] > left - 1):
             stop += 1
         cuts.append(slice(start, stop))
@@ -224,7 +288,9 @@ def _cut(widths: Sequence[int], world: int, tokens: int) -> list[slice]:
 
 
 def _least(low: int, high: int, enough: Callable[[int], bool]) -> int:
-    """By bisection a small size in low..high that is enough; `high` is. (The least, where `enough` is monotone.)"""
+    """By bisection a small size in low..high that is enough; `high` is. (The least, where `enough`
+    is monotone.)
+    """
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)

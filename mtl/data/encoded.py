@@ -1,4 +1,6 @@
-"""Encoded rows: what the cache holds, what a batch reads, and the report of what became of every source row."""
+"""Encoded rows: what the cache holds, what a batch reads, and the report of what became of every
+source row.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +13,9 @@ import pyarrow as pa
 SCHEMA = pa.schema(
     {
         "ids": pa.list_(pa.int32()),
-        "target": pa.list_(pa.uint8()),  # not bool, which Arrow packs to bits: a memory-mapped view is wanted
+        "target": pa.list_(
+            pa.uint8()
+        ),  # not bool, which Arrow packs to bits: a memory-mapped view is wanted
         "targets": pa.int32(),
         "answer": pa.int64(),
         "source": pa.int32(),  # which of the split's sources
@@ -33,9 +37,11 @@ class Report:
     kept: int = 0
     tokens: int = 0  # of the kept rows
     targets: int = 0  # target tokens of the kept rows
-    cut: int = 0  # kept rows that were truncated
+    truncated: int = 0  # kept rows that were truncated
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    shown: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)  # reason -> first (source, row, text)
+    shown: dict[str, list[tuple[int, int, str]]] = field(
+        default_factory=dict
+    )  # reason -> first (source, row, text)
 
     def drop(self, source: int, row: int, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -44,10 +50,17 @@ class Report:
             shown.append((source, row, text))
 
     def lines(self, where: Callable[[int, int], str]) -> list[str]:
-        """For people: one line of totals, then the dropped rows by reason, the first few with their place."""
-        lines = [f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, {self.targets:,} of them targets"]
-        if self.cut:
-            lines.append(f"{_rows(self.cut)} truncated")
+        """For people: one line of totals, then the dropped rows by reason, the first few with their
+        place.
+        """
+        lines = [
+            (
+                f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, {self.targets:,} "
+                "of them targets"
+            )
+        ]
+        if self.truncated:
+            lines.append(f"{_rows(self.truncated)} truncated")
         for reason, count in sorted(self.dropped.items()):
             lines.append(f"{_rows(count)} dropped: {reason}")
             lines += [f"  {where(source, row)}: {text}" for source, row, text in self.shown[reason]]
@@ -64,19 +77,29 @@ class Report:
 
 
 class Encoded:
-    """One split of one task, in memory or memory-mapped: n rows of token ids with a target mask each.
+    """One split of one task, in memory or memory-mapped: n rows of token ids with a target mask
+    each.
 
-    Attributes:
-        lengths: (n,) int64, tokens of each row.
-        positions: (n,) int64, what each row takes in a forward: its last token is only predicted.
-        targets: (n,) int64, target tokens of each row, >= 1.
-        answers: (n,) int64, each row's first three target ids as one number: the same for the same label.
-        fingerprint: hexadecimal; equal for equal content, encoded in the same way.
-        report: what became of the source's rows.
+    Attributes: lengths: (n,) int64, tokens of each row. positions: (n,) int64, what each row takes
+        in a forward: its last token is only predicted. targets: (n,) int64, target tokens of each
+        row, >= 1. answers: (n,) int64, each row's first three target ids as one number: the same
+        for the same label. fingerprint: hexadecimal; equal for equal content, encoded in the same
+        way. report: what became of the source's rows.
     """
 
-    def __init__(self, table: pa.Table, places: Sequence[Callable[[int], str]], fingerprint: str, report: Report):
-        self._table, self._places, self.fingerprint, self.report = table, list(places), fingerprint, report
+    def __init__(
+        self,
+        table: pa.Table,
+        places: Sequence[Callable[[int], str]],
+        fingerprint: str,
+        report: Report,
+    ):
+        self._table, self._places, self.fingerprint, self.report = (
+            table,
+            list(places),
+            fingerprint,
+            report,
+        )
         self._ids = _Ragged(table.column("ids"), np.int32)
         self._target = _Ragged(table.column("target"), np.bool_)
         self.lengths = self._ids.lengths
@@ -91,23 +114,35 @@ class Encoded:
         Raises: DataError if the folder is damaged.
         """
         try:
-            with pa.memory_map(str(folder / "rows.arrow")) as file, pa.ipc.open_stream(file) as reader:
+            with (
+                pa.memory_map(str(folder / "rows.arrow")) as file,
+                pa.ipc.open_stream(file) as reader,
+            ):
                 table = reader.read_all()
             report = Report.load(folder / "report.json")
             if len(table) != report.kept:  # Arrow takes the end of the file for the end of the rows
                 raise ValueError(f"found {_rows(len(table))}, wanted {report.kept:,}")
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(
-                f"the encoded data in {folder} is damaged ({error}). Remove the folder: it is made again"
+                f"the encoded data in {folder} is damaged ({error}). Remove the folder: it is made "
+                "again"
             ) from error
         return Encoded(table, places, fingerprint, report)
 
     @staticmethod
     def of(rows: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "memory") -> "Encoded":
         """Rows (ids, target mask) given in code: for tests, and for data that is no file."""
-        kept = [(np.asarray(ids, np.int32), np.asarray(target, np.uint8), 0, i) for i, (ids, target) in enumerate(rows)]
+        kept = [
+            (np.asarray(ids, np.int32), np.asarray(target, np.uint8), 0, i)
+            for i, (ids, target) in enumerate(rows)
+        ]
         table = pa.Table.from_batches([record_batch(kept)], SCHEMA)
-        report = Report(len(kept), len(kept), sum(len(ids) for ids, *_ in kept), sum(int(t.sum()) for _, t, *_ in kept))
+        report = Report(
+            len(kept),
+            len(kept),
+            sum(len(ids) for ids, *_ in kept),
+            sum(int(t.sum()) for _, t, *_ in kept),
+        )
         return Encoded(table, [lambda row: f"{name}, row {row + 1}"], name, report)
 
     def __len__(self) -> int:
@@ -118,7 +153,9 @@ class Encoded:
         return self._ids[i]
 
     def target(self, i: int) -> np.ndarray:
-        """(lengths[i],) bool, read-only: token j is predicted (from position j - 1) and trained. Element 0 is False."""
+        """(lengths[i],) bool, read-only: token j is predicted (from position j - 1) and trained.
+        Element 0 is False.
+        """
         return self._target[i]
 
     def where(self, i: int) -> str:
@@ -151,7 +188,9 @@ def record_batch(rows: Sequence[tuple[np.ndarray, np.ndarray, int, int]]) -> pa.
             pa.ListArray.from_arrays(offsets, flat),
             pa.ListArray.from_arrays(offsets, mask),
             pa.array([int(np.sum(t)) for t in target], pa.int32()),
-            pa.array([_answer(i[t.astype(bool)]) for i, t in zip(ids, target, strict=True)], pa.int64()),
+            pa.array(
+                [_answer(i[t.astype(bool)]) for i, t in zip(ids, target, strict=True)], pa.int64()
+            ),
             pa.array(source, pa.int32()),
             pa.array(row, pa.int64()),
         ],
@@ -177,7 +216,9 @@ class _Ragged:
         self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
         self._values = [chunk.values.to_numpy().view(dtype) for chunk in chunks]
         self._starts = np.cumsum([0, *map(len, chunks)])
-        self.lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, self._offsets)]).astype(np.int64)
+        self.lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, self._offsets)]).astype(
+            np.int64
+        )
 
     def __getitem__(self, i: int) -> np.ndarray:
         if not 0 <= i < self._starts[-1]:

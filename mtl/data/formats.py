@@ -1,4 +1,5 @@
-"""What a row holds. A format is one function from a row to an Example; a user's own is named `package.module:function`.
+"""What a row holds. A format is one function from a row to an Example; a user's own is named
+`package.module:function`.
 
     def mine(row: Mapping[str, Any], *, keyword: str = "default") -> Example
 
@@ -22,15 +23,21 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Messages:
-    """A conversation for the chat template. Every assistant turn is a target, its end-of-turn token included."""
+    """A conversation for the chat template. Every assistant turn is a target, its end-of-turn token
+    included.
+    """
 
-    messages: Sequence[Mapping[str, Any]]  # role, content, and whatever else the template reads (tool_calls, name ...)
+    messages: Sequence[
+        Mapping[str, Any]
+    ]  # role, content, and whatever else the template reads (tool_calls, name ...)
     tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas of functions
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Two texts that are put together as they are: no template and no space between. The completion is the target."""
+    """Two texts that are put together as they are: no template and no space between. The completion
+    is the target.
+    """
 
     prompt: str
     completion: str
@@ -58,8 +65,12 @@ class RowProblem(ValueError):
         return self.args[1]
 
 
-def messages(row: Mapping[str, Any], *, messages: str = "messages", tools: str = "tools") -> Messages:
-    """`{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}`; keywords rename the keys."""
+def messages(
+    row: Mapping[str, Any], *, messages: str = "messages", tools: str = "tools"
+) -> Messages:
+    """`{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}`; keywords rename
+    the keys.
+    """
     turns = [_without_none(turn, messages) for turn in _get(row, messages, list)]
     for i, turn in enumerate(turns, 1):
         _get(turn, "role", str, f"{messages}, turn {i}: ")
@@ -68,7 +79,9 @@ def messages(row: Mapping[str, Any], *, messages: str = "messages", tools: str =
     return _conversation(turns, _tools(row, tools))
 
 
-def prompt_completion(row: Mapping[str, Any], *, prompt: str = "prompt", completion: str = "completion") -> Completion:
+def prompt_completion(
+    row: Mapping[str, Any], *, prompt: str = "prompt", completion: str = "completion"
+) -> Completion:
     """`{"prompt": "...", "completion": "..."}`; keywords rename the keys."""
     return Completion(_get(row, prompt, str), _get(row, completion, str))
 
@@ -88,15 +101,22 @@ def alpaca(
     history: str = "history",
     separator: str = "\n",
 ) -> Messages:
-    """`{"instruction", "output"}` and, where present, `input`, `system`, `history` (pairs of earlier turns), as a chat.
+    """`{"instruction", "output"}` and, where present, `input`, `system`, `history` (pairs of
+    earlier turns), as a chat.
 
     The user's turn is the instruction and, if there is an input, the separator and the input.
     """
     said = [_get(row, instruction, str), *([_get(row, input, str)] if row.get(input) else [])]
     turns = [("system", _get(row, system, str))] if row.get(system) else []
     for pair in _get(row, history, list) if row.get(history) else []:
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise RowProblem("bad value", f"{history}: found {_show(pair)}, wanted pairs [question, answer]")
+        if not (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(isinstance(part, str) for part in pair)
+        ):
+            raise RowProblem(
+                "bad value", f"{history}: found {_show(pair)}, wanted pairs [question, answer]"
+            )
         turns += [("user", pair[0]), ("assistant", pair[1])]
     turns += [("user", separator.join(said)), ("assistant", _get(row, output, str))]
     return _conversation([{"role": role, "content": content} for role, content in turns])
@@ -111,9 +131,11 @@ def sharegpt(
     system: str = "system",
     tools: str = "tools",
 ) -> Messages:
-    """`{"conversations": [{"from": "human" | "gpt" ..., "value": "..."}, ...]}` and, where present, `system`, `tools`.
+    """`{"conversations": [{"from": "human" | "gpt" ..., "value": "..."}, ...]}` and, where present,
+    `system`, `tools`.
 
-    A `function_call` turn is the assistant's: JSON of `{"name", "arguments"}`, or of a list of them.
+    A `function_call` turn is the assistant's: JSON of `{"name", "arguments"}`, or of a list of
+    them.
     """
     turns: list[Mapping[str, Any]] = []
     if row.get(system):
@@ -124,12 +146,16 @@ def sharegpt(
         if turn.get(role) == "function_call":
             turns.append({"role": "assistant", "content": "", "tool_calls": _calls(said, at)})
         else:
-            turns.append({"role": _role(_get(turn, role, str, at), SHAREGPT_ROLES, at), "content": said})
+            turns.append(
+                {"role": _role(_get(turn, role, str, at), SHAREGPT_ROLES, at), "content": said}
+            )
     return _conversation(turns, _tools(row, tools))
 
 
 def chat_rounds(row: Mapping[str, Any], *, chat_rounds: str = "chat_rounds") -> Messages:
-    """MFTCoder's `{"chat_rounds": [{"role": "system" | "human" | "bot", "content": "..."}, ...]}`, in list order."""
+    """MFTCoder's `{"chat_rounds": [{"role": "system" | "human" | "bot", "content": "..."}, ...]}`,
+    in list order.
+    """
     turns = []
     for i, turn in enumerate(_get(row, chat_rounds, list), 1):
         at = f"{chat_rounds}, turn {i}: "
@@ -139,7 +165,13 @@ def chat_rounds(row: Mapping[str, Any], *, chat_rounds: str = "chat_rounds") -> 
     return _conversation(turns)
 
 
-MFTCODER_ROLES = {"system": "system", "human": "user", "user": "user", "bot": "assistant", "assistant": "assistant"}
+MFTCODER_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "bot": "assistant",
+    "assistant": "assistant",
+}
 SHAREGPT_ROLES = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
@@ -148,7 +180,9 @@ SHAREGPT_ROLES = {
 }
 
 
-def _conversation(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> Messages:
+def _conversation(
+    turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+) -> Messages:
     if all(turn["role"] != "assistant" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns) or "no turns"
         raise RowProblem("no target", f"found {roles}, wanted at least one turn of the assistant")
@@ -158,7 +192,9 @@ def _conversation(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[st
 def _get(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], at: str = "") -> Any:
     value = row.get(key)
     if value is None:
-        raise RowProblem("missing key", f"{at}found the keys {', '.join(row) or '(none)'}, wanted {key}")
+        raise RowProblem(
+            "missing key", f"{at}found the keys {', '.join(row) or '(none)'}, wanted {key}"
+        )
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join({str: "text", list: "a list"}[k] for k in kinds)
@@ -175,7 +211,9 @@ def _without_none(turn: Any, key: str) -> Mapping[str, Any]:
 
 def _role(name: str, roles: Mapping[str, str], at: str) -> str:
     if name not in roles:
-        raise RowProblem("bad value", f"{at}found the role {name!r}, wanted one of {', '.join(roles)}")
+        raise RowProblem(
+            "bad value", f"{at}found the role {name!r}, wanted one of {', '.join(roles)}"
+        )
     return roles[name]
 
 
@@ -184,7 +222,9 @@ def _tools(row: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]] | No
     tools = row.get(key) or None
     if isinstance(tools, str):
         tools = _json(tools, key)
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
         raise RowProblem("bad value", f"{key}: found {_show(tools)}, wanted a list of schemas")
     return tools
 
@@ -193,7 +233,9 @@ def _calls(said: str, at: str) -> list[Mapping[str, Any]]:
     found = _json(said, at.rstrip(": "))
     calls = found if isinstance(found, list) else [found]
     if not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise RowProblem("bad value", f'{at}found {_show(found)}, wanted {{"name": ..., "arguments": ...}}')
+        raise RowProblem(
+            "bad value", f'{at}found {_show(found)}, wanted {{"name": ..., "arguments": ...}}'
+        )
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -201,7 +243,9 @@ def _json(text: str, at: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowProblem("bad value", f"{at}: found {_show(text)}, wanted JSON ({error})") from error
+        raise RowProblem(
+            "bad value", f"{at}: found {_show(text)}, wanted JSON ({error})"
+        ) from error
 
 
 def _show(value: Any) -> str:

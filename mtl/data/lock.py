@@ -1,7 +1,9 @@
-"""A folder is built by one process of all that want it, on any host of the file system; the others wait for it.
+"""A folder is built by one process of all that want it, on any host of the file system; the others
+wait for it.
 
-The lock spares work, it does not guard the data: every writer builds in a folder of its own, which is renamed when
-whole. If a lock were ever judged wrongly, two processes would do the work twice and the first rename would win.
+The lock spares work, it does not guard the data: every writer builds in a folder of its own, which
+is renamed when whole. If a lock were ever judged wrongly, two processes would do the work twice and
+the first rename would win.
 """
 
 import json
@@ -18,20 +20,26 @@ from mtl.data.encoded import DataError
 
 POLL = 0.2  # seconds between looks at another process's lock
 REMIND = 30.0  # seconds between messages about it
-SILENT = 600.0  # seconds after which the lock of another host, whose processes cannot be seen, counts as left behind
+# seconds after which the lock of another host, whose processes cannot be seen, counts as left
+# behind
+SILENT = 600.0
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Holder:
+class Owner:
     """Who builds: the content of the lock file."""
 
     host: str
     pid: int
-    started: str  # the process's start in the kernel's ticks, by which a pid used again is known; "" where unknown
+    # the process's start in the kernel's ticks, by which a pid used again is known; "" where
+    # unknown
+    started: str
     since: str  # when the lock was taken, for people
-    progress: str = ""  # grows while the holder works; a lock that does not change for SILENT seconds is dead
+    progress: str = (
+        ""  # grows while the owner works; a lock that does not change for SILENT seconds is dead
+    )
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.since})"
@@ -49,9 +57,8 @@ class Holder:
 def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> None:
     """Make sure that `folder` exists: build it, or wait for the process that does.
 
-    Args:
-        folder: made whole or not at all.
-        build: fills the empty folder it is given; it calls its second argument with its progress (a few words)
+    Args: folder: made whole or not at all. build: fills the empty folder it is given; it calls its
+        second argument with its progress (a few words)
             every few seconds, which the waiting see.
         say: takes messages for people.
 
@@ -59,7 +66,12 @@ def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> No
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
-    me = Holder(socket.gethostname(), os.getpid(), _ticks(os.getpid()), datetime.now().isoformat(" ", "milliseconds"))
+    me = Owner(
+        socket.gethostname(),
+        os.getpid(),
+        _ticks(os.getpid()),
+        datetime.now().isoformat(" ", "milliseconds"),
+    )
     while not folder.exists():
         if _take(lock, me):
             try:
@@ -73,7 +85,7 @@ def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> No
             _wait(folder, lock, say)
 
 
-def _build(folder: Path, build: Callable[[Path, Say], None], lock: Path, me: Holder) -> None:
+def _build(folder: Path, build: Callable[[Path, Say], None], lock: Path, me: Owner) -> None:
     failure, partial = _failure(folder), _partial(folder, me)
     failure.unlink(missing_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -91,22 +103,27 @@ def _build(folder: Path, build: Callable[[Path, Say], None], lock: Path, me: Hol
 
 
 def _wait(folder: Path, lock: Path, say: Say) -> None:
-    """Until the lock is free: the folder is there, or the work is ours. Raises DataError if its holder failed."""
-    seen: Holder | None = None
+    """Until the lock is free: the folder is there, or the work is ours. Raises DataError if its
+    owner failed.
+    """
+    seen: Owner | None = None
     start = changed = time.monotonic()
     said = 0.0
-    while (holder := _read(lock)) is not None:
+    while (owner := _read(lock)) is not None:
         now = time.monotonic()
-        if holder != seen:
-            seen, changed = holder, now
-        if holder.gone or now - changed > SILENT:
-            why = "does not run any more" if holder.gone else f"has given no sign for {SILENT:.0f} s"
-            say(f"{holder} was encoding {folder} and {why}: doing it here")
-            shutil.rmtree(_partial(folder, holder), ignore_errors=True)
+        if owner != seen:
+            seen, changed = owner, now
+        if owner.gone or now - changed > SILENT:
+            why = "does not run any more" if owner.gone else f"has given no sign for {SILENT:.0f} s"
+            say(f"{owner} was encoding {folder} and {why}: doing it here")
+            shutil.rmtree(_partial(folder, owner), ignore_errors=True)
             lock.unlink(missing_ok=True)
             return
         if not said or now - said > REMIND:
-            say(f"waiting {now - start:.0f} s for {holder}, which is encoding {holder.progress or folder}")
+            say(
+                f"waiting {now - start:.0f} s for {owner}, which is encoding "
+                f"{owner.progress or folder}"
+            )
             said = now
         time.sleep(POLL)
     failure = _failure(folder)
@@ -116,8 +133,10 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
             raise DataError(f"{seen} failed: {found['error']}")
 
 
-def _take(lock: Path, me: Holder) -> bool:
-    """Create the lock with its content in one step (a link, which is atomic on network file systems too)."""
+def _take(lock: Path, me: Owner) -> bool:
+    """Create the lock with its content in one step (a link, which is atomic on network file systems
+    too).
+    """
     ready = lock.with_name(f"{lock.name}.{me.host}.{me.pid}")
     ready.write_text(json.dumps(asdict(me)))
     try:
@@ -129,21 +148,21 @@ def _take(lock: Path, me: Holder) -> bool:
     return True
 
 
-def _write(lock: Path, me: Holder) -> None:
+def _write(lock: Path, me: Owner) -> None:
     ready = lock.with_name(f"{lock.name}.{me.host}.{me.pid}")
     ready.write_text(json.dumps(asdict(me)))
     ready.replace(lock)
 
 
-def _read(lock: Path) -> Holder | None:
+def _read(lock: Path) -> Owner | None:
     try:
-        return Holder(**json.loads(lock.read_text()))
+        return Owner(**json.loads(lock.read_text()))
     except FileNotFoundError:
         return None
 
 
-def _partial(folder: Path, holder: Holder) -> Path:
-    return folder.with_name(f"{folder.name}.{holder.host}.{holder.pid}.partial")
+def _partial(folder: Path, owner: Owner) -> Path:
+    return folder.with_name(f"{folder.name}.{owner.host}.{owner.pid}.partial")
 
 
 def _failure(folder: Path) -> Path:
@@ -151,7 +170,9 @@ def _failure(folder: Path) -> Path:
 
 
 def _ticks(pid: int) -> str:
-    """When a process of this host started; "gone" if there is none, "" where the system does not tell."""
+    """When a process of this host started; "gone" if there is none, "" where the system does not
+    tell.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,8 +1,10 @@
-"""Which rows stand in which global batch: arithmetic on the step number, so that a run resumes from one integer.
+"""Which rows stand in which global batch: arithmetic on the step number, so that a run resumes from
+one integer.
 
-Two independent parts. *Which task* is the next example from: the divisor method (Webster / Sainte-Lague), where draw j
-of task k stands at time (2j + 1) / (2 s_k) and all draws are taken in the order of time. *Which row* of the task is its
-draw j: element j mod n_k of a permutation keyed by (seed, task, epoch j // n_k). Neither knows the world size.
+Two independent parts. *Which task* is the next example from: the divisor method (Webster /
+Sainte-Lague), where draw j of task k stands at time (2j + 1) / (2 s_k) and all draws are taken in
+the order of time. *Which row* of the task is its draw j: element j mod n_k of a permutation keyed
+by (seed, task, epoch j // n_k). Neither knows the world size.
 """
 
 import hashlib
@@ -18,30 +20,43 @@ Share = int | float | Fraction
 class Mix:
     """The endless sequence of global batches over K tasks.
 
-    Args:
-        names: the tasks. A task's name is part of the key of its row order, its place in the list is not.
-        sizes: (K,) training rows of each task, >= 1.
-        shares: (K,) positive numbers, up to a common factor the tasks' parts of all draws: see `shares_for`. After any
-            M draws a task's count differs from `share * M` by at most (1 + share * (K - 2)) / 2, the share in 0..1.
-            With `shares == sizes` the first sum(sizes) draws are every row once.
+    Args: names: the tasks. A task's name is part of the key of its row order, its place in the list
+        is not. sizes: (K,) training rows of each task, >= 1. shares: (K,) positive numbers, up to a
+        common factor the tasks' parts of all draws: see `shares_for`. After any
+            M draws a task's count differs from `share * M` by at most (1 + share * (K - 2)) / 2,
+            the share in 0..1. With `shares == sizes` the first sum(sizes) draws are every row once.
         examples: examples in a global batch, B.
         seed: keys every permutation.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], shares: Sequence[Share], examples: int, seed: int):
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        shares: Sequence[Share],
+        examples: int,
+        seed: int,
+    ):
         if not len(names) == len(sizes) == len(shares) > 0:
-            raise ValueError(f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted as many")
+            raise ValueError(
+                f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted as "
+                "many"
+            )
         for name, size, share in zip(names, sizes, shares, strict=True):
             if size < 1:
                 raise ValueError(f"task {name}: found {size} training rows, wanted at least 1")
             if not 0 < share < math.inf:
-                raise ValueError(f"task {name}: found share {share}, wanted a finite number above 0")
+                raise ValueError(
+                    f"task {name}: found share {share}, wanted a finite number above 0"
+                )
         if examples < 1:
             raise ValueError(f"found {examples} examples in a batch, wanted at least 1")
         self.names, self.sizes = list(names), [int(n) for n in sizes]
         self.examples, self.seed = int(examples), int(seed)
         self._shares = _integers(shares)
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # task -> (epoch, permutation): the epoch being read
+        self._orders: dict[
+            int, tuple[int, np.ndarray]
+        ] = {}  # task -> (epoch, permutation): the epoch being read
 
     @property
     def shares(self) -> np.ndarray:
@@ -56,17 +71,21 @@ class Mix:
         return np.array(counts, dtype=np.int64)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tasks (B,) and rows (B,) of global batch `step` (0 is the first), int64, in the order they are drawn."""
+        """The tasks (B,) and rows (B,) of global batch `step` (0 is the first), int64, in the order
+        they are drawn.
+        """
         _, draws = self._draws(step * self.examples, (step + 1) * self.examples)
         rows = [self._row(k, j) for k, j in draws]
         return np.array([k for k, _ in draws], dtype=np.int64), np.array(rows, dtype=np.int64)
 
     def _draws(self, start: int, stop: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Draws per task before position `start`, and (task, draw) of the positions start..stop-1 of the sequence.
+        """Draws per task before position `start`, and (task, draw) of the positions start..stop-1
+        of the sequence.
 
-        The draws of task k up to time x are floor(s_k x + 1/2), so those of all tasks lie within K/2 of S x. At
-        x = (start - K/2) / S there are therefore at most `start`, and at (stop + K/2) / S at least `stop`: what is in
-        between, at most stop - start + 2K draws, is all that has to be sorted. Exact: no float and no replay.
+        The draws of task k up to time x are floor(s_k x + 1/2), so those of all tasks lie within
+        K/2 of S x. At x = (start - K/2) / S there are therefore at most `start`, and at (stop +
+        K/2) / S at least `stop`: what is in between, at most stop - start + 2K draws, is all that
+        has to be sorted. Exact: no float and no replay.
         """
         total, tasks = sum(self._shares), len(self._shares)
 
@@ -75,7 +94,9 @@ class Mix:
 
         low, high = until(2 * start - tasks), until(2 * stop + tasks)
         draws = sorted(
-            (Fraction(2 * j + 1, share), k, j) for k, share in enumerate(self._shares) for j in range(low[k], high[k])
+            (Fraction(2 * j + 1, share), k, j)
+            for k, share in enumerate(self._shares)
+            for j in range(low[k], high[k])
         )
         skip = start - sum(low)
         for _, k, _ in draws[:skip]:
@@ -85,7 +106,10 @@ class Mix:
     def _row(self, k: int, j: int) -> int:
         epoch, place = divmod(j, self.sizes[k])
         if self._orders.get(k, (None,))[0] != epoch:
-            self._orders[k] = epoch, permutation(self.sizes[k], f"{self.seed}/{self.names[k]}/{epoch}")
+            self._orders[k] = (
+                epoch,
+                permutation(self.sizes[k], f"{self.seed}/{self.names[k]}/{epoch}"),
+            )
         return int(self._orders[k][1][place])
 
 
@@ -99,9 +123,10 @@ def shares_for(
 ) -> list[Fraction]:
     """(K,) shares of the tasks by one of the five rules.
 
-    `proportional`: n_k. `equal`: 1. `explicit`: the given `share`. `temperature`: n_k^(1/T), T = 1 proportional, T ->
-    inf equal (the sampling of multilingual models, Arivazhagan et al. 2019, arXiv 1907.05019, section 3). `epochs`:
-    n_k e_k, so that the tasks have passed e_k times when all sum(n_k e_k) draws are done.
+    `proportional`: n_k. `equal`: 1. `explicit`: the given `share`. `temperature`: n_k^(1/T), T = 1
+    proportional, T -> inf equal (the sampling of multilingual models, Arivazhagan et al. 2019,
+    arXiv 1907.05019, section 3). `epochs`: n_k e_k, so that the tasks have passed e_k times when
+    all sum(n_k e_k) draws are done.
 
     Raises: ValueError for an unknown kind, or a number that is missing or not positive.
     """
@@ -123,22 +148,28 @@ def shares_for(
             return [n * e for n, e in zip(sizes, given("epochs", epochs), strict=True)]
         case "temperature":
             (t,) = given("temperature", [temperature])
-            # Powers differ in their last bits from machine to machine, so they are put on a coarse grid.
+            # Powers differ in their last bits from machine to machine, so they are put on a coarse
+            # grid.
             return [Fraction(round(n ** float(1 / t) * 2**20), 2**20) for n in sizes]
-    raise ValueError(f"found shares {kind!r}, wanted proportional, equal, explicit, temperature or epochs")
+    raise ValueError(
+        f"found shares {kind!r}, wanted proportional, equal, explicit, temperature or epochs"
+    )
 
 
 def steps_for(epochs: float, sizes: Sequence[int], examples: int) -> int:
-    """Optimizer steps of `epochs` passes over all training rows together: ceil(epochs * sum n_k / examples)."""
+    """Optimizer steps of `epochs` passes over all training rows together: ceil(epochs * sum n_k /
+    examples).
+    """
     return math.ceil(_decimal(epochs) * sum(sizes) / examples)
 
 
 def permutation(n: int, key: str) -> np.ndarray:
-    """(n,) int64: 0..n-1 in an order given by `key` alone, the same on every machine and in every version.
+    """(n,) int64: 0..n-1 in an order given by `key` alone, the same on every machine and in every
+    version.
 
     The rows are sorted by a 64-bit hash of their index: splitmix64 (Steele, Lea, Flood 2014, doi
-    10.1145/2660193.2660195) started at the first 8 bytes of BLAKE2b of the key. It is a bijection of 64-bit words, so
-    no two rows tie.
+    10.1145/2660193.2660195) started at the first 8 bytes of BLAKE2b of the key. It is a bijection
+    of 64-bit words, so no two rows tie.
     """
     start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 
 from mtl.config import Config
-from mtl.data.batches import Layout, ValidationCut
+from mtl.data.batches import Layout, ValidationGroups
 from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
 from mtl.data.mix import Mix, shares_for, steps_for
 
 # Found with benchmarks/slopes.py and the clock, for 6 tasks and batches of 16 (docs/balancers.md).
 PROBED = 1.25  # examples that a probe reads for each that a batch has
-LEAST = 4  # of each task: two equally frequent labels then stand in every group alike, which with 3 they do not
+# of each task: two equally frequent labels then stand in every group alike, which with 3 they do
+# not
+LEAST = 4
 EVERY = {False: 5, True: 9}  # optimizer steps between probes, [with LoRA]
 READ = 24 / 16  # what a probe read there for each example of a batch
 
@@ -25,7 +27,9 @@ def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
         share=[task.share for task in settings],
         epochs=[task.epochs for task in settings],
     )
-    return Mix([task.name for task in tasks], sizes, shares, config.batch.examples, config.train.seed)
+    return Mix(
+        [task.name for task in tasks], sizes, shares, config.batch.examples, config.train.seed
+    )
 
 
 def steps_of(config: Config, mix: Mix) -> int:
@@ -33,41 +37,59 @@ def steps_of(config: Config, mix: Mix) -> int:
     return config.train.steps or steps_for(config.train.epochs, mix.sizes, mix.examples)
 
 
-def cut_for(config: Config, tasks: Sequence[TaskData], layout: Layout) -> ValidationCut:
-    """Which validation rows a probe reads. The published CoBa reads as many as a batch has, other ones at every step."""
+def validation_groups_for(
+    config: Config, tasks: Sequence[TaskData], layout: Layout
+) -> ValidationGroups:
+    """Which validation rows a probe reads. The published CoBa reads as many as a batch has, other
+    ones at every step.
+    """
     probe, splits = config.evaluate.probe, [task.validation for task in tasks]
     examples: list[int] | None = None
     if probe.examples == "batch":
-        lengths, rows = [split.positions.mean() for split in splits], [len(split) for split in splits]
+        lengths, rows = (
+            [split.positions.mean() for split in splits],
+            [len(split) for split in splits],
+        )
         examples = probed(config.batch.examples, lengths, rows, probe.groups)
     elif probe.examples != "all":
         examples = [probe.examples] * len(tasks)
-    return ValidationCut(tasks, probe.groups, config.train.seed, layout, examples)
+    return ValidationGroups(tasks, probe.groups, config.train.seed, layout, examples)
 
 
 def probed(batch: int, positions: Sequence[float], rows: Sequence[int], groups: int) -> list[int]:
-    """Examples of each task in a probe beside a batch of so many, by the mean length and the number of the tasks' rows.
+    """Examples of each task in a probe beside a batch of so many, by the mean length and the number
+    of the tasks' rows.
 
-    More of those that cost little: for a given cost the errors' squares, 1/n each, sum up to least with n ~ 1 / sqrt(cost).
+    More of those that cost little: for a given cost the errors' squares, 1/n each, sum up to least
+    with n ~ 1 / sqrt(cost).
     """
     mean = sum(positions) / len(positions)
     wanted = [round(PROBED * batch / len(positions) * (mean / each) ** 0.5) for each in positions]
     return [max(LEAST, min(n, has // groups)) for n, has in zip(wanted, rows, strict=True)]
 
 
-def probe_every(config: Config, cut: ValidationCut) -> int:
-    """Optimizer steps between probes: as configured, else as many as keep their cost near a twentieth of a step's on a CPU.
+def probe_every(config: Config, groups: ValidationGroups) -> int:
+    """Optimizer steps between probes: as configured, else as many as keep their cost near a
+    twentieth of a step's on a CPU.
 
-    There a forward is a sixth of a step, and with LoRA, which saves the weights' gradients, a third. What error slopes have with
-    so few probes: benchmarks/slopes.py.
+    There a forward is a sixth of a step, and with LoRA, which saves the weights' gradients, a
+    third. What error slopes have with so few probes: benchmarks/slopes.py.
     """
     least = EVERY[config.model.lora is not None]
-    most = max(sum(len(rows) for rows in cut.rows(group)) for group in range(cut.groups))
-    return config.evaluate.probe.every or max(least, round(least * most / (READ * config.batch.examples)))
+    most = max(sum(len(rows) for rows in groups.rows(group)) for group in range(groups.groups))
+    return config.evaluate.probe.every or max(
+        least, round(least * most / (READ * config.batch.examples))
+    )
 
 
 def layout_for(
-    config: Config, tasks: Sequence[TaskData], world: int, rank: int, pad_id: int, packed: bool, tokens: int
+    config: Config,
+    tasks: Sequence[TaskData],
+    world: int,
+    rank: int,
+    pad_id: int,
+    packed: bool,
+    tokens: int,
 ) -> Layout:
     """How examples become micro-batches of `tokens` positions.
 
@@ -75,6 +97,15 @@ def layout_for(
         packed: whether rows are packed (`batch.packing` and the model decide).
         tokens: `batch.tokens`, or that of evaluation.
     """
-    longest = max(int(split.positions.max()) for task in tasks for split in (task.train, task.validation))
+    longest = max(
+        int(split.positions.max()) for task in tasks for split in (task.train, task.validation)
+    )
     dense_mask = not (config.model.attention or "").startswith("flash")
-    return Layout(world, rank, tokens, pad_id, packed, config.batch.row_length or row_length_for(longest, tokens, dense_mask))
+    return Layout(
+        world,
+        rank,
+        tokens,
+        pad_id,
+        packed,
+        config.batch.row_length or row_length_for(longest, tokens, dense_mask),
+    )

@@ -1,7 +1,8 @@
-"""Where rows come from: JSONL by our own reader, Parquet, and through `datasets` saved folders and the hub.
+"""Where rows come from: JSONL by our own reader, Parquet, and through `datasets` saved folders and
+the hub.
 
-A row that cannot be read is handed on as a problem, with its place, and never ends the reading of its file. A source
-that cannot be read at all is a DataError.
+A row that cannot be read is handed on as a problem, with its place, and never ends the reading of
+its file. A source that cannot be read at all is a DataError.
 """
 
 import gzip
@@ -21,11 +22,17 @@ from mtl.data.encoded import DataError
 WHOLE = 2**26  # bytes up to which a file's fingerprint reads all of it: a tenth of a second
 BLOCKS, BLOCK = 64, 2**16  # beyond: so many blocks of so many bytes, evenly spaced
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
-READ = ".jsonl, .json (each also .gz) or .parquet file, a folder written by datasets.save_to_disk, or a hub name"
+READ = (
+    ".jsonl, .json (each also .gz) or .parquet file, a folder written by "
+    "datasets.save_to_disk, "
+    "or a hub name"
+)
 
 
 class Row(NamedTuple):
-    """One row: its number in the source (from 0; in JSONL, of the line), and what it holds or why it cannot be read."""
+    """One row: its number in the source (from 0; in JSONL, of the line), and what it holds or why
+    it cannot be read.
+    """
 
     number: int
     value: Mapping[str, Any] | None
@@ -45,11 +52,15 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """All rows, from the first. Raises DataError where the source as a whole cannot be read on."""
+        """All rows, from the first. Raises DataError where the source as a whole cannot be read
+        on.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hexadecimal, of the content: the same wherever the source lies. Cheap: large files are sampled (`WHOLE`)."""
+        """Hexadecimal, of the content: the same wherever the source lies. Cheap: large files are
+        sampled (`WHOLE`).
+        """
 
     def where(self, number: int) -> str:
         """The place of a row, for people."""
@@ -57,14 +68,16 @@ class Source(ABC):
 
 
 def open_source(name: str, split: str = "train") -> Source:
-    """Find out what `name` is: a file, a folder, or `dataset[:config[:split]]` on the hub (`split` if it names none).
+    """Find out what `name` is: a file, a folder, or `dataset[:config[:split]]` on the hub (`split`
+    if it names none).
 
     Raises: DataError saying what was looked for.
     """
     path = Path(name).expanduser()
     if "://" in name or path.exists() and not (path.is_file() or path.is_dir()):
         raise DataError(
-            f"found the stream {name}, wanted a {READ}: streaming is not supported, since the order of rows is "
+            f"found the stream {name}, wanted a {READ}: streaming is not supported, since the "
+            "order of rows is "
             "computed from their number. Download it first"
         )
     if path.is_dir():
@@ -88,7 +101,9 @@ def open_source(name: str, split: str = "train") -> Source:
 
 
 class JsonLines(Source):
-    """One JSON object a line, UTF-8; empty lines are passed over. A row's number is that of its line."""
+    """One JSON object a line, UTF-8; empty lines are passed over. A row's number is that of its
+    line.
+    """
 
     def __init__(self, name: str, path: Path):
         self.name, self.path, self.size = name, path, path.stat().st_size
@@ -111,7 +126,9 @@ class JsonLines(Source):
 
 
 class JsonArray(Source):
-    """A file that is one JSON array of objects, as alpaca's and sharegpt's are. It is read into memory whole."""
+    """A file that is one JSON array of objects, as alpaca's and sharegpt's are. It is read into
+    memory whole.
+    """
 
     def __init__(self, name: str, path: Path):
         self.name, self.path, self.size = name, path, path.stat().st_size
@@ -168,17 +185,27 @@ class Table(Source):
 def _folder(name: str, path: Path) -> Source:
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise DataError(f"found a folder of splits, wanted one of them: {' or '.join(str(path / s) for s in splits)}")
+        raise DataError(
+            "found a folder of splits, wanted one of them: "
+            f"{' or '.join(str(path / s) for s in splits)}"
+        )
     if not (path / "state.json").is_file():
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise DataError(f"found the folder {name} with {inside} in it, wanted a {READ}. Name its files, as a list")
-    from datasets import load_from_disk  # here: importing it takes a second, and most sources are files
+        raise DataError(
+            f"found the folder {name} with {inside} in it, wanted a {READ}. Name its files, as a "
+            "list"
+        )
+    from datasets import (
+        load_from_disk,
+    )  # here: importing it takes a second, and most sources are files
 
     parts = [_file_fingerprint(part) for part in sorted(path.glob("*.arrow"))]
     try:
         return Table(name, load_from_disk(str(path)), _hash(*parts))
     except Exception as error:  # `datasets` and Arrow have no common class of error
-        raise DataError(f"the folder {name} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"the folder {name} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _hub(name: str, split: str) -> Source:
@@ -186,14 +213,21 @@ def _hub(name: str, split: str) -> Source:
 
     dataset, config, named = [*name.split(":"), "", ""][:3]
     found = load_dataset(dataset, config or None, split=named or split)
-    return Table(f"{dataset}:{config}:{named or split}".replace("::", ":"), found, found._fingerprint)
+    return Table(
+        f"{dataset}:{config}:{named or split}".replace("::", ":"), found, found._fingerprint
+    )
 
 
 def _parsed(number: int, line: bytes) -> Row:
     try:
         value = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
     except UnicodeDecodeError as error:
-        return Row(number, None, f"not UTF-8: {error.reason} {line[error.start : error.start + 1]!r} at byte {error.start + 1}")
+        return Row(
+            number,
+            None,
+            f"not UTF-8: {error.reason} {line[error.start : error.start + 1]!r} at byte "
+            f"{error.start + 1}",
+        )
     except (ValueError, RecursionError) as error:
         return Row(number, None, f"not JSON: {error}")
     return _checked(number, value)
@@ -222,7 +256,9 @@ def _begins(path: Path, byte: bytes) -> bool:
 
 
 def _file_fingerprint(path: Path) -> str:
-    """Of all bytes of a file up to WHOLE; of a larger one, of its size, time of change and blocks spread over it."""
+    """Of all bytes of a file up to WHOLE; of a larger one, of its size, time of change and blocks
+    spread over it.
+    """
     status = path.stat()
     size = status.st_size
     with path.open("rb") as file:

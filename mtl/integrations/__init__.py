@@ -1,3 +1,3 @@
-"""Balancers in training loops that are not ours: any PyTorch loop (`loop`), Hugging Face's Trainer and TRL's
-(`trainer`).
+"""Balancers in training loops that are not ours: any PyTorch loop (`loop`), Hugging Face's Trainer
+and TRL's (`trainer`).
 """

@@ -1,0 +1,203 @@
+"""From a config to the parts of a run: the one place that wires them.
+
+data = encode(config)                       slow, and without a process group
+engine.init_process_group(...)
+run = build(config, data)                   everything that the loop needs
+state = restore(run, resume)                where it stands
+"""
+
+import json
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from balancers import Holder
+from mtl import plugins
+from mtl.config import Config
+from mtl.config.spec import resolve
+from mtl.data.batches import TrainBatches
+from mtl.data.cache import prepare
+from mtl.data.encode import load_tokenizer
+from mtl.data.encoded import TaskData
+from mtl.data.plan import layout_for, mix_for, probe_every, steps_of, validation_groups_for
+from mtl.distributed import comm
+from mtl.distributed.ds_config import zero_stage
+from mtl.distributed.engine import Engine
+from mtl.models import load, packing
+from mtl.output import provenance, trackers
+from mtl.output.checkpoint import Checkpoints, write_json
+from mtl.output.state import RunState
+from mtl.train import gram
+from mtl.train.optimizer import optimizer
+from mtl.train.run import Run
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A config's tokenizer and its tasks' encoded rows, in the order of the YAML."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[TaskData]
+
+
+def say_once(text: str) -> None:
+    """Print a message for people, on rank 0 alone."""
+    if comm.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = None) -> Data:
+    """Tokenize every task, or read what the cache has. Call it before there is a process group:
+    collectives would time out.
+
+    Raises:
+        DataError: every problem of every task.
+    """
+    tokenizer = load_tokenizer(config.model, config.where("model.name"))
+    formats = plugins.formats(config, allow_code)
+    return Data(tokenizer, prepare(config, tokenizer, formats, **({"say": say} if say else {})))
+
+
+def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, say: Say = say_once) -> Engine:
+    """The model and its optimizer on DeepSpeed. A collective.
+
+    Raises:
+        ModelError: the model cannot be loaded or trained as the config asks.
+    """
+    torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
+    return Engine(load.load(config, tokenizer), config, optimizer(config), say)
+
+
+def build(
+    config: Config,
+    data: Data,
+    *,
+    engine: Engine | None = None,
+    packed: bool | None = None,
+    holder: Holder | None = None,
+    allow_code: Collection[str] = (),
+    say: Say = say_once,
+) -> Run:
+    """The parts of a run. A collective; the process group exists.
+
+    Args:
+        engine: None: `start_engine`.
+        packed: whether rows are packed; None: as `batch.packing` says, which may measure the model.
+        holder: the balancer with its tasks; None: the config's.
+        allow_code: packages outside this one whose code may run.
+        say: takes messages for people.
+
+    Raises:
+        ConfigError, ModelError: what the config asks cannot be done.
+        ValueError: the ranks' configs, data or balancers differ.
+    """
+    tasks, pad_id = data.tasks, data.tokenizer.pad_token_id or 0
+    identity = provenance.identity(config, tasks)
+    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
+    engine = engine or start_engine(config, data.tokenizer, say)
+    if packed is None:
+        packed = packing.decide(config, engine, len(data.tokenizer), say)
+
+    def layout(tokens: int):
+        return layout_for(config, tasks, comm.world(), comm.rank(), pad_id, packed, tokens)
+
+    mix = mix_for(config, tasks)
+    validation = validation_groups_for(
+        config, tasks, layout(config.evaluate.tokens or config.batch.tokens)
+    )
+    _describe(config, tasks, mix.shares, validation.groups, say)
+    holder = holder or plugins.holder(config, allow_code)
+    comm.same(
+        json.dumps(holder.state_dict()["meta"], sort_keys=True), "balancer"
+    )  # all measure what it needs
+    return Run(
+        config=config,
+        names=list(config.tasks),
+        steps=steps_of(config, mix),
+        engine=engine,
+        objective=resolve(config, "objective", plugins.OBJECTIVE, allow_code),
+        holder=holder,
+        batches=TrainBatches(tasks, mix, layout(config.batch.tokens)),
+        validation=validation,
+        checkpoints=Checkpoints(
+            output=Path(config.output).expanduser(),
+            keep=config.checkpoint.keep,
+            identity=identity,
+            tokenizer=data.tokenizer,
+            layout={"processes": comm.world(), "zero": zero_stage(config)},
+            say=say,
+        ),
+        differentiated=gram.supply(holder.balancer.needs, engine.module, config),
+        probe_every=probe_every(config, validation),
+    )
+
+
+def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:
+    """Where the run stands: at its newest checkpoint with `resume`, else at step 0. A collective.
+
+    Raises:
+        CheckpointError: the run has changed since.
+    """
+    if not resume:
+        return RunState()
+    found = comm.together(run.checkpoints.latest)
+    comm.same(str(found and found.name), "newest checkpoint")
+    say(
+        f"resuming from {found}"
+        if found
+        else f"--resume: no complete checkpoint in {run.checkpoints.output}; starting at step 0"
+    )
+    if found:
+        return run.checkpoints.load(run.engine, run.holder)
+    comm.together(run.checkpoints.check_beginning)
+    return RunState()
+
+
+def open_trackers(
+    run: Run, state: RunState, tasks: Sequence[TaskData], allow_code: Collection[str] = ()
+) -> None:
+    """Write down what the run is, and open the trackers on rank 0. A collective.
+
+    A resumed run's metrics.jsonl is first cut back to what the checkpoint knew of it.
+    """
+    config, output = run.config, run.checkpoints.output
+
+    def open_on_first() -> list[trackers.Tracker]:
+        if comm.rank() > 0:
+            return []
+        output.mkdir(parents=True, exist_ok=True)
+        name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
+        record = provenance.record(config, tasks, run.steps, comm.world(), run.checkpoints.identity)
+        write_json(output / name, record)
+        trackers.truncate_metrics(output, state.metrics_bytes)
+        settings = {"output": output, "steps": run.steps, "start": state.step}
+        paths = [("trackers", str(i)) for i in range(len(config.trackers))]
+        opened = [resolve(config, path, plugins.TRACKER, allow_code)(**settings) for path in paths]
+        if not any(
+            isinstance(one, trackers.Jsonl) for one in opened
+        ):  # always: the last table and resume read it
+            opened.append(trackers.Jsonl(**settings))
+        return opened
+
+    run.trackers = comm.together(open_on_first)
+
+
+def _describe(
+    config: Config, tasks: Sequence[TaskData], shares: Sequence[float], groups: int, say: Say
+) -> None:
+    for task, share in zip(tasks, shares, strict=True):
+        say(f"{task.name}: {share:.1%} of the examples")
+        for split, data in (("train", task.train), ("validation", task.validation)):
+            say("\n".join(f"  {split}: {line}" for line in data.problems()))
+    wanted = config.evaluate.probe.groups
+    if groups < wanted:
+        say(
+            f"evaluate.probe.groups: {groups}, not {wanted}: the smallest task has no rows for "
+            "more groups of this size"
+        )

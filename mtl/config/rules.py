@@ -1,0 +1,272 @@
+"""How the config's values fit together: what no single key's type can say.
+
+A rule is a function that reads keys with `get` and yields what contradicts. It is skipped where a
+key that it reads is wrong by itself, because that is reported already.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from mtl.config.document import Document, Keys, Problem, show
+from mtl.config.schema import RESERVED, Config
+from mtl.config.words import did_you_mean, either, model_of, type_at
+
+Get = Callable[..., Any]
+Finding = tuple[Keys, str, str, str]  # key, found, wanted, hint
+
+
+def _length(get: Get) -> Iterator[Finding]:
+    steps, epochs = get("train", "steps"), get("train", "epochs")
+    if steps is None and epochs is None:
+        yield (
+            ("train",),
+            "neither steps nor epochs",
+            "one of them",
+            "For instance train: {steps: 1000}.",
+        )
+    elif steps is not None and epochs is not None:
+        yield (
+            ("train", "epochs"),
+            f"steps {steps} and epochs {epochs}",
+            "one of them",
+            "Delete the other.",
+        )
+
+
+def _name(get: Get, name: str) -> Iterator[Finding]:
+    if name in RESERVED:
+        yield (
+            ("tasks", name),
+            f"the name {show(name)}",
+            f"another than {either(RESERVED)}",
+            "Rename the task.",
+        )
+
+
+def _best(get: Get) -> Iterator[Finding]:
+    best, choices = get("evaluate", "best"), ["macro", "token", "worst", *get("tasks")]
+    if best not in choices:
+        yield ("evaluate", "best"), show(best), either(choices), did_you_mean(best, choices)
+
+
+def _share(get: Get, name: str) -> Iterator[Finding]:
+    shares = get("mix", "shares")
+    for key, mode in ("share", "explicit"), ("epochs", "epochs"):
+        value = get("tasks", name, key)
+        if shares == mode and value is None:
+            yield (
+                ("tasks", name, key),
+                "nothing",
+                "a number > 0",
+                f"With mix.shares: {mode} every task has {key}.",
+            )
+        elif shares != mode and value is not None:
+            yield (
+                ("tasks", name, key),
+                show(value),
+                "nothing",
+                f"It has no meaning with mix.shares: {shares}.",
+            )
+
+
+def _temperature(get: Get) -> Iterator[Finding]:
+    shares, value = get("mix", "shares"), get("mix", "temperature")
+    if shares == "temperature" and value is None:
+        yield ("mix", "temperature"), "nothing", "a number > 0", "mix.shares: temperature needs it."
+    elif shares != "temperature" and value is not None:
+        yield (
+            ("mix", "temperature"),
+            show(value),
+            "nothing",
+            f"It has no meaning with mix.shares: {shares}.",
+        )
+
+
+def _lengths(get: Get) -> Iterator[Finding]:
+    longest, tokens, row = (
+        get("batch", "max_length"),
+        get("batch", "tokens"),
+        get("batch", "row_length"),
+    )
+    if longest > tokens:
+        yield (
+            ("batch", "max_length"),
+            show(longest),
+            f"at most batch.tokens, {tokens}",
+            "A micro-batch holds whole examples.",
+        )
+    if row is not None and not longest <= row <= tokens:
+        yield (
+            ("batch", "row_length"),
+            show(row),
+            f"batch.max_length to batch.tokens, {longest} to {tokens}",
+            "",
+        )
+
+
+def _evaluation(get: Get) -> Iterator[Finding]:
+    longest, tokens = get("batch", "max_length"), get("evaluate", "tokens")
+    if tokens is not None and longest > tokens:
+        yield ("evaluate", "tokens"), show(tokens), f"at least batch.max_length, {longest}", ""
+
+
+def _momentum(get: Get) -> Iterator[Finding]:
+    name, momentum = get("optimizer", "name"), get("optimizer", "momentum")
+    if momentum and name != "sgd":
+        yield (
+            ("optimizer", "momentum"),
+            show(momentum),
+            f"0 with {name}",
+            "It is SGD's; AdamW's first moment is betas.",
+        )
+
+
+def _offload(get: Get) -> Iterator[Finding]:
+    zero = get("engine", "zero")
+    for key, lowest in ("optimizer", {"cpu": 1, "nvme": 3}), ("parameters", {"cpu": 3, "nvme": 3}):
+        target = get("engine", "offload", key)
+        if zero < lowest.get(target, 0):
+            yield (
+                ("engine", "offload", key),
+                target,
+                f"none at engine.zero {zero}",
+                f"It needs zero {lowest[target]}.",
+            )
+        if target == "nvme" and get("engine", "offload", "nvme_path") is None:
+            yield (
+                ("engine", "offload", "nvme_path"),
+                "nothing",
+                "a path",
+                f"engine.offload.{key}: nvme needs it.",
+            )
+
+
+def _quantize(get: Get) -> Iterator[Finding]:
+    kind, zero, precision = (
+        get("model", "quantize"),
+        get("engine", "zero"),
+        get("model", "precision"),
+    )
+    if kind is None:
+        return
+    if get("model", "lora") is None:
+        yield (
+            ("model", "quantize"),
+            kind,
+            "null",
+            "Quantized weights cannot be trained: add model.lora, for instance {r: 16}.",
+        )
+    if zero == 3:
+        hint = (
+            "transformers loads a quantized model whole on every process: with zero 2 that "
+            "costs the same, and works."
+        )
+        yield ("model", "quantize"), kind, "null at engine.zero 3", hint
+    if kind == "int8" and precision == "fp32":
+        yield (
+            ("model", "precision"),
+            precision,
+            "bf16 or bf16_autocast",
+            "LLM.int8() computes in 8 and 16 bits only.",
+        )
+
+
+def _compile(get: Get) -> Iterator[Finding]:
+    if get("model", "compile") and get("engine", "zero") == 3:
+        hint = (
+            "DeepSpeed gathers each module's parameters in hooks, which would break the "
+            "compiled code apart at every one."
+        )
+        yield ("model", "compile"), "true", "false at engine.zero 3", hint
+
+
+def _kernel(get: Get) -> Iterator[Finding]:
+    kernel = get("model", "loss_kernel")
+    if kernel and get("engine", "zero") == 3:
+        hint = (
+            "The kernel reads the head's weights by itself, which there are in parts: leave it "
+            "out, the head runs in slices."
+        )
+        yield ("model", "loss_kernel"), kernel, "null at engine.zero 3", hint
+
+
+def _gram(get: Get) -> Iterator[Finding]:
+    params = get("gram", "params")
+    try:
+        re.compile(params)
+    except re.error as error:
+        yield (
+            ("gram", "params"),
+            show(params),
+            "all, last_layer, adapter or a regular expression",
+            f"As one: {error}.",
+        )
+    if params == "adapter" and get("model", "lora") is None:
+        yield (
+            ("gram", "params"),
+            "adapter",
+            "all, last_layer or a regular expression",
+            "There is no model.lora.",
+        )
+
+
+def _export(get: Get) -> Iterator[Finding]:
+    if get("export", "which") == "best" and not get("checkpoint", "best"):
+        yield (
+            ("export", "which"),
+            "best",
+            "last or none",
+            "With checkpoint.best: false the best one is not kept.",
+        )
+
+
+RULES = (
+    _length,
+    _best,
+    _temperature,
+    _lengths,
+    _evaluation,
+    _momentum,
+    _offload,
+    _quantize,
+    _compile,
+    _kernel,
+    _gram,
+    _export,
+)
+TASK_RULES = (_name, _share)
+
+
+class _Broken(Exception):
+    """A rule reads a key that is wrong by itself."""
+
+
+def contradictions(document: Document, broken: set[Keys]) -> list[Problem]:
+    def get(*keys: str) -> Any:
+        if any(keys[:depth] in broken for depth in range(1, len(keys) + 1)):
+            raise _Broken
+        value: Any = document.data
+        for depth, key in enumerate(keys):
+            if isinstance(value, dict) and key not in value:
+                field = model_of(type_at(Config, keys[:depth])).model_fields[key]
+                value = field.get_default(call_default_factory=True)
+            else:
+                value = getattr(value, key) if isinstance(value, BaseModel) else value[key]
+        return value
+
+    tasks = document.data.get("tasks")
+    names = tasks if isinstance(tasks, dict) else ()
+    problems = []
+    for rule in (
+        *RULES,
+        *(functools.partial(rule, name=name) for rule in TASK_RULES for name in names),
+    ):
+        try:
+            problems += [document.problem(*finding) for finding in rule(get)]
+        except _Broken:
+            continue
+    return problems

@@ -1,0 +1,473 @@
+"""The experiment's YAML: every key, its type, its default and its meaning. The only definition of
+it.
+
+`docs/config.md` and `docs/config.schema.json` are written from here by `python -m
+mtl.config.reference`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PrivateAttr,
+    Strict,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+
+from mtl.config.document import Document
+from mtl.config.words import Wanted
+
+Text = Annotated[str, MinLen(1), Wanted("text")]
+Name = Annotated[str, MinLen(1), Wanted("a name")]
+TextPath = Annotated[str, MinLen(1), Wanted("a path")]
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+BelowOne = Annotated[float, Ge(0), Lt(1)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Names = Annotated[tuple[Text, ...], Strict(False)]
+Sources = Annotated[
+    tuple[Text, ...],
+    Strict(False),
+    MinLen(1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Wanted("a file, folder or hub name, or a list of them"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+            ]
+        }
+    ),
+]
+DeepSpeed = Annotated[
+    dict[str, Any],
+    Wanted("a mapping, or the path of a JSON file"),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string", "minLength": 1}]}),
+]
+FILES = (("engine", "deepspeed"),)  # where Document reads a file in
+TaskName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
+]
+RESERVED = ("macro", "token", "worst", ".", "..")
+
+
+class Section(BaseModel):
+    """A mapping of the YAML."""
+
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class Spec(Section):
+    """A callable by name and the keywords it is given: `CoBa`, or `{name: CoBa, window: 48}`."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=lambda schema: _or_text(schema))
+
+    wanted: ClassVar = "a name, or a mapping with name and keywords"
+
+    name: Name
+    """A built-in's name, or `package.module:attribute` where the command line says `--allow-code
+    package`.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+def _or_text(schema: dict[str, Any]) -> None:
+    mapping = dict(schema)
+    schema.clear()
+    schema.update(anyOf=[{"type": "string", "minLength": 1}, mapping])
+
+
+class LoraSection(Section):
+    """Low-rank adapters (PEFT) in place of full fine-tuning."""
+
+    r: Count = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """The adapters' output is scaled by alpha / r (rslora: alpha / sqrt(r))."""
+    dropout: BelowOne = 0.0
+    """Probability that an input of an adapter is dropped."""
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """Modules that get an adapter: every linear one but the head, or those whose name ends so."""
+    modules_to_save: Names = ()
+    """Modules that are trained whole and saved with the adapters."""
+    rslora: bool = False
+    """Rank-stabilized scaling."""
+    dora: bool = False
+    """Weight-decomposed adapters."""
+
+
+class ModelSection(Section):
+    """The model and the precision it is trained in."""
+
+    name: Text
+    """A folder, or a name on the hub."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub name; null: its main branch."""
+    allow_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    attention: Text | None = None
+    """Attention kernel by transformers' name (sdpa, eager, flash_attention_2 ...); null:
+    transformers' choice.
+    """
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
+    """bf16: bf16 weights with fp32 master weights and fp32 accumulated gradients; bf16_autocast:
+    fp32 weights, bf16 matrix products. The loss is computed in fp32 always.
+    """
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile of the model's blocks, for lengths that vary; zero 0-2. The first steps take up
+    to minutes longer: worth it where the others are faster by more (on CPUs by a quarter,
+    benchmarks/README.md). Needs a C++ compiler; on a GPU Triton.
+    """
+    loss_kernel: Literal["liger"] | None = None
+    """liger: Liger's fused head and cross-entropy (extra `liger`; a GPU, zero 0-2, a head that is
+    one linear module); null: the head in slices, in plain torch. Both compute target positions only
+    and never hold all logits.
+    """
+    chat_template: TextPath | None = None
+    """File with a Jinja template that replaces the tokenizer's; null: the tokenizer's own."""
+    lora: LoraSection | None = None
+    """Adapters; null: every parameter is trained."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """How the frozen weights beside adapters are held (QLoRA; extra `qlora`): nf4: 4 bits, with
+    double quantization, computed with in the training precision; int8: LLM.int8(). Linear modules
+    but the head. With `model.lora` and zero 0-2 only.
+    """
+
+
+class TaskSection(Section):
+    """A task: its rows and what its loss counts."""
+
+    train: Sources
+    """Rows to train on: a JSONL or Parquet file, a folder written by `datasets.save_to_disk`, a hub
+    name (`name`, `name:config`, `name:config:split`), or a list of them.
+    """
+    validation: Sources
+    """Rows whose loss is measured, named in the same way."""
+    format: Spec
+    """What a row holds: messages, prompt_completion, text, alpaca, sharegpt, chat_rounds, or a
+    function of yours.
+    """
+    share: Positive | None = None
+    """Share of the examples drawn, relative to the other tasks' (`mix.shares: explicit` only)."""
+    epochs: Positive | None = None
+    """Passes over the task's rows, relative to the other tasks' (`mix.shares: epochs` only)."""
+    loss_weight: Positive = 1.0
+    """Factor on the balancer's weight; the weights' sum stays the balancer's."""
+    group: Text | None = None
+    """Tasks of the same group count as one for the balancer, which deals its weight equally to
+    them; null: by itself.
+    """
+    cap: Count | None = None
+    """Training rows used at most; null: all."""
+    validation_cap: Count | None = None
+    """Validation rows used at most; null: all."""
+
+
+class MixSection(Section):
+    """How often each task is drawn."""
+
+    shares: Literal["proportional", "equal", "explicit", "temperature", "epochs"] = "proportional"
+    """Examples of a task in a batch on average: in proportion to its n rows; the same for each; its
+    own `share`; n ** (1 / temperature); n times its own `epochs`.
+    """
+    temperature: Positive | None = None
+    """1: proportional; large: nearly equal (`shares: temperature` only)."""
+
+
+class BatchSection(Section):
+    """Examples of a step, tokens of a micro-batch."""
+
+    examples: Count = 16
+    """Examples in a global batch (an optimizer step), whatever the number of processes."""
+    tokens: Count = 4096
+    """Token positions, padding included, of one micro-batch of one process."""
+    max_length: Annotated[int, Ge(2)] = 1024
+    """Tokens of the longest example."""
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to an example above max_length."""
+    packing: Literal["auto"] | bool = "auto"
+    """Several examples in one row, none seeing another; auto: where the model is found to keep them
+    apart.
+    """
+    row_length: Count | None = None
+    """The most token positions of a packed row; null: chosen from the attention kernel and the
+    longest example. Rows are as long, up to this, as leaves least padding; one a micro-batch where
+    it equals `tokens`.
+    """
+
+
+class TrainSection(Section):
+    """How long to train: exactly one of steps and epochs."""
+
+    steps: Count | None = None
+    """Optimizer steps."""
+    epochs: Positive | None = None
+    """Passes over all tasks' training rows together: steps = ceil(epochs * rows /
+    batch.examples).
+    """
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Seed of the order of rows, of new parameters and of dropout."""
+
+
+class OptimizerSection(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """The update rule."""
+    lr: Positive = 1e-4
+    """Learning rate at the schedule's highest point."""
+    betas: Annotated[tuple[BelowOne, BelowOne], Strict(False)] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment, per step."""
+    eps: Positive = 1e-8
+    """Added to the root of AdamW's second moment."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay (AdamW) or L2 penalty (SGD), times lr per step."""
+    momentum: BelowOne = 0.0
+    """SGD's momentum (sgd only)."""
+    clip: Positive | None = 1.0
+    """Largest L2 norm of the whole gradient; null: not clipped."""
+
+
+class ScheduleSection(Section):
+    """Learning rate over the steps."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: Annotated[int, Ge(0)] = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    floor: Fraction = 0.0
+    """Rate at the last step, as a fraction of optimizer.lr."""
+
+
+class ProbeSection(Section):
+    """The small validation batch that a balancer reads, where it needs one."""
+
+    every: Count | None = None
+    """Optimizer steps between probes. null: 5, with LoRA 9 (its steps are shorter), and more where
+    a probe reads more than 1.5 times as many examples as a batch has.
+    """
+    groups: Count = 12
+    """Groups of whole examples each task's validation rows are divided into; a probe reads one of
+    them, in turn. Fewer, which the log says, where a task has too few rows for as many.
+    """
+    examples: Count | Literal["batch", "all"] = "batch"
+    """Examples of each task in a group. batch: in all about a quarter more than a batch has, more
+    of tasks with short rows; of each at least 4, and no more than it has rows for the groups. all:
+    every validation row is in a group.
+    """
+
+
+class GramSection(Section):
+    """The tasks' single gradients, where the balancer reads their inner products."""
+
+    params: Text = "all"
+    """Trainable parameters they are taken by: all; last_layer (the model's last block); adapter
+    (LoRA's); or a regular expression that is searched for in the parameters' names. Memory: one
+    gradient a task in fp32, on every device.
+    """
+    every: Count = 1
+    """Optimizer steps between them; in between the balancer keeps its weights."""
+
+
+class PatienceSection(Section):
+    """What happens to a task that has stopped improving, by its validation loss on the full
+    passes.
+    """
+
+    evaluations: Count
+    """Full passes in a row without a new lowest loss of the task after which it is done."""
+    action: Literal["log", "freeze", "drop"] = "log"
+    """log: say so, once. freeze: the task's part of all weights stays what it was. drop: its weight
+    is 0. The other tasks share the rest. When all tasks are done the run ends.
+    """
+    margin: NotNegative = 0.0
+    """How much lower than the lowest so far counts as an improvement, in nats per target token."""
+
+
+class EvaluateSection(Section):
+    """Validation."""
+
+    every: Count = 100
+    """Optimizer steps between full passes; also before the first step and after the last."""
+    tokens: Count | None = None
+    """Token positions of a validation micro-batch; null: batch.tokens."""
+    best: Text = "macro"
+    """The loss that picks the best checkpoint: macro (mean over tasks), token (mean over target
+    tokens), worst (highest of the tasks'), or a task's name.
+    """
+    probe: ProbeSection = ProbeSection()
+    """The balancer's probe."""
+    patience: PatienceSection | None = None
+    """When a task counts as done, and what happens then; null: never."""
+
+
+class CheckpointSection(Section):
+    """What is kept to resume from."""
+
+    every: Count | None = None
+    """Optimizer steps between checkpoints, besides those at a new best and at the end; null: these
+    only.
+    """
+    keep: Count = 2
+    """Checkpoints kept, the newest ones."""
+    best: bool = True
+    """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
+
+
+class ExportSection(Section):
+    """The Hugging Face folder written at the end."""
+
+    which: Literal["best", "last", "none"] = "best"
+    """The checkpoint that is exported."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Type of the exported parameters; null: as trained."""
+
+
+class OffloadSection(Section):
+    """What is kept outside the accelerator's memory."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state lives (cpu: zero 1-3; nvme: zero 3, and the run cannot be
+    resumed).
+    """
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where the parameters live (zero 3)."""
+    nvme_path: TextPath | None = None
+    """Folder on the NVMe disk."""
+
+
+class EngineSection(Section):
+    """DeepSpeed."""
+
+    zero: Annotated[int, Ge(0), Le(3)] = 2
+    """ZeRO stage. Partitioned over processes: 1 optimizer state; 2 gradients too; 3 parameters
+    too.
+    """
+    offload: OffloadSection = OffloadSection()
+    """Offloading."""
+    timeout_minutes: Positive = 30.0
+    """Minutes a process waits for the others before it gives up."""
+    deepspeed: DeepSpeed = {}
+    """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them,
+    `"auto"` values included; one that contradicts a key of ours is an error.
+    """
+
+
+class Config(Section):
+    """One experiment.
+
+    Paths start at the current directory, and `~` is expanded where a path is used. `load` and
+    `parse` make configs: the constructor checks single values only, not how they fit together.
+    """
+
+    model: ModelSection
+    """The model and the precision it is trained in."""
+    tasks: Annotated[
+        dict[TaskName, TaskSection], MinLen(1), Wanted("a mapping from tasks' names to tasks")
+    ]
+    """The tasks by name; their order in the file is their order everywhere."""
+    mix: MixSection = MixSection()
+    """How often each task is drawn."""
+    batch: BatchSection = BatchSection()
+    """Examples of a step, tokens of a micro-batch."""
+    train: TrainSection = TrainSection()
+    """How long to train: exactly one of steps and epochs."""
+    optimizer: OptimizerSection = OptimizerSection()
+    """The optimizer."""
+    schedule: ScheduleSection = ScheduleSection()
+    """Learning rate over the steps."""
+    balancer: Spec = Spec(name="CoBa")
+    """What sets the tasks' weights: a method of `balancers`, or a class of yours."""
+    gram: GramSection = GramSection()
+    """The balancer's gradients."""
+    objective: Spec = Spec(name="causal_lm")
+    """What is minimized. `causal_lm`: cross-entropy; `router_loss: 0.02` adds a mixture of experts'
+    load balancing loss.
+    """
+    evaluate: EvaluateSection = EvaluateSection()
+    """Validation."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """What is kept to resume from."""
+    export: ExportSection = ExportSection()
+    """The Hugging Face folder written at the end."""
+    output: TextPath
+    """Folder of the run: its log, checkpoints and exported model."""
+    engine: EngineSection = EngineSection()
+    """DeepSpeed."""
+    trackers: Annotated[tuple[Spec, ...], Strict(False)] = (
+        Spec(name="console"),
+        Spec(name="jsonl"),
+    )
+    """Where metrics go: console, jsonl, tensorboard, or classes of yours."""
+    cache: TextPath = "~/.cache/coba-mtl"
+    """Folder of the encoded data."""
+
+    _document: Document = PrivateAttr(default_factory=Document)
+
+    @property
+    def document(self) -> Document:
+        """The YAML it was read from."""
+        return self._document
+
+    def where(self, path: str | Sequence[str | int]) -> str:
+        """`file:line` of a key, by dotted path or by keys; of a key not given, that of the nearest
+        one above it.
+        """
+        return str(self._document.place(path))
+
+    def error(
+        self, path: str | Sequence[str | int], found: str, wanted: str, hint: str = ""
+    ) -> str:
+        """One line for a ConfigError: `file:line: key: found ..., wanted .... Hint`."""
+        return self._document.error(path, found, wanted, hint)
+
+    def get(self, path: str | Sequence[str | int]) -> Any:
+        """The value at a path: a section, a Spec, a number ..."""
+        value: Any = self
+        for key in self._document.keys(path):
+            if isinstance(value, BaseModel):
+                value = getattr(value, key)
+            else:
+                value = value[key] if isinstance(value, Mapping) else value[int(key)]
+        return value
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as plain dicts and lists. `parse(dump(...))`
+        gives it again.
+        """
+        return plain(self)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Spec) and not value.keywords:
+        return value.name
+    if isinstance(value, BaseModel):
+        return {key: plain(item) for key, item in value}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

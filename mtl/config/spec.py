@@ -1,0 +1,272 @@
+"""From a name in the YAML to the callable it names, bound to the keywords that stand beside it.
+
+A balancer, a data format, an objective and a tracker are one callable each: a built-in's name in a
+literal table, or `package.module:attribute` of a package that the command line allows. What is
+wrong with it (unknown name, failed import, unknown or missing keyword, a value its constructor
+refuses) is a ConfigError with file and line, never a skip.
+"""
+
+import functools
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from mtl.config import Config
+from mtl.config.document import ConfigError, Document, Keys, Place, Problem, child, show
+from mtl.config.schema import Spec
+from mtl.config.words import did_you_mean, either
+
+_DOTTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+_FORM = "package.module:attribute"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What may stand at a key of the YAML, and how the program calls it.
+
+    Args: table: built-in names, each with where it lives ({"CoBa": "balancers.coba:CoBa"}). base:
+        what a call gives: a class must derive from it, a function must return it. None: not looked
+        at. arguments: leading positional arguments that the program passes. keywords: keyword
+        arguments that the program passes. build: it is complete with the YAML's keywords, so
+        `check` calls it, to hear what its constructor refuses. inner: with `base`, a keyword whose
+        value is another spec of this kind, built first; code from outside may stand there.
+    """
+
+    table: Mapping[str, str]
+    base: type | None = None
+    arguments: int = 0
+    keywords: tuple[str, ...] = ()
+    build: bool = False
+    inner: str | None = None
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A class (or a function that makes an object) with its keywords, of which some may be Makers.
+    A ValueError or TypeError of its constructor becomes a ConfigError that names the YAML's line.
+    """
+
+    target: Callable[..., Any]
+    keywords: Mapping[str, Any]
+    base: type | None
+    places: Mapping[str, tuple[Place, Keys]]
+    """Where the spec ("") and each of its keywords stand."""
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        name = self.target.__name__
+        keywords = {
+            key: value() if isinstance(value, Maker) else value
+            for key, value in self.keywords.items()
+        }
+        try:
+            made = self.target(*args, **more, **keywords)
+        except (ValueError, TypeError) as error:
+            blamed = [
+                key for key in self.keywords if re.search(rf"\b{re.escape(key)}\b", str(error))
+            ]
+            place = self.places[blamed[0] if len(blamed) == 1 else ""]
+            text = str(error) if str(error).startswith(name) else f"{name} refuses it: {error}"
+            raise ConfigError([Problem(*place, text)]) from error
+        if self.base and not isinstance(made, self.base):
+            text = (
+                f"found {name}, which made one of type {type(made).__name__}, wanted "
+                f"{self.base.__name__}."
+            )
+            raise ConfigError([Problem(*self.places[""], text)])
+        return made
+
+
+def resolve(
+    config: Config, path: str | Sequence[str | int], kind: Kind, allow_code: Collection[str] = ()
+) -> Callable[..., Any]:
+    """The callable that the spec at `path` names, its keywords bound: a `Maker` of a class, a
+    partial of a function.
+
+    Args: path: where the spec stands, as `config.get` takes it ("balancer", ("tasks", name,
+        "format")). allow_code: packages outside this one whose code may run.
+
+    Raises:
+        ConfigError: everything that is wrong with it, a line each.
+    """
+    return _resolve(config.get(path), config.document.keys(path), kind, allow_code, config.document)
+
+
+def check(
+    kinds: Mapping[str, Kind], allow_code: Collection[str] = ()
+) -> Callable[[Document], list[Problem]]:
+    """For `load(..., check=check(...))`: what is wrong with the specs, reported together with the
+    rest of the YAML.
+
+    Args: kinds: what may stand where; `*` in a path is any task or item ("balancer",
+        "tasks.*.format", "trackers.*"). allow_code: packages outside this one whose code may run.
+    """
+
+    def problems(document: Document) -> list[Problem]:
+        found: list[Problem] = []
+        for pattern, kind in kinds.items():
+            for keys, value in _matches(document.data, tuple(pattern.split("."))):
+                try:
+                    spec = Spec.model_validate(value)
+                except ValidationError:
+                    continue  # config.py has reported it
+                try:
+                    made = _resolve(spec, keys, kind, allow_code, document)
+                    if kind.build:
+                        made()
+                except ConfigError as error:
+                    found += error.problems
+        return found
+
+    return problems
+
+
+def _matches(data: Any, pattern: Keys, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    if not pattern:
+        yield above, data
+        return
+    every = (
+        data.keys()
+        if isinstance(data, dict)
+        else map(str, range(len(data)))
+        if isinstance(data, list)
+        else ()
+    )
+    for key in every:
+        if pattern[0] in ("*", key):
+            yield from _matches(child(data, key), pattern[1:], (*above, key))
+
+
+def _resolve(
+    spec: Spec, keys: Keys, kind: Kind, allow_code: Collection[str], document: Document
+) -> Callable[..., Any]:
+    def fail(
+        found: str, wanted: str, hint: str = "", cause: BaseException | None = None
+    ) -> NoReturn:
+        problem = document.problem(keys, found, wanted, hint)
+        raise ConfigError([problem._replace(place=document.place((*keys, "name")))]) from cause
+
+    dotted = kind.table.get(spec.name, spec.name)
+    if not _DOTTED.fullmatch(dotted):
+        fail(show(spec.name), either([*kind.table, _FORM]), did_you_mean(spec.name, kind.table))
+    module, _, attribute = dotted.partition(":")
+    package = module.partition(".")[0]
+    if spec.name not in kind.table and package not in allow_code:
+        fail(
+            f"{show(spec.name)}, code from outside",
+            "a built-in name, or code that is allowed",
+            f"To let it run, add --allow-code {package} to the command line.",
+        )
+    try:
+        target = import_module(module)
+    except Exception as error:
+        hint = "Is it installed, or its folder in PYTHONPATH?" if _not_found(error, package) else ""
+        fail(
+            f"{show(dotted)}, whose import fails ({_reason(error)})",
+            "a module that can be imported",
+            hint,
+            error,
+        )
+    for name in attribute.split("."):
+        if not hasattr(target, name):
+            fail(
+                f"{show(dotted)}, which is not there",
+                f"an attribute of {module}",
+                did_you_mean(name, dir(target)),
+            )
+        target = getattr(target, name)
+    if not callable(target):
+        fail(f"{show(dotted)}, of type {type(target).__name__}", "a class or a function")
+    if kind.base and isinstance(target, type) and not issubclass(target, kind.base):
+        fail(
+            f"{show(dotted)}, which is no {kind.base.__name__}",
+            f"a subclass of {kind.base.__module__}.{kind.base.__qualname__}",
+        )
+    problems, keywords = list(_misfits(target, spec, keys, kind, document)), spec.keywords
+    if kind.inner in keywords:
+        try:
+            inner = Spec.model_validate(keywords[kind.inner])
+            keywords[kind.inner] = _resolve(inner, (*keys, kind.inner), kind, allow_code, document)
+        except ValidationError:
+            pass  # neither a name nor a mapping with one: the constructor says what it wanted
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    if not isinstance(target, type) and not kind.base:
+        return functools.partial(target, **keywords)
+    places = {key: (document.place((*keys, key)), (*keys, key)) for key in keywords}
+    return Maker(target, keywords, kind.base, {**places, "": (document.place(keys), keys)})
+
+
+def _misfits(
+    target: Callable[..., Any], spec: Spec, keys: Keys, kind: Kind, document: Document
+) -> Iterator[Problem]:
+    """Where the keywords (and what the program passes) do not fit the signature."""
+    try:
+        signature = inspect.signature(target)
+    except ValueError:
+        yield document.problem(
+            keys, f"{show(spec.name)}, whose signature is unknown", "one written in Python"
+        )
+        return
+    try:
+        passed = signature.bind_partial(
+            *[None] * kind.arguments, **dict.fromkeys(kind.keywords)
+        ).arguments
+    except TypeError as error:
+        wanted = (
+            [f"{kind.arguments} argument{'s' * (kind.arguments > 1)}"] if kind.arguments else []
+        )
+        wanted += [f"{name}=" for name in kind.keywords]
+        yield document.problem(
+            keys,
+            f"{show(spec.name)}, whose signature is {signature} ({error})",
+            f"one that takes {', '.join(wanted)}",
+        )
+        return
+    every = signature.parameters.values()
+    named = {
+        p.name: p
+        for p in every
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in passed
+    }
+    if not any(p.kind is p.VAR_KEYWORD for p in every):
+        accepted = ", ".join(
+            p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named.values()
+        )
+        for key in spec.keywords:
+            if key not in named:
+                yield document.problem(
+                    (*keys, key),
+                    "an unknown keyword",
+                    f"one of {accepted}" if accepted else f"none: {spec.name} takes no keywords",
+                    did_you_mean(key, named),
+                )
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in spec.keywords:
+            yield document.problem(
+                (*keys, name), "nothing", f"a value, which {spec.name} has no default for"
+            )
+
+
+def _not_found(error: Exception, package: str) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name == package
+
+
+def _reason(error: Exception) -> str:
+    """The exception in a line, with the line of code that raised it where that is not the import
+    itself.
+    """
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in frame.filename
+    ]
+    at = f" at {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {error}{at}"

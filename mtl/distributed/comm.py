@@ -1,0 +1,155 @@
+"""The few collectives training needs, over torch.distributed. Without a process group they are the
+identity.
+
+Tensors may live on any device. Under a GPU-only backend those on the CPU have a group of their own,
+gloo's: through NCCL each of them would wait for everything the device has been given to do.
+"""
+
+import hashlib
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the text holds that rank's error."""
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks: an all-reduce, because `dist.barrier` guesses a device."""
+    sum_(torch.zeros(1))
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place. Returns `tensor`."""
+    if active():
+        dist.all_reduce(tensor, group=_group(tensor))
+    return tensor
+
+
+def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrite `tensor` on every rank with that of `source`. Returns `tensor`."""
+    if active():
+        dist.broadcast(tensor, source, group=_group(tensor))
+    return tensor
+
+
+def leave() -> None:
+    """Leave the process group, when all ranks are ready to. A collective.
+
+    A group that is still open when Python exits may abort the process: its threads run on while
+    what they use is taken down.
+    """
+    global _host
+    if active():
+        barrier()
+        dist.destroy_process_group()
+        _host = None
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on this rank, then agree that it failed nowhere.
+
+    One rank's exception would leave the others waiting in their next collective until the group's
+    timeout; here it ends all of them, with its own text. `work` itself must not communicate.
+
+    Raises: RankError: on the ranks that did not fail, naming the rank that did and its error. The
+        failing rank raises its own.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    failed = sum_(torch.tensor([float(error is not None)]))
+    if not failed.item():
+        return result
+    texts: list[str | None] = [None] * world()
+    mine = error and "".join(traceback.format_exception_only(error)).strip()
+    dist.all_gather_object(texts, mine, group=_group(failed)) if active() else None
+    if error is not None:
+        raise error
+    raise RankError("; ".join(f"rank {r} failed: {text}" for r, text in enumerate(texts) if text))
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0; every rank gets its result, or its error. A collective; `work` itself
+    must not communicate.
+
+    The result is pickled where there are more ranks than one: plain values and small arrays.
+
+    Raises:
+        RankError: on the other ranks, with rank 0's error, which raises its own.
+    """
+    result = together(work if rank() == 0 else lambda: None)
+    if world() == 1:
+        return result
+    box = [result]
+    dist.broadcast_object_list(box, 0, group=_group(torch.zeros(1)))
+    return box[0]
+
+
+def same(text: str, what: str) -> None:
+    """Agree that every rank holds the same text. A collective.
+
+    Raises:
+        ValueError: on the ranks that hold another one than rank 0; RankError on the others.
+    """
+    mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    first = broadcast_(torch.tensor([mine]))
+
+    def check() -> None:
+        if int(first) != mine:
+            raise ValueError(f"rank {rank()} has another {what} than rank 0. Here: {text[:1000]}")
+
+    together(check)
+
+
+_host: tuple[object, dist.ProcessGroup] | None = (
+    None  # the default group it was made beside, and the hosts' own
+)
+
+
+def open_host_group(timeout: timedelta | None = None) -> None:
+    """Make the group for tensors on the CPU, where the backend has none. A collective.
+
+    Gloo finds its network interface by the host's name, which often is the loopback's: it follows
+    NCCL's choice where there is one.
+    """
+    global _host
+    wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if wanted in {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", wanted)
+    _host = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """Which group a tensor's collectives take; None = the default one."""
+    if tensor.device.type != "cpu":
+        return None
+    if _host is None or _host[0] is not dist.group.WORLD:
+        if dist.get_backend() != "nccl":
+            return None
+        open_host_group()
+    return _host[1]

@@ -1,0 +1,164 @@
+"""DeepSpeed's whole configuration, from ours. Every key that matters is written, because its
+defaults do not do what we mean: they clip gradients at 1.0 and accumulate them in the model's
+dtype.
+"""
+
+import os
+from typing import Any
+
+from mtl.config import Config, ConfigError
+
+# In a DeepSpeed configuration written for Hugging Face's Trainer: let the program decide.
+AUTO = "auto"
+
+
+def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
+    """The whole DeepSpeed configuration: ours, plus the user's `engine.deepspeed` where it says
+    something else.
+
+    Args:
+        world: data-parallel ranks.
+        device_type: "cpu", "cuda" ...: what the run computes on.
+
+    Raises: ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides; both
+        places are named.
+    """
+    stage, offload, bf16 = (
+        zero_stage(config),
+        config.engine.offload,
+        config.model.precision == "bf16",
+    )
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": device_type != "cpu",
+        "contiguous_gradients": True,
+    }
+    for ours, theirs in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        where = getattr(offload, ours)
+        zero[theirs] = {
+            "device": where
+        }  # "none" too, so that a user's own block that offloads is seen to differ
+        if where != "none":
+            zero[theirs]["pin_memory"] = device_type != "cpu"
+            if where == "nvme":
+                zero[theirs]["nvme_path"] = os.path.expanduser(offload.nvme_path)
+    ours = {
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip or 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "torch_autocast": {
+            "enabled": config.model.precision == "bf16_autocast",
+            "dtype": "bfloat16",
+        },
+        "zero_optimization": zero,
+    }
+    if config.model.precision == "bf16_autocast":
+        # Empty: gradients are communicated in fp32; autocast is about the arithmetic of forward and
+        # backward only.
+        ours["torch_autocast"]["lower_precision_safe_modules"] = []
+    problems: list[str] = []
+    merged = _merge(ours, dict(config.engine.deepspeed), ("engine", "deepspeed"), config, problems)
+    if problems:
+        raise ConfigError(problems)
+    for key in ("offload_optimizer", "offload_param"):
+        if merged["zero_optimization"][key]["device"] == "none":
+            del merged["zero_optimization"][key]
+    return merged
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage in force: bf16 weights with fp32 master weights and gradients do not exist at
+    stage 0, so 1 is used.
+    """
+    return max(1, config.engine.zero) if config.model.precision == "bf16" else config.engine.zero
+
+
+# Which key of our YAML decides a key of DeepSpeed's, to name both in an error. What is not here,
+# this program itself decides.
+_DECIDED_BY = {
+    "train_batch_size": "batch.examples",
+    "train_micro_batch_size_per_gpu": "batch.tokens",
+    "gradient_accumulation_steps": "batch.tokens",
+    "gradient_clipping": "optimizer.clip",
+    "bf16.enabled": "model.precision",
+    "fp16.enabled": "model.precision",
+    "torch_autocast.enabled": "model.precision",
+    "torch_autocast.dtype": "model.precision",
+    "data_types.grad_accum_dtype": "model.precision",
+    "communication_data_type": "model.precision",
+    "zero_optimization.stage": "engine.zero",
+    "zero_optimization.offload_optimizer.device": "engine.offload.optimizer",
+    "zero_optimization.offload_param.device": "engine.offload.parameters",
+    "zero_optimization.offload_optimizer.nvme_path": "engine.offload.nvme_path",
+    "zero_optimization.offload_param.nvme_path": "engine.offload.nvme_path",
+}
+# Blocks of DeepSpeed's that would act beside our own, and which of ours takes their place.
+_REPLACED_BY = {"optimizer": "optimizer", "scheduler": "schedule"}
+# Ours unless the user says otherwise: about speed and logs, not about what is computed.
+_FREE = {
+    "zero_optimization.overlap_comm",
+    "zero_optimization.contiguous_gradients",
+    "wall_clock_breakdown",
+    "steps_per_print",
+}
+
+
+def _merge(
+    ours: dict, theirs: dict, path: tuple[str, ...], config: Config, problems: list[str]
+) -> dict:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        here = (*path, key)
+        name = ".".join(here[2:])
+        if name in _REPLACED_BY:
+            if not _all_auto(value):
+                mine = _REPLACED_BY[name]
+                problems.append(
+                    config.error(
+                        here,
+                        f"a DeepSpeed {key}",
+                        f"none, because `{mine}` decides",
+                        f"Move its settings to `{mine}`.",
+                    )
+                )
+        elif isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merge(ours[key], value, here, config, problems)
+        elif value == AUTO and key not in ours:
+            hint = (
+                "No key of this YAML decides it: write the value, or leave the key out for "
+                "DeepSpeed's default."
+            )
+            problems.append(config.error(here, "'auto'", "a value", hint))
+        elif value != AUTO and key in ours and name not in _FREE and value != ours[key]:
+            mine = _DECIDED_BY.get(name)
+            decided = (
+                f"{mine} at {config.where(mine)} makes it so"
+                if mine
+                else "the step's arithmetic needs it"
+            )
+            problems.append(
+                config.error(here, repr(value), repr(ours[key]), f"{decided}; leave this key out.")
+            )
+        elif value != AUTO:
+            merged[key] = value
+    return merged
+
+
+def _all_auto(value: Any) -> bool:
+    """Whether every setting in a DeepSpeed optimizer or scheduler block is left to us (its type is
+    only a name).
+    """
+    if isinstance(value, dict):
+        return all(_all_auto(v) for k, v in value.items() if k != "type")
+    return value == AUTO

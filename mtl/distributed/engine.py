@@ -1,0 +1,432 @@
+"""The one door to DeepSpeed: forward, backward, step, save and load.
+
+Facts this file rests on (DeepSpeed 0.19.8; the tests measure them again):
+
+- A varying number of micro-batches per step is exact with accumulation 1 in the configuration and
+  the boundary set by hand before each backward. Forgetting it is silently wrong at ZeRO 1 and 2, so
+  `backward` demands `last`.
+- `client_state` hands every rank rank 0's copy, and `latest` is written before the last barrier:
+neither is used.
+"""
+
+import ctypes
+import io
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # before the import, which otherwise warns that it guesses
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from mtl.config import Config, ConfigError
+from mtl.distributed import comm, reshard
+from mtl.distributed.ds_config import ds_config, zero_stage
+
+deepspeed_logger.setLevel(logging.WARNING)
+
+
+def init_process_group(timeout_minutes: float) -> None:
+    """Join the process group the launcher describes (deepspeed, torchrun; or alone, when started
+    with plain python).
+
+    Args: timeout_minutes: how long a collective may wait. Nothing slow (tokenizing, downloading)
+        belongs after this call.
+    """
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    if get_accelerator().device_name() == "cpu":
+        _keep_freed_memory()
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    # An op for inference on CPUs that only `inference_all_reduce` calls: compiling it takes half a
+    # minute at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    if torch.distributed.get_backend() != "gloo":
+        comm.open_host_group(timeout)
+
+
+def _keep_freed_memory() -> None:
+    """On the CPU, let glibc's malloc hand freed memory out again instead of returning it to the
+    system.
+
+    A step frees and allocates gigabytes; the system zeroes each page it hands out, about half of a
+    small step's time.
+    """
+    with suppress(OSError, AttributeError):  # no glibc: nothing lost but time
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: everything from the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
+
+
+def device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def build_ops(config: Config, say: Callable[[str], None]) -> None:
+    """Compile what DeepSpeed needs for offloading to NVMe, where that is asked for: minutes, once
+    on a file system.
+
+    Raises:
+        ConfigError: it cannot be compiled on this machine.
+    """
+    offload = config.engine.offload
+    key = next(
+        (key for key in ("optimizer", "parameters") if getattr(offload, key) == "nvme"), None
+    )
+    if key is None:
+        return
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    wanted = (
+        "libaio's headers, a C++ compiler and ninja: apt-get install libaio-dev g++ (dnf: "
+        "libaio-devel gcc-c++), pip install ninja"
+    )
+    path, reason = ("engine", "offload", key), "no libaio, or no compiler"
+    if builder.is_compatible(verbose=False):
+        say(
+            "offloading to NVMe: loading DeepSpeed's async_io op; the first time on a machine it "
+            "is compiled, which takes minutes"
+        )
+        try:
+            builder.load(verbose=False)
+            return
+        except (OSError, RuntimeError, ImportError) as e:
+            reason = str(e).strip().splitlines()[-1]
+    raise ConfigError(
+        [
+            config.error(
+                path, f"nvme, where DeepSpeed's async_io op cannot be had ({reason})", wanted
+            )
+        ]
+    )
+
+
+@contextmanager
+def loading(config: Config, world: int) -> Iterator[None]:
+    """Within this context `from_pretrained` builds the model partitioned over the ranks where ZeRO
+    3 wants it so.
+
+    No rank ever holds the whole model. transformers finds the configuration through a weak
+    reference, hence the variable.
+    """
+    if zero_stage(config) < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    reference = HfDeepSpeedConfig(ds_config(config, world, device().type))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del reference
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within this context partitioned (ZeRO 3) parameters are whole on every rank. Read only. A
+    collective.
+    """
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+        yield
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed.
+
+    Args:
+        model: the model; at ZeRO 3 built under `loading`.
+        config: the run's configuration.
+        optimizer: from a model to its torch optimizer.
+        say: takes what was decided otherwise than asked for.
+
+    Attributes: module: the bare model. Evaluation and per-task gradients go through it, never
+        through the engine's output. world: data-parallel ranks. device: where inputs go. frozen:
+        names of the parameters that are not trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.world = comm.world()
+        if zero_stage(config) != config.engine.zero:
+            say(
+                f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: fp32 master weights "
+                "for bf16 start there"
+            )
+        if config.engine.offload.optimizer == "nvme":
+            say(
+                "engine.offload.optimizer: nvme: such a run cannot be resumed, because DeepSpeed "
+                "does not read its state back"
+            )
+        built, names = optimizer(model), {id(p): n for n, p in model.named_parameters()}
+        self._order = [names[id(p)] for group in built.param_groups for p in group["params"]]
+        with redirect_stdout(io.StringIO()):  # it prints memory figures
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=built,
+                config=ds_config(config, self.world, device().type),
+                dist_init_required=False,
+            )
+        self.module: nn.Module = self._engine.module
+        self.device = device()
+        self.frozen = [n for n, p in self.module.named_parameters() if not p.requires_grad]
+        self._is_training: bool | None = None
+        self._autocast = config.model.precision == "bf16_autocast"
+        self._stage = zero_stage(config)
+        self._clip = config.optimizer.clip
+        if not self._stage:
+            self._engine._config.gradient_clipping = (
+                0.0  # `step` clips: it has computed the norm already
+            )
+            # Alone there is nothing to sum, and DeepSpeed would copy every gradient into buckets
+            # and back.
+            self._engine.enable_backward_allreduce = self.world > 1
+
+    def forward(self, **inputs: Any) -> Any:
+        """The training forward, through DeepSpeed."""
+        return self._engine(**inputs)
+
+    def evaluate(self, **inputs: Any) -> Any:
+        """A forward of the bare module in the training precision. The caller decides about
+        gradients and eval mode.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.module(**inputs)
+
+    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """This rank's gradients of a loss computed with `evaluate`, whole, None = unused. The
+        engine's own are left alone.
+        """
+        found = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        offload = getattr(self._engine.optimizer, "parameter_offload", None)
+        if offload is not None:
+            # ZeRO 3 releases a module's parameters when gradients reach its inputs, which those of
+            # a few parameters never do.
+            offload.release_backward_leftovers()
+            offload.partition_all_parameters()
+        return found
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradients. `last`: it is the step's last one, after which ranks
+        are averaged.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Update the parameters with learning rate `lr`; not where the gradient is not finite.
+
+        Returns: the global gradient norm before clipping.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if not self._stage:  # there DeepSpeed keeps no norm, and would step whatever the gradient
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            for p in trained:
+                if (
+                    p.grad is None
+                ):  # unused: as at the other stages, and with more processes, its gradient is 0
+                    p.grad = torch.zeros_like(p)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            if norm.isfinite():
+                if self._clip and norm > self._clip:
+                    torch.nn.utils.clip_grads_with_norm_(trained, self._clip, norm)
+                self._engine.step()
+            return float(norm)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def train(self) -> None:
+        self._mode(True)
+
+    def eval(self) -> None:
+        self._mode(False)
+
+    def _mode(self, is_training: bool) -> None:
+        # The walk over LoRA's thousand modules takes 6 ms, and every step asks. At first parts are
+        # in unlike modes.
+        if self._is_training is not is_training or self.module.training is not is_training:
+            self._engine.train(is_training)
+            self._is_training = is_training
+
+    def save(self, folder: Path) -> None:
+        """Write every rank's shard into `folder`. A collective. Frozen parameters are left out: the
+        base model has them.
+        """
+        self._engine.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            save_latest=False,
+            exclude_frozen_parameters=bool(self.frozen),
+        )
+
+    def load(self, folder: Path) -> None:
+        """Read this rank's shard from `folder`, onto a fresh engine of the same world size and
+        stage. A collective.
+
+        DeepSpeed unpickles its files without restriction; each is opened with `weights_only` first,
+        so that a file that would run code is refused.
+
+        Raises: ValueError: a file is missing, holds anything but tensors and plain data, or is of
+            another model; or the optimizer's
+                state is offloaded to NVMe.
+        """
+        _refuse_nvme(self._engine, folder)
+        comm.together(lambda: _refuse(folder, self.world if self._stage else 0))
+        path, _ = self._engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, custom_load_fn=self._read_module
+        )
+        if path is None:
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint it can load there.")
+
+    def reshard(self, folder: Path, scratch: Path, shards: int) -> None:
+        """`load` of a checkpoint of another world size or stage, by way of files in `scratch`, a
+        folder that is removed. A collective.
+
+        Args:
+            shards: processes that wrote optimizer state into `folder`; 0 at ZeRO 0.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        _refuse_nvme(self._engine, folder)
+        comm.together(lambda: _refuse(folder, shards))
+        comm.together(
+            lambda: shutil.rmtree(scratch, ignore_errors=True) if comm.rank() == 0 else None
+        )
+        self.save(scratch / "engine")
+        comm.barrier()
+        known = {id(p): name for name, p in self.module.named_parameters()}
+        every = self.module.named_parameters(remove_duplicate=False)
+        aliases = {name: known[id(p)] for name, p in every if p.requires_grad}
+        comm.together(
+            lambda: reshard.fill(folder, scratch / "engine", comm.rank(), self._order, aliases)
+        )
+        self.load(scratch / "engine")
+        comm.barrier()  # none still reads
+        comm.together(lambda: shutil.rmtree(scratch) if comm.rank() == 0 else None)
+
+    def state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
+        """The whole parameters and persistent buffers, on the CPU of rank 0 (elsewhere empty). A
+        collective.
+
+        Gathered one parameter at a time, so that no rank but 0 holds the model, and 0 only in its
+        own memory.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad or not trainable_only:
+                with gathered([parameter]):
+                    if comm.rank() == 0:
+                        state[name] = parameter.detach().cpu().clone()
+                        assert state[name].shape == shape(parameter), (
+                            f"{name} is not whole: {state[name].shape}"
+                        )
+        if comm.rank() == 0 and not trainable_only:
+            persistent = self.module.state_dict(keep_vars=True)
+            state |= {
+                n: b.detach().cpu().clone()
+                for n, b in self.module.named_buffers()
+                if n in persistent
+            }
+        return state
+
+    def _read_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
+        # Not DeepSpeed's strict load: it refuses a checkpoint without the frozen parameters. Not
+        # its lax one: that takes anything.
+        missing, unexpected = dst.load_state_dict(src, strict=False)
+        missing = sorted(set(missing) - set(self.frozen))
+        if missing or unexpected:
+            raise ValueError(
+                "The checkpoint is of another model: "
+                f"it lacks the trainable {missing[:3]} ({len(missing)}) and has the unknown "
+                f"{unexpected[:3]} ({len(unexpected)})."
+            )
+
+
+# The only classes DeepSpeed's own files hold beside tensors and plain data.
+_EXPECTED_GLOBALS = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+
+
+def _refuse_nvme(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """DeepSpeed 0.19.8 loads such a checkpoint without an error, and the parameters are the base
+    model's.
+    """
+    if engine.zero_nvme_offload_optimizer() or (folder / "offloaded_tensors").exists():
+        raise ValueError(
+            f"{folder}: DeepSpeed does not read back the optimizer's state from NVMe "
+            "(engine.offload.optimizer: nvme), so this "
+            "run cannot be resumed. Start anew in another `output`, with cpu if it must be; the "
+            "checkpoint can still be exported."
+        )
+
+
+def _refuse(folder: Path, shards: int) -> None:
+    """Raise ValueError for a checkpoint that is not whole, or that could run code."""
+    files = sorted(folder.glob("*.pt"))
+    found = sum(
+        "zero_pp_rank_" in file.name and file.name.endswith("_optim_states.pt") for file in files
+    )
+    if not files or found != shards:
+        raise ValueError(
+            f"{folder}: found {len(files)} DeepSpeed files (*.pt), {found} of them with optimizer "
+            f"state, wanted that of {shards} "
+            "processes: the checkpoint is not whole."
+        )
+    for file in files:
+        if not is_zipfile(file):
+            raise ValueError(
+                f"{file}: no file that torch.save writes (a zip archive); it may be damaged, and "
+                "is refused."
+            )
+        foreign = sorted(
+            set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _EXPECTED_GLOBALS
+        )
+        if foreign:
+            raise ValueError(
+                f"{file}: holds {foreign}, which DeepSpeed never writes and which could run code "
+                "when loaded. "
+                "Load checkpoints from sources you trust only; this one is refused."
+            )

@@ -1,0 +1,246 @@
+"""The state of one ZeRO layout (ranks, stage) re-partitioned for another: works on the files
+DeepSpeed writes, on every rank.
+
+DeepSpeed 0.19.8 has a universal checkpoint of its own for this. It holds AdamW's two moments and
+nothing else (SGD: KeyError 'exp_avg'), has a form for stage 3 that stages 1 and 2 cannot read and
+the reverse, none for stage 0, and at stage 3 loads the first parameter group's weight decay into
+all of them. What is needed is less: every file says which piece of which parameter it holds, so the
+new engine writes a checkpoint of its fresh state, its pieces are overwritten with the old values,
+and it is loaded as any other.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# the key of the parameter itself; the others are the optimizer's: exp_avg, momentum_buffer ...
+FP32 = "fp32"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a part of a flattened parameter lies in one rank's file: `numel` elements from `start`
+    on.
+
+    Attributes:
+        group: whose flat tensors hold it.
+        offset: in them.
+    """
+
+    name: str
+    start: int
+    numel: int
+    group: int
+    offset: int
+
+
+class Shard:
+    """One rank's part of the optimizer's state and of the fp32 parameters, as DeepSpeed's file
+    holds it.
+    """
+
+    def __init__(
+        self, content: dict[str, Any], shapes: list[Mapping[str, Any]], rank: int, world: int
+    ):
+        held = content["optimizer_state_dict"]
+        # Stages 1 and 2 save the parameters without the last rank's padding, but not the
+        # optimizer's state.
+        self.padding = (
+            held["group_paddings"] if "zero_stage" in held and "group_paddings" in held else None
+        )
+        if (
+            "fp32_flat_groups" in held
+        ):  # stage 3: every parameter in equal parts, the last ones padded
+            self.flat, self.state = held["fp32_flat_groups"], held["optimizer_state_dict"]["state"]
+            self.places = [list(_stage_3(group, rank, world)) for group in shapes]
+        else:  # stages 1 and 2: all parameters in a row, parted where a rank's share ends
+            self.flat, self.state = (
+                held["single_partition_of_fp32_groups"],
+                held["base_optimizer_state"]["state"],
+            )
+            self.places = [
+                [(n, None, p.numel, p.start) for n, p in group.items()]
+                for group in held["param_slice_mappings"]
+            ]
+
+    def tensors(self, group: int) -> dict[str, Tensor]:
+        """The flat tensors of a group by key; scalars (AdamW's step) have no dimension."""
+        return {FP32: self.flat[group].detach().view(-1)} | {
+            k: v for k, v in self.state.get(group, {}).items() if torch.is_tensor(v)
+        }
+
+
+class Files:
+    """A checkpoint folder of DeepSpeed's, whatever its layout.
+
+    Args: folder: with its `*.pt` files, which the caller has found to hold no code. order: names of
+        the trained parameters as the torch optimizer has them; only stage 0 needs it.
+
+    Attributes:
+        pieces: of each parameter, in the order of their starts, with the rank that holds them.
+    """
+
+    def __init__(self, folder: Path, order: list[str]):
+        self.folder, self.order = folder, order
+        self.paths = sorted(
+            folder.glob("*zero_pp_rank_*_optim_states.pt"), key=lambda path: _rank_of(path)
+        )
+        self.pieces: dict[str, list[tuple[int, Piece]]] = {}
+        self.shards: list[Shard] = []
+        if not self.paths:
+            self.whole = _open(folder / "mp_rank_00_model_states.pt")
+            return
+        shapes = _shapes(folder)
+        for rank, path in enumerate(self.paths):
+            shard = Shard(_open(path), shapes, rank, len(self.paths))
+            self.shards.append(shard)
+            for piece in self._pieces(shard):
+                self.pieces.setdefault(piece.name, []).append((rank, piece))
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.pieces) if self.paths else set(self.order) & self.whole["module"].keys()
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """What the optimizer holds once for a parameter, the same for all: AdamW's step."""
+        states = self.shards[0].state if self.paths else self.whole["optimizer"]["state"]
+        some = next(iter(states.values()), {})
+        return {
+            key: value for key, value in some.items() if torch.is_tensor(value) and value.dim() == 0
+        }
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """A parameter and its optimizer state by key, flattened."""
+        if not self.paths:
+            state = self.whole["optimizer"]["state"].get(self.order.index(name), {})
+            kept = {
+                key: value.view(-1)
+                for key, value in state.items()
+                if torch.is_tensor(value) and value.dim()
+            }
+            return {FP32: self.whole["module"][name].detach().view(-1).float()} | kept
+        parts: dict[str, list[Tensor]] = {}
+        for rank, piece in self.pieces[name]:
+            for key, flat in self.shards[rank].tensors(piece.group).items():
+                if flat.dim():
+                    parts.setdefault(key, []).append(
+                        flat[piece.offset : piece.offset + piece.numel]
+                    )
+        return {key: torch.cat(some) for key, some in parts.items()}
+
+    def _pieces(self, shard: Shard) -> Iterator[Piece]:
+        for group, places in enumerate(shard.places):
+            for name, start, numel, offset in places:
+                before = self.pieces.get(name, [])
+                start = (
+                    before[-1][1].start + before[-1][1].numel
+                    if start is None and before
+                    else start or 0
+                )
+                yield Piece(name, start, numel, group, offset)
+
+
+@torch.no_grad()  # some of the tensors in the files are parameters
+def fill(
+    source: Path, target: Path, rank: int, order: list[str], aliases: Mapping[str, str]
+) -> None:
+    """Overwrite this rank's files in `target`, those of a fresh engine, with the state in `source`,
+    of any layout.
+
+    Args: order: names of the trained parameters as the torch optimizer has them. aliases: every
+        trained parameter's name, those of tied ones included, to the name the optimizer knows it
+        by.
+
+    Raises:
+        ValueError: the two are of different models or optimizers.
+    """
+    old, new = Files(source, order), Files(target, order)
+    if old.names != new.names:
+        lacks, extra = sorted(new.names - old.names), sorted(old.names - new.names)
+        raise ValueError(
+            f"{source} is of another model: it lacks {lacks[:3]} ({len(lacks)}) and has the "
+            f"unknown {extra[:3]} ({len(extra)})"
+        )
+    if new.paths:
+        content = torch.load(new.paths[rank], map_location="cpu", weights_only=False)
+        shard = Shard(content, _shapes(target), rank, len(new.paths))
+        for name, places in new.pieces.items():
+            mine = [piece for owner, piece in places if owner == rank and piece.numel]
+            values = old.read(name) if mine else {}
+            for piece in mine:
+                for key, value in values.items():
+                    flat = _flat(shard, piece.group, key)
+                    flat[piece.offset : piece.offset + piece.numel] = value[
+                        piece.start : piece.start + piece.numel
+                    ]
+        for group in range(len(shard.flat)):
+            if group in shard.state:
+                shard.state[group] |= {key: value.clone() for key, value in old.scalars.items()}
+        _save(content, new.paths[rank])
+    model = target / "mp_rank_00_model_states.pt"
+    if rank == 0 and model.exists():  # stage 3 has no such file: its parameters are in the others
+        content = torch.load(model, map_location="cpu", weights_only=False)
+        for alias, name in aliases.items():
+            parameter = content["module"][alias]
+            parameter.copy_(old.read(name)[FP32].view(parameter.shape))
+        if not new.paths:
+            state = content["optimizer"]["state"]
+            for i, name in enumerate(order):
+                shape = content["module"][name].shape
+                kept = {
+                    key: value.view(shape).clone()
+                    for key, value in old.read(name).items()
+                    if key != FP32
+                }
+                scalars = {key: value.clone() for key, value in old.scalars.items()}
+                state[i] = {**scalars, **kept} or state.get(i, {})
+        _save(content, model)
+
+
+def _flat(shard: Shard, group: int, key: str) -> Tensor:
+    if key == FP32:
+        return shard.flat[group].view(-1)
+    state = shard.state.setdefault(group, {})
+    if not torch.is_tensor(state.get(key)):
+        # A fresh optimizer has none before its first step.
+        state[key] = torch.zeros(
+            shard.flat[group].numel() + (shard.padding[group] if shard.padding else 0)
+        )
+    return state[key].view(-1)
+
+
+def _stage_3(
+    shapes: Mapping[str, Any], rank: int, world: int
+) -> Iterator[tuple[str, int, int, int]]:
+    """(name, start, numel, offset) of a group's parameters."""
+    offset = 0
+    for name, shape in shapes.items():
+        whole = math.prod(shape)
+        part = -(-whole // world)
+        yield name, min(rank * part, whole), max(0, min(part, whole - rank * part)), offset
+        offset += part
+
+
+def _shapes(folder: Path) -> list[Mapping[str, Any]]:
+    return _open(sorted(folder.glob("*_model_states.pt"))[0])["param_shapes"]
+
+
+def _open(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)  # other ranks read it meanwhile
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.partition("zero_pp_rank_")[2].partition("_")[0])

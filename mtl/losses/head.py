@@ -1,0 +1,239 @@
+"""Token losses of a causal language model: its head on target positions only, in slices that never
+make all logits.
+
+Full logits of R rows of L positions and their gradients are (R, L, V) several times over: the
+largest thing in a step at today's vocabularies. The losses need them at the T target positions, and
+one slice of those at a time.
+
+The head is whatever the model's own `forward` does to what its decoder answers (bias, scale, soft
+cap, LoRA, a tied table), so it is run by that `forward`, with a stand-in where the decoder is: no
+modelling code is repeated here.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def slice_rows(hidden: int) -> int:
+    """Targets in a slice, for hidden states of that size: its logits are half as large as the
+    head's weights.
+
+    So they are small beside the head's gradient, and its gradient, added up slice by slice, costs
+    little beside them.
+    """
+    return max(128, hidden // 2)
+
+
+class Targets(NamedTuple):
+    """What is to be predicted in a forward of (R, L) positions.
+
+    Attributes: at: (T,) int64, ascending flat positions (row * L + column) that predict a target.
+        labels: (T,) int64, the ids to predict there. most: the largest T of any rank in this
+        forward: every rank cuts into as many slices, because at ZeRO 3 each of
+            them gathers the head's weights.
+    """
+
+    at: Tensor
+    labels: Tensor
+    most: int
+
+
+def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The causal language model inside `model` (an adapter's, or itself), and its decoder's name in
+    it.
+
+    Raises:
+        TypeError: it has no decoder apart from itself.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
+    name = next((name for name, part in causal.named_modules() if part is decoder), "")
+    if not name:
+        raise TypeError(f"{type(causal).__name__} has no decoder beside its head (`get_decoder()`)")
+    return causal, name
+
+
+def install(model: nn.Module, kernel: str | None = None) -> None:
+    """Let `model.forward` take `targets=Targets(...)`: then `loss` in its outputs is (T,) float32,
+    in nats, and `logits` None.
+
+    Without `targets` it answers as before. The `forward` of this one object is wrapped, not its
+    class's.
+
+    The first slice is computed with the decoder; any further one is computed again in the backward
+    pass, so that one slice's logits are held at a time. Padded or packed makes no difference here.
+
+    Args: kernel: "liger": Liger's fused linear cross-entropy in place of slices. The first forward
+        raises ValueError if the model's
+            head does more than multiply (a scale, a soft cap), which the kernel would leave out.
+
+    Raises: TypeError: as `decoder_of`; or the head is no plain linear module, and a kernel is asked
+        for.
+    """
+    causal, name = decoder_of(model)
+    plain = causal.forward
+    losses_of = _Fused(causal, name) if kernel else functools.partial(_sliced, causal, name)
+
+    @functools.wraps(plain)
+    def forward(*args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
+        run = functools.partial(plain, *args, **kwargs)
+        if targets is None:
+            return run()
+        outputs, losses = losses_of(run, targets)
+        outputs.loss, outputs.logits = losses, None
+        return outputs
+
+    causal.forward = forward
+
+
+def _sliced(
+    causal: nn.Module, name: str, run: Callable[[], Any], targets: Targets
+) -> tuple[Any, Tensor]:
+    """The outputs of `run`, the model's own forward, for the first slice, and (T,) losses of all of
+    them.
+    """
+    decoder, answers = causal.get_submodule(name), []
+    parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
+    labels = targets.labels.tensor_split(parts)
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        answer = decoder(*args, **kwargs)
+        answers.append(answer)
+        answers.extend(_at(answer, targets).tensor_split(parts))
+        return _with_hidden(answer, answers[1])
+
+    def again(hidden: Tensor, labels: Tensor) -> Tensor:
+        with _standing_in(causal, name, lambda *args, **kwargs: _with_hidden(answers[0], hidden)):
+            return _token_losses(run().logits, labels)
+
+    with _standing_in(causal, name, first):
+        outputs = run()
+    losses = [_token_losses(outputs.logits, labels[0])]
+    for part in zip(answers[2:], labels[1:], strict=True):
+        losses.append(checkpoint(again, *part, use_reentrant=False))
+    return outputs, torch.cat(losses)
+
+
+def linear_head(causal: nn.Module) -> nn.Linear:
+    """The head of a causal language model, where that is all of it. Raises TypeError: it is another
+    module, or has an adapter.
+    """
+    found = causal.get_output_embeddings()
+    if type(found) is not nn.Linear:
+        raise TypeError(
+            f"{type(causal).__name__}'s head is a {type(found).__name__}, wanted a plain linear "
+            "module for the fused kernel"
+        )
+    return found
+
+
+class _Fused:
+    """The same as `_sliced` with Liger's fused head and cross-entropy: no logits in memory."""
+
+    def __init__(self, causal: nn.Module, name: str):
+        from liger_kernel.transformers.functional import (
+            liger_fused_linear_cross_entropy,
+        )  # here: an extra
+
+        self._kernel, self._causal, self._name, self._is_checked = (
+            liger_fused_linear_cross_entropy,
+            causal,
+            name,
+            False,
+        )
+        linear_head(causal)
+
+    def __call__(self, run: Callable[[], Any], targets: Targets) -> tuple[Any, Tensor]:
+        if not len(targets.at):
+            return _sliced(self._causal, self._name, run, targets)
+        decoder, answers = self._causal.get_submodule(self._name), []
+
+        def one(*args: Any, **kwargs: Any) -> Any:
+            answer = decoder(*args, **kwargs)
+            answers.extend([answer, _at(answer, targets)])
+            return _with_hidden(
+                answer, answers[1][:1]
+            )  # the rest of the forward, such as a router's loss, is wanted too
+
+        with _standing_in(self._causal, self._name, one):
+            outputs = run()
+        answer, hidden = answers
+        if not self._is_checked:
+            self._check(run, answer, 16 * hidden[:1].detach())
+            self._is_checked = True
+        head = linear_head(self._causal)
+        losses = self._kernel(
+            hidden,
+            head.weight,
+            targets.labels,
+            head.bias,
+            reduction="none",
+            accum_dtype=torch.float32,
+        )
+        return outputs, losses.float()
+
+    def _check(self, run: Callable[[], Any], answer: Any, large: Tensor) -> None:
+        """Raise ValueError if the model's own code makes other logits of large hidden states than
+        its head alone.
+        """
+        with (
+            torch.no_grad(),
+            _standing_in(
+                self._causal, self._name, lambda *args, **kwargs: _with_hidden(answer, large)
+            ),
+        ):
+            logits, wanted = run().logits[0].float(), linear_head(self._causal)(large).float()
+        if not torch.allclose(logits, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+            raise ValueError(
+                f"model.loss_kernel: liger: {type(self._causal).__name__} scales or caps its "
+                "logits, which the kernel would "
+                "leave out. Leave the key out: the head then runs in slices, with the model's own "
+                "code."
+            )
+
+
+class _StandIn(nn.Module):
+    """Called, it answers; asked for anything else, it is the decoder. It holds no parameters."""
+
+    def __init__(self, decoder: nn.Module, answer: Callable[..., Any]):
+        super().__init__()
+        self.forward = answer
+        self.__dict__["_decoder"] = decoder  # not as a part
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"], name)
+
+
+@contextmanager
+def _standing_in(causal: nn.Module, name: str, answer: Callable[..., Any]) -> Iterator[None]:
+    """Within this context calls of the decoder are answered by `answer`."""
+    path, _, last = name.rpartition(".")
+    parent = causal.get_submodule(path)
+    decoder = getattr(parent, last)
+    setattr(parent, last, _StandIn(decoder, answer))
+    try:
+        yield
+    finally:
+        setattr(parent, last, decoder)
+
+
+def _at(answer: Any, targets: Targets) -> Tensor:
+    """(T, H) hidden states of a decoder's answer where a target is predicted."""
+    return answer.last_hidden_state.flatten(0, 1).index_select(0, targets.at)
+
+
+def _with_hidden(answer: Any, hidden: Tensor) -> Any:
+    """A decoder's answer with other hidden states, (n, H), as one row."""
+    return type(answer)(**{**answer, "last_hidden_state": hidden[None]})
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) float32 cross-entropy in nats, from logits (1, n, V) of any float dtype."""
+    return F.cross_entropy(logits[0].float(), labels, reduction="none")

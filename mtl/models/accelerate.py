@@ -1,0 +1,65 @@
+"""What makes a loaded model faster: its blocks compiled, Liger's fused loss."""
+
+import importlib.util
+import os
+import shutil
+
+from torch import nn
+
+from mtl.config import Config
+from mtl.distributed.engine import device
+from mtl.losses import head
+from mtl.models.errors import ModelError
+from mtl.models.structure import blocks
+
+
+def compile_blocks(model: nn.Module, config: Config) -> None:
+    """Have each block compiled at its first call. In place: the names of parameters stay what
+    checkpoints and exports know.
+
+    Blocks, not the whole: one is compiled for all, and what differs between micro-batches, the
+    number of targets that the head sees and the shape of the mask, is settled outside of them.
+
+    Raises:
+        ModelError: there is no compiler, or nothing to compile.
+    """
+    place = f"{config.where('model.compile')}: model.compile: found true, wanted"
+    if device().type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ModelError(
+            f"{place} a C++ compiler to do it with. Install g++, name one in CXX, or leave the key "
+            "out."
+        )
+    if device().type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ModelError(
+            f"{place} Triton to do it with. Run: pip install triton; or leave the key out."
+        )
+    _, layers = blocks(model)
+    if not len(layers):
+        raise ModelError(
+            f"{place} a model with a list of blocks, which {type(model).__name__} has not. Leave "
+            "the key out."
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def look_for_liger(model: nn.Module, config: Config) -> None:
+    """Raise ModelError where Liger's fused loss cannot run."""
+    place = f"{config.where('model.loss_kernel')}: model.loss_kernel: liger"
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ModelError(
+            f"{place} needs liger-kernel, which is not installed. Run: pip install "
+            "'coba-mtl[liger]'."
+        )
+    if device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ModelError(
+            f"{place} needs a GPU, found a CPU. Leave the key out: the head then runs in slices."
+        )
+    causal, _ = head.decoder_of(model)
+    try:
+        head.linear_head(causal)
+    except TypeError as e:
+        found = type(causal.get_output_embeddings()).__name__
+        raise ModelError(
+            f"{place} needs a head that is one linear module without an adapter, found a {found}."
+        ) from e

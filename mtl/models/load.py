@@ -1,0 +1,161 @@
+"""The model: loaded, checked, fitted to the tokenizer. Anything `AutoModelForCausalLM` loads."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import logging as transformers_logging
+
+from mtl.config import Config, ConfigError
+from mtl.distributed import comm, engine
+from mtl.losses import head
+from mtl.models import accelerate, adapters, quantize
+from mtl.models.errors import ModelError
+from mtl.models.structure import dtype_of
+
+
+def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """Load the base model in the training dtype, add the LoRA adapter and activation checkpointing
+    where asked.
+
+    At ZeRO 3 no rank holds the whole model. A collective there.
+
+    Raises:
+        ModelError: the model cannot be had, or cannot be trained on target positions only.
+    """
+    if comm.rank() > 0:
+        transformers_logging.disable_progress_bar()
+    with engine.loading(config, comm.world()):
+        with _refusals(config):
+            quantization = quantize.settings(
+                config.model.quantize, config.model.precision, engine.device()
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                _name(config), **_origin(config), **_settings(config), **quantization
+            )
+        if config.model.quantize:
+            quantize.settle(model)
+        # Still within: PEFT and transformers gather what they read (DoRA's norms, rows of an
+        # embedding) only if they know of ZeRO 3.
+        adapted = _adapt(model, config, tokenizer)
+        head.install(adapted, config.model.loss_kernel)
+        return adapted
+
+
+def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """What `load` gives, on the meta device: every parameter's name, shape and dtype, and no weight
+    is read.
+
+    Raises:
+        ModelError: as `load`.
+    """
+    with _refusals(config):
+        settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
+        quantization = quantize.settings(
+            config.model.quantize, config.model.precision, torch.device("meta")
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, **_settings(config))
+            if quantization:
+                AutoHfQuantizer.from_config(**quantization, pre_quantized=False).preprocess_model(
+                    model, device_map=None
+                )
+            # PEFT gives adapters the base model's dtype, but not on the meta device.
+            return _adapt(model, config, tokenizer).to(dtype_of(config.model.precision))
+
+
+def _name(config: Config) -> str:
+    return os.path.expanduser(config.model.name)
+
+
+def _origin(config: Config) -> dict[str, Any]:
+    return {"revision": config.model.revision, "trust_remote_code": config.model.allow_remote_code}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    # dtype always: transformers takes the checkpoint's otherwise.
+    return {
+        "dtype": dtype_of(config.model.precision),
+        "attn_implementation": config.model.attention,
+    }
+
+
+@contextmanager
+def _refusals(config: Config) -> Iterator[None]:
+    """Say in our words, with the switch that helps, why transformers does not give a model."""
+    m = config.model
+    try:
+        yield
+    except (ModelError, ConfigError):
+        raise
+    except (OSError, ValueError, ImportError) as e:
+        text, hint = " ".join(str(e).split()), ""
+        if "trust_remote_code" in text:
+            text, hint = (
+                "it runs code that comes with it.",
+                "If you trust that code: model.allow_remote_code: true.",
+            )
+        elif "gated" in text:
+            hint = "Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN."
+        raise ModelError(
+            f"{config.where('model.name')}: model.name: {m.name!r} could not be loaded as a causal "
+            f"language model: {text} {hint}"
+        ) from e
+
+
+def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The loaded model made ready to train: checked, fitted to the tokenizer, with adapters and
+    checkpointing.
+    """
+    try:
+        head.decoder_of(model)
+    except TypeError as e:
+        raise ModelError(
+            f"{config.where('model.name')}: model.name: {e}, so the head cannot run on target "
+            "positions only. Use another model."
+        ) from e
+    _fit_embeddings(model, config, len(tokenizer))
+    if config.model.lora is not None:
+        model = adapters.add(model, config)
+    if config.model.loss_kernel:
+        accelerate.look_for_liger(model, config)
+    if config.model.activation_checkpointing:
+        # Reentrant checkpointing cannot give per-task gradients, and needs inputs that require
+        # gradients.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None)
+            or model.gradient_checkpointing_enable
+        )  # its name before
+        enable({"use_reentrant": False})
+    if config.model.compile and not next(model.parameters()).is_meta:
+        accelerate.compile_blocks(model, config)
+    return model
+
+
+def _fit_embeddings(model: nn.Module, config: Config, tokens: int) -> None:
+    """Add rows for tokens that the model does not know; rows beyond the tokenizer's (padding to a
+    round number) stay.
+    """
+    table = model.get_input_embeddings().weight
+    rows = engine.shape(table)[0]
+    if tokens <= rows:
+        return
+    trained = config.model.lora.modules_to_save if config.model.lora else None
+    name = next(
+        name for name, part in model.named_modules() if part is model.get_input_embeddings()
+    ).rpartition(".")[2]
+    if trained is not None and name not in trained:
+        raise ModelError(
+            f"{config.where('model.lora')}: model.lora.modules_to_save: found {list(trained)}, "
+            f"wanted {name} in it (and the head, "
+            f"where it is not tied): the tokenizer has {tokens:,} tokens, the model {rows:,}, and "
+            "new rows that are neither "
+            "trained nor saved with the adapter would be noise."
+        )
+    # New rows are drawn around the mean of the old ones; without weights there is none.
+    model.resize_token_embeddings(tokens, mean_resizing=not table.is_meta)

@@ -1,0 +1,110 @@
+"""Whether a model keeps packed sequences apart. Measured at start-up, because some architectures
+leak without a word.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl.config import Config, ConfigError
+from mtl.data.collate import collate
+from mtl.distributed import comm
+from mtl.distributed.engine import Engine
+
+LENGTHS = (5, 9, 7)
+# Relative to the largest logit. In bf16 the same sequence in another shape differs by rounding
+# alone (4 % in SmolLM2-135M), so this catches wrong positions only; leaks are caught by LEAK.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
+# The same shapes and kernels: another first sequence may change nothing at all, in any dtype.
+LEAK = 1e-5
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How far packed logits are from where they should be, relative to the largest logit.
+
+    Attributes:
+        apart: three sequences packed in one row against each in a row of its own.
+        leak: the later sequences' logits in a row whose first sequence has other tokens.
+        tolerance: what `apart` may be in the model's dtype.
+    """
+
+    apart: float
+    leak: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.apart <= self.tolerance and self.leak <= LEAK
+
+
+def measure(engine: Engine, vocabulary: int) -> Isolation:
+    """Run three short random sequences packed and apart, in eval mode. A collective.
+
+    Args:
+        vocabulary: token ids to draw from.
+    """
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.integers(vocabulary, size=n) for n in LENGTHS)
+    other = (first + 1) % vocabulary
+    engine.eval()
+    with torch.no_grad():
+        packed = _logits(engine, [first, second, third])
+        changed = _logits(engine, [other, second, third])
+        apart = torch.cat([_logits(engine, [ids]) for ids in (first, second, third)])
+    scale = apart.abs().max()
+    later = slice(LENGTHS[0], None)
+    parameters = list(engine.module.parameters())
+    dtype = next(p.dtype for p in parameters if p.is_floating_point())
+    if not all(
+        p.is_floating_point() for p in parameters
+    ):  # quantized: products are in bf16, whatever the rest is in
+        dtype = torch.bfloat16
+    return Isolation(
+        apart=float((packed - apart).abs().max() / scale),
+        leak=float((packed[later] - changed[later]).abs().max() / scale),
+        tolerance=TOLERANCE[dtype],
+    )
+
+
+def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str], None]) -> bool:
+    """Whether this run packs, as `batch.packing` says; "auto" packs where the model is measured to
+    keep sequences apart.
+
+    Raises:
+        ConfigError: packing is asked for and the model leaks.
+    """
+    wanted = config.batch.packing
+    if wanted is False:
+        return False
+    found = measure(engine, vocabulary)
+    # Ranks on unlike hardware may differ about a borderline case, and must not pack unlike.
+    holds = not comm.sum_(torch.tensor([float(not found.holds)])).item()
+    figures = (
+        f"packed differs from apart by {found.apart:.1e}, leak {found.leak:.1e} (of the "
+        "largest logit)"
+    )
+    name = type(engine.module).__name__
+    if not holds and wanted is True:
+        hint = f"{name} lets packed sequences see each other: {figures}."
+        raise ConfigError([config.error("batch.packing", "true", "auto or false", hint)])
+    say(
+        f"batches are packed: {figures}"
+        if holds
+        else f"batches are padded, because {name} does not isolate: {figures}"
+    )
+    return holds
+
+
+def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:
+    """(sum of lengths, vocabulary) float32: the sequences packed into one row, without autocast."""
+    # Each with a last token more, which `collate` takes for what is only predicted.
+    row = [(np.append(ids, 0), np.zeros(len(ids) + 1, dtype=bool), 0) for ids in sequences]
+    batch = collate([row], pad_id=0, packed=True).to(engine.device)
+    logits = engine.module(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+    ).logits
+    return logits[0].float()

@@ -1,0 +1,33 @@
+"""A trained model on disk, as a Hugging Face folder."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from mtl.distributed import comm
+from mtl.distributed.engine import Engine
+from mtl.models import adapters
+
+SHARD = "5GB"  # the largest file of a saved model
+
+
+def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model, or its adapter, as a Hugging Face folder of safetensors with its tokenizer.
+    A collective.
+
+    Rank 0 writes. Every tensor's shape is checked: parameters that ZeRO 3 holds in parts have shape
+    (0,) unless gathered.
+    """
+    is_adapter = adapters.is_adapted(trained.module)
+    state = trained.state_dict(trainable_only=is_adapter)
+
+    def write() -> None:
+        if comm.rank() == 0:
+            if is_adapter:
+                trained.module.save_pretrained(folder, state_dict=state)
+                trained.module.generation_config.save_pretrained(folder)
+            else:
+                trained.module.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+            tokenizer.save_pretrained(folder)
+
+    comm.together(write)

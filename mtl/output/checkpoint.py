@@ -1,0 +1,245 @@
+"""What a run leaves on disk, and how it goes on from there.
+
+    output/
+      run.json                     resolved YAML, versions, data fingerprints: before the first step
+      metrics.jsonl                one line per step
+      checkpoints/
+        latest                     name of the newest complete checkpoint; written last
+        step-00000120/
+          engine/                  DeepSpeed's shards: weights, optimizer model/
+          the model (or adapter) as a Hugging Face folder, for use right away state.json
+          step, best so far, balancer, identity, layout (processes and ZeRO stage) state.safetensors
+          the balancer's arrays, initial validation losses, last train losses
+      model/                       the exported model, at the end
+
+Data order, learning rate and randomness are functions of seed, step and rank: nothing of them is
+saved.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from balancers import Holder
+from mtl.distributed import comm
+from mtl.distributed.engine import Engine
+from mtl.models.save import save
+from mtl.output.state import RunState
+
+FORMAT = 1
+SCRATCH = ".resharded"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or continued from; the text says why and what to do."""
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse to start a run on top of another.
+
+    Raises:
+        CheckpointError: the folder holds a run and `resume` is false. Nothing has been touched.
+    """
+    if not resume and ((output / "metrics.jsonl").exists() or (output / "checkpoints").exists()):
+        raise CheckpointError(
+            f"output: {output} already holds a run. Add --resume to go on with it, or choose "
+            "another `output:` (or remove the "
+            "folder). Nothing was changed."
+        )
+
+
+@dataclass
+class Checkpoints:
+    """Checkpoints of one run.
+
+    Args: output: the run's folder. keep: how many of the newest checkpoints stay; the best one
+        stays beside them. identity: what a run must share with a checkpoint to go on from it
+        exactly: dotted name -> plain value. tokenizer: goes with every exported model. layout:
+        {"processes": ..., "zero": ...}: how the engine's state is partitioned. Another one is no
+        obstacle. say: takes what is done otherwise than asked for.
+
+    Attributes:
+        best: name of the best checkpoint's folder so far.
+    """
+
+    output: Path
+    keep: int
+    identity: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    layout: dict[str, int]
+    say: Callable[[str], None] = lambda text: None
+    best: str | None = field(default=None, init=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.output / "checkpoints"
+
+    def save(
+        self, engine: Engine, holder: Holder, state: RunState, *, is_best: bool = False
+    ) -> Path:
+        """Write a checkpoint, point `latest` at it, then remove what is no longer kept. A
+        collective.
+
+        A run killed at any moment leaves `latest` on a complete checkpoint.
+        """
+        name = f"step-{state.step:08d}"
+        folder = self.folder / name
+        # A run killed while it wrote this very step may have left files, of other processes too.
+        comm.together(
+            lambda: shutil.rmtree(folder, ignore_errors=True) if comm.rank() == 0 else None
+        )
+        engine.save(folder / "engine")
+        save(engine, self.tokenizer, folder / "model")
+        self.best = name if is_best else self.best
+
+        def write() -> None:
+            if comm.rank() == 0:
+                held = holder.state_dict()
+                plain = {k: v for k, v in asdict(state).items() if k not in RunState.ARRAYS}
+                arrays = {
+                    f"run.{k}": v for k in RunState.ARRAYS if (v := getattr(state, k)) is not None
+                }
+                arrays |= {f"balancer.{k}": v for k, v in held["arrays"].items()}
+                save_file(
+                    {k: np.array(v, order="C") for k, v in arrays.items()},
+                    folder / "state.safetensors",
+                )
+                record = {
+                    "format": FORMAT,
+                    "run": plain,
+                    "best": self.best,
+                    "balancer": held["meta"],
+                    "identity": self.identity,
+                }
+                record["layout"] = self.layout
+                write_json(folder / "state.json", record)
+
+        comm.together(write)  # every shard is on disk when this returns
+        comm.together(lambda: self._point_and_prune(name) if comm.rank() == 0 else None)
+        return folder
+
+    def load(self, engine: Engine, holder: Holder) -> RunState:
+        """Continue from the newest complete checkpoint; there must be one. A collective.
+
+        Raises:
+            CheckpointError: it is of other tasks, data, batches or model. Nothing has been touched.
+            ValueError: it is of another balancer.
+        """
+        folder = self.latest()
+        assert folder is not None, "ask latest() first"
+        record = comm.together(lambda: json.loads((folder / "state.json").read_text()))
+        comm.together(lambda: self._check(record, folder))
+        arrays = comm.together(lambda: load_file(folder / "state.safetensors"))
+        mine = {
+            k.removeprefix("balancer."): v for k, v in arrays.items() if k.startswith("balancer.")
+        }
+        holder.load_state_dict({"meta": record["balancer"], "arrays": mine})
+        if record["layout"] == self.layout:
+            engine.load(folder / "engine")
+        else:
+            old, new = (
+                f"ZeRO {one['zero']} (processes: {one['processes']})"
+                for one in (record["layout"], self.layout)
+            )
+            self.say(
+                f"{folder.name} is of {old}; its parameters and optimizer state are re-partitioned "
+                f"for {new}"
+            )
+            shards = record["layout"]["processes"] if record["layout"]["zero"] else 0
+            engine.reshard(folder / "engine", self.folder / SCRATCH, shards)
+        self.best = record["best"]
+        return RunState(
+            **record["run"],
+            **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
+        )
+
+    def check_beginning(self) -> None:
+        """Raise CheckpointError where a run that was stopped before its first checkpoint was
+        another one.
+        """
+        beginning = self.output / "run.json"
+        if beginning.is_file():
+            self._check(json.loads(beginning.read_text(encoding="utf-8")), beginning)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; None where there is none yet.
+
+        Raises:
+            CheckpointError: what `latest` names is gone, or was changed by hand.
+        """
+        pointer = self.folder / "latest"
+        if not pointer.is_file():
+            return None
+        folder = self.folder / pointer.read_text(encoding="utf-8").strip()
+        if not (folder / "state.json").is_file():
+            others = sorted(path.parent.name for path in self.folder.glob("step-*/state.json"))
+            move = (
+                f"Write one of {others} into it."
+                if others
+                else "There is none: start anew in another `output:` folder."
+            )
+            raise CheckpointError(
+                f"{pointer}: found {folder.name}, wanted the name of a complete checkpoint: "
+                f"{folder}/state.json does not exist. {move}"
+            )
+        return folder
+
+    def exported(self, which: str) -> Path:
+        """The checkpoint to export: "best" (the last one, where none was better than the start) or
+        "last".
+        """
+        return self.folder / self.best if which == "best" and self.best else self.latest()
+
+    def _check(self, record: dict, folder: Path) -> None:
+        if record["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder}: checkpoint format {record['format']}; this version reads {FORMAT}."
+            )
+        theirs = record["identity"]
+        differs = [
+            k for k in sorted({*theirs, *self.identity}) if theirs.get(k) != self.identity.get(k)
+        ]
+        if differs:
+            lines = "\n".join(
+                f"  {k}: checkpoint {theirs.get(k)!r}, now {self.identity.get(k)!r}"
+                for k in differs
+            )
+            raise CheckpointError(
+                f"{folder} cannot be continued: the run has changed.\n{lines}\n"
+                "Put these back as they were, or start a new run in another `output:` folder."
+            )
+
+    def _point_and_prune(self, name: str) -> None:
+        write_text(self.folder / "latest", name)
+        folders = sorted(p.name for p in self.folder.glob("step-*"))
+        # What stands after this one was being written when a run was killed.
+        kept = {self.best, *folders[: folders.index(name) + 1][-self.keep :]}
+        for folder in folders:
+            if folder not in kept:
+                shutil.rmtree(self.folder / folder)
+        shutil.rmtree(
+            self.folder / SCRATCH, ignore_errors=True
+        )  # of a run killed while it re-partitioned its state
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,124 @@
+"""From a checkpoint to the folder a user takes away. Works on files: no process group, no
+DeepSpeed.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mtl.output import card
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ADAPTER = "adapter_config.json"
+
+
+class ExportError(ValueError):
+    """A checkpoint that cannot be exported as asked."""
+
+
+def export(
+    checkpoint: Path,
+    target: Path,
+    dtype: str | None = None,
+    *,
+    merge: bool = False,
+    allow_remote_code: bool = False,
+) -> Path:
+    """Write a checkpoint's model, or adapter, as a Hugging Face folder with tokenizer and model
+    card.
+
+    The target appears whole or not at all; an older export is replaced, anything else is not.
+
+    Args:
+        checkpoint: a folder `step-...` of a run.
+        target: where to; its parent is made.
+        dtype: "fp32", "bf16", or None: as trained.
+        merge: add an adapter to its base model, in fp32, and write the whole.
+        allow_remote_code: whether code that comes with the base model may run (`merge` only).
+
+    Raises: ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or
+        `target` is something else.
+    """
+    source = checkpoint / "model"
+    is_adapter = (source / ADAPTER).is_file()
+    if not is_adapter and not (source / "config.json").is_file():
+        raise ExportError(
+            f"{checkpoint}: found no model in it; wanted a checkpoint's folder, such as "
+            "RUN/checkpoints/step-00000120."
+        )
+    if merge and not is_adapter:
+        raise ExportError(
+            f"{checkpoint}: found a whole model, wanted an adapter to merge. Leave merging out."
+        )
+    if (
+        target.exists()
+        and any(target.iterdir())
+        and not {ADAPTER, "config.json"} & {path.name for path in target.iterdir()}
+    ):
+        raise ExportError(
+            f"{target}: found a folder that holds something other than an exported model. Name "
+            "another; nothing was changed."
+        )
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    if merge:
+        _merge(source, temporary, dtype, allow_remote_code)
+    else:
+        shutil.copytree(source, temporary)
+        if dtype is not None:
+            _cast(temporary, dtype)
+    (temporary / "README.md").write_text(
+        card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return target
+
+
+def _cast(folder: Path, dtype: str) -> None:
+    size = 0
+    for file in folder.glob("*.safetensors"):
+        tensors = {
+            n: t.to(DTYPES[dtype]) if t.is_floating_point() else t
+            for n, t in load_file(file).items()
+        }
+        size += sum(t.numel() * t.element_size() for t in tensors.values())
+        save_file(tensors, file, metadata={"format": "pt"})
+    for name, keys in (
+        ("config.json", ("dtype",)),
+        ("model.safetensors.index.json", ("metadata", "total_size")),
+    ):
+        path = folder / name
+        if path.exists():  # an adapter has no config, a small model no index
+            content = json.loads(path.read_text(encoding="utf-8"))
+            inner = content
+            for key in keys[:-1]:
+                inner = inner[key]
+            inner[keys[-1]] = (
+                size if keys[-1] == "total_size" else str(DTYPES[dtype]).removeprefix("torch.")
+            )
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _merge(source: Path, target: Path, dtype: str | None, allow_remote_code: bool) -> None:
+    from mtl.models import (
+        adapters,
+        save,
+    )  # here: it imports DeepSpeed, which nothing else of this file needs
+
+    with safe_open(next(source.glob("*.safetensors")), framework="pt") as file:
+        trained = file.get_tensor(next(iter(file.keys()))).dtype
+    state = source.parent / "state.json"
+    run = json.loads(state.read_text(encoding="utf-8"))["identity"] if state.is_file() else {}
+    merged, tokenizer = adapters.merge(
+        source, allow_remote_code, run.get("model.quantize"), run.get("model.precision", "fp32")
+    )
+    merged.to(DTYPES[dtype] if dtype else trained).save_pretrained(
+        target, max_shard_size=save.SHARD
+    )
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,93 @@
+"""What a run is made of: written down before its first step, and compared when it goes on."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mtl.config import Config
+from mtl.data.encoded import TaskData
+from mtl.output.checkpoint import FORMAT
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+)
+# What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
+DECIDES = (
+    "model.name", "model.revision", "model.precision", "model.lora", "model.quantize", "objective", "mix", "batch.examples",
+    "train", "optimizer", "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
+)  # fmt: skip
+
+
+def record(
+    config: Config, tasks: list[TaskData], steps: int, world: int, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything needed to say later what this run was."""
+    return {
+        "format": FORMAT,
+        "command": sys.argv,
+        "config": config.resolved(),
+        "steps": steps,
+        "world": world,
+        "tasks": {
+            task.name: {
+                split: {
+                    "fingerprint": data.fingerprint,
+                    "rows": len(data),
+                    "target_tokens": int(data.targets.sum()),
+                }
+                for split, data in (("train", task.train), ("validation", task.validation))
+            }
+            for task in tasks
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "git": _git_revision(),
+        "identity": identity,
+    }
+
+
+def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
+    """Name to plain value: what a checkpoint and the run that goes on from it must share."""
+    resolved = config.resolved()
+    same: dict[str, Any] = {}
+    for path in DECIDES:
+        value: Any = resolved
+        for key in path.split("."):
+            value = value[key]
+        same[path] = value
+    for task in tasks:
+        for key in ("share", "epochs"):
+            same[f"tasks.{task.name}.{key}"] = resolved["tasks"][task.name][key]
+        same[f"tasks.{task.name}.train (content)"] = task.train.fingerprint
+        same[f"tasks.{task.name}.validation (content)"] = task.validation.fingerprint
+    return {"tasks": [task.name for task in tasks], **same}
+
+
+def _git_revision() -> str | None:
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # not a checkout, or no git: the versions above still tell

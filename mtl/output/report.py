@@ -1,0 +1,131 @@
+"""What a run did, read from its metrics.jsonl: a table for the terminal, a figure for the
+README.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PARTS = 5  # of a run, over which a task's weight is averaged in the table
+
+
+@dataclass(frozen=True)
+class History:
+    """One run's curves.
+
+    Attributes:
+        tasks: names, in the order of the run.
+        eval_steps: (E,) optimizer updates before each full validation pass.
+        eval_losses: (E, K) nats per target token.
+        steps: (T,) updates.
+        weights: (T, K) of each update.
+    """
+
+    tasks: list[str]
+    eval_steps: np.ndarray
+    eval_losses: np.ndarray
+    steps: np.ndarray
+    weights: np.ndarray
+
+
+def read(output: Path) -> History:
+    """Raises ValueError where the run has no metrics yet."""
+    path = Path(output) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; wanted the folder of a run (its `output:`).")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    evals = [r for r in records if "eval/macro" in r]
+    trains = [r for r in records if "train/loss" in r]
+    if not evals:
+        raise ValueError(f"{path}: no validation pass in it yet.")
+    tasks = [tag[5:-5] for tag in evals[0] if tag.startswith("eval/") and tag.endswith("/loss")]
+    return History(
+        tasks,
+        np.array([r["step"] for r in evals]),
+        np.array([[r[f"eval/{t}/loss"] for t in tasks] for r in evals]),
+        np.array([r["step"] for r in trains]),
+        np.array([[r[f"train/{t}/weight"] for t in tasks] for r in trains]).reshape(-1, len(tasks)),
+    )
+
+
+def table(history: History) -> str:
+    """Every task's validation loss at the start, at its best step and at the end, and its mean
+    weight in fifths of the run.
+    """
+    parts = [part for part in np.array_split(history.weights, PARTS) if len(part)]
+    header = [
+        "task",
+        "start",
+        "best",
+        "at step",
+        "end",
+        "above best",
+        f"mean weight in {len(parts)} parts of the run",
+    ]
+    rows = []
+    for k, task in enumerate(history.tasks):
+        losses = history.eval_losses[:, k]
+        best = int(losses.argmin())
+        numbers = [
+            f"{losses[0]:.3f}",
+            f"{losses[best]:.3f}",
+            f"{history.eval_steps[best]}",
+            f"{losses[-1]:.3f}",
+        ]
+        rise = f"{100 * (losses[-1] / losses[best] - 1):.1f} %"
+        rows.append([task, *numbers, rise, "  ".join(f"{part[:, k].mean():.2f}" for part in parts)])
+    macro = history.eval_losses.mean(1)
+    best = int(macro.argmin())
+    numbers = [
+        f"{macro[0]:.3f}",
+        f"{macro[best]:.3f}",
+        f"{history.eval_steps[best]}",
+        f"{macro[-1]:.3f}",
+    ]
+    rows.append(["macro mean", *numbers, f"{100 * (macro[-1] / macro[best] - 1):.1f} %", ""])
+    widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
+    align = [str.ljust, *[str.rjust] * 5, str.ljust]
+    lines = [
+        "  ".join(a(x, w) for a, x, w in zip(align, row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def figure(runs: dict[str, History], path: Path) -> None:
+    """Per task: validation loss over its start, one line a run; below, the weights. Needs
+    matplotlib (`coba-mtl[plot]`).
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as e:
+        raise ValueError("matplotlib is not installed: pip install 'coba-mtl[plot]'.") from e
+    tasks = next(iter(runs.values())).tasks
+    fig, axes = plt.subplots(
+        2, len(runs), figsize=(4.6 * len(runs), 6), sharex=True, sharey="row", squeeze=False
+    )
+    for column, (name, history) in enumerate(runs.items()):
+        ratios = history.eval_losses / history.eval_losses[0]
+        for k, task in enumerate(tasks):
+            (line,) = axes[0, column].plot(history.eval_steps, ratios[:, k], label=task)
+            best = int(ratios[:, k].argmin())
+            axes[0, column].plot(
+                history.eval_steps[best], ratios[best, k], "o", color=line.get_color(), markersize=4
+            )
+            axes[1, column].plot(
+                history.steps, history.weights[:, k], color=line.get_color(), linewidth=1
+            )
+        axes[0, column].set_title(name)
+        axes[1, column].set_xlabel("optimizer steps")
+    axes[0, 0].set_ylabel("validation loss / its start  (dot: best)")
+    axes[1, 0].set_ylabel("weight")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)

@@ -1,0 +1,46 @@
+"""Where a run is: everything but weights, optimizer and balancer that its next step depends on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class RunState:
+    """Where a run is. Everything but weights, optimizer and balancer that the next step depends on.
+
+    Attributes: step: optimizer updates completed. target_tokens: target tokens trained on. best:
+        {"step": ..., "value": ...} of the validation loss that picks the best checkpoint.
+        evaluated: step of the last full validation pass; -1 before the first. metrics_bytes: length
+        of metrics.jsonl, to cut it back on resume. base_sums, base_tokens: (K, G) float64, the full
+        pass at step 0. train_loss: (K,) float64, nats per target token of the last update.
+        replay_loss: (K,) float64, the same examples once more after it, where the balancer asks.
+        weights: (K,) float64, those of the last update. lowest: (K,) float64, the lowest loss on a
+        full pass so far, nats per target token. stalled: (K,) float64, full passes since. held:
+        (K,) float64, the part of all weights at which a task that is done is held; nan = not held.
+    """
+
+    step: int = 0
+    target_tokens: int = 0
+    best: dict[str, float] | None = None
+    evaluated: int = -1
+    metrics_bytes: int = 0
+    base_sums: np.ndarray | None = None
+    base_tokens: np.ndarray | None = None
+    train_loss: np.ndarray | None = None
+    replay_loss: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    lowest: np.ndarray | None = None
+    stalled: np.ndarray | None = None
+    held: np.ndarray | None = None
+
+    ARRAYS = (
+        "base_sums",
+        "base_tokens",
+        "train_loss",
+        "replay_loss",
+        "weights",
+        "lowest",
+        "stalled",
+        "held",
+    )

@@ -1,0 +1,109 @@
+"""Per-task validation losses: the full pass, and the small probe a balancer reads.
+
+Validation rows are divided once into G groups of whole examples per task, and what is left over;
+probe p reads group p mod G of every task, and the full pass reads everything. So the full pass at
+step 0 gives each group's initial loss, and slopes can be fitted within groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from mtl.data.batches import ValidationGroups
+from mtl.data.collate import MicroBatch
+from mtl.distributed import comm
+from mtl.distributed.engine import Engine
+from mtl.losses.objective import Objective
+from mtl.train.step import GlobalBatch
+
+# micro-batches made before their forwards: ranks agree that none failed to, and all need not fit in
+# memory
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Summed token losses (nats) and target tokens, (K, parts of the validation) float64 each, over
+    all ranks.
+    """
+
+    sums: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(K,) nats per target token of each task."""
+        return self.sums.sum(1) / self.tokens.sum(1)
+
+    def group(self, g: int) -> np.ndarray:
+        """(K,) nats per target token of each task's group g; nan where the group has no target."""
+        with np.errstate(invalid="ignore"):
+            return self.sums[:, g] / self.tokens[:, g]
+
+    def summary(self, names: list[str]) -> dict[str, float]:
+        """Every loss a run may be judged by: each task's, their mean (macro), the token mean
+        (token) and the worst.
+        """
+        losses = self.losses
+        return {
+            **dict(zip(names, losses.tolist(), strict=True)),
+            "macro": float(losses.mean()),
+            "token": float(self.sums.sum() / self.tokens.sum()),
+            "worst": float(losses.max()),
+        }
+
+
+def full_pass(
+    engine: Engine, objective: Objective, validation: ValidationGroups, k: int
+) -> ValidationResult:
+    """Every validation example once. A collective; every rank runs the same number of forwards."""
+    return _pass(engine, objective, validation, range(validation.parts), k)
+
+
+def probe(
+    engine: Engine, objective: Objective, validation: ValidationGroups, group: int, k: int
+) -> np.ndarray:
+    """(K,) validation losses of one group, nats per target token; nan where a task has no target in
+    it. A collective.
+    """
+    return _pass(engine, objective, validation, [group], k).group(0)
+
+
+def _pass(
+    engine: Engine,
+    objective: Objective,
+    validation: ValidationGroups,
+    groups: Sequence[int],
+    k: int,
+) -> ValidationResult:
+    totals = torch.zeros(2, k, len(groups), dtype=torch.float64, device=engine.device)
+    engine.eval()
+    with torch.no_grad():
+        for column, group in enumerate(groups):
+            coming = validation.group(group)
+            some: list[MicroBatch] | None = None
+            while some is None or len(some) == AT_ONCE:
+                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023 (called at once)
+                for micro in some:
+                    terms = objective(engine.evaluate, micro.to(engine.device), k)
+                    totals[0, :, column] += terms.sums
+                    totals[1, :, column] += terms.counts
+    sums, tokens = comm.sum_(totals).cpu().numpy()
+    return ValidationResult(sums, tokens)
+
+
+def replay(engine: Engine, objective: Objective, batch: GlobalBatch, k: int) -> np.ndarray:
+    """(K,) losses of a training batch once more, nats per target token; nan = absent. A collective.
+
+    In training mode: with the random state that the update began with, dropout hides the same units
+    again.
+    """
+    sums = torch.zeros(k, dtype=torch.float64, device=engine.device)
+    engine.train()
+    with torch.no_grad():
+        for micro in batch.micros:
+            sums += objective(engine.evaluate, micro.to(engine.device), k).sums
+    return (comm.sum_(sums).cpu() / batch.tokens).numpy()

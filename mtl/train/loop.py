@@ -1,0 +1,154 @@
+"""The loop: next micro-batches -> probe -> weights -> step -> log -> save, until done."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from balancers import Holder, Signal
+from mtl.config import Config
+from mtl.output import trackers
+from mtl.output.state import RunState
+from mtl.train import evaluate, schedule
+from mtl.train.evaluate import ValidationResult
+from mtl.train.randomness import seed_step
+from mtl.train.run import Run
+from mtl.train.step import GlobalBatch, StepReport, fetch, train_step
+from mtl.train.weights import weigh
+
+
+def train(run: Run, state: RunState) -> RunState:
+    """Train from `state.step` to `run.steps`, or until all tasks are done. A collective. Returns
+    the last state.
+    """
+    config, names, k = run.config, run.names, len(run.names)
+    started, first = time.monotonic(), state.step
+    while True:
+        t = state.step
+        is_due = _due(config.evaluate.every, t, run.steps) and state.evaluated < t
+        validation = _evaluate(run, state) if is_due else None
+        is_best = validation is not None and config.checkpoint.best and state.best["step"] == t
+        is_over = t == run.steps or bool(run.patience and run.patience.done(state).all())
+        if t > first and (is_best or is_over or _due(config.checkpoint.every, t, run.steps)):
+            _save(run, state, is_best)
+        if is_over:
+            return state
+
+        began = time.monotonic()
+        batch = fetch(lambda t=t: run.batches.batch(t), k)
+        state.weights = weights = weigh(run, state, batch, validation)
+        seed_step(config.train.seed, t)
+        lr = _lr(config, t, run.steps)
+        report = train_step(run.engine, run.objective, batch, weights, lr, names)
+        state.step, state.train_loss = t + 1, report.losses
+        state.target_tokens += int(batch.tokens.sum())
+        if Signal.REPLAY_LOSS in run.holder.balancer.needs:
+            seed_step(config.train.seed, t)
+            state.replay_loss = evaluate.replay(run.engine, run.objective, batch, k)
+
+        now = time.monotonic()
+        values = _train_values(names, weights, report, batch, run.holder)
+        values["train/lr"] = lr
+        values["train/target_tokens"] = state.target_tokens
+        values["train/tokens_per_second"] = int(batch.tokens.sum()) / (now - began)
+        values["time/step_seconds"] = now - began
+        values["time/left_seconds"] = (
+            (now - started) / (state.step - first) * (run.steps - state.step)
+        )
+        _log(run, t, values)
+
+
+def _due(every: int | None, step: int, steps: int) -> bool:
+    """Whether what happens every so many steps, and at the end, happens at `step`."""
+    return step == steps or (every is not None and step % every == 0)
+
+
+def _lr(config: Config, step: int, steps: int) -> float:
+    shape = config.schedule
+    return schedule.lr(
+        step,
+        peak=config.optimizer.lr,
+        steps=steps,
+        warmup=shape.warmup,
+        name=shape.name,
+        floor=shape.floor,
+    )
+
+
+def _evaluate(run: Run, state: RunState) -> ValidationResult:
+    """The full validation pass. The state hears whether it is the best; the first pass gives every
+    group's initial loss.
+    """
+    began = time.monotonic()
+    validation = evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+    state.evaluated = state.step
+    if state.base_sums is None:
+        state.base_sums, state.base_tokens = validation.sums, validation.tokens
+    summary = validation.summary(run.names)
+    values = {f"eval/{name}/loss": summary[name] for name in run.names}
+    values |= {f"eval/{what}": summary[what] for what in ("macro", "token", "worst")}
+    _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
+    if run.patience:
+        for text in run.patience.observe(state, validation.losses, run.names):
+            _say(run, f"step {state.step}/{run.steps}  {text}")
+
+    key = run.config.evaluate.best
+    if not np.isfinite(summary[key]):
+        raise ValueError(
+            f"validation at step {state.step}: {key} (evaluate.best) is {summary[key]}: {summary}"
+        )
+    if state.best is None or summary[key] < state.best["value"]:
+        state.best = {"step": state.step, "value": summary[key]}
+    return validation
+
+
+def _train_values(
+    names: list[str], weights: np.ndarray, report: StepReport, batch: GlobalBatch, holder: Holder
+) -> dict[str, float]:
+    present = ~np.isnan(report.losses)
+    values = {
+        "train/loss": float(
+            (weights * report.losses)[present].sum() + sum(report.penalties.values())
+        )
+    }
+    values |= {f"train/{name}": value for name, value in report.penalties.items()}
+    for i, name in enumerate(names):
+        values[f"train/{name}/loss"] = float(report.losses[i])
+        values[f"train/{name}/weight"] = float(weights[i])
+        values[f"train/{name}/tokens"] = int(batch.tokens[i])
+    values["train/positions"] = batch.positions
+    values["train/grad_norm"] = report.grad_norm
+    method = type(holder.balancer).__name__.lower()
+    for what, array in holder.explain.items():
+        if np.ndim(array) == 0:
+            values[f"{method}/{what}"] = float(array)
+        else:
+            values |= {
+                f"{method}/{name}/{what}": float(x) for name, x in zip(names, array, strict=True)
+            }
+    return {tag: value for tag, value in values.items() if np.isfinite(value)}
+
+
+def _log(run: Run, step: int, values: Mapping[str, float]) -> None:
+    for tracker in run.trackers:
+        tracker.log(step, values)
+
+
+def _save(run: Run, state: RunState, is_best: bool) -> None:
+    began = time.monotonic()
+    state.metrics_bytes = trackers.metrics_bytes(run.checkpoints.output)
+    folder = run.checkpoints.save(run.engine, run.holder, state, is_best=is_best)
+    best = (
+        f", the best so far ({run.config.evaluate.best} {state.best['value']:.4f})"
+        if is_best
+        else ""
+    )
+    _say(
+        run,
+        f"step {state.step}/{run.steps}  saved {folder}{best} in {time.monotonic() - began:.1f} s",
+    )
+
+
+def _say(run: Run, text: str) -> None:
+    for tracker in run.trackers:
+        tracker.say(text)

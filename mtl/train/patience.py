@@ -1,0 +1,93 @@
+"""When a task counts as done, and what its weight is then."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl.output.state import RunState
+
+
+@dataclass(frozen=True)
+class Patience:
+    """`evaluate.patience` of the YAML. What changes is in the `RunState`: `lowest`, `stalled` and
+    `held`.
+
+    Args: evaluations: full passes in a row without improvement after which a task is done, >= 1.
+        action: "log": nothing but a word, and a task that improves again is not done any more.
+        "freeze": the task's
+            part of all weights stays what it was. "drop": it is 0. With both the others share the
+            rest in the balancer's proportions, and what is done stays done.
+        margin: nats per target token below the lowest loss so far that count as an improvement, >=
+        0.
+    """
+
+    evaluations: int
+    action: str = "log"
+    margin: float = 0.0
+
+    def observe(self, state: RunState, losses: np.ndarray, names: Sequence[str]) -> list[str]:
+        """Take the (K,) losses of a full pass into `state`. Returns what there is to say: who is
+        done, who goes on after all.
+        """
+        if state.lowest is None:
+            k = len(names)
+            state.lowest, state.stalled, state.held = (
+                np.full(k, np.inf),
+                np.zeros(k),
+                np.full(k, np.nan),
+            )
+        was = self.done(state)
+        better = losses < state.lowest - self.margin
+        state.lowest = np.where(better, losses, state.lowest)
+        state.stalled = np.where(better, 0.0, state.stalled + 1)
+        if self.action != "log":
+            part = np.zeros(len(names))
+            if self.action == "freeze" and state.weights is not None and state.weights.sum():
+                part = state.weights / state.weights.sum()
+            state.held = np.where(
+                np.isnan(state.held) & (state.stalled >= self.evaluations), part, state.held
+            )
+        now, told = self.done(state), []
+        for i in np.flatnonzero(now & ~was):
+            what = {
+                "log": "",
+                "freeze": f"; its part of the weights stays {state.held[i]:.3f}",
+                "drop": "; its weight is now 0",
+            }
+            since = (
+                f"its lowest loss is {state.lowest[i]:.4f}, full passes since: "
+                f"{int(state.stalled[i])}"
+            )
+            told.append(f"{names[i]} is done: {since}{what[self.action]}")
+        return told + [
+            f"{names[i]} goes on after all, with a loss of {losses[i]:.4f}"
+            for i in np.flatnonzero(was & ~now)
+        ]
+
+    def done(self, state: RunState) -> np.ndarray:
+        """(K,) bool. Where all are, the run is over."""
+        if state.lowest is None:
+            return np.zeros(1, dtype=bool)
+        return state.stalled >= self.evaluations if self.action == "log" else ~np.isnan(state.held)
+
+
+def hold(held: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(K,) weights of the same sum, in which the held tasks have their parts and the others share
+    the rest.
+
+    Others whose weights are all 0 share equally; others with a sum below 0 (methods that subtract
+    gradients) stay as they are.
+
+    Args:
+        held: (K,) float64, parts of the sum; nan = not held.
+        weights: (K,) float64, the balancer's.
+    """
+    is_held = ~np.isnan(held)
+    others = np.where(is_held, 0.0, weights)
+    if not others.any():
+        others = np.where(is_held, 0.0, 1.0)
+    if others.sum() > 0:
+        rest = max(1 - held[is_held].sum(), 0.0) * weights.sum()
+        others = others * (rest / others.sum())
+    return np.where(is_held, held * weights.sum(), others)

@@ -1,0 +1,46 @@
+"""What a run is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from balancers import Holder
+from mtl.config import Config
+from mtl.data.batches import TrainBatches, ValidationGroups
+from mtl.distributed.engine import Engine
+from mtl.losses.objective import Objective
+from mtl.output.checkpoint import Checkpoints
+from mtl.output.trackers import Tracker
+from mtl.train.patience import Patience
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run is made of. `mtl.build.build` makes one.
+
+    Attributes:
+        names: the K tasks, in the order of every (K,) array.
+        steps: optimizer updates in the whole run.
+        differentiated: what gradients are taken by, where the balancer reads their products.
+        probe_every: optimizer steps between the probes that a balancer reads.
+        trackers: empty on every rank but 0.
+    """
+
+    config: Config
+    names: list[str]
+    steps: int
+    engine: Engine
+    objective: Objective
+    holder: Holder
+    batches: TrainBatches
+    validation: ValidationGroups
+    checkpoints: Checkpoints
+    differentiated: Sequence[nn.Parameter] = ()
+    probe_every: int = 1
+    trackers: Sequence[Tracker] = ()
+
+    @property
+    def patience(self) -> Patience | None:
+        given = self.config.evaluate.patience
+        return given and Patience(given.evaluations, given.action, given.margin)

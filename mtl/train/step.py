@@ -1,0 +1,117 @@
+"""One optimizer update. This is the function everything else exists for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl.data.collate import MicroBatch
+from mtl.distributed import comm
+from mtl.distributed.engine import Engine
+from mtl.losses.objective import Objective
+from mtl.losses.terms import combine
+
+
+class NonFinite(ValueError):
+    """A task's loss or the gradient is not a number."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This rank's part of a global batch, and what every rank knows of the whole.
+
+    Attributes:
+        micros: this rank's micro-batches, at least one and the same number on every rank.
+        tokens: (K,) int64, target tokens per task over all ranks and micro-batches.
+        positions: token positions computed over all ranks, padding included.
+    """
+
+    micros: list[MicroBatch]
+    tokens: Tensor
+    positions: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update saw, the same on every rank.
+
+    Attributes: losses: (K,) float64, nats per target token over the global batch; nan where the
+        task is absent. grad_norm: global gradient norm before clipping. penalties: by name, what
+        the loss holds beside the tasks' losses.
+    """
+
+    losses: np.ndarray
+    grad_norm: float
+    penalties: dict[str, float]
+
+
+def fetch(micros: Callable[[], list[MicroBatch]], k: int) -> GlobalBatch:
+    """Make this rank's micro-batches, agree that no rank failed to, and count target tokens. A
+    collective.
+    """
+    mine = comm.together(micros)
+    count = torch.stack([micro.counts(k) for micro in mine]).sum(0)
+    positions = torch.tensor([sum(micro.input_ids.numel() for micro in mine)])
+    tokens, positions = comm.sum_(torch.cat([count, positions])).split([k, 1])
+    return GlobalBatch(mine, tokens, int(positions))
+
+
+def train_step(
+    engine: Engine,
+    objective: Objective,
+    batch: GlobalBatch,
+    weights: np.ndarray,
+    lr: float,
+    names: list[str],
+) -> StepReport:
+    """Update the parameters once. A collective.
+
+    The loss is sum_k w_k * (summed token losses of k) / (target tokens of k), sums and counts over
+    all ranks and micro-batches, so the update does not depend on how the global batch was cut.
+
+    Args: engine: the model and its optimizer. objective: from a micro-batch to per-task terms.
+        batch: this rank's part of the global batch. weights: (K,) float64, the tasks' weights for
+        the whole global batch, the same on every rank. lr: this update's learning rate. names: the
+        K tasks' names, for errors.
+
+    Raises:
+        NonFinite: on every rank, for a loss or a gradient. The parameters are as they were.
+    """
+    k, last = len(names), len(batch.micros) - 1
+    tokens, weights = batch.tokens.to(engine.device), torch.as_tensor(weights).to(engine.device)
+    totals: Tensor | float = 0.0
+    engine.train()
+    for i, micro in enumerate(batch.micros):
+        terms = objective(engine.forward, micro.to(engine.device), k)
+        engine.backward(combine(terms, weights, tokens, engine.world), last=i == last)
+        count = terms.counts.sum()
+        mine = [
+            torch.where(count > 0, penalty.detach() * count, 0.0)
+            for penalty in terms.penalties.values()
+        ]
+        totals += torch.cat([terms.sums.detach(), *(x[None] for x in mine)]).double()
+    found = comm.sum_(totals).cpu()
+    losses = (found[:k] / batch.tokens).numpy()  # 0/0 = nan: absent
+    penalties = dict(zip(terms.penalties, (found[k:] / batch.tokens.sum()).tolist(), strict=True))
+
+    seen = [(n, x) for n, x, c in zip(names, losses, batch.tokens, strict=True) if c]
+    bad = [f"{n} ({x})" for n, x in (*seen, *penalties.items()) if not np.isfinite(x)]
+    if bad:
+        raise NonFinite(
+            f"the loss of {', '.join(bad)} is not finite. The parameters were not updated. "
+            f"{_ADVICE}"
+        )
+    grad_norm = engine.step(lr)
+    if not np.isfinite(grad_norm):
+        raise NonFinite(
+            f"the gradient norm is {grad_norm}. The parameters were not updated. {_ADVICE}"
+        )
+    return StepReport(losses, grad_norm, penalties)
+
+
+_ADVICE = (
+    "Lower optimizer.lr, or look at the rows of this step; --resume continues from the last "
+    "checkpoint."
+)
