@@ -30,7 +30,13 @@ def arguments() -> argparse.Namespace:
     )
     options(parser)
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in `output`"
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        type=int,
+        metavar="STEP",
+        help="go on from the newest checkpoint in `output`, or from that of a step",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
@@ -41,7 +47,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     config = plugins.read(args.config, args.set, args.allow_code)
-    check_output(Path(config.output).expanduser(), args.resume)
+    check_output(Path(config.output).expanduser(), args.resume is not False)
 
     # Slow and without a process group, whose collectives would time out meanwhile.
     engine.build_ops(config, process.say_on_host)

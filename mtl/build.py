@@ -27,9 +27,11 @@ from mtl.data.plan import layout_for, mix_for, probe_every, steps_of, validation
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
+from mtl.losses.objective import checked
 from mtl.models import load, packing
-from mtl.output import provenance, trackers
-from mtl.output.checkpoint import Checkpoints, write_json
+from mtl.output import manifest, provenance, trackers
+from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
+from mtl.output.files import write_json
 from mtl.output.state import RunState
 from mtl.train import gram
 from mtl.train.optimizer import optimizer
@@ -121,7 +123,9 @@ def build(
         names=list(config.tasks),
         steps=steps_of(config, mix),
         engine=engine,
-        objective=resolve(config, "objective", plugins.OBJECTIVE, allow_code),
+        objective=checked(
+            resolve(config, "objective", plugins.OBJECTIVE, allow_code), config.objective.name
+        ),
         holder=holder,
         batches=TrainBatches(tasks, mix, layout(config.batch.tokens)),
         validation=validation,
@@ -138,15 +142,19 @@ def build(
     )
 
 
-def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:
-    """Where the run stands: at its newest checkpoint with `resume`, else at step 0. A collective.
+def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
+    """Where the run stands. A collective.
+
+    Args:
+        resume: True: at its newest checkpoint, step 0 where there is none. A number: at the
+            checkpoint of that step. False: at step 0.
 
     Raises:
-        CheckpointError: the run has changed since.
+        CheckpointError: there is no such checkpoint, it is damaged, or the run has changed since.
     """
-    if not resume:
+    if resume is False:
         return RunState()
-    found = comm.together(run.checkpoints.latest)
+    found = comm.together(lambda: run.checkpoints.find(None if resume is True else resume))
     comm.same(str(found and found.name), "newest checkpoint")
     say(
         f"resuming from {found}"
@@ -154,7 +162,13 @@ def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:
         else f"--resume: no complete checkpoint in {run.checkpoints.output}; starting at step 0"
     )
     if found:
-        return run.checkpoints.load(run.engine, run.holder)
+        state = run.checkpoints.load(run.engine, run.holder, found)
+        if state.step > run.steps:
+            raise CheckpointError(
+                f"{found}: is of step {state.step}, and the run has only {run.steps} steps "
+                "(train.steps, or train.epochs over the data)."
+            )
+        return state
     comm.together(run.checkpoints.check_beginning)
     return RunState()
 
@@ -171,11 +185,11 @@ def open_trackers(
     def open_on_first() -> list[trackers.Tracker]:
         if comm.rank() > 0:
             return []
-        output.mkdir(parents=True, exist_ok=True)
+        manifest.mark(output, RUN)
         name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
         record = provenance.record(config, tasks, run.steps, comm.world(), run.checkpoints.identity)
         write_json(output / name, record)
-        trackers.truncate_metrics(output, state.metrics_bytes)
+        trackers.cut_metrics(output, state.metrics_bytes, say_once)
         settings = {"output": output, "steps": run.steps, "start": state.step}
         paths = [("trackers", str(i)) for i in range(len(config.trackers))]
         opened = [resolve(config, path, plugins.TRACKER, allow_code)(**settings) for path in paths]

@@ -7,7 +7,6 @@ forward and backward). Then the step, and the rank, or "all".
 
 import functools
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from mtl.data.batches import TrainBatches
 from mtl.distributed.engine import Engine
 from mtl.losses import causal_lm as objectives
 from mtl.losses.terms import Terms
-from mtl.output import checkpoint
+from mtl.output import checkpoint, manifest
 from mtl.output.checkpoint import Checkpoints
 
 WHAT, WHERE, STEP, RANK = os.environ.get("MISFORTUNE", "no where -1 all").split()
@@ -51,7 +50,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "shards": (Engine, "save", lambda engine, folder: _is_due(folder.parent.name)),
     "model": (checkpoint, "save", lambda trained, tokenizer, folder: _is_due(folder.parent.name)),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
-    "prune": (shutil, "rmtree", lambda path, **_: _is_pointed_at(path.parent / "latest")),
+    "prune": (manifest, "discard", lambda path, kind: _is_pointed_at(path.parent / "latest")),
 }
 
 

@@ -90,7 +90,7 @@ class Ended:
 
 
 def train(
-    yaml: Path, *overrides: str, world: int = 1, resume: bool = False, **environment: str
+    yaml: Path, *overrides: str, world: int = 1, resume: bool | int = False, **environment: str
 ) -> Ended:
     """Run the program on `world` forked processes that form a group. A rank that is killed takes the others with it."""
     job = {
@@ -153,9 +153,10 @@ def launch(
     return Ended([process.returncode], out.read_text(), err.read_text(), time.monotonic() - began)
 
 
-def arguments(yaml: Path, overrides: Sequence[str], resume: bool) -> list[str]:
+def arguments(yaml: Path, overrides: Sequence[str], resume: bool | int) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
-    return ["--config", str(yaml), "--allow-code", "outside", *sets, *["--resume"] * resume]
+    going_on = [] if resume is False else ["--resume"] if resume is True else [f"--resume={resume}"]
+    return ["--config", str(yaml), "--allow-code", "outside", *sets, *going_on]
 
 
 def free_port() -> int:

@@ -110,6 +110,18 @@ def on_first(work: Callable[[], T]) -> T:
     return box[0]
 
 
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks. A collective.
+
+    It is pickled where there are more ranks than one: plain values and small arrays.
+    """
+    if world() == 1:
+        return [value]
+    values: list[T] = [value] * world()
+    dist.all_gather_object(values, value, group=_group(torch.zeros(1)))
+    return values
+
+
 def same(text: str, what: str) -> None:
     """Agree that every rank holds the same text. A collective.
 

@@ -1,5 +1,6 @@
 """What stands at the end of a run: its table, and the exported model."""
 
+import sys
 from collections.abc import Sequence
 
 from mtl.config import Config
@@ -13,10 +14,15 @@ def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]
     """Close the trackers, print the run's table and export its model. On rank 0."""
     for tracker in trackers:
         tracker.close()
-    print(report.table(report.read(checkpoints.output)), flush=True)
+    try:
+        print(report.table(report.read(checkpoints.output)), flush=True)
+    except ValueError as error:  # the model does not depend on the log
+        print(f"no table of the run: {error}", file=sys.stderr, flush=True)
     which = config.export.which
     if which != "none":
         source = checkpoints.exported(which)
+        if source is None:
+            raise ValueError(f"{checkpoints.folder}: holds no checkpoint to export any more.")
         print(
             f"{which} model, of {source.name}: "
             f"{export(source, checkpoints.output / 'model', config.export.dtype)}"

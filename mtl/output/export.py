@@ -10,10 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mtl.output import card
+from mtl.output import card, manifest
+from mtl.output.files import flush
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "adapter_config.json"
+EXPORT = "export"  # the kind of folder that the mark names
 
 
 class ExportError(ValueError):
@@ -31,7 +33,9 @@ def export(
     """Write a checkpoint's model, or adapter, as a Hugging Face folder with tokenizer and model
     card.
 
-    The target appears whole or not at all; an older export is replaced, anything else is not.
+    The target appears whole or not at all. An older export is replaced, if nobody has added or
+    changed a file in it; anything else is not. The checkpoint's model is compared with its manifest
+    first. The run's log and record are not needed: without them the card says less.
 
     Args:
         checkpoint: a folder `step-...` of a run.
@@ -40,8 +44,8 @@ def export(
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
 
-    Raises: ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or
-        `target` is something else.
+    Raises: ExportError: there is no model in `checkpoint`, or it is damaged; nothing to merge, no
+        base model; or `target` is something else.
     """
     source = checkpoint / "model"
     is_adapter = (source / ADAPTER).is_file()
@@ -54,30 +58,53 @@ def export(
         raise ExportError(
             f"{checkpoint}: found a whole model, wanted an adapter to merge. Leave merging out."
         )
-    if (
-        target.exists()
-        and any(target.iterdir())
-        and not {ADAPTER, "config.json"} & {path.name for path in target.iterdir()}
-    ):
+    if damage := manifest.damage(checkpoint, "model/"):
         raise ExportError(
-            f"{target}: found a folder that holds something other than an exported model. Name "
-            "another; nothing was changed."
+            "\n  ".join([f"{checkpoint} is damaged. Export another checkpoint.", *damage[:10]])
         )
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    if merge:
-        _merge(source, temporary, dtype, allow_remote_code)
-    else:
-        shutil.copytree(source, temporary)
-        if dtype is not None:
-            _cast(temporary, dtype)
-    (temporary / "README.md").write_text(
-        card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
-    )
-    shutil.rmtree(target, ignore_errors=True)
+    for folder in (target, temporary):
+        _check_replaceable(folder)
+    manifest.discard(temporary, EXPORT)
+    manifest.mark(temporary, EXPORT)
+    try:
+        if merge:
+            _merge(source, temporary, dtype, allow_remote_code)
+        else:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+            if dtype is not None:
+                _cast(temporary, dtype)
+        (temporary / "README.md").write_text(
+            card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
+        )
+        manifest.seal(temporary)
+        manifest.discard(target, EXPORT)
+    except BaseException:
+        manifest.discard(temporary, EXPORT)
+        raise
     temporary.rename(target)
+    flush(target.parent)
     return target
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise ExportError where a folder holds anything but an export as we wrote it, or half of
+    one.
+    """
+    if manifest.is_free(folder):
+        return
+    if not manifest.is_ours(folder, EXPORT):
+        raise ExportError(
+            f"{folder}: found something other than an export with our mark ({manifest.NAME}). Name "
+            "another folder; nothing was changed."
+        )
+    if manifest.is_whole(folder, EXPORT):
+        changed = [str(folder / name) for name in manifest.strangers(folder)]
+        if changed := changed + manifest.damage(folder):
+            raise ExportError(
+                f"{folder}: found files added or changed since the export: "
+                f"{'; '.join(changed[:3])}. Name another folder, or move this one away; nothing was changed."
+            )
 
 
 def _cast(folder: Path, dtype: str) -> None:

@@ -2,11 +2,12 @@
 README.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from mtl.output.trackers import read_metrics
 
 PARTS = 5  # of a run, over which a task's weight is averaged in the table
 
@@ -31,11 +32,11 @@ class History:
 
 
 def read(output: Path) -> History:
-    """Raises ValueError where the run has no metrics yet."""
+    """Raises ValueError where the run has no metrics yet, or a line of them is damaged."""
     path = Path(output) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted the folder of a run (its `output:`).")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(path)
     evals = [r for r in records if "eval/macro" in r]
     trains = [r for r in records if "train/loss" in r]
     if not evals:
