@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A run on a SLURM cluster, one process a GPU. Everything after the script's name goes to launch/train.py:
 #   sbatch --nodes=2 launch/slurm.sh --config configs/quickstart.yaml --set engine.zero=3
-# Submitted again, or requeued after a preemption, it goes on from the newest checkpoint (set checkpoint.every).
+# Submitted again it goes on from the newest checkpoint (set checkpoint.every). Three minutes before its time is up,
+# or when it is preempted, it saves, ends with code 75 and is queued again.
 #SBATCH --job-name=coba-mtl
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -9,6 +10,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=USR1@180
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 # Not --gpus-per-task: a process picks its GPU by SLURM_LOCALID among all of its node's.
@@ -21,4 +23,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 srun --nodes=1 --ntasks=1 "$PYTHON" launch/check.py --prepare "$@"
 
 # SLURM's variables tell each process its rank (mtl/process.py). One that fails ends all.
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" launch/train.py --resume "$@"
+code=0
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" launch/train.py --resume "$@" || code=$?
+if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -19,8 +19,9 @@ process.settle()  # before torch is imported
 
 from mtl import build, plugins
 from mtl.distributed import comm, engine
+from mtl.output import lock
 from mtl.output.checkpoint import check_output
-from mtl.output.end import finish
+from mtl.output.end import close, finish
 from mtl.train.loop import train
 
 
@@ -47,20 +48,29 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     config = plugins.read(args.config, args.set, args.allow_code)
-    check_output(Path(config.output).expanduser(), args.resume is not False)
+    output, is_resumed = Path(config.output).expanduser(), args.resume is not False
+    check_output(output, is_resumed)
 
     # Slow and without a process group, whose collectives would time out meanwhile.
     engine.build_ops(config, process.say_on_host)
     data = build.encode(config, args.allow_code)
 
     engine.init_process_group(config.engine.timeout_minutes)
-    run = build.build(config, data, allow_code=args.allow_code)
-    state = build.restore(run, args.resume)
-    build.open_trackers(run, state, data.tasks, args.allow_code)
-    train(run, state)
-
-    run.batches.close()
-    comm.on_first(lambda: finish(config, run.checkpoints, run.trackers))
+    build.agree(config, {"resume": args.resume, "allow_code": args.allow_code})
+    with lock.alone(output, build.say_once), process.stoppable():
+        comm.on_first(lambda: check_output(output, is_resumed))  # now that nobody else writes there
+        run = build.build(config, data, allow_code=args.allow_code)
+        state = build.restore(run, args.resume)
+        build.open_trackers(run, state, data.tasks, args.allow_code)
+        try:
+            train(run, state)
+            run.batches.close()
+            comm.on_first(lambda: finish(config, run.checkpoints, run.trackers))
+        except process.Preempted:
+            run.batches.close()
+            comm.on_first(lambda: close(run.trackers))
+            comm.leave()
+            raise
     comm.leave()
 
 

@@ -6,9 +6,8 @@ run = build(config, data)                   everything that the loop needs
 state = restore(run, resume)                where it stands
 """
 
-import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +65,25 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = N
     return Data(tokenizer, prepare(config, tokenizer, formats, **({"say": say} if say else {})))
 
 
+def agree(config: Config, flags: Mapping[str, object], say: Say = say_once) -> None:
+    """Agree that every rank was started alike: one that was not would hang the others, or train
+    something else. A collective.
+
+    Versions that differ are a warning only.
+
+    Args:
+        flags: the program's own options.
+
+    Raises:
+        ValueError: it shows what differs, by key and rank.
+    """
+    resolved = config.resolved()
+    del resolved["cache"]  # a host may have its own
+    comm.same({**resolved, "flags": flags}, "configurations")
+    for line in comm.differences(provenance.versions()):
+        say(f"warning: versions differ: {line}")
+
+
 def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, say: Say = say_once) -> Engine:
     """The model and its optimizer on DeepSpeed. A collective.
 
@@ -101,7 +119,7 @@ def build(
     """
     tasks, pad_id = data.tasks, data.tokenizer.pad_token_id or 0
     identity = provenance.identity(config, tasks)
-    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
+    comm.same(identity, "data")
     engine = engine or start_engine(config, data.tokenizer, say)
     if packed is None:
         packed = packing.decide(config, engine, len(data.tokenizer), say)
@@ -115,9 +133,7 @@ def build(
     )
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
-    comm.same(
-        json.dumps(holder.state_dict()["meta"], sort_keys=True), "balancer"
-    )  # all measure what it needs
+    comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs
     return Run(
         config=config,
         names=list(config.tasks),
@@ -134,6 +150,7 @@ def build(
             keep=config.checkpoint.keep,
             identity=identity,
             tokenizer=data.tokenizer,
+            versions=provenance.versions(),
             layout={"processes": comm.world(), "zero": zero_stage(config)},
             say=say,
         ),
@@ -155,7 +172,7 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
     if resume is False:
         return RunState()
     found = comm.together(lambda: run.checkpoints.find(None if resume is True else resume))
-    comm.same(str(found and found.name), "newest checkpoint")
+    comm.same({"checkpoint": str(found)}, "newest checkpoints")
     say(
         f"resuming from {found}"
         if found

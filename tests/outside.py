@@ -1,7 +1,7 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
-First word: kill (SIGKILL) or raise (a RuntimeError). Second: where, one of the names in `PLACES`, or "step" (between
+First word: kill (SIGKILL), raise (a RuntimeError), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between
 forward and backward). Then the step, and the rank, or "all".
 """
 
@@ -41,6 +41,8 @@ def strike() -> None:
         return
     if WHAT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if WHAT.startswith("SIG"):
+        return os.kill(os.getpid(), getattr(signal, WHAT))
     raise RuntimeError(TEXT)
 
 

@@ -90,11 +90,20 @@ class Ended:
 
 
 def train(
-    yaml: Path, *overrides: str, world: int = 1, resume: bool | int = False, **environment: str
+    yaml: Path,
+    *overrides: str,
+    world: int = 1,
+    resume: bool | int = False,
+    last: Sequence[str] = (),
+    **environment: str,
 ) -> Ended:
-    """Run the program on `world` forked processes that form a group. A rank that is killed takes the others with it."""
+    """Run the program on `world` forked processes that form a group. A rank that is killed takes the others with it.
+
+    last: further arguments of the last rank alone.
+    """
     job = {
         "arguments": arguments(yaml, overrides, resume),
+        "last": list(last),
         "world": world,
         "port": free_port(),
         "environment": environment,
@@ -242,7 +251,8 @@ def _fork(rank: int, job: dict[str, Any]) -> int:
             **{name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), **job["environment"],
         }  # fmt: skip
-        sys.argv = [str(PROGRAM), *job["arguments"]]
+        more = job["last"] if rank == job["world"] - 1 else []
+        sys.argv = [str(PROGRAM), *job["arguments"], *more]
         runpy.run_path(str(PROGRAM), run_name="__main__")
     except SystemExit as e:
         code = int(e.code or 0)

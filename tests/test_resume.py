@@ -186,10 +186,7 @@ def test_a_shard_that_is_missing_ends_both_ranks(yaml, tmp_path):
         yaml, OURS, *SAVING, f"output={output}", "train.steps=4", world=2, resume=True
     )
     assert ended.codes == [1, 1]
-    assert (
-        f"{shard}: is missing"
-        in ended.err
-    )
+    assert f"{shard}: is missing" in ended.err
 
 
 def test_the_best_checkpoint_survives_a_kill(yaml):

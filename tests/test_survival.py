@@ -1,13 +1,22 @@
 """docs/guarantees.md on whole runs: each test breaks a run for real, and says what must be left of it."""
 
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import runs
 from safetensors.numpy import load_file
 
+from mtl.data import lock
+from mtl.output import lock as run_lock
 from mtl.output import manifest
 from mtl.output.checkpoint import CheckpointError, check_output
 
@@ -80,6 +89,180 @@ def test_an_export_somebody_worked_on_is_not_replaced(yaml, whole, tmp_path):
         theirs.write_text("mine")
         ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=True)
         assert ended.codes == [1, 1] and str(theirs) in ended.err and theirs.read_text() == "mine"
+
+
+# One run a folder
+
+
+def owner(pid: int, **other: str) -> str:
+    me = lock.myself()
+    return json.dumps({**asdict(me), "pid": pid, **other})
+
+
+def test_a_folder_in_use_is_refused_and_a_lock_left_behind_taken_over(yaml, whole, tmp_path):
+    output = copy(whole, tmp_path / "run")
+    (output / "run.lock").write_text(owner(os.getpid()))
+    before = runs.contents(output)
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=True)
+    assert ended.codes == [1, 1] and f"{output} is in use by process {os.getpid()} on" in ended.err
+    assert runs.contents(output) == before
+    (output / "run.lock").write_text(owner(os.getpid(), started="gone by"))
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=True).well()
+    assert "does not run any more; its lock is taken over" in ended.err
+    assert not list(output.glob("run.lock*"))
+
+
+def test_of_many_starts_at_once_one_takes_the_lock(tmp_path):
+    """Also where a lock left behind lies in their way."""
+    for left in False, True:
+        path = tmp_path / str(left) / "run.lock"
+        path.parent.mkdir()
+        if left:
+            path.write_text(owner(os.getpid(), started="gone by"))
+        ready, go = os.pipe()
+        children = [_start(path, ready, go) for _ in range(8)]
+        os.close(go)  # all start
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        os.close(ready)
+        assert sorted(codes) == [0] + [3] * 7
+        path.unlink()
+
+
+def _start(path: Path, ready: int, go: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.close(go)
+    os.read(ready, 1)
+    try:
+        run_lock.acquire(path, lambda text: None)
+        time.sleep(1)  # the others must find it alive
+        os._exit(0)
+    except CheckpointError:
+        os._exit(3)
+    finally:
+        os._exit(4)
+
+
+def test_a_lock_of_another_host_counts_while_it_shows_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "SILENT", 1.0)
+    path, said = tmp_path / "run.lock", []
+    path.write_text(owner(1, host="elsewhere"))
+
+    def beat(text: str) -> None:
+        said.append(text)
+        path.write_text(owner(1, host="elsewhere", progress="1"))
+
+    with pytest.raises(CheckpointError, match="is in use by process 1 on elsewhere"):
+        run_lock.acquire(path, beat)
+    assert run_lock.acquire(path, said.append).pid == os.getpid()
+    assert "gave no sign of life for 1 s; its lock is taken over" in said[-1]
+
+
+# Ranks that disagree are told at once
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [
+        (["--set", "engine.zero=3"], "engine.zero: 2 on rank 0; 3 on rank 1"),
+        (["--set", "batch.tokens=256"], "batch.tokens: 128 on rank 0; 256 on rank 1"),
+        (["--set", "checkpoint.every=5"], "checkpoint.every: 4 on rank 0; 5 on rank 1"),
+        (["--set", "output=elsewhere"], "; 'elsewhere' on rank 1"),
+        (["--resume"], "flags.resume: False on rank 0; True on rank 1"),
+    ],
+)
+def test_ranks_started_differently_end_at_once(yaml, tmp_path, last, text):
+    output = tmp_path / "run"
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, last=last)
+    assert ended.codes == [1, 1] and text in ended.err and not output.exists()
+    (shown,) = {line for line in ended.err.splitlines() if " on rank 0" in line}
+    assert text in shown, "nothing but what differs"
+
+
+def test_other_versions_are_a_warning(yaml, whole, tmp_path):
+    output = copy(whole, tmp_path / "run")
+    folder = output / "checkpoints" / "step-00000012"
+    state = json.loads((folder / "state.json").read_text())
+    state["versions"]["torch"] = "1.0"
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest.seal(folder)
+    ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=True).well()
+    assert "warning: step-00000012 was written with torch 1.0, here is" in ended.err
+
+
+# Preemption
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(yaml, whole, tmp_path, name):
+    output = tmp_path / "run"
+    settings = [OURS, *SAVING, f"output={output}"]
+    ended = runs.train(yaml, *settings, world=2, MISFORTUNE=f"{name} step 5 1")
+    assert ended.codes == [75, 75]
+    assert "asked to stop, and saved, at step 6/12; --resume goes on from there" in ended.err
+    assert (output / "checkpoints" / "latest").read_text() == "step-00000006"
+    assert not (output / "run.lock").exists()
+    runs.train(yaml, *settings, world=2, resume=True).well()
+    assert runs.untimed(output) == runs.untimed(whole)
+
+
+# A rank never outlives its launcher
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_its_launcher(tmp_path, number):
+    """Ranks in a loop, under a program by the name of a launcher under another one, whose end the inner does not notice."""
+    inner = tmp_path / "deepspeed_inner.py"
+    outer = tmp_path / "deepspeed"
+    rank = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1]); from mtl import process; "
+        "process.never_outlive_launcher(); print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    start = "import subprocess, sys\nsubprocess.run([sys.executable, {}])\n"
+    inner.write_text(start.format(f"'-c', {rank!r}, {str(runs.ROOT)!r}"))
+    outer.write_text(start.format(repr(str(inner))))
+    launcher = subprocess.Popen(
+        [sys.executable, str(outer)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        pid = int(launcher.stdout.readline())
+        os.kill(launcher.pid, number)
+        launcher.wait()
+        for _ in range(200):
+            if lock._ticks(pid) == "gone":
+                break
+            time.sleep(0.1)
+        assert lock._ticks(pid) == "gone"
+    finally:
+        launcher.stdout.close()
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def test_a_worker_ends_with_its_parent():
+    worker = "import os, time; from mtl import process; process.end_with_parent({}); print(os.getpid(), flush=True); time.sleep(600)"
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import os, subprocess, sys; w = {worker!r}; "
+            "subprocess.run([sys.executable, '-c', w.format(os.getpid())])",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
+    )
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        if lock._ticks(pid) == "gone":
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    raise AssertionError("the worker lives on")
 
 
 # A checkpoint is whole or is not there

@@ -273,7 +273,10 @@ SUMS, COUNTS = torch.ones(2), torch.ones(2, dtype=torch.int64)
         (Terms(COUNTS, COUNTS), "Terms.sums is torch.int64"),
         (Terms(SUMS, SUMS), r"Terms.counts is torch.float32 \(2,\), wanted a tensor \(int64\)"),
         (Terms(SUMS, 2), "Terms.counts is int"),
-        (Terms(SUMS, COUNTS, {"router": SUMS}), r"Terms.penalties\['router'\] is torch.float32 \(2,\)"),
+        (
+            Terms(SUMS, COUNTS, {"router": SUMS}),
+            r"Terms.penalties\['router'\] is torch.float32 \(2,\)",
+        ),
     ],
 )
 def test_an_objective_returns_terms_of_all_tasks(returned, text):

@@ -22,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from mtl import process
 from mtl.config import Config
 from mtl.data.encode import Encoder, Tokenized
 from mtl.data.encoded import SCHEMA, DataError, Encoded, Report, TaskData, record_batch
@@ -177,7 +178,9 @@ def _outcomes(
         and cap <= 16 * CHUNK
     )
     # Fresh processes: forking one that has threads (torch, tokenizers) can deadlock.
-    pool = None if alone else ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    end = process.end_with_parent, (os.getpid(),)
+    pool = None if alone else ProcessPoolExecutor(cores, spawn, *end)
     try:
         for s, one in enumerate(sources):
             rows = one.rows()

@@ -5,13 +5,12 @@ Tensors may live on any device. Under a GPU-only backend those on the CPU have a
 gloo's: through NCCL each of them would wait for everything the device has been given to do.
 """
 
-import hashlib
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -122,20 +121,48 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def same(text: str, what: str) -> None:
-    """Agree that every rank holds the same text. A collective.
+def differences(values: Mapping[str, Any]) -> list[str]:
+    """What is not the same on every rank, a line a key: `engine.zero: 2 on rank 0, 3 on ranks 1-3`;
+    empty where all agree. A collective; every rank gets the same lines.
+
+    Args:
+        values: dotted name to plain value, or mappings of those.
+    """
+    everyone = gather(_flat(values))
+    lines = []
+    for key in sorted({key for each in everyone for key in each}):
+        holders: dict[str, list[int]] = {}
+        for r, each in enumerate(everyone):
+            holders.setdefault(repr(each[key]) if key in each else "absent", []).append(r)
+        if len(holders) > 1:
+            shown = (
+                f"{value[:200]} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                for value, ranks in holders.items()
+            )
+            lines.append(f"{key}: {'; '.join(shown)}")
+    return lines
+
+
+def same(values: Mapping[str, Any], what: str) -> None:
+    """Agree that every rank holds the same values. A collective.
 
     Raises:
-        ValueError: on the ranks that hold another one than rank 0; RankError on the others.
+        ValueError: on all ranks; it shows what differs, by key and rank, and nothing else.
     """
-    mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-    first = broadcast_(torch.tensor([mine]))
+    if lines := differences(values):
+        raise ValueError(
+            "\n  ".join([f"the ranks' {what} differ. Start all of them alike.", *lines])
+        )
 
-    def check() -> None:
-        if int(first) != mine:
-            raise ValueError(f"rank {rank()} has another {what} than rank 0. Here: {text[:1000]}")
 
-    together(check)
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{above}{key}.")
+        else:
+            flat[f"{above}{key}"] = value
+    return flat
 
 
 _host: tuple[object, dist.ProcessGroup] | None = (

@@ -107,7 +107,8 @@ class Checkpoints:
         stays beside them. identity: what a run must share with a checkpoint to go on from it
         exactly: dotted name -> plain value. tokenizer: goes with every exported model. layout:
         {"processes": ..., "zero": ...}: how the engine's state is partitioned. Another one is no
-        obstacle. say: takes what is done otherwise than asked for.
+        obstacle. versions: of the libraries; others than a checkpoint's are said. say: takes what
+        is done otherwise than asked for.
 
     Attributes:
         best: name of the best checkpoint's folder so far.
@@ -118,6 +119,7 @@ class Checkpoints:
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     layout: dict[str, int]
+    versions: dict[str, str] = field(default_factory=dict)
     say: Callable[[str], None] = lambda text: None
     best: str | None = field(default=None, init=False)
 
@@ -159,7 +161,7 @@ class Checkpoints:
                     "balancer": held["meta"],
                     "identity": self.identity,
                 }
-                record["layout"] = self.layout
+                record |= {"layout": self.layout, "versions": self.versions}
                 write_json(folder / "state.json", record)
 
         comm.together(write)
@@ -178,6 +180,10 @@ class Checkpoints:
         self._verify(folder)
         record = comm.together(lambda: json.loads((folder / "state.json").read_text()))
         comm.together(lambda: self._check(record, folder))
+        for name in sorted({*self.versions, *record["versions"]}):
+            then, now = record["versions"].get(name), self.versions.get(name)
+            if then != now:
+                self.say(f"warning: {folder.name} was written with {name} {then}, here is {now}")
         arrays = comm.together(lambda: load_file(folder / "state.safetensors"))
         mine = {
             k.removeprefix("balancer."): v for k, v in arrays.items() if k.startswith("balancer.")
@@ -220,8 +226,8 @@ class Checkpoints:
             record["format"], record["identity"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{beginning}: is damaged ({error}), and no checkpoint says what the run was. Start "
-                f"anew in another `output:` folder. {UNTOUCHED}"
+                f"{beginning}: is damaged ({error}), and no checkpoint says what the run was. "
+                f"Start anew in another `output:` folder. {UNTOUCHED}"
             ) from error
         self._check(record, beginning)
 

@@ -10,10 +10,15 @@ from mtl.output.export import export
 from mtl.output.trackers import Tracker
 
 
-def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]) -> None:
-    """Close the trackers, print the run's table and export its model. On rank 0."""
+def close(trackers: Sequence[Tracker]) -> None:
+    """Let every tracker write what it still holds."""
     for tracker in trackers:
         tracker.close()
+
+
+def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]) -> None:
+    """Close the trackers, print the run's table and export its model. On rank 0."""
+    close(trackers)
     try:
         print(report.table(report.read(checkpoints.output)), flush=True)
     except ValueError as error:  # the model does not depend on the log

@@ -103,7 +103,8 @@ def _check_replaceable(folder: Path) -> None:
         if changed := changed + manifest.damage(folder):
             raise ExportError(
                 f"{folder}: found files added or changed since the export: "
-                f"{'; '.join(changed[:3])}. Name another folder, or move this one away; nothing was changed."
+                f"{'; '.join(changed[:3])}. Name another folder, or move this one away; nothing "
+                "was changed."
             )
 
 
