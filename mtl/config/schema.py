@@ -27,6 +27,7 @@ Text = Annotated[str, MinLen(1), Wanted("text")]
 Name = Annotated[str, MinLen(1), Wanted("a name")]
 TextPath = Annotated[str, MinLen(1), Wanted("a path")]
 Count = Annotated[int, Ge(1)]
+Steps = Annotated[int, Ge(1), Lt(10**8)]  # a checkpoint's name has eight digits
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
@@ -195,7 +196,7 @@ class MixSection(Section):
     """Examples of a task in a batch on average: in proportion to its n rows; the same for each; its
     own `share`; n ** (1 / temperature); n times its own `epochs`.
     """
-    temperature: Positive | None = None
+    temperature: Annotated[float, Ge(0.05), Le(1e6)] | None = None
     """1: proportional; large: nearly equal (`shares: temperature` only)."""
 
 
@@ -224,9 +225,9 @@ class BatchSection(Section):
 class TrainSection(Section):
     """How long to train: exactly one of steps and epochs."""
 
-    steps: Count | None = None
+    steps: Steps | None = None
     """Optimizer steps."""
-    epochs: Positive | None = None
+    epochs: Annotated[float, Gt(0), Le(1e6)] | None = None
     """Passes over all tasks' training rows together: steps = ceil(epochs * rows /
     batch.examples).
     """
@@ -239,7 +240,7 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "sgd"] = "adamw"
     """The update rule."""
-    lr: Positive = 1e-4
+    lr: Annotated[float, Gt(0), Le(1e3)] = 1e-4
     """Learning rate at the schedule's highest point."""
     betas: Annotated[tuple[BelowOne, BelowOne], Strict(False)] = (0.9, 0.999)
     """Decay of AdamW's first and second moment, per step."""
@@ -370,7 +371,7 @@ class EngineSection(Section):
     """
     offload: OffloadSection = OffloadSection()
     """Offloading."""
-    timeout_minutes: Positive = 30.0
+    timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them,
