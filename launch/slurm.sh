@@ -23,7 +23,8 @@ PYTHON=${PYTHON:-.venv/bin/python}
 srun --nodes=1 --ntasks=1 "$PYTHON" launch/check.py --prepare "$@"
 
 # SLURM's variables tell each process its rank (mtl/process.py). One that fails ends all.
-code=0
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" launch/train.py --resume "$@" || code=$?
+set +e
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" launch/train.py --resume "$@"
+code=$?
 if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
