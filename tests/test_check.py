@@ -18,6 +18,7 @@ from mtl.data.cache import prepare
 from mtl.data.encode import load_tokenizer
 from mtl.data.encoded import Encoded
 from mtl.data.plan import layout_for, mix_for
+from mtl.models import load as models
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -112,7 +113,7 @@ def test_a_long_example_is_shown_around_its_first_target():
 
 def estimate(yaml: Path, world: int, *overrides: str) -> tuple[dict[str, memory.Part], int, int]:
     config, tokenizer, _ = parts(yaml, *overrides)
-    skeleton = load.skeleton(config, tokenizer)
+    skeleton = models.skeleton(config, tokenizer)
     sizes = [(p.numel(), p.requires_grad) for p in skeleton.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
     found = memory.estimate(config, config.engine.zero, skeleton, world, positions=100, targets=40)
@@ -175,7 +176,7 @@ def test_offloaded_memory_is_elsewhere(yaml):
 )
 def test_the_skeleton_is_the_model_without_weights(yaml, settings):
     config, tokenizer, _ = parts(yaml, *settings)
-    skeleton, loaded = load.skeleton(config, tokenizer), load.load(config, tokenizer)
+    skeleton, loaded = models.skeleton(config, tokenizer), models.load(config, tokenizer)
     assert all(p.is_meta for p in skeleton.parameters())
 
     def described(module: torch.nn.Module) -> dict:
