@@ -20,11 +20,9 @@ from mtl.cli import options
 
 process.settle()  # before torch is imported
 
-from mtl import plugins
+from mtl import build, plugins
 from mtl.check import dryrun
 from mtl.config import dump
-from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
 from mtl.output.checkpoint import check_output
 
 
@@ -58,18 +56,19 @@ def main() -> None:
     config = plugins.read(args.config, args.set, args.allow_code)
     if not args.prepare:
         section(f"{args.config}, with defaults", dump(config.resolved()).splitlines())
-    tokenizer = load_tokenizer(config.model, config.where("model.name"))
-    tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
-    section("Data", dryrun.data(tasks))
+    data = build.encode(config, args.allow_code)
+    section("Data", dryrun.data(data.tasks))
     if args.prepare:
         print(f"encoded in {Path(config.cache).expanduser()}")
         return
-    section("Batches", dryrun.batches(config, tasks, args.world))
+    section("Batches", dryrun.batches(config, data, args.world))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for task in tasks:
-        head = f"{task.name}: {task.train.where(0)}, targets {'in green' if color else 'in [[ ]]'}"
-        section(head, dryrun.example(task.train, 0, tokenizer, color).splitlines())
-    section("Memory of one process", dryrun.needs(config, tasks, tokenizer, args.world))
+    for task, number in zip(data.tasks, data.goals.of, strict=True):
+        title = f"{task.name}: {task.train.where(0)}, targets {'in green' if color else 'in [[ ]]'}"
+        shown = data.examples[number].show(task.train.columns(0), color)
+        section(title, shown.splitlines())
+    loader = plugins.loader(config, args.allow_code)
+    section("Memory of one process", dryrun.needs(config, data, loader, args.world))
     check_output(Path(config.output).expanduser(), args.resume)
     print(f"{args.config}: nothing stands in the way of a run")
 

@@ -92,7 +92,7 @@ def training_losses(trained: Any) -> np.ndarray:
 
 def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any]:
     holder = Recorder(make(given), NAMES)
-    data = build.Data(toys.tokenizer(), test_gram.TASKS)
+    data = build.in_memory(config, toys.tokenizer(), test_gram.TASKS)
     with tempfile.TemporaryDirectory() as folder:
         memory = Memory(Path(folder))
         run = build.build(config, data, engine=trained, packed=False, holder=holder, say=memory.say)

@@ -30,12 +30,17 @@ _FORM = "package.module:attribute"
 class Kind:
     """What may stand at a key of the YAML, and how the program calls it.
 
-    Args: table: built-in names, each with where it lives ({"CoBa": "balancers.coba:CoBa"}). base:
-        what a call gives: a class must derive from it, a function must return it. None: not looked
-        at. arguments: leading positional arguments that the program passes. keywords: keyword
-        arguments that the program passes. build: it is complete with the YAML's keywords, so
-        `check` calls it, to hear what its constructor refuses. inner: with `base`, a keyword whose
-        value is another spec of this kind, built first; code from outside may stand there.
+    Args:
+        table: built-in names, each with where it lives ({"CoBa": "balancers.coba:CoBa"}).
+        base: what a call gives: a class must derive from it, a function must return it. None: not
+            looked at.
+        arguments: leading positional arguments that the program passes.
+        keywords: keyword arguments that the program passes.
+        build: it is complete with the YAML's keywords, so `check` calls it, to hear what its
+            constructor refuses.
+        inner: with `base`, a keyword whose value is another spec of this kind, built first; code
+            from outside may stand there.
+        made_once: a class is built with the YAML's keywords, and the program calls its instance.
     """
 
     table: Mapping[str, str]
@@ -44,6 +49,7 @@ class Kind:
     keywords: tuple[str, ...] = ()
     build: bool = False
     inner: str | None = None
+    made_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,8 @@ def _misfits(
     target: Callable[..., Any], spec: Spec, keys: Keys, kind: Kind, document: Document
 ) -> Iterator[Problem]:
     """Where the keywords (and what the program passes) do not fit the signature."""
+    # A class that is made once takes the YAML's keywords; its instance is what the program calls.
+    arguments = 0 if kind.made_once and isinstance(target, type) else kind.arguments
     try:
         signature = inspect.signature(target)
     except ValueError:
@@ -217,7 +225,7 @@ def _misfits(
         return
     try:
         passed = signature.bind_partial(
-            *[None] * kind.arguments, **dict.fromkeys(kind.keywords)
+            *[None] * arguments, **dict.fromkeys(kind.keywords)
         ).arguments
     except TypeError as error:
         wanted = (

@@ -257,7 +257,7 @@ class Engine:
         Returns: the global gradient norm before clipping.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         if not self._stage:  # there DeepSpeed keeps no norm, and would step whatever the gradient
             trained = [p for p in self.module.parameters() if p.requires_grad]
             for p in trained:
