@@ -143,6 +143,13 @@ class Balancer(abc.ABC):
         ``state`` is consumed: its arrays may be changed in place.
         """
 
+    @classmethod
+    def public(cls) -> "type[Balancer]":
+        """The class that users write and a checkpoint names. Another one than this only where a
+        setting of that class picked this one.
+        """
+        return cls
+
     def settings(self) -> dict[str, Any]:
         """What was given to the constructor. The base returns the instance's attributes."""
         return dict(vars(self))
@@ -152,7 +159,7 @@ def describe(balancer: Balancer) -> dict[str, Any]:
     """Method and settings as plain values that survive JSON; a balancer inside another's settings
     is described too.
     """
-    kind = type(balancer)
+    kind = balancer.public()
     return {
         "method": f"{kind.__module__}:{kind.__qualname__}",
         "settings": _plain(balancer.settings()),

@@ -1,6 +1,8 @@
 """CoBa against golden numbers, its properties on any curves, and the corners."""
 
+import copy
 import json
+import pickle
 import runpy
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from balancers import CoBa, Signals
+from balancers import CoBa, Signals, describe, make
 from balancers.coba import least_squares
+from balancers.coba_released import Released
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "coba.json").read_text())
@@ -53,6 +56,31 @@ def test_golden(case, divergence):
                 [explained[t][ours] for t in at], want[golden], rtol=0, atol=1e-9
             )
     assert np.all(weights[: min(at)] == 1 / weights.shape[1])
+
+
+def test_released_is_a_class_of_its_own_and_is_saved_as_coba():
+    made = [
+        CoBa(divergence="released"),
+        CoBa(None, 100, 5.0, "released"),
+        make({"name": "CoBa", "divergence": "released"}),
+    ]
+    for balancer in made:
+        assert type(balancer) is Released and balancer == made[0]
+        assert copy.deepcopy(balancer) == pickle.loads(pickle.dumps(balancer)) == balancer  # noqa: S301
+        assert describe(balancer) == {
+            "method": "balancers.coba:CoBa",
+            "settings": {
+                "window": None,
+                "warmup": 100,
+                "tau": 5.0,
+                "divergence": "released",
+                "slope": "auto",
+                "gate": None,
+            },
+        }
+    assert type(CoBa()) is CoBa and type(CoBa(divergence="signed")) is CoBa
+    with pytest.raises(ValueError, match="Released divergence: found 'abs', wanted 'released'"):
+        Released()
 
 
 @pytest.mark.parametrize("case", PANELS, ids=lambda case: f"N{case['N']}")
