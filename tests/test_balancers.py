@@ -15,6 +15,7 @@ from balancers import (
     LBTW,
     METHODS,
     RLW,
+    Apart,
     Balancer,
     Bounded,
     CoBa,
@@ -35,6 +36,14 @@ from balancers import (
     Uncertainty,
 )
 
+
+def parts(tasks):
+    """The tasks in two parts, or as many as there are tasks for."""
+    pair = [task for task in tasks if task in ("code", "law")]
+    rest = [task for task in tasks if task not in pair]
+    return {name: members for name, members in (("pair", pair), ("rest", rest)) if members}
+
+
 MAKE = {
     "CoBa": lambda tasks: CoBa(window=20, warmup=10),
     "CoBa signed": lambda tasks: CoBa(window=20, warmup=10, divergence="signed"),
@@ -42,6 +51,9 @@ MAKE = {
     "CoBa panel": lambda tasks: CoBa(window=20, warmup=10, slope="panel", gate=1.0),
     "CoBa default window": lambda tasks: CoBa(warmup=10),
     "CoBa short": lambda tasks: CoBa(window=1, warmup=1),
+    "Apart": lambda tasks: Apart(CoBa(window=20, warmup=10), parts(tasks)),
+    "Apart gradients": lambda tasks: Apart("GradNorm", parts(tasks)),
+    "Apart scaled": lambda tasks: Apart("GLS", parts(tasks), dict.fromkeys(parts(tasks), 2)),
     "Bounded": lambda tasks: Bounded(
         CoBa(window=20, warmup=10), floor=0.1, ceiling=1.0 if len(tasks) == 1 else 0.6
     ),
