@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -58,6 +58,12 @@ class CoBa(Balancer):
         gate: None, or a number of standard errors, our addition: each task's two scores are
             multiplied by ``max(0, 1 - (gate * error_i / a_i)^2)`` before the softmax, so that
             slopes which are noise give equal weights. The error is that of the same fit.
+        forgetting: our addition: tells a task that is forgotten (training and validation loss rise)
+            from one that overfits (training loss falls). With ``b_i`` the slope of the training
+            loss over ``l_i(0)`` at the same probes and ``s_i`` its standard error, ACS and a_max
+            take ``min(a_i, a_i - max(b_i - s_i, 0))`` for the slope; RCS keeps ``a_i``. A probe's
+            training loss is the mean of those since the last probe. Reads ``train_loss`` as well.
+            Not with ``divergence="released"``.
 
     A task's ``l(0)`` is ``valid_base`` where the signals carry it, else the task's first probe
     above 0. Steps are true step numbers, so probes may come at any interval. An absent task keeps
@@ -66,13 +72,15 @@ class CoBa(Balancer):
     stay.
 
     Explains: ``slope``, ``rcs``, ``acs`` (K,), in ratio per optimizer step and as shares; ``df``
-    (scalar); ``panel`` and ``gate`` (K,) with those options. nan: not seen yet.
+    (scalar); ``panel``, ``gate`` and ``forgotten``, what the slope is lowered by, (K,) with those
+    options. nan: not seen yet.
 
     State: 8 bytes a probe for the history of a_max (plus an eighth of slack); the rest is bounded
     by the window.
 
     Raises:
-        ValueError: settings outside the ranges above; panel slopes without ``valid_group``.
+        ValueError: settings outside the ranges above or that do not go together; panel slopes
+            without ``valid_group``.
     """
 
     window: int | None = None
@@ -81,8 +89,7 @@ class CoBa(Balancer):
     divergence: Divergence = "abs"
     slope: Slope = "auto"
     gate: float | None = None
-
-    needs: ClassVar[Signal] = Signal.VALID_LOSS
+    forgetting: bool = False
 
     def __new__(cls, *args: Any, **keywords: Any) -> Self:
         given = dict(zip(cls.__dataclass_fields__, args, strict=False)) | keywords
@@ -98,6 +105,13 @@ class CoBa(Balancer):
         positive("CoBa tau", self.tau)
         if self.gate is not None:
             positive("CoBa gate", self.gate)
+        if not isinstance(self.forgetting, bool):
+            raise ValueError(f"CoBa forgetting: found {self.forgetting!r}, wanted true or false")
+        if self.forgetting and self.divergence == "released":
+            raise ValueError(
+                "CoBa forgetting: found true beside divergence: released, which does what the "
+                "authors' code does and nothing more; wanted divergence: abs or signed"
+            )
         for name, options in (("divergence", get_args(Divergence)), ("slope", get_args(Slope))):
             if getattr(self, name) not in options:
                 raise ValueError(
@@ -105,7 +119,21 @@ class CoBa(Balancer):
                     f"{', '.join(options)}"
                 )
 
+    @property
+    def needs(self) -> Signal:
+        return Signal.VALID_LOSS | Signal.TRAIN_LOSS if self.forgetting else Signal.VALID_LOSS
+
+    def settings(self) -> dict[str, Any]:
+        # Left out while it is off: so the states saved before there was one still fit.
+        given = super().settings()
+        return given if self.forgetting else {k: v for k, v in given.items() if k != "forgetting"}
+
     def init(self, k: int) -> State:
+        train = {
+            "train_sum": np.zeros(k),  # of the training losses since the last probe
+            "train_count": np.zeros(k),
+            "train": np.zeros((0, k)),  # their mean over l(0), a row for each probe
+        }
         return {
             "probes": np.array(0),
             # l(0) from the first probe; nan = the task was not seen yet
@@ -119,9 +147,13 @@ class CoBa(Balancer):
             "history": np.zeros(0),  # a_max at every probe so far
             "divisor": np.array(0.0),  # D
             "weights": np.full(k, 1 / k),  # those of the newest probe, warm-up or not
+            **(train if self.forgetting else {}),
         }
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
+        if self.forgetting and signals.train_loss is not None:
+            state["train_sum"] = state["train_sum"] + np.nan_to_num(signals.train_loss)
+            state["train_count"] = state["train_count"] + ~np.isnan(signals.train_loss)
         explain = {} if signals.valid_loss is None else self._probe(state, signals)
         k = len(state["base"])
         warming = self._warming(signals.step)
@@ -137,13 +169,14 @@ class CoBa(Balancer):
         # observed.
         seen = ~np.isnan(state["base"])
         slope = np.where(seen & ~fresh, slope, np.nan)
-        past = self._keep(state, slope, n, signals.step)
+        own = slope - self._forgotten(state, rows, explain)
+        past = self._keep(state, own, n, signals.step)
         trust = self._trust(slope, error, explain)
 
         rcs = _scores(trust * slope, np.nansum(np.abs(slope)) / max(1, seen.sum()), seen)
-        own = np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1)
-        acs = _scores(-trust * slope, own, seen)
-        a_max = self._a_max(state, slope, rows, signals.step)
+        usual = np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1)
+        acs = _scores(-trust * own, usual, seen)
+        a_max = self._a_max(state, own, rows, signals.step)
         df, weights = self._weigh(self._divergence(state, a_max), rcs, acs, seen)
 
         state["weights"] = share(weights, seen)
@@ -169,6 +202,22 @@ class CoBa(Balancer):
         state["group"] = _put(state["group"], row, self._group(signals))
         state["ratio"] = _put(state["ratio"], row, ratio)
         return fresh
+
+    def _forgotten(self, state: State, rows: Array, explain: dict[str, Array]) -> Array | float:
+        """(K,) how far the training loss rises beyond its noise, in ratio per step; 0 without the
+        option.
+        """
+        if not self.forgetting:
+            return 0.0
+        base, count = state["base"], state["train_count"]
+        known = (count > 0) & ~np.isnan(base)
+        with np.errstate(over="ignore"):
+            mean = np.divide(state["train_sum"], count * base, out=base * np.nan, where=known)
+        state["train"] = _put(state["train"], self._row(state), np.minimum(mean, 1e100))
+        state["train_sum"], state["train_count"] = np.zeros_like(base), np.zeros_like(base)
+        rise, error = least_squares(state["step"][rows], state["train"][rows], np.zeros(len(rows)))
+        explain["forgotten"] = np.maximum(rise - error, 0)
+        return explain["forgotten"]
 
     def _keep(self, state: State, slope: Array, n: int, step: int) -> Array:
         """Put the slopes into the window; (n, K), those that ACS compares them with."""

@@ -49,6 +49,7 @@ MAKE = {
     "CoBa signed": lambda tasks: CoBa(window=20, warmup=10, divergence="signed"),
     "CoBa released": lambda tasks: CoBa(window=20, warmup=10, divergence="released"),
     "CoBa panel": lambda tasks: CoBa(window=20, warmup=10, slope="panel", gate=1.0),
+    "CoBa forgetting": lambda tasks: CoBa(window=20, warmup=10, gate=1.0, forgetting=True),
     "CoBa default window": lambda tasks: CoBa(warmup=10),
     "CoBa short": lambda tasks: CoBa(window=1, warmup=1),
     "Apart": lambda tasks: Apart(CoBa(window=20, warmup=10), parts(tasks)),

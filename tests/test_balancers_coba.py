@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from balancers import CoBa, Signals, describe, make
+from balancers import CoBa, Signal, Signals, describe, make
 from balancers.coba import least_squares
 from balancers.coba_released import Released
 
@@ -402,6 +402,75 @@ def test_gate_turns_noise_into_equal_weights_and_leaves_trends_alone():
     np.testing.assert_allclose(
         run(CoBa(20, 10, gate=2.0), trend)[0], run(CoBa(20, 10), trend)[0], atol=0.02
     )
+
+
+def train_beside(valid, train, every=1, **keywords):
+    """The last weights and explanation of CoBa, fed with the training losses (T, K) too."""
+    coba = CoBa(window=12, warmup=1, slope="ols", **keywords)
+    state, explain = coba.init(valid.shape[1]), {}
+    for step, row in enumerate(valid):
+        state, weights, found = coba.update(
+            state,
+            Signals(
+                step=step,
+                valid_loss=row if step % every == 0 else None,
+                train_loss=train[step - 1] if step and coba.forgetting else None,
+            ),
+        )
+        explain = found or explain
+    return weights, explain
+
+
+def turning(rise, fall=20, steps=33, k=3):
+    """(T, K) losses that fall; the first one then rises by ``rise`` a step."""
+    losses = np.tile(1 - 0.02 * np.arange(steps)[:, None], k) + [0, 0.1, 0.2]
+    losses[fall:, 0] = losses[fall, 0] + rise * np.arange(steps - fall)
+    return losses
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_forgetting_gives_where_both_losses_rise(every):
+    steps = 20 + 12 * every + 1
+    valid, train = turning(0.01, steps=steps), turning(0.02, steps=steps)
+    without, plain = train_beside(valid, train, every)
+    given, explain = train_beside(valid, train, every, forgetting=True)
+    assert plain["slope"][0] > 0 and explain["forgotten"][0] > 0
+    assert given[0] > without[0] and explain["acs"][0] > plain["acs"][0]
+    np.testing.assert_array_equal(explain["forgotten"][1:], 0)
+    np.testing.assert_array_equal(explain["slope"], plain["slope"])
+    np.testing.assert_array_equal(explain["rcs"], plain["rcs"])
+
+
+def test_forgetting_leaves_overfitting_alone():
+    valid, train = turning(0.01), turning(-0.02)
+    np.testing.assert_array_equal(
+        train_beside(valid, train, forgetting=True)[0], train_beside(valid, train)[0]
+    )
+
+
+def test_forgetting_is_the_training_slope_beyond_its_error():
+    """Against numpy's least squares of the means between probes, in units of the first probe."""
+    rng, every, n = np.random.default_rng(4), 3, 12
+    steps = np.arange(n) * every
+    valid = np.tile(2.0 + 0.01 * np.arange(steps[-1] + 1)[:, None], 2) * [1, 3]
+    train = 1 + 0.02 * np.arange(len(valid))[:, None] + 0.05 * rng.random((len(valid), 2))
+    _, explain = train_beside(valid, train, every, forgetting=True)
+    means = np.array([train[t - every : t].mean(axis=0) for t in steps[1:]]) / valid[0]
+    design = np.column_stack([steps[1:], np.ones(n - 1)])
+    beta, rest, _, _ = np.linalg.lstsq(design, means, rcond=None)
+    error = np.sqrt(rest / (n - 3) * np.linalg.inv(design.T @ design)[0, 0])
+    assert (beta[0] > error).all()
+    np.testing.assert_allclose(explain["forgotten"], beta[0] - error, rtol=1e-9)
+
+
+def test_forgetting_reads_training_losses_and_is_saved_only_where_it_is_on():
+    assert CoBa().needs == Signal.VALID_LOSS and "forgetting" not in CoBa().settings()
+    assert CoBa(forgetting=True).needs == Signal.VALID_LOSS | Signal.TRAIN_LOSS
+    assert CoBa(forgetting=True).settings()["forgetting"] is True
+    with pytest.raises(ValueError, match="CoBa forgetting: found true beside divergence: released"):
+        CoBa(divergence="released", forgetting=True)
+    with pytest.raises(ValueError, match="CoBa forgetting: found 1, wanted true or false"):
+        CoBa(forgetting=1)
 
 
 def test_panel_slopes_have_a_fraction_of_the_plain_error_on_a_recorded_run():
