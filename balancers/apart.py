@@ -107,7 +107,7 @@ def _shares(shares: Mapping[str, float], parts: Mapping[str, Any]) -> dict[str, 
         raise ValueError(
             f"Apart shares: found {shares!r}, wanted a number for each of the parts {list(parts)}"
         )
-    return {name: positive(f"Apart shares, part {name!r}", each) for name, each in shares.items()}
+    return {name: positive(f"Apart shares: part {name!r}", each) for name, each in shares.items()}
 
 
 def _once_each(parts: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:

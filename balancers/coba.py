@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -91,13 +91,6 @@ class CoBa(Balancer):
     gate: float | None = None
     forgetting: bool = False
 
-    def __new__(cls, *args: Any, **keywords: Any) -> Self:
-        given = dict(zip(cls.__dataclass_fields__, args, strict=False)) | keywords
-        if given.get("divergence") != "released":
-            return super().__new__(cls)
-        # By name: its file imports this one for its base class.
-        return super().__new__(import_module("balancers.coba_released").Released)
-
     def __post_init__(self) -> None:
         if self.window is not None:
             whole("CoBa window", self.window)
@@ -118,6 +111,8 @@ class CoBa(Balancer):
                     f"CoBa {name}: found {getattr(self, name)!r}, wanted one of "
                     f"{', '.join(options)}"
                 )
+        if self.divergence == "released":
+            self._become_released()
 
     @property
     def needs(self) -> Signal:
@@ -127,6 +122,17 @@ class CoBa(Balancer):
         # Left out while it is off: so the states saved before there was one still fit.
         given = super().settings()
         return given if self.forgetting else {k: v for k, v in given.items() if k != "forgetting"}
+
+    def _become_released(self) -> None:
+        if type(self) is not CoBa:
+            raise ValueError(
+                f"{type(self).__name__} divergence: found 'released', wanted abs or signed; to "
+                "change what the authors' code does, derive from balancers.coba_released.Released"
+            )
+        # Here and not in __new__, which would hide the constructor's signature; by name, since that
+        # file imports this one.
+        released = import_module("balancers.coba_released").Released
+        object.__setattr__(self, "__class__", released)
 
     def init(self, k: int) -> State:
         train = {

@@ -34,6 +34,9 @@ class Released(CoBa):
                 f"CoBa(divergence={self.divergence!r}) makes the other one"
             )
 
+    def _become_released(self) -> None:
+        pass  # it is
+
     @classmethod
     def public(cls) -> type[CoBa]:
         return CoBa

@@ -82,6 +82,12 @@ def test_released_is_a_class_of_its_own_and_is_saved_as_coba():
     with pytest.raises(ValueError, match="Released divergence: found 'abs', wanted 'released'"):
         Released()
 
+    class Mine(CoBa):
+        pass
+
+    with pytest.raises(ValueError, match="Mine divergence: found 'released', wanted abs or signed"):
+        Mine(divergence="released")
+
 
 @pytest.mark.parametrize("case", PANELS, ids=lambda case: f"N{case['N']}")
 def test_golden_panel_slopes(case):

@@ -230,7 +230,7 @@ def test_wrappers_pass_on_what_the_inner_balancer_needs_and_promises():
         ),
         (
             lambda: Apart("Equal", {"x": ["a"]}, {"x": 0}),
-            "Apart shares, part 'x': found 0, wanted a finite number > 0",
+            "Apart shares: part 'x': found 0, wanted a finite number > 0",
         ),
         (
             lambda: Holder(Apart("Equal", {"x": ["a"], "y": ["b"]}), "abc"),
