@@ -95,7 +95,8 @@ def open_source(name: str, split: str = "train") -> Source:
     if HUB_NAME.fullmatch(name) and not re.search(r"\.(jsonl?|ndjson|parquet|gz|csv|txt)$", name):
         try:
             return _hub(name, split)
-        except Exception as error:  # whatever `datasets` and the network raise, it is one more thing that was tried
+        except Exception as error:
+            # Whatever `datasets` and the network raise, it is one more thing that was tried.
             tried.append(f"the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
     raise DataError(f"nothing found under {name!r}, tried {' and '.join(tried)}. Wanted a {READ}")
 
