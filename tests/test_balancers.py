@@ -259,10 +259,17 @@ def test_holder_refuses_signals(fields, text):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "loss_weight"), [([], None), (["a", "a"], None), (["a"], [0]), (["a"], [1, 2])]
+    ("tasks", "loss_weight", "text"),
+    [
+        ([], None, r"tasks: found \[\], wanted at least one name, each only once"),
+        (["a", "a"], None, r"tasks: found \['a', 'a'\], wanted at least one name, each only once"),
+        (["a"], [0], r"loss_weight: found \[0\], wanted 1 finite numbers > 0 for \['a'\]"),
+        (["a"], [np.inf], r"loss_weight: found \[inf\], wanted 1 finite numbers > 0 for \['a'\]"),
+        (["a"], [1, 2], r"loss_weight: found \[1, 2\], wanted 1 finite numbers > 0 for \['a'\]"),
+    ],
 )
-def test_holder_refuses_tasks_and_loss_weights(tasks, loss_weight):
-    with pytest.raises(ValueError, match="found"):
+def test_holder_refuses_tasks_and_loss_weights(tasks, loss_weight, text):
+    with pytest.raises(ValueError, match=f"^{text}$"):
         Holder(Equal(), tasks, loss_weight)
 
 

@@ -110,12 +110,13 @@ class JsonLines(Source):
         self.name, self.path, self.size = name, path, path.stat().st_size
 
     def rows(self) -> Iterator[Row]:
-        number = 0
+        number = 0  # of the line that is read next
         try:
             with _open(self.path) as file:
-                for number, line in enumerate(file):
+                for line in file:
                     if line.strip():
                         yield _parsed(number, line)
+                    number += 1
         except (OSError, EOFError) as error:
             raise DataError(f"{self.where(number)}: {error}") from error
 
