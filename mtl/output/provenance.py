@@ -23,8 +23,9 @@ PACKAGES = (
 )
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
-    "model.name", "model.revision", "model.precision", "model.lora", "model.quantize", "objective", "mix", "batch.examples",
-    "train", "optimizer", "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
+    "model.name", "model.revision", "model.precision", "model.lora", "model.quantize", "objective",
+    "mix", "batch.examples", "train", "optimizer", "schedule", "evaluate.every", "evaluate.best",
+    "evaluate.probe", "evaluate.patience", "gram",
 )  # fmt: skip
 
 
