@@ -170,7 +170,9 @@ def fill(
                 shard.state[group] |= {key: value.clone() for key, value in old.scalars.items()}
         _save(content, new.paths[rank])
     model = target / "mp_rank_00_model_states.pt"
-    if rank == 0 and model.exists():  # stage 3 has no such file: its parameters are in the others
+    if (
+        rank == 0 and model.exists()
+    ):  # one file for all ranks; stage 3 has no such file: its parameters are in the others
         content = torch.load(model, map_location="cpu", weights_only=False)
         for alias, name in aliases.items():
             parameter = content["module"][alias]
