@@ -49,7 +49,7 @@ def spread(values: list[float]) -> Row:
     return [f"{x:.3f}" for x in (statistics.median(values), min(values), max(values))]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # balancer
 
 
@@ -143,7 +143,7 @@ def validation(rows: list[int], k: int = 8, times: int = 5) -> Iterator[Row]:
         yield [n, cut.groups, f"{took:.3f}", positions, *spread(taken)]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # start
 
 
@@ -245,10 +245,8 @@ def main() -> None:
         "start": lambda: start(args.rows),
     }
     lines = [
-        (
-            f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, CoBa "
-            "with a window of 200 probes"
-        )
+        f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, "
+        "CoBa with a window of 200 probes"
     ]
     print(lines[0])
     for section in args.sections:

@@ -39,6 +39,11 @@ KINDS: dict[str, Any] = {  # one balancer for each kind of signal
 GRAM_METHODS = ("AlignedMTL", "CAGrad", "IMTLG", "MGDA", "NashMTL", "PCGrad")  # and UPGrad, above
 OTHERS: dict[str, Any] = {
     **{method: {"name": "TorchJD", "method": method} for method in GRAM_METHODS},
+    "Apart": {
+        "name": "Apart",
+        "parts": {"fruit": NAMES[:2], "rest": NAMES[2:]},
+        "balancer": "GradNorm",
+    },
     "Bounded": {"name": "Bounded", "floor": 0.1, "balancer": "GradNorm"},
     "FAMOValid": "FAMOValid",
     "GLS": "GLS",

@@ -288,14 +288,28 @@ def stratified(
     """Row numbers of `groups` groups of `examples` rows each, and of the rows left over: ascending,
     groups + 1 arrays.
 
-    Args: targets, answers: (n,) each, how many target tokens a row has, and what they are
-        (`Encoded.answers`). examples: None deals out all rows. key: of the permutations.
+    Rows are sorted by `targets`, then `answers`, and cut into strata of neighbours, one for each
+    example of a group. Every group draws one row of every stratum.
+
+    Args:
+        targets, answers: (n,) each, how many target tokens a row has, and what they are
+            (`Encoded.answers`).
+        groups: at most n // examples where `examples` is given.
+        examples: rows of a group. None deals out all rows.
+        key: of the permutations.
+
+    Example: six rows for 2 groups of 2. Sorted by targets they are 1, 3, 5 (the short ones) and
+        0, 2, 4 (the long ones): two strata of three. Each group gets one short and one long row,
+        and one of each is left over.
+
+        >>> targets, answers = np.array([9, 1, 8, 2, 9, 1]), np.zeros(6)
+        >>> [rows.tolist() for rows in stratified(targets, answers, 2, 2, "a key")]
+        [[0, 5], [1, 2], [3, 4]]
     """
     n = len(targets)
     random = permutation(n, key)
-    order = random[
-        np.lexsort((answers[random], targets[random]))
-    ]  # rows alike in both in random order
+    # Through `random`, so that rows alike in both stand in random order.
+    order = random[np.lexsort((answers[random], targets[random]))]
     cuts = (
         range(groups, n, groups)
         if examples is None
@@ -303,9 +317,9 @@ def stratified(
     )
     found = np.empty(n, dtype=np.int64)
     for i, stratum in enumerate(np.split(order, list(cuts))):
-        drawn = permutation(
-            max(len(stratum), groups), f"{key}/{i}"
-        )  # [place]: what stands there in the stratum, or nothing
+        # [place]: the number of its row in the stratum; past the stratum's end, no row. The first
+        # `groups` places are the groups, the others are left over.
+        drawn = permutation(max(len(stratum), groups), f"{key}/{i}")
         places = np.flatnonzero(drawn < len(stratum))
         found[stratum[drawn[places]]] = places.clip(max=groups)
     return [np.flatnonzero(found == group) for group in range(groups + 1)]

@@ -20,6 +20,12 @@ from mtl.data.examples import Batch
 # longer than those of 544, and GPUs' tensor cores are alike. The first of these that costs few
 # positions.
 TILES = 32, 16, 8
+# What positions in other than whole tiles of 32 count for when cuts are compared: less than the
+# quarter above, since not all of a step is matrix products and not every machine has tiles.
+UNTILED = 1.06
+# Tokens of a row at which attention's dense L x L mask doubles a position's cost: rows of 256 take
+# an eighth longer than the shortest.
+DOUBLING = 2048
 
 Piece = tuple[np.ndarray, np.ndarray, int]  # ids (n,), target mask (n,) bool, task
 Row = list[int]  # indices of the examples that share a row
@@ -203,8 +209,8 @@ def _fill(
         mine = _ceil(count, world)
         each = _ceil(mine, _ceil(mine * size, tokens))  # rows of a micro-batch
         positions = each * widened(each, size, tokens)
-        slower = 1.06 if positions % TILES[0] else 1.0
-        return _ceil(mine, each) * positions * slower * (1 + size / 2048)
+        slower = UNTILED if positions % TILES[0] else 1.0
+        return _ceil(mine, each) * positions * slower * (1 + size / DOUBLING)
 
     if row_length == tokens:
         return packed(fewest)

@@ -72,8 +72,8 @@ class Report:
         """
         lines = [
             (
-                f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, {self.targets:,} "
-                "of them targets"
+                f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, "
+                f"{self.targets:,} of them targets"
             )
         ]
         if self.truncated:

@@ -25,9 +25,8 @@ from zipfile import is_zipfile
 import torch
 
 if not torch.accelerator.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # before the import, which otherwise warns that it guesses
+    # Before the import, which otherwise warns that it guesses.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger

@@ -127,7 +127,7 @@ def _train_values(
         values[f"train/{name}/tokens"] = int(batch.tokens[i])
     values["train/positions"] = batch.positions
     values["train/grad_norm"] = report.grad_norm
-    method = type(holder.balancer).__name__.lower()
+    method = holder.balancer.public().__name__.lower()
     for what, array in holder.explain.items():
         if np.ndim(array) == 0:
             values[f"{method}/{what}"] = float(array)
