@@ -31,10 +31,13 @@ SHOWN = 400  # tokens of an example that are shown
 class BatchSizes:
     """How global batches are cut with one layout, over `steps` of the run's steps.
 
-    Attributes: micros: (steps,) micro-batches of every rank. tokens: (steps,) tokens of a global
-        batch. positions: (steps,) token positions computed for it over all ranks, padding and dummy
-        rows included. largest: positions of the largest micro-batch. targets: most target tokens of
-        a micro-batch.
+    Attributes:
+        micros: (steps,) micro-batches of every rank.
+        tokens: (steps,) tokens of a global batch.
+        positions: (steps,) token positions computed for it over all ranks, padding and dummy rows
+            included.
+        largest: positions of the largest micro-batch.
+        targets: most target tokens of a micro-batch.
     """
 
     micros: np.ndarray

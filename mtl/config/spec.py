@@ -30,12 +30,16 @@ _FORM = "package.module:attribute"
 class Kind:
     """What may stand at a key of the YAML, and how the program calls it.
 
-    Args: table: built-in names, each with where it lives ({"CoBa": "balancers.coba:CoBa"}). base:
-        what a call gives: a class must derive from it, a function must return it. None: not looked
-        at. arguments: leading positional arguments that the program passes. keywords: keyword
-        arguments that the program passes. build: it is complete with the YAML's keywords, so
-        `check` calls it, to hear what its constructor refuses. inner: with `base`, a keyword whose
-        value is another spec of this kind, built first; code from outside may stand there.
+    Args:
+        table: built-in names, each with where it lives ({"CoBa": "balancers.coba:CoBa"}).
+        base: what a call gives: a class must derive from it, a function must return it. None: not
+            looked at.
+        arguments: leading positional arguments that the program passes.
+        keywords: keyword arguments that the program passes.
+        build: it is complete with the YAML's keywords, so `check` calls it, to hear what its
+            constructor refuses.
+        inner: with `base`, a keyword whose value is another spec of this kind, built first; code
+            from outside may stand there.
     """
 
     table: Mapping[str, str]
@@ -88,8 +92,10 @@ def resolve(
     """The callable that the spec at `path` names, its keywords bound: a `Maker` of a class, a
     partial of a function.
 
-    Args: path: where the spec stands, as `config.get` takes it ("balancer", ("tasks", name,
-        "format")). allow_code: packages outside this one whose code may run.
+    Args:
+        path: where the spec stands, as `config.get` takes it ("balancer", ("tasks", name,
+            "format")).
+        allow_code: packages outside this one whose code may run.
 
     Raises:
         ConfigError: everything that is wrong with it, a line each.
@@ -103,8 +109,10 @@ def check(
     """For `load(..., check=check(...))`: what is wrong with the specs, reported together with the
     rest of the YAML.
 
-    Args: kinds: what may stand where; `*` in a path is any task or item ("balancer",
-        "tasks.*.format", "trackers.*"). allow_code: packages outside this one whose code may run.
+    Args:
+        kinds: what may stand where; `*` in a path is any task or item ("balancer",
+            "tasks.*.format", "trackers.*").
+        allow_code: packages outside this one whose code may run.
     """
 
     def problems(document: Document) -> list[Problem]:

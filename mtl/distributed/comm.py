@@ -74,8 +74,9 @@ def together(work: Callable[[], T]) -> T:
     One rank's exception would leave the others waiting in their next collective until the group's
     timeout; here it ends all of them, with its own text. `work` itself must not communicate.
 
-    Raises: RankError: on the ranks that did not fail, naming the rank that did and its error. The
-        failing rank raises its own.
+    Raises:
+        RankError: on the ranks that did not fail, naming the rank that did and its error. The
+            failing rank raises its own.
     """
     result, error = None, None
     try:

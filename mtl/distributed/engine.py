@@ -44,8 +44,9 @@ def init_process_group(timeout_minutes: float) -> None:
     """Join the process group the launcher describes (deepspeed, torchrun; or alone, when started
     with plain python).
 
-    Args: timeout_minutes: how long a collective may wait. Nothing slow (tokenizing, downloading)
-        belongs after this call.
+    Args:
+        timeout_minutes: how long a collective may wait. Nothing slow (tokenizing, downloading)
+            belongs after this call.
     """
     for name, value in {
         "RANK": "0",
@@ -173,9 +174,12 @@ class Engine:
         optimizer: from a model to its torch optimizer.
         say: takes what was decided otherwise than asked for.
 
-    Attributes: module: the bare model. Evaluation and per-task gradients go through it, never
-        through the engine's output. world: data-parallel ranks. device: where inputs go. frozen:
-        names of the parameters that are not trained.
+    Attributes:
+        module: the bare model. Evaluation and per-task gradients go through it, never through the
+            engine's output.
+        world: data-parallel ranks.
+        device: where inputs go.
+        frozen: names of the parameters that are not trained.
     """
 
     def __init__(
@@ -305,9 +309,9 @@ class Engine:
         DeepSpeed unpickles its files without restriction; each is opened with `weights_only` first,
         so that a file that would run code is refused.
 
-        Raises: ValueError: a file is missing, holds anything but tensors and plain data, or is of
-            another model; or the optimizer's
-                state is offloaded to NVMe.
+        Raises:
+            ValueError: a file is missing, holds anything but tensors and plain data, or is of
+                another model; or the optimizer's state is offloaded to NVMe.
         """
         _refuse_nvme(self._engine, folder)
         comm.together(lambda: _refuse(folder, self.world if self._stage else 0))

@@ -79,8 +79,10 @@ class Shard:
 class Files:
     """A checkpoint folder of DeepSpeed's, whatever its layout.
 
-    Args: folder: with its `*.pt` files, which the caller has found to hold no code. order: names of
-        the trained parameters as the torch optimizer has them; only stage 0 needs it.
+    Args:
+        folder: with its `*.pt` files, which the caller has found to hold no code.
+        order: names of the trained parameters as the torch optimizer has them; only stage 0 needs
+            it.
 
     Attributes:
         pieces: of each parameter, in the order of their starts, with the rank that holds them.
@@ -154,9 +156,10 @@ def fill(
     """Overwrite this rank's files in `target`, those of a fresh engine, with the state in `source`,
     of any layout.
 
-    Args: order: names of the trained parameters as the torch optimizer has them. aliases: every
-        trained parameter's name, those of tied ones included, to the name the optimizer knows it
-        by.
+    Args:
+        order: names of the trained parameters as the torch optimizer has them.
+        aliases: every trained parameter's name, those of tied ones included, to the name the
+            optimizer knows it by.
 
     Raises:
         ValueError: the two are of different models or optimizers.

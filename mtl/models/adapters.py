@@ -69,10 +69,10 @@ def merge(
     """An adapter's base model, in fp32, with the adapter added to its weights; and the tokenizer
     beside the adapter.
 
-    Args: quantize, precision: `model.quantize` and `model.precision` of the run. An adapter that
-        was trained on quantized weights
-            is added to their values, not to those before quantization: that is the model whose loss
-            was measured.
+    Args:
+        quantize, precision: `model.quantize` and `model.precision` of the run. An adapter that was
+            trained on quantized weights is added to their values, not to those before quantization:
+            that is the model whose loss was measured.
 
     Raises:
         ModelError: the base model cannot be had.

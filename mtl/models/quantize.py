@@ -84,7 +84,7 @@ def settle(model: nn.Module) -> None:
       a gradient: from then on what is trained before it gets none, in silence (bitsandbytes
       0.50.2).
     - Scales are saved beside weights. They are the base model's as these are, and 100 MB for 7B
-    parameters.
+      parameters.
     """
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

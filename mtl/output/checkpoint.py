@@ -6,10 +6,10 @@
       checkpoints/
         latest                     name of the newest complete checkpoint; written last
         step-00000120/
-          engine/                  DeepSpeed's shards: weights, optimizer model/
-          the model (or adapter) as a Hugging Face folder, for use right away state.json
-          step, best so far, balancer, identity, layout (processes and ZeRO stage) state.safetensors
-          the balancer's arrays, initial validation losses, last train losses
+          engine/                  DeepSpeed's shards: weights, optimizer
+          model/                   the model (or adapter) as a Hugging Face folder, for use right away
+          state.json               step, best so far, balancer, identity, layout (processes and ZeRO stage)
+          state.safetensors        the balancer's arrays, initial validation losses, last train losses
       model/                       the exported model, at the end
 
 Data order, learning rate and randomness are functions of seed, step and rank: nothing of them is

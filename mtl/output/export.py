@@ -40,8 +40,9 @@ def export(
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
 
-    Raises: ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or
-        `target` is something else.
+    Raises:
+        ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or `target`
+            is something else.
     """
     source = checkpoint / "model"
     is_adapter = (source / ADAPTER).is_file()
