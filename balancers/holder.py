@@ -64,7 +64,7 @@ class Holder:
         state, weights, explain = self.balancer.update(self._state, signals)
         self._state = {
             name: np.asarray(each) for name, each in state.items()
-        }  # array + 1 is no array if it is 0-d
+        }  # numpy: a 0-d array + 1 is a scalar
         self._check(weights, signals.step)
         odd = [name for name, each in self._state.items() if each.dtype == object]
         if odd:
@@ -99,7 +99,7 @@ class Holder:
             )
             raise ValueError(
                 f"the saved balancer state belongs to another run. {sides}. Resume with what was "
-                "saved, or start afresh"
+                "saved, or start a new run"
             )
         current, arrays = self.state_dict()["arrays"], saved["arrays"]
         found, wanted = (

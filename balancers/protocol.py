@@ -54,7 +54,7 @@ class Signals:
         None  # (K,) initial loss of the probe's examples; nan or None = the task's first probe
     )
     valid_group: int | None = (
-        None  # which group of the fixed cut of the validation rows the probe read; they take turns
+        None  # which group of validation rows the probe read; groups are fixed and take turns
     )
     gram: Array | None = (
         # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task

@@ -1,8 +1,8 @@
 """What a run would do, without doing it: the arithmetic of its batches, its data, an example of
 each task, its memory.
 
-Everything here is computed by what the run itself uses (`Mix`, `deal`, `ValidationGroups`,
-`model.skeleton`), on one process.
+Everything here is computed by the run's own code (`Mix`, `deal`, `ValidationGroups`,
+`load.skeleton`), in one process.
 """
 
 import math
@@ -71,8 +71,8 @@ def batch_sizes(tasks: Sequence[TaskData], mix: Mix, layout: Layout, steps: int)
 def layouts(
     config: Config, tasks: Sequence[TaskData], world: int, tokens: int
 ) -> dict[str, Layout]:
-    """The layouts the run may use by name; which of two, where `packing: auto`, the model decides
-    at start-up.
+    """The layouts that the run may use, by name. With `packing: auto` there are two, and a
+    measurement at the start decides.
     """
     wanted = {"auto": (True, False), True: (True,), False: (False,)}[config.batch.packing]
     names = {True: "packed", False: "padded"}
@@ -164,7 +164,7 @@ def example(split: Encoded, i: int, tokenizer: PreTrainedTokenizerBase, color: b
     start = max(0, first - SHOWN // 2) if len(ids) > SHOWN else 0
     stop = min(len(ids), start + SHOWN)
     edges = [start, *(j for j in range(start + 1, stop) if target[j] != target[j - 1]), stop]
-    # Decoded as a whole up to each edge: by themselves, tokens lose leading spaces and parts of
+    # Decode the whole text up to each edge: single tokens lose leading spaces and parts of
     # characters.
     texts = [
         tokenizer.decode(ids[start:edge], clean_up_tokenization_spaces=False) for edge in edges[1:]
@@ -213,8 +213,8 @@ def _micros_of_part(
 
 
 def _positions(micro: list[list[int]], lengths: Sequence[int], tokens: int) -> int:
-    """Of a collated micro-batch: rows times longest row, which is widened; the dummy row of an
-    empty one has two.
+    """Token positions of a collated micro-batch: rows times the widened longest row. An empty one
+    has a dummy row of two.
     """
     return (
         len(micro) * widened(len(micro), max(sum(lengths[i] for i in row) for row in micro), tokens)

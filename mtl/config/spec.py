@@ -1,9 +1,9 @@
 """From a name in the YAML to the callable it names, bound to the keywords that stand beside it.
 
 A balancer, a data format, an objective and a tracker are one callable each: a built-in's name in a
-literal table, or `package.module:attribute` of a package that the command line allows. What is
-wrong with it (unknown name, failed import, unknown or missing keyword, a value its constructor
-refuses) is a ConfigError with file and line, never a skip.
+literal table, or `package.module:attribute` of a package that the command line allows. A mistake
+(unknown name, failed import, unknown or missing keyword, a value that the constructor refuses) is a
+ConfigError with file and line. Nothing is skipped.
 """
 
 import functools
@@ -33,10 +33,10 @@ class Kind:
     Args:
         table: built-in names, each with where it lives ({"CoBa": "balancers.coba:CoBa"}).
         base: what a call gives: a class must derive from it, a function must return it. None: not
-            looked at.
+            checked.
         arguments: leading positional arguments that the program passes.
         keywords: keyword arguments that the program passes.
-        build: it is complete with the YAML's keywords, so `check` calls it, to hear what its
+        build: the YAML's keywords are all it needs, so `check` calls it and reports what its
             constructor refuses.
         inner: with `base`, a keyword whose value is another spec of this kind, built first; code
             from outside may stand there.
@@ -192,7 +192,7 @@ def _resolve(
         fail(f"{show(dotted)}, of type {type(target).__name__}", "a class or a function")
     if kind.base and isinstance(target, type) and not issubclass(target, kind.base):
         fail(
-            f"{show(dotted)}, which is no {kind.base.__name__}",
+            f"{show(dotted)}, which is not a {kind.base.__name__}",
             f"a subclass of {kind.base.__module__}.{kind.base.__qualname__}",
         )
     problems, keywords = list(_misfits(target, spec, keys, kind, document)), spec.keywords

@@ -1,9 +1,10 @@
 """Balanced losses in any PyTorch loop, with or without a process group.
 
-balance = Balance(CoBa(window=40, warmup=15), ["code", "math"]) for batch in loader:
-    balance.begin(task, valid_loss=probe())                                # task of every target token of this rank's
-    batch losses = F.cross_entropy(logits, labels, reduction="none")
-    balance.loss(losses, task).backward()                                  # once for each micro-batch
+balance = Balance(CoBa(window=40, warmup=15), ["code", "math"])
+for batch in loader:
+    balance.begin(task, valid_loss=probe())  # the task of each target token of this rank
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    balance.loss(losses, task).backward()    # once for each micro-batch
     optimizer.step()
     balance.end()
 """

@@ -3,9 +3,10 @@ either.
 
     class BalancedTrainer(Balanced, Trainer): ...
 
-    trainer = BalancedTrainer(model, args, train_dataset=rows, eval_dataset={"code": ..., "math": ...},
-    data_collator=...,
-                              balancer=CoBa(window=40, warmup=15), tasks=["code", "math"])
+    trainer = BalancedTrainer(
+        model, args, train_dataset=rows, eval_dataset={"code": ..., "math": ...},
+        data_collator=..., balancer=CoBa(window=40, warmup=15), tasks=["code", "math"],
+    )
 
 The training rows have a column `task` (a name, or its place in `tasks`). Everything else is the
 Trainer's.
@@ -54,7 +55,7 @@ class Balanced:
 
     Raises:
         ValueError: what cannot be weighed by task: a collator that moves or cuts tokens, a loss
-            function of one's own, label smoothing, torch's DataParallel, tensor, context or
+            function of your own, label smoothing, torch's DataParallel, tensor, context or
             sequence parallelism, a balancer that reads gradients.
     """
 

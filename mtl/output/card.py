@@ -1,5 +1,5 @@
-"""The model card: what an exported model was trained on, how, and with what result. Read from the
-run's own files.
+"""The model card: what an exported model was trained on, how, and with what result. It is read from
+the run's files.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Where a run is: everything but weights, optimizer and balancer that its next step depends on."""
+"""Where a run stands."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass
 class RunState:
-    """Where a run is. Everything but weights, optimizer and balancer that the next step depends on.
+    """Everything that a run's next step depends on, but weights, optimizer and balancer.
 
     Attributes:
         step: optimizer updates completed.
