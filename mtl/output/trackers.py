@@ -109,8 +109,8 @@ class TensorBoard:
                 "trackers: tensorboard is not installed: pip install 'coba-mtl[tensorboard]'."
             ) from e
         # Events after `start` belong to the run that was stopped, so they go. Events at `start`
-        # stay: a resumed run does not repeat the validation of that step. Its training events then appear
-        # twice, with the same numbers.
+        # stay: a resumed run does not repeat the validation of that step. Its training events then
+        # appear twice, with the same numbers.
         self.writer = SummaryWriter(
             str(output / "tensorboard"), purge_step=start + 1 if start else 0
         )
