@@ -131,7 +131,7 @@ def test_what_cannot_be_compiled(folder, monkeypatch):
         match=r"model.compile: found true, wanted a C\+\+ compiler.* Install g\+\+, name one in CXX",
     ):
         load.load(config_for(folder, "model.compile=true"), toys.tokenizer())
-    monkeypatch.setattr(engine, "blocks", lambda module: ("", ()))
+    monkeypatch.setattr("mtl.models.accelerate.blocks", lambda module: ("", ()))
     monkeypatch.setenv("CXX", "python")  # any program: it is not started
     with pytest.raises(
         ModelError, match="a model with a list of blocks; LlamaForCausalLM has none"
