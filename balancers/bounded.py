@@ -24,8 +24,9 @@ class Bounded(Wrapper):
 
     Explains: ``mixed`` (scalar), q, beside what the inner balancer explains.
 
-    Raises: ValueError: bounds that no weights of K tasks can keep; an inner balancer with negative
-        weights.
+    Raises:
+        ValueError: bounds that no weights of K tasks can keep; an inner balancer with negative
+            weights.
     """
 
     def __init__(

@@ -18,9 +18,10 @@ class Grouped(Wrapper):
     """The inner balancer sees each group as one task, and a group's weight is dealt equally to its
     tasks.
 
-    Args: balancer: the inner one, or its name, or a mapping of its name and keywords. groups: a
-        group's name to the names of its tasks; a task in no group is a group of its own, under its
-        name.
+    Args:
+        balancer: the inner one, or its name, or a mapping of its name and keywords.
+        groups: a group's name to the names of its tasks; a task in no group is a group of its own,
+            under its name.
 
     A group's loss is the mean of its tasks' losses, an absent task counting with its last one as
     long as another is there; its tokens are the sum; its gradient is the mean of its tasks'

@@ -255,7 +255,7 @@ def test_a_deepspeed_json_that_contradicts_names_both_lines(ds_json):
             DS_CONFIG.replace('"bf16":', '"bf16"'),
             "text that is not JSON (ds.json:2: Expecting ':' delimiter, column 9), wanted ",
         ),
-        ('{"a": NaN}', "text that is not JSON (ds.json: NaN is no number in JSON), wanted "),
+        ('{"a": NaN}', "text that is not JSON (ds.json: NaN is not a number in JSON), wanted "),
         ("[1]", "a list (1) in ds.json, wanted a file with a JSON object."),
         ("", "text that is not JSON (ds.json:1: Expecting value, column 1), wanted "),
     ],
@@ -338,7 +338,7 @@ def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, c
         engine.build_ops(plugins.read(str(path)), said.append)
     error = str(caught.value)
     assert error.startswith(
-        f"{where}: engine.offload.parameters: found nvme, where DeepSpeed's async_io op cannot be had ({reason})"
+        f"{where}: engine.offload.parameters: found nvme, but DeepSpeed's async_io op does not build ({reason})"
     )
     assert "apt-get install libaio-dev" in error and len(said) == compatible
     engine.build_ops(plugins.read(str(yaml)), said.append)  # nothing is offloaded
@@ -472,7 +472,7 @@ CHANGES = {
     "balancer's settings": (
         None,
         ["balancer.window=6"],
-        "Resume with what was saved, or start afresh",
+        "Resume with what was saved, or start a new run",
     ),
     "loss weight": (
         None,

@@ -134,6 +134,6 @@ def test_what_cannot_be_compiled(folder, monkeypatch):
     monkeypatch.setattr(engine, "blocks", lambda module: ("", ()))
     monkeypatch.setenv("CXX", "python")  # any program: it is not started
     with pytest.raises(
-        ModelError, match="a model with a list of blocks, which LlamaForCausalLM has not"
+        ModelError, match="a model with a list of blocks; LlamaForCausalLM has none"
     ):
         models.load(config_for(folder, "model.compile=true"), toys.tokenizer())

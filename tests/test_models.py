@@ -273,7 +273,7 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path, how):
     (tmp_path / "foreign.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ModelError) as caught:
         how(config_for(tmp_path), toys.tokenizer())
-    assert "it runs code that comes with it" in str(
+    assert "it needs code that comes with it" in str(
         caught.value
     ) and "model.allow_remote_code: true" in str(caught.value)
     assert str(caught.value).startswith("config:1: model.name: ")

@@ -176,7 +176,7 @@ NAMES = "Ruler, Needy, Log, Open, pair or package.module:attribute"
         ),
         (
             "balancer: Log",
-            f"x.yaml:12: balancer: found '{__name__}:Log', which is no Base, wanted a subclass of {__name__}.Base.",
+            f"x.yaml:12: balancer: found '{__name__}:Log', which is not a Base, wanted a subclass of {__name__}.Base.",
         ),
         (
             "balancer: pair",

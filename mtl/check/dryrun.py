@@ -1,8 +1,8 @@
 """What a run would do, without doing it: the arithmetic of its batches, its data, an example of
 each task, its memory.
 
-Everything here is computed by what the run itself uses (`Mix`, `deal`, `ValidationGroups`,
-`model.skeleton`), on one process.
+Everything here is computed by the run's own code (`Mix`, `deal`, `ValidationGroups`,
+`load.skeleton`), in one process.
 """
 
 import math
@@ -40,10 +40,13 @@ class Data(Protocol):
 class BatchSizes:
     """How global batches are cut with one layout, over `steps` of the run's steps.
 
-    Attributes: micros: (steps,) micro-batches of every rank. tokens: (steps,) tokens of a global
-        batch. positions: (steps,) token positions computed for it over all ranks, padding and dummy
-        rows included. largest: positions of the largest micro-batch. targets: most target tokens of
-        a micro-batch.
+    Attributes:
+        micros: (steps,) micro-batches of every rank.
+        tokens: (steps,) tokens of a global batch.
+        positions: (steps,) token positions computed for it over all ranks, padding and dummy rows
+            included.
+        largest: positions of the largest micro-batch.
+        targets: most target tokens of a micro-batch.
     """
 
     micros: np.ndarray
@@ -199,8 +202,8 @@ def _micros_of_part(
 
 
 def _positions(micro: list[list[int]], lengths: Sequence[int], tokens: int) -> int:
-    """Of a collated micro-batch: rows times longest row, which is widened; the dummy row of an
-    empty one has two.
+    """Token positions of a collated micro-batch: rows times the widened longest row. An empty one
+    has a dummy row of two.
     """
     return (
         len(micro) * widened(len(micro), max(sum(lengths[i] for i in row) for row in micro), tokens)

@@ -1,10 +1,10 @@
-"""How much memory a rank needs, from shapes alone: exact about parameters and their state, rough
-about the rest.
+"""How much memory a rank needs, from shapes alone: exact for parameters and their state, rough for
+the rest.
 
-What is held follows the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, section 3) and,
-where DeepSpeed 0.19.8 differs, what was counted in its engine: it keeps an fp32 master copy of what
-is trained at stages 1-3 even if the model is fp32, hands an offloaded optimizer a second copy of
-the gradients, and allocates its communication buckets whole.
+The parts follow the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, section 3). DeepSpeed
+0.19.8 differs, as counted in its engine. At stages 1-3 it keeps an fp32 master copy of trained
+parameters even if the model is fp32. It gives an offloaded optimizer a second copy of gradients. It
+allocates its communication buckets whole.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Part:
     Attributes:
         bytes: of one rank.
         where: "device", "cpu" or "nvme".
-        rough: whether it is an estimate rather than a count.
-        note: how it comes about.
+        rough: whether it is an estimate and not a count.
+        note: how it is computed.
     """
 
     name: str

@@ -34,8 +34,8 @@ _OVERRIDE = re.compile(rf"({_KEY}(?:\.{_KEY})*)=(.*)", re.DOTALL)
 
 
 class ConfigError(ValueError):
-    """All that is wrong with a configuration, a line each: `file:line: key: found ..., wanted ....
-    Next move.`
+    """Everything that is wrong with a configuration, a line each: `file:line: key: found ...,
+    wanted .... Next move.`
     """
 
     def __init__(self, problems: "Iterable[str | Problem]"):
@@ -91,8 +91,8 @@ _Dumper.add_representer(str, _text_node)
 
 
 class Document:
-    """A YAML text: its values (`data`: plain dicts, lists and scalars), their places, and what was
-    wrong in it.
+    """A YAML text: its values (`data`: plain dicts, lists and scalars), their places, and its
+    mistakes.
 
     Args:
         text: the YAML.
@@ -131,7 +131,7 @@ class Document:
     def read(
         cls, path: str | Path, overrides: Iterable[str] = (), files: Sequence[Keys] = ()
     ) -> "Document":
-        """Reads a UTF-8 file.
+        """Read a UTF-8 file.
 
         Raises:
             ConfigError: it cannot be read.
@@ -182,7 +182,7 @@ class Document:
         return keys
 
     def place(self, path: str | Sequence[str | int]) -> Place:
-        """Where the key stands; of a key that is not there, where the nearest key above it does."""
+        """Where the key stands; where it is missing, the place of the nearest key above it."""
         keys = self.keys(path)
         return next(
             self._places[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self._places
@@ -216,7 +216,8 @@ class Document:
         place = Place(f"--set {text}")
         match = _OVERRIDE.fullmatch(text)
         if not match:
-            self._wrong((), place, "no KEY=VALUE", "one", "For instance --set train.steps=10.")
+            hint = "Write --set train.steps=10."
+            self._wrong((), place, "text of another form", "KEY=VALUE", hint)
             return
         node = (
             self._compose(match[2], place)
@@ -362,7 +363,7 @@ def _text(found: str, wanted: str, hint: str) -> str:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _scalar(kind: str, text: str) -> Any:

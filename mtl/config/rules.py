@@ -1,7 +1,7 @@
 """How the config's values fit together: what no single key's type can say.
 
-A rule is a function that reads keys with `get` and yields what contradicts. It is skipped where a
-key that it reads is wrong by itself, because that is reported already.
+A rule is a function that reads keys with `get` and yields contradictions. It is skipped where a key
+that it reads is wrong by itself, because that has been reported.
 """
 
 import functools
@@ -43,7 +43,7 @@ def _name(get: Get, name: str) -> Iterator[Finding]:
         yield (
             ("tasks", name),
             f"the name {show(name)}",
-            f"another than {either(RESERVED)}",
+            f"none of {', '.join(RESERVED)}",
             "Rename the task.",
         )
 
@@ -112,7 +112,7 @@ def _share(get: Get, name: str) -> Iterator[Finding]:
                 ("tasks", name, key),
                 "nothing",
                 "a number > 0",
-                f"With mix.shares: {mode} every task has {key}.",
+                f"With mix.shares: {mode} every task needs {key}.",
             )
         elif shares != mode and value is not None:
             yield (
@@ -212,8 +212,8 @@ def _quantize(get: Get) -> Iterator[Finding]:
         )
     if zero == 3:
         hint = (
-            "transformers loads a quantized model whole on every process: with zero 2 that "
-            "costs the same, and works."
+            "transformers loads a quantized model whole on every process, so zero 3 would save "
+            "nothing. Use zero 2."
         )
         yield ("model", "quantize"), kind, "null at engine.zero 3", hint
     if kind == "int8" and precision == "fp32":
@@ -228,8 +228,8 @@ def _quantize(get: Get) -> Iterator[Finding]:
 def _compile(get: Get) -> Iterator[Finding]:
     if get("model", "compile") and get("engine", "zero") == 3:
         hint = (
-            "DeepSpeed gathers each module's parameters in hooks, which would break the "
-            "compiled code apart at every one."
+            "DeepSpeed gathers each module's parameters in a hook, and every hook would interrupt "
+            "the compiled code."
         )
         yield ("model", "compile"), "true", "false at engine.zero 3", hint
 
@@ -238,8 +238,8 @@ def _kernel(get: Get) -> Iterator[Finding]:
     kernel = get("model", "loss_kernel")
     if kernel and get("engine", "zero") == 3:
         hint = (
-            "The kernel reads the head's weights by itself, which there are in parts: leave it "
-            "out, the head runs in slices."
+            "The kernel needs the head's whole weights, which ZeRO 3 partitions. Leave the key "
+            "out: the head then runs in slices."
         )
         yield ("model", "loss_kernel"), kernel, "null at engine.zero 3", hint
 
@@ -260,7 +260,7 @@ def _gram(get: Get) -> Iterator[Finding]:
             ("gram", "params"),
             "adapter",
             "all, last_layer or a regular expression",
-            "There is no model.lora.",
+            "Adapters need model.lora, which is not given.",
         )
 
 
@@ -270,7 +270,7 @@ def _export(get: Get) -> Iterator[Finding]:
             ("export", "which"),
             "best",
             "last or none",
-            "With checkpoint.best: false the best one is not kept.",
+            "With checkpoint.best: false no best checkpoint is kept.",
         )
 
 

@@ -1,9 +1,9 @@
 """From a name in the YAML to the callable it names, bound to the keywords that stand beside it.
 
 A balancer, a data format, an objective and a tracker are one callable each: a built-in's name in a
-literal table, or `package.module:attribute` of a package that the command line allows. What is
-wrong with it (unknown name, failed import, unknown or missing keyword, a value its constructor
-refuses) is a ConfigError with file and line, never a skip.
+literal table, or `package.module:attribute` of a package that the command line allows. A mistake
+(unknown name, failed import, unknown or missing keyword, a value that the constructor refuses) is a
+ConfigError with file and line. Nothing is skipped.
 """
 
 import functools
@@ -96,8 +96,10 @@ def resolve(
     """The callable that the spec at `path` names, its keywords bound: a `Maker` of a class, a
     partial of a function.
 
-    Args: path: where the spec stands, as `config.get` takes it ("balancer", ("tasks", name,
-        "format")). allow_code: packages outside this one whose code may run.
+    Args:
+        path: where the spec stands, as `config.get` takes it ("balancer", ("tasks", name,
+            "format")).
+        allow_code: packages outside this one whose code may run.
 
     Raises:
         ConfigError: everything that is wrong with it, a line each.
@@ -112,8 +114,10 @@ def check(
     """For `load(..., check=check(...))`: what is wrong with the specs, reported together with the
     rest of the YAML.
 
-    Args: kinds: what may stand where; `*` in a path is any task or item ("balancer",
-        "tasks.*.format", "trackers.*"). allow_code: packages outside this one whose code may run.
+    Args:
+        kinds: what may stand where; `*` in a path is any task or item ("balancer",
+            "tasks.*.format", "trackers.*").
+        allow_code: packages outside this one whose code may run.
     """
 
     def problems(document: Document) -> list[Problem]:

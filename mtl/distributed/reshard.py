@@ -1,12 +1,13 @@
-"""The state of one ZeRO layout (ranks, stage) re-partitioned for another: works on the files
+"""Re-partition the state of one ZeRO layout (ranks, stage) for another. Works on the files that
 DeepSpeed writes, on every rank.
 
-DeepSpeed 0.19.8 has a universal checkpoint of its own for this. It holds AdamW's two moments and
-nothing else (SGD: KeyError 'exp_avg'), has a form for stage 3 that stages 1 and 2 cannot read and
-the reverse, none for stage 0, and at stage 3 loads the first parameter group's weight decay into
-all of them. What is needed is less: every file says which piece of which parameter it holds, so the
-new engine writes a checkpoint of its fresh state, its pieces are overwritten with the old values,
-and it is loaded as any other.
+Every file says which piece of which parameter it holds. So the new engine writes a checkpoint of
+its fresh state, we overwrite its pieces with the old values, and the engine loads it as any other.
+
+DeepSpeed 0.19.8 has a universal checkpoint for this, which does not suffice. It holds AdamW's two
+moments and nothing else (SGD: KeyError 'exp_avg'). Stages 1 and 2 cannot read its form for stage 3
+and the reverse; stage 0 has none. At stage 3 it loads the first parameter group's weight decay into
+all groups.
 """
 
 import math
@@ -67,8 +68,10 @@ class Shard:
 class Files:
     """A checkpoint folder of DeepSpeed's, whatever its layout.
 
-    Args: folder: with its `*.pt` files, which the caller has found to hold no code. order: names of
-        the trained parameters as the torch optimizer has them; only stage 0 needs it.
+    Args:
+        folder: with its `*.pt` files, which the caller has found to hold no code.
+        order: names of the trained parameters as the torch optimizer has them; only stage 0 needs
+            it.
 
     Attributes:
         pieces: of each parameter, in the order of their starts, with the rank that holds them.
@@ -105,7 +108,7 @@ class Files:
 
     @property
     def scalars(self) -> dict[str, Tensor]:
-        """What the optimizer holds once for a parameter, the same for all: AdamW's step."""
+        """The optimizer's scalars, the same for every parameter: AdamW's step."""
         states = self.shards[0].state if self.paths else self.whole["optimizer"]["state"]
         some = next(iter(states.values()), {})
         return {
@@ -139,9 +142,10 @@ def fill(
     """Overwrite this rank's files in `target`, those of a fresh engine, with the state in `source`,
     of any layout.
 
-    Args: order: names of the trained parameters as the torch optimizer has them. aliases: every
-        trained parameter's name, those of tied ones included, to the name the optimizer knows it
-        by.
+    Args:
+        order: names of the trained parameters as the torch optimizer has them.
+        aliases: every trained parameter's name, those of tied ones included, to the name the
+            optimizer knows it by.
 
     Raises:
         ValueError: the two are of different models or optimizers.
@@ -248,7 +252,7 @@ def _open(path: Path) -> dict[str, Any]:
 def _save(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
-    os.replace(temporary, path)  # other ranks read it meanwhile
+    os.replace(temporary, path)  # whole at any moment: other ranks may be reading it
 
 
 def _rank_of(path: Path) -> int:

@@ -2,10 +2,11 @@
 
 balance = Balance(CoBa(window=40, warmup=15), ["code", "math"])
 for batch in loader:
-    balance.begin(task, valid_loss=probe())                                # task of every target
-    token of this rank's batch losses = F.cross_entropy(logits, labels, reduction="none")
-    balance.loss(losses, task).backward()                                  # once for each
-    micro-batch optimizer.step() balance.end()
+    balance.begin(task, valid_loss=probe())  # the task of each target token of this rank
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    balance.loss(losses, task).backward()    # once for each micro-batch
+    optimizer.step()
+    balance.end()
 """
 
 from collections.abc import Sequence
@@ -35,9 +36,12 @@ class Balance:
         tasks: K names, in the order of every (K,) array; a task's number is its place here.
         loss_weight: (K,) factors on the balancer's weights.
 
-    Attributes: holder: the balancer with its state (`holder.explain`). weights: (K,) float64, those
-        of the newest step. losses: (K,) float64, nats per target token of the last complete step,
-        nan = absent; None before. step: complete steps.
+    Attributes:
+        holder: the balancer with its state (`holder.explain`).
+        weights: (K,) float64, those of the newest step.
+        losses: (K,) float64, nats per target token of the last complete step, nan = absent; None
+            before.
+        step: complete steps.
     """
 
     def __init__(
@@ -53,17 +57,18 @@ class Balance:
     def begin(self, task: Tensor, **signals: Any) -> np.ndarray:
         """Open a step: count its target tokens over all ranks, and set its weights. A collective.
 
-        Args: task: (T,) int64, the task of each target token of all of this rank's micro-batches; T
-            may be 0. signals: what the balancer reads and only the caller can measure, as
-            `balancers.Signals` names it:
-                `valid_loss` (`valid_base`, `valid_group`), `gram` ... Steps where nothing was
-                measured leave it out. Rank 0's count.
+        Args:
+            task: (T,) int64, the task of each target token of all of this rank's micro-batches; T
+                may be 0.
+            signals: what the balancer reads and only the caller can measure, as `balancers.Signals`
+                names it: `valid_loss` (`valid_base`, `valid_group`), `gram` ... Steps where nothing
+                was measured leave it out. Rank 0's count.
 
         Returns: (K,) float64, the weights.
 
-        Raises: ValueError: a signal that the balancer reads is never given, or one it does not read
-            is; a step is still
-                open.
+        Raises:
+            ValueError: a signal that the balancer reads is never given, or one it does not read is;
+                a step is still open.
         """
         if self._tokens is not None:
             raise ValueError(

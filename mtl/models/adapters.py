@@ -38,13 +38,13 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
                 use_rslora=lora.rslora,
                 use_dora=lora.dora,
             ),
-            # The engine decides the dtype: adapters follow the base model.
+            # Adapters take the base model's dtype, which the engine has decided.
             autocast_adapter_dtype=False,
         )
         for parameter in adapted.parameters() if config.model.quantize else ():
             if (
                 parameter.requires_grad
-            ):  # they cannot follow integers, and PEFT takes another dtype each time
+            ):  # the base weights are integers, and PEFT's choice of dtype varies
                 parameter.data = parameter.data.to(dtype_of(config.model.precision))
     except ValueError as e:
         names = sorted(
@@ -69,13 +69,13 @@ def merge(
     """An adapter's base model, in fp32, with the adapter added to its weights; and the tokenizer
     beside the adapter.
 
-    Args: quantize, precision: `model.quantize` and `model.precision` of the run. An adapter that
-        was trained on quantized weights
-            is added to their values, not to those before quantization: that is the model whose loss
-            was measured.
+    Args:
+        quantize, precision: `model.quantize` and `model.precision` of the run. An adapter that was
+            trained on quantized weights is added to their values, not to those before quantization:
+            that is the model whose loss was measured.
 
     Raises:
-        ModelError: the base model cannot be had.
+        ModelError: the base model cannot be loaded.
     """
     settings = peft.PeftConfig.from_pretrained(str(folder))
     name = settings.base_model_name_or_path
@@ -105,7 +105,7 @@ def merge(
         base = base.dequantize(torch.float32).float()
     if (
         len(tokenizer) > base.get_input_embeddings().weight.shape[0]
-    ):  # the adapter holds the rows that are made here
+    ):  # the adapter's own rows overwrite those made here
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return peft.PeftModel.from_pretrained(
         base, str(folder), autocast_adapter_dtype=False

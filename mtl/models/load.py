@@ -48,7 +48,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CA
     At ZeRO 3 no rank holds the whole model. A collective there.
 
     Raises:
-        ModelError: the model cannot be had, or cannot be trained on target positions only.
+        ModelError: the model cannot be loaded, or cannot be trained on target positions only.
     """
     if comm.rank() > 0:
         transformers_logging.disable_progress_bar()
@@ -123,7 +123,7 @@ def _origin(config: Config) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    # dtype always: transformers takes the checkpoint's otherwise.
+    # Always give the dtype: otherwise transformers takes the checkpoint's.
     return {
         "dtype": dtype_of(config.model.precision),
         "attn_implementation": config.model.attention,
@@ -132,7 +132,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def _refusals(config: Config) -> Iterator[None]:
-    """Say in our words, with the switch that helps, why transformers does not give a model."""
+    """Turn transformers' refusals into ModelErrors that name the switch that helps."""
     m = config.model
     try:
         yield
@@ -142,7 +142,7 @@ def _refusals(config: Config) -> Iterator[None]:
         text, hint = " ".join(str(e).split()), ""
         if "trust_remote_code" in text:
             text, hint = (
-                "it runs code that comes with it.",
+                "it needs code that comes with it.",
                 "If you trust that code: model.allow_remote_code: true.",
             )
         elif "gated" in text:
@@ -203,7 +203,7 @@ def _fit_embeddings(model: nn.Module, config: Config, tokens: int) -> None:
             f"wanted {name} in it (and the head, "
             f"where it is not tied): the tokenizer has {tokens:,} tokens, the model {rows:,}, and "
             "new rows that are neither "
-            "trained nor saved with the adapter would be noise."
+            "trained nor saved with the adapter stay random."
         )
-    # New rows are drawn around the mean of the old ones; without weights there is none.
+    # New rows are drawn around the mean of the old ones, which a skeleton does not have.
     model.resize_token_embeddings(tokens, mean_resizing=not table.is_meta)

@@ -15,8 +15,8 @@ def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
     """Write the model, or its adapter, as a Hugging Face folder of safetensors with its tokenizer.
     A collective.
 
-    Rank 0 writes. Every tensor's shape is checked: parameters that ZeRO 3 holds in parts have shape
-    (0,) unless gathered.
+    Rank 0 writes. Every tensor's shape is checked, because parameters that ZeRO 3 partitions have
+    shape (0,) until they are gathered.
     """
     is_adapter = adapters.is_adapted(trained.module)
     state = trained.state_dict(trainable_only=is_adapter)

@@ -1,5 +1,5 @@
-"""The model card: what an exported model was trained on, how, and with what result. Read from the
-run's own files.
+"""The model card: what an exported model was trained on, how, and with what result. It is read from
+the run's files.
 """
 
 import json
@@ -13,8 +13,10 @@ from mtl.config import dump
 def card(checkpoint: Path, *, adapter: bool) -> str:
     """The text of a README.md, with the hub's metadata on top.
 
-    Args: checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it
-        the card says less. adapter: whether PEFT loads the folder, rather than transformers.
+    Args:
+        checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it the
+            card says less.
+        adapter: whether PEFT loads the folder, rather than transformers.
     """
     run = checkpoint.parent.parent
     number = checkpoint.name.rpartition("-")[2]

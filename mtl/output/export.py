@@ -31,7 +31,7 @@ def export(
     """Write a checkpoint's model, or adapter, as a Hugging Face folder with tokenizer and model
     card.
 
-    The target appears whole or not at all; an older export is replaced, anything else is not.
+    The target appears whole or not at all. It replaces an older export, and nothing else.
 
     Args:
         checkpoint: a folder `step-...` of a run.
@@ -40,8 +40,9 @@ def export(
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
 
-    Raises: ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or
-        `target` is something else.
+    Raises:
+        ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or `target`
+            is something else.
     """
     source = checkpoint / "model"
     is_adapter = (source / ADAPTER).is_file()
@@ -52,7 +53,8 @@ def export(
         )
     if merge and not is_adapter:
         raise ExportError(
-            f"{checkpoint}: found a whole model, wanted an adapter to merge. Leave merging out."
+            f"{checkpoint}: found a whole model, wanted an adapter to merge. Export it without "
+            "merging."
         )
     if (
         target.exists()
@@ -94,7 +96,7 @@ def _cast(folder: Path, dtype: str) -> None:
         ("model.safetensors.index.json", ("metadata", "total_size")),
     ):
         path = folder / name
-        if path.exists():  # an adapter has no config, a small model no index
+        if path.exists():  # an adapter has no config, and a small model no index
             content = json.loads(path.read_text(encoding="utf-8"))
             inner = content
             for key in keys[:-1]:

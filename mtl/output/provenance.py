@@ -1,4 +1,4 @@
-"""What a run is made of: written down before its first step, and compared when it goes on."""
+"""What a run is made of: recorded before its first step, and compared when it resumes."""
 
 import platform
 import subprocess
@@ -109,4 +109,4 @@ def _git_revision() -> str | None:
             command, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the versions above still tell
+        return None  # not a checkout, or no git: the versions are recorded all the same

@@ -31,7 +31,7 @@ class History:
 
 
 def read(output: Path) -> History:
-    """Raises ValueError where the run has no metrics yet."""
+    """The curves of a run. Raises ValueError where it has no metrics yet."""
     path = Path(output) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted the folder of a run (its `output:`).")

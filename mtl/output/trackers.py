@@ -1,4 +1,4 @@
-"""Where numbers go. A tracker is a class with `log`, `say` and `close`; only rank 0 has any.
+"""Where numbers go. A tracker is a class with `log`, `say` and `close`. Only rank 0 has trackers.
 
 Tags: `train/<task>/loss`, `train/<task>/weight`, `eval/<task>/loss`, `eval/macro`,
 `<balancer>/<task>/slope` ... Losses are nats per target token. Everything logged under step t was
@@ -108,9 +108,9 @@ class TensorBoard:
             raise ValueError(
                 "trackers: tensorboard is not installed: pip install 'coba-mtl[tensorboard]'."
             ) from e
-        # Events after `start` are of the run that was cut off there. Those at it stay, or its
-        # validation would be lost: a resumed run does not repeat it. The training events of that
-        # step then stand twice, with the same numbers.
+        # Events after `start` belong to the run that was stopped, so they go. Events at `start`
+        # stay: a resumed run does not repeat the validation of that step. Its training events then
+        # appear twice, with the same numbers.
         self.writer = SummaryWriter(
             str(output / "tensorboard"), purge_step=start + 1 if start else 0
         )
@@ -133,9 +133,7 @@ def metrics_bytes(output: Path) -> int:
 
 
 def truncate_metrics(output: Path, length: int) -> None:
-    """Cut metrics.jsonl back to what a checkpoint knew of it, so that no step stands in it
-    twice.
-    """
+    """Cut metrics.jsonl back to its length at the checkpoint, so that no step appears twice."""
     if metrics_bytes(output) > length:
         os.truncate(output / "metrics.jsonl", length)
 
