@@ -138,7 +138,7 @@ def _units(config: Config, document: Document, goals: Goals) -> Iterator[Problem
     units = sorted({unit_of(one) for one in goals.each})
     if len(units) < 2:
         return
-    found = f"where tasks count {' and '.join(units)}s"
+    found = f"where tasks count {' and '.join(f'{unit}s' for unit in units)}"
     if config.balancer.name == "Tokens":
         yield document.problem(("balancer",), f"Tokens, {found}", "another balancer, such as Equal")
     if config.evaluate.best == "token":

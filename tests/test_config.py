@@ -589,7 +589,10 @@ def test_overrides():
             "found text that is not YAML (expected ',' or ']', but got '<stream end>', column 3), "
             + NOT,
         ),
-        ("train.steps", "found text of another form, wanted KEY=VALUE. Write --set train.steps=10."),
+        (
+            "train.steps",
+            "found text of another form, wanted KEY=VALUE. Write --set train.steps=10.",
+        ),
         ("=3", "found text of another form, wanted KEY=VALUE. Write --set train.steps=10."),
         (
             "train.steps.x=1",

@@ -24,7 +24,7 @@ from transformers import (
 from mtl import build, plugins
 from mtl.config import ConfigError
 from mtl.data.examples import Piece
-from mtl.distributed import engine
+from mtl.distributed import comm, engine
 from mtl.losses.classification import macro_f1
 from mtl.train import gram
 from mtl.train.optimizer import parameter_groups
@@ -71,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def yaml_of(folder: Path, text: str = THREE, zero: int = 2, balancer: str = "Equal") -> Path:
-    path = folder / "x.yaml"
+    path = folder / f"x{comm.rank()}.yaml"  # a rank each: none reads what another writes
     path.write_text(text.format(folder=folder, zero=zero, balancer=balancer))
     return path
 

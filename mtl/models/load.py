@@ -31,11 +31,13 @@ class Family(NamedTuple):
         auto: the class that loads it.
         causal: whether it predicts next tokens: its head then runs on target positions only.
         settings: entries of its configuration that are set.
+        options: further keywords of `from_pretrained`.
     """
 
     auto: Any
     causal: bool
     settings: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = {}
 
 
 CAUSAL = Family(AutoModelForCausalLM, True)
@@ -64,6 +66,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CA
                 **_origin(config),
                 **_settings(config),
                 **quantization,
+                **family.options,
             )
         if config.model.quantize:
             quantize.settle(model)

@@ -74,5 +74,9 @@ def sequence_classification(
         "label2id": {name: i for i, name in enumerate(names)},
         "pad_token_id": tokenizer.pad_token_id,
     }
+    # A classifier's head of another size begins anew: its labels were others.
+    family = load.Family(
+        AutoModelForSequenceClassification, False, settings, {"ignore_mismatched_sizes": True}
+    )
     make = load.skeleton if empty else load.load
-    return make(config, tokenizer, load.Family(AutoModelForSequenceClassification, False, settings))
+    return make(config, tokenizer, family)
