@@ -15,7 +15,7 @@ FLOORS = {
     "balancers": 0,
     "mtl.process": 0,  # before torch is imported
     "mtl.config": 1, "mtl.samples": 1,
-    "mtl.data": 2,
+    "mtl.data": 2, "mtl.migrate": 2,
     "mtl.losses": 3,
     "mtl.distributed": 4,
     "mtl.models": 5, "mtl.integrations": 5,
