@@ -129,7 +129,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: xxpo: found {given['xxpo']!r}, a config of MFTCoder's preference training. "
             "Wanted one of its supervised training: SFT or MFT, in full, with LoRA or QLoRA, with "
             "weighted_loss_mode coba, selfpaced or case1 to case4 (its pefts/mft_arguments.py). "
-            "Migrate that one, and see docs/migrate-mftcoder.md for preferences."
+            "Preferences are not migrated."
         )
     given = {
         key: os.path.expandvars(value) if isinstance(value, str) else value
