@@ -2,7 +2,9 @@
 checked at once.
 """
 
+import sys
 from collections.abc import Collection
+from pathlib import Path
 
 from balancers import METHODS, Balancer, Grouped, Holder
 from mtl.config import Config, ConfigError, load
@@ -30,11 +32,14 @@ def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str]
     Args:
         path: the YAML file.
         overrides: `key.path=value`.
-        allow_code: packages outside this one whose code the YAML may name.
+        allow_code: packages outside this one whose code the YAML may name; one in the current
+            directory is found too.
 
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
+    if allow_code and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # at the end: nothing here replaces what is installed
     config = load(path, overrides, check(KINDS, allow_code))
     holder(config, allow_code)
     return config

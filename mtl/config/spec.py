@@ -165,7 +165,11 @@ def _resolve(
     try:
         target = import_module(module)
     except Exception as error:
-        hint = "Is it installed, or its folder in PYTHONPATH?" if _not_found(error, package) else ""
+        hint = (
+            "Is it installed, in the current directory, or its folder in PYTHONPATH?"
+            if _not_found(error, package)
+            else ""
+        )
         fail(
             f"{show(dotted)}, whose import fails ({_reason(error)})",
             "a module that can be imported",
