@@ -177,6 +177,10 @@ def exit_code(main: Callable[[], None]) -> int:
     in full.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # bitsandbytes says so wherever it is imported on a CPU with AVX512-BF16; it works without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "gemm_4bit_forward" not in record.getMessage()
+    )
     # DeepSpeed calls collectives by names that torch is renaming: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings(

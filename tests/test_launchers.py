@@ -190,7 +190,15 @@ def test_srun_and_mpirun_start_a_run(yaml, alike, launcher):
 def test_accelerate_starts_a_run(yaml, alike):
     output = yaml.parent / "accelerate"
     port = str(runs.free_port())
-    launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher = [
+        "accelerate",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
     runs.launch(launcher, yaml, *STEPS, f"output={output}").well()
     alike(output)
@@ -459,3 +467,17 @@ def test_the_hostfile():
     from deepspeed.launcher.runner import fetch_hostfile
 
     assert dict(fetch_hostfile(str(LAUNCH / "hostfile"))) == {"worker-1": 8, "worker-2": 8}
+
+
+def test_bitsandbytes_does_not_greet_every_start():
+    """Where it is installed peft imports it, and on CPUs with AVX512-BF16 it then misses a kernel. The rest is said."""
+    code = (
+        "import logging; from mtl.process import exit_code\n"
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "def main():\n"
+        "    log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s', 'x')\n"
+        "    log.warning('something else')\n"
+        "exit_code(main)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stderr == "WARNING bitsandbytes.backends.cpu.ops: something else\n"

@@ -166,7 +166,7 @@ def _resolve(
         target = import_module(module)
     except Exception as error:
         hint = (
-            "Is it installed, in the current directory, or its folder in PYTHONPATH?"
+            "Is it installed, in the current directory or in PYTHONPATH?"
             if _not_found(error, package)
             else ""
         )
