@@ -34,7 +34,7 @@ class Bounded(Wrapper):
         super().__init__(balancer)
         if not self.balancer.non_negative:
             raise ValueError(
-                f"Bounded balancer: found {type(self.balancer).__name__}, whose weights may be "
+                f"Bounded balancer: found {self.balancer.public().__name__}, whose weights may be "
                 "negative, wanted shares"
             )
         for name, value in (("floor", floor), ("ceiling", ceiling)):

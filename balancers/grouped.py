@@ -71,9 +71,8 @@ class Grouped(Wrapper):
         }
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
-        member = (np.arange(1 + self._of.max())[:, None] == self._of).astype(
-            np.float64
-        )  # (groups, K)
+        # (groups, K): 1 where the task is of the group
+        member = (np.arange(1 + self._of.max())[:, None] == self._of).astype(np.float64)
         size = member.sum(axis=1)
         mean = member / size[:, None]
         seen = {}

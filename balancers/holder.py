@@ -59,9 +59,8 @@ class Holder:
         """The weights (K,) float64 for the global batch about to be trained on."""
         signals.check(self.tasks)
         state, weights, explain = self.balancer.update(self._state, signals)
-        self._state = {
-            name: np.asarray(each) for name, each in state.items()
-        }  # array + 1 is no array if it is 0-d
+        # numpy makes a scalar of `array + 1` where the array is 0-d; a checkpoint holds arrays.
+        self._state = {name: np.asarray(each) for name, each in state.items()}
         self._check(weights, signals.step)
         odd = [name for name, each in self._state.items() if each.dtype == object]
         if odd:
@@ -113,6 +112,7 @@ class Holder:
         self.explain = {}
 
     def _apply_loss_weight(self, weights: Array) -> Array:
+        # Brought back to the balancer's sum: else loss weights would change the learning rate.
         product = weights * self.loss_weight
         total, wanted = product.sum(), weights.sum()
         return product * (wanted / total) if min(total, wanted) > 0 else product

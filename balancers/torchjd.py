@@ -51,9 +51,8 @@ class TorchJD(Balancer):
             raise ValueError(f"TorchJD seed: found {seed!r}, wanted a whole number >= 0")
         self.method, self.seed = method, seed
         self.options = {**({"c": 0.5} if method == "CAGrad" else {}), **(options or {})}
-        self._weighting(
-            2
-        )  # a missing extra or a wrong option is told now, not at the first Gramian
+        # So that a missing extra or a wrong option is told now, not at the first Gramian.
+        self._weighting(2)
 
     def settings(self) -> dict[str, Any]:
         return {"method": self.method, "options": self.options, "seed": self.seed}

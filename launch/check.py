@@ -9,6 +9,7 @@ code 0: a run could start.
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,24 +36,27 @@ def main() -> None:
     args = arguments()
     process.settle()  # before torch is imported, and that after the arguments: help comes at once
 
-    from mtl import plugins
-    from mtl.check import sections
+    from mtl import build, plugins
+    from mtl.check import dryrun, sections
     from mtl.output.checkpoint import check_output
 
     sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what the terminal cannot show
     config = plugins.read(args.config, args.set, args.allow_code)
-    formats = plugins.formats(config, args.allow_code)
+    encode = partial(build.encode, config, args.allow_code)
+    if args.prepare:
+        show("Data", dryrun.data(encode().tasks))
+        print(f"encoded in {Path(config.cache).expanduser()}")
+        return
+    loader = plugins.loader(config, args.allow_code)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    shown = (
-        sections.encoded(config, formats)
-        if args.prepare
-        else sections.everything(config, args.config, formats, args.world, color)
-    )
-    for title, lines in shown:
-        print(f"{title}\n" + "\n".join(f"  {line}" for line in lines) + "\n", flush=True)
-    if not args.prepare:
-        check_output(Path(config.output).expanduser(), args.resume)
-        print(f"{args.config}: nothing stands in the way of a run")
+    for each in sections.everything(config, args.config, encode, loader, args.world, color):
+        show(*each)
+    check_output(Path(config.output).expanduser(), args.resume)
+    print(f"{args.config}: nothing stands in the way of a run")
+
+
+def show(title: str, lines: list[str]) -> None:
+    print(f"{title}\n" + "\n".join(f"  {line}" for line in lines) + "\n", flush=True)
 
 
 if __name__ == "__main__":

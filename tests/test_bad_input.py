@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import runs
 
-from mtl import plugins
+from mtl import build, plugins
 from mtl.config import ConfigError
-from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
 from mtl.data.encoded import DataError
 from mtl.distributed import engine
 from mtl.distributed.ds_config import ds_config
@@ -351,7 +349,7 @@ def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, c
 
 def prepared(yaml: Path, *overrides: str):
     config = plugins.read(str(yaml), overrides)
-    return prepare(config, load_tokenizer(config.model), plugins.formats(config), lambda text: None)
+    return build.encode(config, say=lambda text: None).tasks
 
 
 def test_a_model_that_is_not_there(yaml, tmp_path):

@@ -500,7 +500,7 @@ evaluate: {best: marco}
         "x.yaml:1: model.name: found nothing, wanted text.",
         "x.yaml:1: model.lora.r: found 0, wanted a whole number >= 1.",
         "x.yaml:1: model.lora.target_modules: found 'all', wanted all-linear or a list, each item text.",
-        "x.yaml:1: model.nam: found an unknown key, wanted name, revision, allow_remote_code, attention, precision, "
+        "x.yaml:1: model.nam: found an unknown key, wanted name, revision, loader, allow_remote_code, attention, precision, "
         "activation_checkpointing, compile, loss_kernel, chat_template, lora or quantize. Did you mean name?",
         "x.yaml:1: output: found nothing, wanted a path.",
         "x.yaml:1: train: found neither steps nor epochs, wanted one of them. For instance train: {steps: 1000}.",

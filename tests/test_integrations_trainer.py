@@ -265,7 +265,8 @@ def two() -> list[dict[str, Any]]:
     return run_distributed(huggingface, 2)
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any], atol: float = 2e-7) -> None:
+def assert_close(found: dict[str, Any], wanted: dict[str, Any], atol: float = 1e-6) -> None:
+    """1e-6 is eight units of fp32 rounding of a norm's weight, which is 1; updates move by 1e-3."""
     for name, array in wanted["parameters"].items():
         np.testing.assert_allclose(
             found["parameters"][name], array, rtol=0, atol=atol, err_msg=name
@@ -386,7 +387,7 @@ def test_trl_on_two_processes(trl):
                     found, wanted = (losses(each[run], f"{name}/{tag}") for each in (rank, alone))
                     assert len(wanted) >= 2
                     np.testing.assert_allclose(
-                        found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-6
+                        found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-5
                     )
 
 

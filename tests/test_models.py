@@ -283,7 +283,7 @@ def test_a_gated_model_names_the_way_in(monkeypatch):
     def refuse(*_, **__):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(load.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(
         ModelError, match="gated repo. Make sure .* `hf auth login` or set HF_TOKEN"
     ):

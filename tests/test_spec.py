@@ -166,6 +166,10 @@ NAMES = "Ruler, Needy, Log, Open, pair or package.module:attribute"
             "balancer:\n  name: Ruler\n  warmup: 2\n  window: 1",
             "x.yaml:12: balancer: Ruler refuses it: warmup is above window",
         ),
+        (  # names one keyword in passing
+            "balancer:\n  name: Ruler\n  warmup: 201",
+            "x.yaml:12: balancer: Ruler refuses it: warmup is above window",
+        ),
         (
             "balancer:\n  name: Ruler\n  window: x",
             "x.yaml:12: balancer: Ruler refuses it: '<' not supported between instances of 'str' and 'int'",
@@ -375,5 +379,9 @@ def test_every_balancer_that_ships_resolves():
         ConfigError, match=r"^x.yaml:12: balancer.windw: found .*Did you mean window\?$"
     ):
         config("balancer: {name: CoBa, windw: 3}", check=check({"balancer": kind}))
-    with pytest.raises(ConfigError, match="^x.yaml:12: balancer.window: CoBa"):
-        resolve(config("balancer: {name: CoBa, window: 0}"), "balancer", kind)()
+    with pytest.raises(ConfigError, match="^x.yaml:14: balancer.window: CoBa window: found 0"):
+        resolve(config("balancer:\n  name: CoBa\n  window: 0"), "balancer", kind)()
+    line = "balancer:\n  name: CoBa\n  divergence: released\n  forgetting: true"
+    error = "CoBa forgetting: found true beside divergence"  # which is a keyword too
+    with pytest.raises(ConfigError, match=f"^x.yaml:15: balancer.forgetting: {error}"):
+        resolve(config(line), "balancer", kind)()

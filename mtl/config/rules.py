@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from mtl.config.document import Document, Keys, Problem, show
 from mtl.config.schema import RESERVED, Config
-from mtl.config.words import did_you_mean, either, model_of, type_at
+from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
+OWN = ("train", "validation", "format")  # what a task with rows has
 Get = Callable[..., Any]
 Finding = tuple[Keys, str, str, str]  # key, found, wanted, hint
 
@@ -47,14 +48,63 @@ def _name(get: Get, name: str) -> Iterator[Finding]:
         )
 
 
+def _own(get: Get, name: str, key: str) -> Iterator[Finding]:
+    """A task has rows of its own, unless it is another loss of other tasks' rows."""
+    if get("tasks", name, "of") is None and get("tasks", name, key) is None:
+        here = ("tasks", name, key)
+        yield here, "nothing", wanted(type_at(Config, here)).removesuffix(", or null"), ""
+
+
+def _of(get: Get, name: str) -> Iterator[Finding]:
+    of, here = get("tasks", name, "of"), ("tasks", name)
+    if of is None:
+        return
+    for key in (*OWN, "share", "epochs", "cap", "validation_cap", "objective"):
+        if get("tasks", name, key) is not None:
+            hint = "The task is a loss of other tasks' rows."
+            yield (*here, key), show(get("tasks", name, key)), "nothing beside `of`", hint
+    tasks = get("tasks")
+    with_rows = [str(other) for other in tasks if get("tasks", other, "of") is None]
+    for number, other in enumerate(of):
+        if isinstance(other, str) and other not in with_rows:
+            hint = did_you_mean(other, with_rows)
+            yield (
+                (*here, "of", str(number)),
+                show(other),
+                f"tasks with rows: {either(with_rows)}",
+                hint,
+            )
+    if not of:
+        yield (*here, "of"), "an empty list", f"tasks with rows: {either(with_rows)}", ""
+
+
 def _best(get: Get) -> Iterator[Finding]:
+    tasks = [task for task in get("tasks").values() if isinstance(task, dict)]
+    specs = [get("objective"), *(task.get("objective") for task in tasks)]
+    names = {
+        spec.get("name") if isinstance(spec, dict) else getattr(spec, "name", spec)
+        for spec in specs
+    }
+    if not names <= {"causal_lm", None}:
+        return  # an objective may have measures: `mtl.plugins.read` looks at them
     best, choices = get("evaluate", "best"), ["macro", "token", "worst", *get("tasks")]
     if best not in choices:
         yield ("evaluate", "best"), show(best), either(choices), did_you_mean(best, choices)
 
 
+def _scale(get: Get) -> Iterator[Finding]:
+    for pattern in get("optimizer", "scale"):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            hint = f"As one: {error}."
+            yield ("optimizer", "scale", pattern), show(pattern), "a regular expression", hint
+
+
 def _share(get: Get, name: str) -> Iterator[Finding]:
     shares = get("mix", "shares")
+    if get("tasks", name, "of") is not None:
+        return
     for key, mode in ("share", "explicit"), ("epochs", "epochs"):
         value = get("tasks", name, key)
         if shares == mode and value is None:
@@ -227,6 +277,7 @@ def _export(get: Get) -> Iterator[Finding]:
 RULES = (
     _length,
     _best,
+    _scale,
     _temperature,
     _lengths,
     _evaluation,
@@ -238,7 +289,7 @@ RULES = (
     _gram,
     _export,
 )
-TASK_RULES = (_name, _share)
+TASK_RULES = (_name, *(functools.partial(_own, key=key) for key in OWN), _of, _share)
 
 
 class _Broken(Exception):

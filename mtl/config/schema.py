@@ -47,6 +47,7 @@ Sources = Annotated[
         }
     ),
 ]
+OwnSources = Annotated[Sources | None, Wanted("a file, folder or hub name, or a list of them")]
 DeepSpeed = Annotated[
     dict[str, Any],
     Wanted("a mapping, or the path of a JSON file"),
@@ -126,6 +127,8 @@ class ModelSection(Section):
     """A folder, or a name on the hub."""
     revision: Text | None = None
     """Branch, tag or commit of a hub name; null: its main branch."""
+    loader: Spec = Spec(name="causal_lm")
+    """What makes the model: causal_lm, sequence_classification, or a function of yours."""
     allow_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     attention: Text | None = None
@@ -162,16 +165,23 @@ class ModelSection(Section):
 class TaskSection(Section):
     """A task: its rows and what its loss counts."""
 
-    train: Sources
+    train: OwnSources = None
     """Rows to train on: a JSONL or Parquet file, a folder written by `datasets.save_to_disk`, a hub
     name (`name`, `name:config`, `name:config:split`), or a list of them.
     """
-    validation: Sources
+    validation: OwnSources = None
     """Rows whose loss is measured, named in the same way."""
-    format: Spec
-    """What a row holds: messages, prompt_completion, text, alpaca, sharegpt, chat_rounds, or a
+    format: Spec | None = None
+    """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds, or a
     function of yours.
     """
+    of: Names | None = None
+    """Other tasks, of whose rows this task is another loss (`loss`); in place of train, validation
+    and format."""
+    loss: Name | None = None
+    """The objective's loss that this task is (with `of`); null: the objective's first."""
+    objective: Spec | None = None
+    """What is minimized on these rows; null: the run's `objective`."""
     share: Positive | None = None
     """Share of the examples drawn, relative to the other tasks' (`mix.shares: explicit` only)."""
     epochs: Positive | None = None
@@ -239,6 +249,9 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "sgd"] = "adamw"
     """The update rule."""
+    scale: dict[Text, Positive] = {}
+    """Factors on the learning rate, by a regular expression that is searched for in the parameters'
+    names; of several that match the first counts: `{classifier: 10.0}`."""
     lr: Positive = 1e-4
     """Learning rate at the schedule's highest point."""
     betas: Annotated[tuple[BelowOne, BelowOne], Strict(False)] = (0.9, 0.999)
@@ -430,6 +443,11 @@ class Config(Section):
     """Folder of the encoded data."""
 
     _document: Document = PrivateAttr(default_factory=Document)
+
+    @property
+    def streams(self) -> dict[str, TaskSection]:
+        """The tasks that have rows of their own, in the order of the file."""
+        return {name: task for name, task in self.tasks.items() if task.of is None}
 
     @property
     def document(self) -> Document:

@@ -1,5 +1,7 @@
 """Examples into token ids with a target mask."""
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -261,3 +263,24 @@ def _needed(ids: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """
     end = int(np.flatnonzero(target)[-1]) + 1
     return ids[:end], target[:end]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hexadecimal, of all that decides which ids a text gets: the tokenizer's own file, its
+    specials, its template.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
+    parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
+    return hash_of(json.dumps(parts, sort_keys=True, default=repr))
+
+
+def hash_of(text: str) -> str:
+    """Hexadecimal, 32 digits."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

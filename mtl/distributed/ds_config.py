@@ -35,9 +35,8 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
     }
     for ours, theirs in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         where = getattr(offload, ours)
-        zero[theirs] = {
-            "device": where
-        }  # "none" too, so that a user's own block that offloads is seen to differ
+        # "none" too, so that a user's own block that offloads is seen to differ.
+        zero[theirs] = {"device": where}
         if where != "none":
             zero[theirs]["pin_memory"] = device_type != "cpu"
             if where == "nvme":

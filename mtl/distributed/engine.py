@@ -25,9 +25,8 @@ from zipfile import is_zipfile
 import torch
 
 if not torch.accelerator.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # before the import, which otherwise warns that it guesses
+    # Before the import, which otherwise warns that it guesses.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
@@ -257,7 +256,7 @@ class Engine:
         Returns: the global gradient norm before clipping.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         if not self._stage:  # there DeepSpeed keeps no norm, and would step whatever the gradient
             trained = [p for p in self.module.parameters() if p.requires_grad]
             for p in trained:

@@ -11,7 +11,8 @@ and it is loaded as any other.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,32 +43,19 @@ class Piece:
 
 class Shard:
     """One rank's part of the optimizer's state and of the fp32 parameters, as DeepSpeed's file
-    holds it.
+    holds it: flat tensors, one a group and key.
     """
 
-    def __init__(
-        self, content: dict[str, Any], shapes: list[Mapping[str, Any]], rank: int, world: int
-    ):
+    def __init__(self, content: dict[str, Any]):
         held = content["optimizer_state_dict"]
         # Stages 1 and 2 save the parameters without the last rank's padding, but not the
         # optimizer's state.
-        self.padding = (
-            held["group_paddings"] if "zero_stage" in held and "group_paddings" in held else None
-        )
-        if (
-            "fp32_flat_groups" in held
-        ):  # stage 3: every parameter in equal parts, the last ones padded
+        self.padding = held.get("group_paddings") if "zero_stage" in held else None
+        if _is_stage_3(held):
             self.flat, self.state = held["fp32_flat_groups"], held["optimizer_state_dict"]["state"]
-            self.places = [list(_stage_3(group, rank, world)) for group in shapes]
-        else:  # stages 1 and 2: all parameters in a row, parted where a rank's share ends
-            self.flat, self.state = (
-                held["single_partition_of_fp32_groups"],
-                held["base_optimizer_state"]["state"],
-            )
-            self.places = [
-                [(n, None, p.numel, p.start) for n, p in group.items()]
-                for group in held["param_slice_mappings"]
-            ]
+        else:
+            self.flat = held["single_partition_of_fp32_groups"]
+            self.state = held["base_optimizer_state"]["state"]
 
     def tensors(self, group: int) -> dict[str, Tensor]:
         """The flat tensors of a group by key; scalars (AdamW's step) have no dimension."""
@@ -96,12 +84,20 @@ class Files:
         if not self.paths:
             self.whole = _open(folder / "mp_rank_00_model_states.pt")
             return
-        shapes = _shapes(folder)
+        shapes, world = _shapes(folder), len(self.paths)
+        before: Counter[str] = Counter()  # elements of a parameter that earlier ranks hold
         for rank, path in enumerate(self.paths):
-            shard = Shard(_open(path), shapes, rank, len(self.paths))
-            self.shards.append(shard)
-            for piece in self._pieces(shard):
+            content = _open(path)
+            self.shards.append(Shard(content))
+            held = content["optimizer_state_dict"]
+            places = (
+                _stage_3(shapes, rank, world)
+                if _is_stage_3(held)
+                else _stages_1_and_2(held["param_slice_mappings"], before)
+            )
+            for piece in places:
                 self.pieces.setdefault(piece.name, []).append((rank, piece))
+                before[piece.name] += piece.numel
 
     @property
     def names(self) -> set[str]:
@@ -135,17 +131,6 @@ class Files:
                     )
         return {key: torch.cat(some) for key, some in parts.items()}
 
-    def _pieces(self, shard: Shard) -> Iterator[Piece]:
-        for group, places in enumerate(shard.places):
-            for name, start, numel, offset in places:
-                before = self.pieces.get(name, [])
-                start = (
-                    before[-1][1].start + before[-1][1].numel
-                    if start is None and before
-                    else start or 0
-                )
-                yield Piece(name, start, numel, group, offset)
-
 
 @torch.no_grad()  # some of the tensors in the files are parameters
 def fill(
@@ -170,7 +155,7 @@ def fill(
         )
     if new.paths:
         content = torch.load(new.paths[rank], map_location="cpu", weights_only=False)
-        shard = Shard(content, _shapes(target), rank, len(new.paths))
+        shard = Shard(content)
         for name, places in new.pieces.items():
             mine = [piece for owner, piece in places if owner == rank and piece.numel]
             values = old.read(name) if mine else {}
@@ -185,7 +170,9 @@ def fill(
                 shard.state[group] |= {key: value.clone() for key, value in old.scalars.items()}
         _save(content, new.paths[rank])
     model = target / "mp_rank_00_model_states.pt"
-    if rank == 0 and model.exists():  # stage 3 has no such file: its parameters are in the others
+    if (
+        rank == 0 and model.exists()
+    ):  # one file for all ranks; stage 3 has no such file: its parameters are in the others
         content = torch.load(model, map_location="cpu", weights_only=False)
         for alias, name in aliases.items():
             parameter = content["module"][alias]
@@ -216,16 +203,38 @@ def _flat(shard: Shard, group: int, key: str) -> Tensor:
     return state[key].view(-1)
 
 
-def _stage_3(
-    shapes: Mapping[str, Any], rank: int, world: int
-) -> Iterator[tuple[str, int, int, int]]:
-    """(name, start, numel, offset) of a group's parameters."""
-    offset = 0
-    for name, shape in shapes.items():
-        whole = math.prod(shape)
-        part = -(-whole // world)
-        yield name, min(rank * part, whole), max(0, min(part, whole - rank * part)), offset
-        offset += part
+def _is_stage_3(held: Mapping[str, Any]) -> bool:
+    return "fp32_flat_groups" in held
+
+
+def _stages_1_and_2(
+    groups: Sequence[Mapping[str, Any]], before: Mapping[str, int]
+) -> Iterator[Piece]:
+    """A rank's pieces. All parameters stand in a row, which is parted where a rank's share ends: so
+    a piece starts where that of the rank before ends.
+
+    Args: groups: of each group DeepSpeed's fragments by name, whose `start` is the offset in this
+        rank's flat tensor. before: elements of each parameter that the ranks before hold.
+    """
+    for group, fragments in enumerate(groups):
+        for name, fragment in fragments.items():
+            yield Piece(name, before.get(name, 0), fragment.numel, group, fragment.start)
+
+
+def _stage_3(groups: Sequence[Mapping[str, Any]], rank: int, world: int) -> Iterator[Piece]:
+    """A rank's pieces. Every parameter is cut into as many equal parts as there are ranks, the last
+    ones padded.
+
+    Args: groups: of each group the parameters' shapes by name.
+    """
+    for group, shapes in enumerate(groups):
+        offset = 0
+        for name, shape in shapes.items():
+            whole = math.prod(shape)
+            part = -(-whole // world)
+            start = min(rank * part, whole)
+            yield Piece(name, start, min(part, whole - start), group, offset)
+            offset += part
 
 
 def _shapes(folder: Path) -> list[Mapping[str, Any]]:

@@ -164,7 +164,7 @@ class Balance:
         self.losses = None if state["losses"] is None else state["losses"].numpy()
 
     def _check(self, signals: dict[str, Any]) -> None:
-        needs, name = self.holder.balancer.needs, type(self.holder.balancer).__name__
+        needs, name = self.holder.balancer.needs, self.holder.balancer.public().__name__
         read = {flag.name.lower() for flag in needs & ~MEASURED_HERE}
         read |= {"valid_base", "valid_group"} if Signal.VALID_LOSS in needs else set()
         if not signals.keys() <= read:

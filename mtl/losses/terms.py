@@ -21,14 +21,24 @@ from torch import Tensor
 class Terms:
     """What one micro-batch on one rank contributes to the tasks' losses.
 
-    Attributes: sums: (K,) float32, differentiable; summed token losses per task, in nats. counts:
-        (K,) int64; target tokens per task. penalties: by name, scalars, differentiable, each times
-        its coefficient; the same names in every micro-batch.
+    Attributes:
+        sums: (K,) float32, differentiable; summed losses per task, in nats.
+        counts: (K,) int64; what each is divided by: target tokens, examples or pairs.
+        penalties: by name, scalars, differentiable, each times its coefficient.
+        measures: by name, (K, m), what validation adds up for `objective.Measure`; the same names in
+            every micro-batch of an objective. Training ignores them.
     """
 
     sums: Tensor
     counts: Tensor
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def silenced(self) -> "Terms":
+        """The same forward, counting nothing: of a batch that stands in for examples not there."""
+        penalties = {name: penalty * 0 for name, penalty in self.penalties.items()}
+        measures = {name: sums * 0 for name, sums in self.measures.items()}
+        return Terms(self.sums * 0, self.counts * 0, penalties, measures)
 
     @classmethod
     def by_task(

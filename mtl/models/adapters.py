@@ -21,14 +21,14 @@ def is_adapted(model: nn.Module) -> bool:
     return isinstance(model, peft.PeftModel)
 
 
-def add(model: nn.Module, config: Config) -> nn.Module:
+def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Module:
     lora = config.model.lora
     target = lora.target_modules
     try:
         adapted = peft.get_peft_model(
             model,
             peft.LoraConfig(
-                task_type="CAUSAL_LM",
+                task_type=task_type,
                 revision=config.model.revision,
                 r=lora.r,
                 lora_alpha=lora.alpha,

@@ -1,13 +1,18 @@
 """The model: loaded, checked, fitted to the tokenizer. Anything `AutoModelForCausalLM` loads."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +24,24 @@ from mtl.models.errors import ModelError
 from mtl.models.structure import dtype_of
 
 
-def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+class Family(NamedTuple):
+    """A kind of model of transformers.
+
+    Attributes:
+        auto: the class that loads it.
+        causal: whether it predicts next tokens: its head then runs on target positions only.
+        settings: entries of its configuration that are set.
+    """
+
+    auto: Any
+    causal: bool
+    settings: Mapping[str, Any] = {}
+
+
+CAUSAL = Family(AutoModelForCausalLM, True)
+
+
+def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CAUSAL) -> nn.Module:
     """Load the base model in the training dtype, add the LoRA adapter and activation checkpointing
     where asked.
 
@@ -32,22 +54,30 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         transformers_logging.disable_progress_bar()
     with engine.loading(config, comm.world()):
         with _refusals(config):
+            settings = _configuration(config, family)
             quantization = quantize.settings(
                 config.model.quantize, config.model.precision, engine.device()
             )
-            model = AutoModelForCausalLM.from_pretrained(
-                _name(config), **_origin(config), **_settings(config), **quantization
+            model = family.auto.from_pretrained(
+                _name(config),
+                config=settings,
+                **_origin(config),
+                **_settings(config),
+                **quantization,
             )
         if config.model.quantize:
             quantize.settle(model)
         # Still within: PEFT and transformers gather what they read (DoRA's norms, rows of an
         # embedding) only if they know of ZeRO 3.
-        adapted = _adapt(model, config, tokenizer)
-        head.install(adapted, config.model.loss_kernel)
+        adapted = _adapt(model, config, tokenizer, family)
+        if family.causal:
+            head.install(adapted, config.model.loss_kernel)
         return adapted
 
 
-def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def skeleton(
+    config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CAUSAL
+) -> nn.Module:
     """What `load` gives, on the meta device: every parameter's name, shape and dtype, and no weight
     is read.
 
@@ -55,18 +85,33 @@ def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         ModelError: as `load`.
     """
     with _refusals(config):
-        settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
+        settings = _configuration(config, family)
         quantization = quantize.settings(
             config.model.quantize, config.model.precision, torch.device("meta")
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, **_settings(config))
+            model = family.auto.from_config(settings, **_settings(config))
             if quantization:
                 AutoHfQuantizer.from_config(**quantization, pre_quantized=False).preprocess_model(
                     model, device_map=None
                 )
             # PEFT gives adapters the base model's dtype, but not on the meta device.
-            return _adapt(model, config, tokenizer).to(dtype_of(config.model.precision))
+            return _adapt(model, config, tokenizer, family).to(dtype_of(config.model.precision))
+
+
+def _configuration(config: Config, family: Family) -> PretrainedConfig:
+    """The model's own configuration, with the family's settings."""
+    settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
+    kinds = getattr(settings, "architectures", None) or []
+    if family.causal and kinds and all(k.endswith("ForSequenceClassification") for k in kinds):
+        raise ModelError(
+            f"{config.where('model.name')}: model.name: found {kinds[0]}, a classifier, wanted a "
+            "causal language model: its classifier would run on token positions. For a classifier: "
+            "model.loader: sequence_classification, objective: classification."
+        )
+    for key, value in family.settings.items():
+        setattr(settings, key, value)
+    return settings
 
 
 def _name(config: Config) -> str:
@@ -108,12 +153,15 @@ def _refusals(config: Config) -> Iterator[None]:
         ) from e
 
 
-def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def _adapt(
+    model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase, family: Family
+) -> nn.Module:
     """The loaded model made ready to train: checked, fitted to the tokenizer, with adapters and
     checkpointing.
     """
     try:
-        head.decoder_of(model)
+        if family.causal:
+            head.decoder_of(model)
     except TypeError as e:
         raise ModelError(
             f"{config.where('model.name')}: model.name: {e}, so the head cannot run on target "
@@ -121,7 +169,7 @@ def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase)
         ) from e
     _fit_embeddings(model, config, len(tokenizer))
     if config.model.lora is not None:
-        model = adapters.add(model, config)
+        model = adapters.add(model, config, "CAUSAL_LM" if family.causal else "SEQ_CLS")
     if config.model.loss_kernel:
         accelerate.look_for_liger(model, config)
     if config.model.activation_checkpointing:

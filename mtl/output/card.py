@@ -17,77 +17,79 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
         the card says less. adapter: whether PEFT loads the folder, rather than transformers.
     """
     run = checkpoint.parent.parent
-    step = (
-        int(checkpoint.name.rpartition("-")[2])
-        if checkpoint.name.rpartition("-")[2].isdigit()
-        else None
-    )
+    number = checkpoint.name.rpartition("-")[2]
+    step = int(number) if number.isdigit() else None
+    library = {"library_name": "peft" if adapter else "transformers"}
     record = _json(run / "run.json")
     if not record:
-        return _page(
-            {"library_name": "peft" if adapter else "transformers"},
-            [f"# {checkpoint.name}", "", _made(None, step)],
-        )
-    config = record["config"]
-    base, balancer = config["model"]["name"], config["balancer"]
-    method = balancer if isinstance(balancer, str) else balancer["name"]
-    metadata = {
-        "base_model": base,
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["coba-mtl", "multitask", method.rpartition(":")[2]],
+        return _page(library, [f"# {checkpoint.name}", "", _made(None, step)])
+    config, tasks = record["config"], record["tasks"]
+    losses = _losses(run / "metrics.jsonl", list(tasks), step)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    sections = {
+        "Tasks": _tasks(tasks, losses),
+        "Use": _code("python", *(_USE_ADAPTER if adapter else _USE_MODEL)),
+        "Balancer": _yaml({"balancer": config["balancer"]}),
+        "Config": [
+            "<details><summary>The experiment, with defaults</summary>",
+            "",
+            *_yaml(config),
+            "",
+            "</details>",
+        ],
+        "Versions": [versions],
     }
-    kind = "full fine-tuning" if config["model"]["lora"] is None else "LoRA"
-    if config["model"].get("quantize"):
-        kind = f"LoRA on {config['model']['quantize']} weights"
-    lines = [
-        f"# {run.name or checkpoint.name}",
-        "",
-        f"`{base}` fine-tuned ({kind}) on {len(record['tasks'])} tasks at once, their losses "
-        f"balanced by {method}. {_made(record, step)}",
-        "",
-        "## Tasks",
-        "",
-        *_tasks(record["tasks"], _losses(run / "metrics.jsonl", list(record["tasks"]), step)),
-        "",
-        "## Use",
-        "",
-        "```python",
-        *(_USE_ADAPTER if adapter else _USE_MODEL),
-        "```",
-        "",
-        "## Balancer",
-        "",
-        "```yaml",
-        dump({"balancer": balancer}).rstrip(),
-        "```",
-        "",
-        "## Config",
-        "",
-        "<details><summary>The experiment, with defaults</summary>",
-        "",
-        "```yaml",
-        dump(config).rstrip(),
-        "```",
-        "",
-        "</details>",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-    ]
-    return _page(metadata, lines)
+    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, step)]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", *body]
+    return _page(_metadata(config, library), lines)
+
+
+def _metadata(config: dict[str, Any], library: dict[str, str]) -> dict[str, Any]:
+    return {
+        "base_model": config["model"]["name"],
+        **library,
+        "pipeline_tag": "text-generation",
+        "tags": ["coba-mtl", "multitask", _method(config).rpartition(":")[2]],
+    }
+
+
+def _summary(record: dict[str, Any], step: int | None) -> str:
+    config = record["config"]
+    model = config["model"]
+    kind = "full fine-tuning" if model["lora"] is None else "LoRA"
+    if model.get("quantize"):
+        kind = f"LoRA on {model['quantize']} weights"
+    return (
+        f"`{model['name']}` fine-tuned ({kind}) on {len(record['tasks'])} tasks at once, their "
+        f"losses balanced by {_method(config)}. {_made(record, step)}"
+    )
+
+
+def _method(config: dict[str, Any]) -> str:
+    balancer = config["balancer"]
+    return balancer if isinstance(balancer, str) else balancer["name"]
+
+
+def _code(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```"]
+
+
+def _yaml(value: dict[str, Any]) -> list[str]:
+    return _code("yaml", dump(value).rstrip())
 
 
 _USE_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""".splitlines()
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")""".splitlines()
 _USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""".splitlines()
+model = AutoPeftModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")""".splitlines()
 
 
 def _made(record: dict[str, Any] | None, step: int | None) -> str:
@@ -100,10 +102,8 @@ def _made(record: dict[str, Any] | None, step: int | None) -> str:
 def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -> list[str]:
     """A table; losses in nats per target token."""
     lines = [
-        (
-            "| task | training rows | target tokens | validation rows | validation loss before | here "
-            "|"
-        ),
+        "| task | training rows | target tokens | validation rows "
+        "| validation loss before | here |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, splits in tasks.items():

@@ -23,9 +23,24 @@ PACKAGES = (
 )
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
-    "model.name", "model.revision", "model.precision", "model.lora", "model.quantize", "objective", "mix", "batch.examples",
-    "train", "optimizer", "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
-)  # fmt: skip
+    "model.name",
+    "model.revision",
+    "model.loader",
+    "model.precision",
+    "model.lora",
+    "model.quantize",
+    "objective",
+    "mix",
+    "batch.examples",
+    "train",
+    "optimizer",
+    "schedule",
+    "evaluate.every",
+    "evaluate.best",
+    "evaluate.probe",
+    "evaluate.patience",
+    "gram",
+)
 
 
 def record(
@@ -72,7 +87,11 @@ def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
             same[f"tasks.{task.name}.{key}"] = resolved["tasks"][task.name][key]
         same[f"tasks.{task.name}.train (content)"] = task.train.fingerprint
         same[f"tasks.{task.name}.validation (content)"] = task.validation.fingerprint
-    return {"tasks": [task.name for task in tasks], **same}
+    for name, task in resolved["tasks"].items():
+        for key in ("of", "loss", "objective"):
+            if task[key] is not None:
+                same[f"tasks.{name}.{key}"] = task[key]
+    return {"tasks": list(config.tasks), **same}
 
 
 def _git_revision() -> str | None:
