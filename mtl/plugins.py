@@ -1,7 +1,9 @@
 """What the YAML may name, and reading it with all of that checked at once."""
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -37,11 +39,14 @@ def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str]
     Args:
         path: the YAML file.
         overrides: `key.path=value`.
-        allow_code: packages outside this one whose code the YAML may name.
+        allow_code: packages outside this one whose code the YAML may name; one in the current
+            directory is found too.
 
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
+    if allow_code and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # at the end: nothing here replaces what is installed
     config = load(path, overrides, check(KINDS, allow_code))
     problems = list(_misfits(config, objectives(config, allow_code)))
     if problems:

@@ -755,3 +755,28 @@ def test_every_key_has_a_meaning_and_the_schema_is_closed():
         if schema.get("additionalProperties") is not False
     } == {"Spec"}
     assert [branch["type"] for branch in definitions["Spec"]["anyOf"]] == ["string", "object"]
+
+
+@pytest.mark.parametrize(
+    "override, key, value",
+    [
+        ("trackers.0=tensorboard", "trackers", ["tensorboard", "jsonl"]),
+        ("trackers.0.every=5", "trackers", [{"name": "console", "every": 5}, "jsonl"]),
+        ("optimizer.betas.1=0.95", "optimizer.betas", [0.9, 0.95]),
+    ],
+)
+def test_an_item_of_a_list_that_the_yaml_leaves_out_is_set_in_its_default(override, key, value):
+    minimal = """\
+model: {name: m}
+tasks: {a: {train: a.jsonl, validation: b.jsonl, format: text}}
+batch: {examples: 1, tokens: 2048}
+train: {steps: 1}
+optimizer: {lr: 1.0e-3}
+output: run
+"""
+    found = parse(minimal, overrides=[override]).resolved()
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+    with pytest.raises(ConfigError, match="trackers.2: found item 2 of a list of 2"):
+        parse(minimal, overrides=["trackers.2=tensorboard"])

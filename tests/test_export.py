@@ -1,6 +1,7 @@
 """A checkpoint becomes a folder that transformers or PEFT loads, with every tensor whole and a card that says what it is."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mtl import process
 from mtl.config import parse
 from mtl.models.errors import ModelError
-from mtl.output.export import export
+from mtl.output.export import DTYPES, export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -66,6 +67,26 @@ def test_a_whole_model(full, tmp_path):
     assert AutoTokenizer.from_pretrained(out).chat_template == toys.CHAT
     assert (out / "generation_config.json").is_file()
     assert loaded.generate(**prompt(out), max_new_tokens=3, do_sample=False).shape == (1, 8)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_files_have_the_umasks_mode(full, tmp_path, dtype):
+    """safetensors' own is 0600."""
+    modes = {path.stat().st_mode & 0o777 for path in (full / "model").iterdir()}
+    assert len(modes) == 1, "in the checkpoint"
+    before = os.umask(0o027)
+    try:
+        out = export(full, tmp_path / "out", dtype)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+
+
+def test_the_program_offers_every_type(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(PROGRAM))["main"]()
+    assert f"{{{','.join(DTYPES)}}}" in capsys.readouterr().out
 
 
 def test_an_adapter_stays_small_and_names_its_base(adapter, yaml, tmp_path):

@@ -323,7 +323,7 @@ def test_an_import_that_fails_is_reported_with_its_cause(package):
     )
     assert wrong("objective: glup.own:x", FORMAT, ["glup"], "objective") == (
         "x.yaml:12: objective: found 'glup.own:x', whose import fails (ModuleNotFoundError: No module named 'glup'), "
-        "wanted a module that can be imported. Is it installed, or its folder in PYTHONPATH?"
+        "wanted a module that can be imported. Is it installed, in the current directory or in PYTHONPATH?"
     )
 
 

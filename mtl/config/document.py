@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +99,7 @@ class Document:
         origin: its file's name in errors.
         overrides: `key.path=value`, each value YAML; they are set in order.
         files: keys whose value may be the path of a JSON file instead, which is read in its place.
+        default: what stands at keys that the text leaves out, where an override changes a part.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class Document:
         origin: str = "config",
         overrides: Iterable[str] = (),
         files: Sequence[Keys] = (),
+        default: Callable[[Keys], Any] = lambda keys: None,
     ):
         self.origin = origin
+        self._default = default
         self.problems: list[Problem] = []
         self._places: dict[Keys, Place] = {(): Place(origin)}
         root = self._compose(text, Place(origin, 1))
@@ -129,7 +132,11 @@ class Document:
 
     @classmethod
     def read(
-        cls, path: str | Path, overrides: Iterable[str] = (), files: Sequence[Keys] = ()
+        cls,
+        path: str | Path,
+        overrides: Iterable[str] = (),
+        files: Sequence[Keys] = (),
+        default: Callable[[Keys], Any] = lambda keys: None,
     ) -> "Document":
         """Read a UTF-8 file.
 
@@ -161,7 +168,7 @@ class Document:
             raise ConfigError(
                 [f"{path}: found an unreadable file ({error.strerror}), wanted a YAML config."]
             ) from None
-        return cls(text, str(path), overrides, files)
+        return cls(text, str(path), overrides, files, default)
 
     def keys(self, path: str | Sequence[str | int]) -> Keys:
         """The keys of a dotted path. A key that contains dots may be quoted (`tasks."v1.5".cap`);
@@ -230,7 +237,8 @@ class Document:
         for depth, key in enumerate(keys[:-1], start=1):
             below = child(here, key)
             if below is None:
-                below = {}
+                below = self._default(keys[:depth])
+                below = list(below) if isinstance(below, list | tuple) else {}
             elif isinstance(below, str) and keys[:depth] in self._files:
                 below = self._read(below, keys[:depth]) or {}
             elif isinstance(below, str):  # `balancer: CoBa` is short for `balancer: {name: CoBa}`

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mtl.config.document import ConfigError, Document, Keys, Problem, child, show
 from mtl.config.rules import contradictions
@@ -29,7 +29,7 @@ def load(
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    return _config(Document.read(path, overrides, FILES), check)
+    return _config(Document.read(path, overrides, FILES, _default), check)
 
 
 def parse(
@@ -39,7 +39,19 @@ def parse(
     check: Callable[[Document], Iterable[Problem]] | None = None,
 ) -> Config:
     """`load` from a string; `origin` stands for the file's name in errors."""
-    return _config(Document(text, origin, overrides, FILES), check)
+    return _config(Document(text, origin, overrides, FILES, _default), check)
+
+
+def _default(keys: Keys) -> Any:
+    """What a key is where nobody sets it, as the YAML would write it; None where that is open."""
+    kind = type_at(Config, keys[:-1])
+    try:
+        field = model_of(kind).model_fields[keys[-1]]
+    except (StopIteration, KeyError):  # within a mapping that is free; an unknown key
+        return None
+    if field.is_required():
+        return None
+    return TypeAdapter(field.annotation).dump_python(field.get_default(), mode="json")
 
 
 def _config(document: Document, check: Callable[[Document], Iterable[Problem]] | None) -> Config:

@@ -436,7 +436,9 @@ class Config(Section):
         Spec(name="console"),
         Spec(name="jsonl"),
     )
-    """Where metrics go: console, jsonl, tensorboard, or classes of yours."""
+    """Where metrics go: console, jsonl, tensorboard; wandb, mlflow, trackio, comet_ml, clearml,
+    swanlab (each its package; `project:` and keywords of its own start); or classes of yours.
+    """
     cache: TextPath = "~/.cache/coba-mtl"
     """Folder of the encoded data."""
 

@@ -199,7 +199,7 @@ class _Found:
             self._fail(
                 f"{dotted}, whose import fails ({_reason(error)})",
                 "a module that can be imported",
-                "Is it installed, or its folder in PYTHONPATH?" if absent else "",
+                "Is it installed, in the current directory or in PYTHONPATH?" if absent else "",
                 error,
             )
         for name in attribute.split("."):

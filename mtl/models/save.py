@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models import adapters
+from mtl.models.files import as_umask_says
 
 SHARD = "5GB"  # the largest file of a saved model
 
@@ -29,5 +30,6 @@ def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
             else:
                 trained.module.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
             tokenizer.save_pretrained(folder)
+            as_umask_says(folder)
 
     comm.together(write)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mtl.models.files import as_umask_says
 from mtl.output import card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,6 +78,7 @@ def export(
     (temporary / "README.md").write_text(
         card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
     )
+    as_umask_says(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     return target
