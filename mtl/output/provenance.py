@@ -26,6 +26,7 @@ DECIDES = (
     "model.name",
     "model.revision",
     "model.loader",
+    "model.adapter",
     "model.precision",
     "model.lora",
     "model.quantize",
