@@ -236,6 +236,8 @@ class Balanced:
             ):
                 logs |= {f"{name}/loss": float(loss)} if np.isfinite(loss) else {}
                 logs[f"{name}/weight"] = float(weight)
+            if not np.isfinite(self.balance.losses).all():  # a task is absent
+                logs["present_weight"] = self.balance.present_weight
         super().log(logs, *others, **more)
 
     # --- validation

@@ -248,8 +248,10 @@ def _fill(adapted: nn.Module, path: str, config: Config) -> None:
         text = " ".join(str(e).split())[:500]
         wanted = "an adapter of this model with these settings"
         raise ModelError(config.error(adapter_key(config), repr(path), wanted, text)) from e
-    missing = sorted(trained.keys() & set(found.missing_keys))
-    unknown = sorted(name for name in found.unexpected_keys if ".lora_" in name)
+    mine = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    ours, theirs = ({n for n in names if ".lora_" in n} for names in (mine, tensors))
+    missing = sorted((ours - theirs) | (trained.keys() & set(found.missing_keys)))
+    unknown = sorted(theirs - ours)
     if missing or unknown:
         what = (
             f"{path!r} without {missing[:3]} ({len(missing)}), with {unknown[:3]} ({len(unknown)})"

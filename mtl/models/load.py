@@ -19,7 +19,7 @@ from mtl.config import Config, ConfigError
 from mtl.distributed import comm, engine
 from mtl.losses import head
 from mtl.models import accelerate, adapters, quantize
-from mtl.models.errors import ModelError
+from mtl.models.errors import MissingKernel, ModelError
 from mtl.models.structure import dtype_of
 
 
@@ -148,6 +148,11 @@ def _refusals(config: Config) -> Iterator[None]:
             )
         elif "gated" in text:
             hint = "Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN."
+        if m.attention and ("attn_implementation" in text or "FlashAttention" in text):
+            missing = isinstance(e, ImportError)
+            wanted = "a kernel that is installed" if missing else "one that this model has"
+            kind = MissingKernel if missing else ModelError
+            raise kind(config.error("model.attention", m.attention, wanted, text)) from e
         raise ModelError(
             f"{config.where('model.name')}: model.name: {m.name!r} could not be loaded as a causal "
             f"language model: {text} {hint}"
