@@ -18,7 +18,7 @@ from mtl import process
 
 process.settle()  # before torch is imported
 
-from mtl.output.export import DTYPES, export
+from mtl.output.export import DTYPES, export, push
 
 
 def main() -> None:
@@ -48,6 +48,12 @@ def main() -> None:
         action="store_true",
         help="code that comes with the base model may run (--merge)",
     )
+    parser.add_argument(
+        "--push",
+        metavar="REPO",
+        help="upload the folder to this repository on the hub, made private",
+    )
+    parser.add_argument("--public", action="store_true", help="a new repository is public (--push)")
     args = parser.parse_args()
     out = export(
         args.checkpoint,
@@ -57,6 +63,8 @@ def main() -> None:
         allow_remote_code=args.allow_remote_code,
     )
     print(f"{'merged model' if args.merge else 'model'}, of {args.checkpoint.name}: {out}")
+    if args.push:
+        print(f"pushed: {push(out, args.push, public=args.public)}")
 
 
 if __name__ == "__main__":

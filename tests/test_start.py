@@ -74,6 +74,8 @@ def test_adapter_merged_model_and_log_of_a_tied_model_agree(tmp_path, zero, worl
     assert prose_loss(merged, tmp_path) == pytest.approx(logged, rel=1e-5)
     assert prose_loss(apart, tmp_path) == pytest.approx(logged, rel=1e-5)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert sorted(settings["modules_to_save"]) == ["embed_tokens", "lm_head"]
     tokenizer = toys.tokenizer()
     ids = tokenizer("abc =", return_tensors="pt", return_token_type_ids=False)["input_ids"]
     answer = tokenizer(" abc", return_tensors="pt", return_token_type_ids=False)["input_ids"]
@@ -201,7 +203,7 @@ def test_an_adapter_that_does_not_fit_is_refused(first, tmp_path):
             f"output={tmp_path}/run",
         )  # fmt: skip
         assert ended.codes == [1] and text in ended.err, ended.err
-    toys.tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "other")
+    toys.tiny_llama(hidden_size=32).save_pretrained(tmp_path / "other")
     other = [f"model.adapter={first}/run/model", f"output={tmp_path}/run"]
     toys.tokenizer().save_pretrained(tmp_path / "other")
     ended = runs.train(first / "x.yaml", *SHORT, *other, f"model.name={tmp_path}/other")

@@ -38,7 +38,7 @@ class Balanced:
 
     The loss of an optimizer step is `sum_k w_k loss_k` with loss_k in nats per target token over
     all its micro-batches on all ranks, whatever `average_tokens_across_devices` says. The Trainer's
-    logs get `<task>/loss` and `<task>/weight`.
+    logs get `<task>/loss` and `<task>/weight`, and `present_weight` where a task is absent.
 
     Args: balancer: the rule. It may read token counts, training losses and validation losses.
         tasks: K names. task_column: the training rows' column that says which. loss_weight: (K,)

@@ -63,7 +63,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
         )
     # Else PEFT trains two copies, of which a merged model that ties them has room for one.
     wanted.ensure_weight_tying = ties and all(named)
-    modules = wanted.modules_to_save
+    modules = list(wanted.modules_to_save or ()) or None
     try:
         adapted = peft.get_peft_model(
             # The engine decides the dtype: adapters follow the base model.
