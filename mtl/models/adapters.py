@@ -145,15 +145,16 @@ def adapter_key(config: Config) -> str:
 
 
 def tables(model: nn.Module) -> list[str]:
-    """The full names of the embedding and of the head."""
-    parts = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [next(n for n, p in model.named_modules() if p is part) for part in parts]
+    """The full names of the embedding and, where it has one over tokens, of the head."""
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    known = {id(part): name for name, part in model.named_modules()}
+    return [known[id(part)] for part in parts if part is not None]
 
 
 def is_tied(model: nn.Module) -> bool:
     """Whether embedding and head are one parameter."""
-    one, other = (model.get_submodule(name) for name in tables(model))
-    return one.weight is other.weight
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def saved(config: Config) -> LoraSection | peft.LoraConfig:
@@ -162,10 +163,10 @@ def saved(config: Config) -> LoraSection | peft.LoraConfig:
 
 
 def saves_tables(model: nn.Module, settings: LoraSection | peft.LoraConfig) -> list[bool]:
-    """Whether `modules_to_save` names the embedding, and the head."""
+    """Whether `modules_to_save` names the embedding, and the head: a value for each of `tables`."""
     named = [names(settings.modules_to_save or (), table) for table in tables(model)]
     if any(named) and getattr(settings, "ensure_weight_tying", False):
-        return [True, True]  # PEFT adds the other one
+        return [True] * len(named)  # PEFT adds the other one
     return named
 
 
