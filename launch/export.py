@@ -27,10 +27,12 @@ def main() -> None:
     add("--merge", action="store_true", help="add the adapter to its base model, write the whole")
     add("--dtype", choices=["fp32", "bf16"], help="of the parameters; as trained where left out")
     add("--allow-remote-code", action="store_true", help="the base model's code may run (--merge)")
+    add("--push", metavar="REPO", help="upload the folder to this hub repository, made private")
+    add("--public", action="store_true", help="a new repository is public (--push)")
     args = parser.parse_args()
     process.settle()  # before torch is imported, and that after the arguments: help comes at once
 
-    from mtl.output.export import export
+    from mtl.output.export import export, push
 
     out = export(
         args.checkpoint,
@@ -40,6 +42,8 @@ def main() -> None:
         allow_remote_code=args.allow_remote_code,
     )
     print(f"{'merged model' if args.merge else 'model'}, of {args.checkpoint.name}: {out}")
+    if args.push:
+        print(f"pushed: {push(out, args.push, public=args.public)}")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def build(
         ValueError: the ranks' configs, data or balancers differ.
     """
     tasks, goals = data.tasks, data.goals
-    identity = provenance.identity(config, tasks)
+    mix = mix_for(config, tasks)
+    identity = provenance.identity(config, tasks, steps_of(config, mix))
     comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
     engine = engine or start_engine(config, data, allow_code, say)
     if packed is None:
@@ -152,7 +153,6 @@ def build(
         ranks = comm.world(), comm.rank()
         return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
 
-    mix = mix_for(config, tasks)
     validation = validation_groups_for(
         config, tasks, layouts(config.evaluate.tokens or config.batch.tokens)
     )

@@ -191,7 +191,10 @@ def test_the_skeleton_is_the_model_without_weights(yaml, settings):
     [
         (["tasks.copy.train=nowhere.jsonl"], "tasks.copy.train: "),
         (["model.nmae=x"], "Did you mean name?"),
-        (["model.attention=nonsense"], "model.name"),
+        (
+            ["model.attention=nonsense"],
+            "model.attention: found nonsense, wanted one that this model",
+        ),
         (["engine.deepspeed.gradient_clipping=3.0"], "optimizer.clip"),
         (["model.lora.target_modules=[nowhere]"], "model.lora"),
     ],
@@ -200,6 +203,14 @@ def test_what_would_end_a_run_ends_the_check(check, overrides, text):
     code, out, err = check(*(part for one in overrides for part in ("--set", one)))
     assert code == 1 and "nothing stands in the way" not in out
     assert text in err and "Traceback" not in err, err
+
+
+def test_a_kernel_that_is_not_installed_here_is_a_remark(check):
+    """A laptop checks what a cluster will run: everything is printed, memory too."""
+    code, out, err = check("--set", "model.attention=flash_attention_2")
+    assert code == 0, err
+    assert "remark: --set model.attention=flash_attention_2: model.attention: found flash" in out
+    assert "LlamaForCausalLM, fp32, ZeRO 2" in out and "nothing stands in the way" in out
 
 
 def test_a_folder_that_holds_a_run_is_found(check, tmp_path):

@@ -22,6 +22,7 @@ from mtl.data.mix import Mix
 from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validation_groups_for
 from mtl.distributed import engine
 from mtl.distributed.ds_config import ds_config, zero_stage
+from mtl.models.errors import MissingKernel
 from mtl.models.loaders import Loader
 
 SAMPLED = 100  # steps whose batches are cut to measure the arithmetic, spread evenly over the run
@@ -179,7 +180,14 @@ def needs(config: Config, data: Data, loader: Loader, world: int) -> list[str]:
         ConfigError: `engine.deepspeed` contradicts it.
     """
     ds_config(config, world, engine.device().type)
-    skeleton = loader(config, data.tokenizer, data.examples, empty=True)
+    remarks = []
+    try:
+        skeleton = loader(config, data.tokenizer, data.examples, empty=True)
+    except MissingKernel as e:  # here; the machines that train may have it, and memory is the same
+        remarks = [f"remark: {e} The run needs it where it trains."]
+        plain = config.model.model_copy(update={"attention": None})
+        config = config.model_copy(update={"model": plain})
+        skeleton = loader(config, data.tokenizer, data.examples, empty=True)
     tasks, mix = data.tasks, mix_for(config, data.tasks)
     found = [
         batch_sizes(tasks, mix, one, steps_of(config, mix))
@@ -192,7 +200,11 @@ def needs(config: Config, data: Data, loader: Loader, world: int) -> list[str]:
         f"{type(skeleton).__name__}, {config.model.precision}, ZeRO {stage}{asked}, "
         f"{_of(world, 'process', 'processes')}"
     )
-    return [head, *memory.table(memory.estimate(config, stage, skeleton, world, largest, targets))]
+    return [
+        *remarks,
+        head,
+        *memory.table(memory.estimate(config, stage, skeleton, world, largest, targets)),
+    ]
 
 
 def _micros_of_part(

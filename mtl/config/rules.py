@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mtl.config.document import Document, Keys, Problem, show
-from mtl.config.schema import RESERVED, Config
+from mtl.config.schema import RESERVED, Config, adapter_folder
 from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
 OWN = ("train", "validation", "format")  # what a task with rows has
@@ -195,6 +195,44 @@ def _offload(get: Get) -> Iterator[Finding]:
             )
 
 
+def _start(get: Get) -> Iterator[Finding]:
+    """At most one place says which weights to start from."""
+    name, adapter, origin = get("model", "name"), get("model", "adapter"), get("train", "from")
+    if adapter is not None and origin is not None:
+        hint = "Both say which weights to start from: keep one."
+        yield ("train", "from"), show(origin), "null beside model.adapter", hint
+    if adapter_folder(name) and (adapter is not None or origin is not None):
+        hint = "This folder is an adapter, which is weights to start from too."
+        yield ("model", "name"), show(name), "the base model", hint
+
+
+def _merge(get: Get) -> Iterator[Finding]:
+    adapter = get("model", "adapter")
+    if not (isinstance(adapter, dict) and adapter.get("merge")):
+        return
+    key, lora = ("model", "adapter", "merge"), get("model", "lora")
+    hint = "Or merge first: launch/export.py PATH OUT --merge, and then model.name: OUT."
+    if lora is not None:
+        yield key, "true", "false beside model.lora", hint
+    if get("model", "quantize") is not None:
+        yield key, "true", "false beside model.quantize", hint
+    if get("engine", "zero") == 3:
+        yield key, "true", "false at engine.zero 3", hint
+
+
+def _adapts(get: Get) -> bool:
+    """`Config.trains_adapter`, before there is a config."""
+    adapter = get("model", "adapter")
+    if isinstance(adapter, dict) and adapter.get("merge"):
+        return False
+    places = [get("model", "name"), get("train", "from") or ""]
+    return (
+        get("model", "lora") is not None
+        or adapter is not None
+        or any(map(adapter_folder, filter(None, places)))
+    )
+
+
 def _quantize(get: Get) -> Iterator[Finding]:
     kind, zero, precision = (
         get("model", "quantize"),
@@ -203,7 +241,7 @@ def _quantize(get: Get) -> Iterator[Finding]:
     )
     if kind is None:
         return
-    if get("model", "lora") is None:
+    if not _adapts(get):
         yield (
             ("model", "quantize"),
             kind,
@@ -255,7 +293,7 @@ def _gram(get: Get) -> Iterator[Finding]:
             "all, last_layer, adapter or a regular expression",
             f"As one: {error}.",
         )
-    if params == "adapter" and get("model", "lora") is None:
+    if params == "adapter" and not _adapts(get):
         yield (
             ("gram", "params"),
             "adapter",
@@ -283,6 +321,8 @@ RULES = (
     _evaluation,
     _momentum,
     _offload,
+    _start,
+    _merge,
     _quantize,
     _compile,
     _kernel,

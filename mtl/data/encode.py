@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
 from mtl.data.formats import Completion, Example, Messages, RowProblem, Text
 
@@ -38,7 +39,10 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
 
     Raises: DataError if it cannot be loaded, or would run code that came with it.
     """
-    name = model.name
+    name = str(adapter_folder(model.name) or model.name)
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file() and not (adapter.parent / "tokenizer_config.json").is_file():
+        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(name).expanduser()) if Path(name).expanduser().exists() else name,

@@ -76,7 +76,7 @@ def probe_every(config: Config, groups: ValidationGroups) -> int:
     There a forward is a sixth of a step, and with LoRA, which saves the weights' gradients, a
     third. What error slopes have with so few probes: benchmarks/slopes.py.
     """
-    least = EVERY[config.model.lora is not None]
+    least = EVERY[config.trains_adapter]
     most = max(sum(len(rows) for rows in groups.rows(group)) for group in range(groups.groups))
     return config.evaluate.probe.every or max(
         least, round(least * most / (READ * config.batch.examples))

@@ -144,12 +144,15 @@ def loading(config: Config, world: int) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within this context partitioned (ZeRO 3) parameters are whole on every rank. Read only. A
-    collective.
+def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+    """Within this context partitioned (ZeRO 3) parameters are whole on every rank. A collective.
+
+    Args:
+        modify: rank 0's changes are kept, on every rank; else none may be made.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+    rank = 0 if modify else None
+    with deepspeed.zero.GatheredParameters(partitioned, rank) if partitioned else nullcontext():
         yield
 
 

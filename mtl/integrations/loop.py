@@ -51,6 +51,7 @@ class Balance:
         self.weights = self.holder.weights
         self.losses: np.ndarray | None = None
         self.step = 0
+        self._present = np.ones(len(tasks), dtype=bool)
         self._tokens: Tensor | None = None  # (K,) of the step that is open
         self._sums: Tensor | None = None
 
@@ -95,6 +96,7 @@ class Balance:
         ):
             weights.copy_(torch.from_numpy(self.holder.weights))
         self.weights = comm.broadcast_(weights).numpy()
+        self._present = tokens.cpu().numpy() > 0
         self._tokens, self._sums = tokens, torch.zeros(k, dtype=torch.float64, device=tokens.device)
         return self.weights
 
@@ -128,6 +130,15 @@ class Balance:
         self._tokens = self._sums = None
         self.step += 1
         return self.losses
+
+    @property
+    def present_weight(self) -> float:
+        """The sum of the weights of the tasks that have a target in the newest step.
+
+        The present tasks' weights are used as they are (mtl/losses/terms.py), so with weights that
+        sum to 1 this is what is left of the loss where a task is absent.
+        """
+        return float(self.weights[self._present].sum())
 
     @property
     def is_open(self) -> bool:

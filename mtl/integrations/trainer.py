@@ -39,7 +39,7 @@ class Balanced:
 
     The loss of an optimizer step is `sum_k w_k loss_k` with loss_k in nats per target token over
     all its micro-batches on all ranks, whatever `average_tokens_across_devices` says. The Trainer's
-    logs get `<task>/loss` and `<task>/weight`.
+    logs get `<task>/loss` and `<task>/weight`, and `present_weight` where a task is absent.
 
     Args:
         balancer: the rule. It may read token counts, training losses and validation losses.
@@ -240,6 +240,8 @@ class Balanced:
             ):
                 logs |= {f"{name}/loss": float(loss)} if np.isfinite(loss) else {}
                 logs[f"{name}/weight"] = float(weight)
+            if not np.isfinite(self.balance.losses).all():  # a task is absent
+                logs["present_weight"] = self.balance.present_weight
         super().log(logs, *others, **more)
 
     # --- validation

@@ -5,6 +5,13 @@ For task k over one optimizer step (all ranks, all micro-batches), in nats per t
     loss_k = sum of the token losses of k / number of target tokens of k
     loss   = sum_k w_k loss_k + sum of the penalties
 
+Where a task has no target in the whole batch, the others keep their weights: the loss is then
+smaller by that task's part. Bringing the rest to the sum would give a task another weight by the
+company that it happens to be drawn with, which over many batches is another weighting than the
+balancer's; it has no meaning where a sum is 0 or carries meaning (uncertainty weighting). What is
+left of the sum is logged (`train/present_weight`). So it is in the trainer, in `Balance` and in
+`Balanced`, which all end here.
+
 A penalty belongs to no task and no balancer weighs it: a mixture of experts' router loss, say. It
 is a number of each micro-batch, not a sum over tokens, so it is averaged over micro-batches by
 their target tokens, and, unlike the tasks' losses, it depends on how the global batch was cut.

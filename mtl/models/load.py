@@ -1,6 +1,5 @@
 """The model: loaded, checked, fitted to the tokenizer. Anything `AutoModelForCausalLM` loads."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from mtl.config import Config, ConfigError
 from mtl.distributed import comm, engine
 from mtl.losses import head
 from mtl.models import accelerate, adapters, quantize
-from mtl.models.errors import ModelError
+from mtl.models.errors import MissingKernel, ModelError
 from mtl.models.structure import dtype_of
 
 
@@ -60,14 +59,17 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CA
             quantization = quantize.settings(
                 config.model.quantize, config.model.precision, engine.device()
             )
+            name, origin = _origin(config)
+            merges = config.adapter is not None and config.adapter.merge
+            how = _settings(config) | ({"dtype": torch.float32} if merges else {})
             model = family.auto.from_pretrained(
-                _name(config),
-                config=settings,
-                **_origin(config),
-                **_settings(config),
-                **quantization,
-                **family.options,
+                name, config=settings, **origin, **how, **quantization, **family.options
             )
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers adds what it finds
+            found, hint = repr(name), f"It is an adapter: set model.adapter: {name}."
+            raise ModelError(config.error("model.name", found, "its base model", hint))
+        if merges:
+            model = adapters.add_up(model, config)
         if config.model.quantize:
             quantize.settle(model)
         # Still within: PEFT and transformers gather what they read (DoRA's norms, rows of an
@@ -104,7 +106,8 @@ def skeleton(
 
 def _configuration(config: Config, family: Family) -> PretrainedConfig:
     """The model's own configuration, with the family's settings."""
-    settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
+    name, origin = _origin(config)
+    settings = AutoConfig.from_pretrained(name, **origin)
     kinds = getattr(settings, "architectures", None) or []
     if family.causal and kinds and all(k.endswith("ForSequenceClassification") for k in kinds):
         raise ModelError(
@@ -117,12 +120,9 @@ def _configuration(config: Config, family: Family) -> PretrainedConfig:
     return settings
 
 
-def _name(config: Config) -> str:
-    return os.path.expanduser(config.model.name)
-
-
-def _origin(config: Config) -> dict[str, Any]:
-    return {"revision": config.model.revision, "trust_remote_code": config.model.allow_remote_code}
+def _origin(config: Config) -> tuple[str, dict[str, Any]]:
+    name, revision = adapters.base_of(config)
+    return name, {"revision": revision, "trust_remote_code": config.model.allow_remote_code}
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -150,6 +150,11 @@ def _refusals(config: Config) -> Iterator[None]:
             )
         elif "gated" in text:
             hint = "Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN."
+        if m.attention and ("attn_implementation" in text or "FlashAttention" in text):
+            missing = isinstance(e, ImportError)
+            wanted = "a kernel that is installed" if missing else "one that this model has"
+            kind = MissingKernel if missing else ModelError
+            raise kind(config.error("model.attention", m.attention, wanted, text)) from e
         raise ModelError(
             f"{config.where('model.name')}: model.name: {m.name!r} could not be loaded as a causal "
             f"language model: {text} {hint}"
@@ -171,7 +176,7 @@ def _adapt(
             "positions only. Use another model."
         ) from e
     _fit_embeddings(model, config, len(tokenizer))
-    if config.model.lora is not None:
+    if config.trains_adapter:
         model = adapters.add(model, config, "CAUSAL_LM" if family.causal else "SEQ_CLS")
     if config.model.loss_kernel:
         accelerate.look_for_liger(model, config)
@@ -196,17 +201,18 @@ def _fit_embeddings(model: nn.Module, config: Config, tokens: int) -> None:
     rows = engine.shape(table)[0]
     if tokens <= rows:
         return
-    trained = config.model.lora.modules_to_save if config.model.lora else None
-    name = next(
-        name for name, part in model.named_modules() if part is model.get_input_embeddings()
-    ).rpartition(".")[2]
-    if trained is not None and name not in trained:
-        raise ModelError(
-            f"{config.where('model.lora')}: model.lora.modules_to_save: found {list(trained)}, "
-            f"wanted {name} in it (and the head, "
-            f"where it is not tied): the tokenizer has {tokens:,} tokens, the model {rows:,}, and "
-            "new rows that are neither "
-            "trained nor saved with the adapter stay random."
-        )
-    # New rows are drawn around the mean of the old ones, which a skeleton does not have.
+    names = list(dict.fromkeys(map(adapters.last, adapters.tables(model))))
+    if config.trains_adapter:
+        settings = adapters.saved(config)
+        if not all(adapters.saves_tables(model, settings)):
+            raise ModelError(
+                config.error(
+                    "model.lora.modules_to_save",
+                    str(sorted(settings.modules_to_save or ())),
+                    f"{' and '.join(names)} in it, tied or not",
+                    f"The tokenizer has {tokens:,} tokens, the model {rows:,}: new rows that are "
+                    "neither trained nor saved with the adapter would be noise.",
+                )
+            )
+    # New rows are drawn around the mean of the old ones; without weights there is none.
     model.resize_token_embeddings(tokens, mean_resizing=not table.is_meta)

@@ -1,7 +1,9 @@
 """A trained model on disk, as a Hugging Face folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from mtl.distributed import comm
@@ -21,6 +23,8 @@ def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
     """
     is_adapter = adapters.is_adapted(trained.module)
     state = trained.state_dict(trainable_only=is_adapter)
+    if is_adapter:  # PEFT asks for each name of a tied table
+        state |= {name: state[other] for name, other in _aliases(trained.module) if other in state}
 
     def write() -> None:
         if comm.rank() == 0:
@@ -33,3 +37,11 @@ def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
             as_umask_says(folder)
 
     comm.together(write)
+
+
+def _aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Of parameters that have several names: each further one, and the first."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) != name:
+            yield name, known

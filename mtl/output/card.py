@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 import mtl
 from mtl.config import dump
 
@@ -25,7 +27,7 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
     record = _json(run / "run.json")
     if not record:
         return _page(library, [f"# {checkpoint.name}", "", _made(None, step)])
-    config, tasks = record["config"], record["tasks"]
+    config, tasks, base = record["config"], record["tasks"], _base(checkpoint)
     losses = _losses(run / "metrics.jsonl", list(tasks), step)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     sections = {
@@ -41,30 +43,31 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
         ],
         "Versions": [versions],
     }
-    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, step)]
+    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, base, step)]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
-    return _page(_metadata(config, library), lines)
+    return _page(_metadata(config, base, library), lines)
 
 
-def _metadata(config: dict[str, Any], library: dict[str, str]) -> dict[str, Any]:
+def _metadata(config: dict[str, Any], base: str | None, library: dict[str, str]) -> dict[str, Any]:
+    base = base or config["model"]["name"]
     return {
-        "base_model": config["model"]["name"],
+        # The hub refuses a card whose base model is a folder.
+        "base_model": None if Path(base).expanduser().exists() else base,
         **library,
         "pipeline_tag": "text-generation",
         "tags": ["coba-mtl", "multitask", _method(config).rpartition(":")[2]],
     }
 
 
-def _summary(record: dict[str, Any], step: int | None) -> str:
+def _summary(record: dict[str, Any], base: str | None, step: int | None) -> str:
     config = record["config"]
-    model = config["model"]
-    kind = "full fine-tuning" if model["lora"] is None else "LoRA"
-    if model.get("quantize"):
-        kind = f"LoRA on {model['quantize']} weights"
+    kind = "LoRA" if base else "full fine-tuning"
+    if config["model"].get("quantize"):
+        kind = f"LoRA on {config['model']['quantize']} weights"
     return (
-        f"`{model['name']}` fine-tuned ({kind}) on {len(record['tasks'])} tasks at once, their "
-        f"losses balanced by {_method(config)}. {_made(record, step)}"
+        f"`{base or config['model']['name']}` fine-tuned ({kind}) on {len(record['tasks'])} tasks "
+        f"at once, their losses balanced by {_method(config)}. {_made(record, step)}"
     )
 
 
@@ -140,8 +143,13 @@ def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[f
     }
 
 
+def _base(checkpoint: Path) -> str | None:
+    """The base model that an adapter names; of a whole model None."""
+    return _json(checkpoint / "model" / "adapter_config.json").get("base_model_name_or_path")
+
+
 def _page(metadata: dict[str, Any], lines: list[str]) -> str:
-    return "\n".join(["---", dump(metadata).rstrip(), "---", "", *lines]) + "\n"
+    return "\n".join(["---", ModelCardData(**metadata).to_yaml(), "---", "", *lines]) + "\n"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ saved.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from mtl.output.state import RunState
 
 FORMAT = 1
 SCRATCH = ".resharded"
+STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 
 class CheckpointError(ValueError):
@@ -161,6 +163,12 @@ class Checkpoints:
             shards = record["layout"]["processes"] if record["layout"]["zero"] else 0
             engine.reshard(folder / "engine", self.folder / SCRATCH, shards)
         self.best = record["best"]
+        before, now = record["identity"][STEPS], self.identity[STEPS]
+        if before != now:
+            self.say(
+                f"{folder.name} is of a run of {before:,} steps, which now has {now:,}: from here "
+                "on its learning rate is that of a run of this length"
+            )
         return RunState(
             **record["run"],
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
@@ -212,6 +220,8 @@ class Checkpoints:
         differs = [
             k for k in sorted({*theirs, *self.identity}) if theirs.get(k) != self.identity.get(k)
         ]
+        if STEPS in differs and theirs.get(STEPS, math.inf) < self.identity[STEPS]:
+            differs.remove(STEPS)
         if differs:
             lines = "\n".join(
                 f"  {k}: checkpoint {theirs.get(k)!r}, now {self.identity.get(k)!r}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtl.config import Config
 from mtl.data.encoded import TaskData
-from mtl.output.checkpoint import FORMAT
+from mtl.output.checkpoint import FORMAT, STEPS
 
 PACKAGES = (
     "torch",
@@ -26,13 +26,15 @@ DECIDES = (
     "model.name",
     "model.revision",
     "model.loader",
+    "model.adapter",
     "model.precision",
     "model.lora",
     "model.quantize",
     "objective",
     "mix",
     "batch.examples",
-    "train",
+    "train.seed",
+    "train.from",
     "optimizer",
     "schedule",
     "evaluate.every",
@@ -73,7 +75,7 @@ def record(
     }
 
 
-def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
+def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any]:
     """Name to plain value: what a checkpoint and the run that goes on from it must share."""
     resolved = config.resolved()
     same: dict[str, Any] = {}
@@ -91,7 +93,7 @@ def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
         for key in ("of", "loss", "objective"):
             if task[key] is not None:
                 same[f"tasks.{name}.{key}"] = task[key]
-    return {"tasks": list(config.tasks), **same}
+    return {"tasks": list(config.tasks), STEPS: steps, **same}
 
 
 def _git_revision() -> str | None:

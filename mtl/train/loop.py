@@ -115,7 +115,8 @@ def _train_values(
     names: list[str], weights: np.ndarray, report: StepReport, batch: GlobalBatch, holder: Holder
 ) -> dict[str, float]:
     present = ~np.isnan(report.losses)
-    values = {
+    values = {} if present.all() else {"train/present_weight": float(weights[present].sum())}
+    values |= {
         "train/loss": float(
             (weights * report.losses)[present].sum() + sum(report.penalties.values())
         )
