@@ -164,8 +164,9 @@ def launch(
 
 def arguments(yaml: Path, overrides: Sequence[str], resume: bool | int) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
+    codes = [part for name in ("outside", "three") for part in ("--allow-code", name)]
     going_on = [] if resume is False else ["--resume"] if resume is True else [f"--resume={resume}"]
-    return ["--config", str(yaml), "--allow-code", "outside", *sets, *going_on]
+    return ["--config", str(yaml), *codes, *sets, *going_on]
 
 
 def free_port() -> int:

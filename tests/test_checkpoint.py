@@ -40,7 +40,7 @@ def test_latest_names_a_complete_checkpoint_or_says_what_to_do(checkpoints):
     for name in ("step-00000005", "step-00000015"):
         manifest.discard(folder / name, CHECKPOINT)
     with pytest.raises(
-        CheckpointError, match="There is none: start anew in another `output:` folder.$"
+        CheckpointError, match="There is none: start a new run in another `output:` folder.$"
     ):
         checkpoints.find()
 

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "balancers": 0,
     "mtl.process": 0,  # before torch is imported
-    "mtl.config": 1,
-    "mtl.data": 2,
+    "mtl.config": 1, "mtl.samples": 1,
+    "mtl.data": 2, "mtl.migrate": 2,
     "mtl.losses": 3,
     "mtl.distributed": 4,
     "mtl.models": 5, "mtl.integrations": 5,

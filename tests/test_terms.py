@@ -14,7 +14,7 @@ from mtl.data.collate import collate
 from mtl.distributed import comm
 from mtl.losses import head
 from mtl.losses.causal_lm import causal_lm
-from mtl.losses.objective import checked
+from mtl.losses.objective import check_terms
 from mtl.losses.terms import Terms, combine
 from mtl.train.schedule import lr
 from mtl.train.step import fetch
@@ -281,6 +281,6 @@ SUMS, COUNTS = torch.ones(2), torch.ones(2, dtype=torch.int64)
 )
 def test_an_objective_returns_terms_of_all_tasks(returned, text):
     with pytest.raises(ValueError, match=f"objective mine: {text}"):
-        checked(lambda forward, batch, k: returned, "mine")(None, None, 2)
+        check_terms(returned, 2, "mine")
     fine = Terms(SUMS, COUNTS, {"router": torch.ones(())})
-    assert checked(lambda forward, batch, k: fine, "mine")(None, None, 2) is fine
+    assert check_terms(fine, 2, "mine") is fine

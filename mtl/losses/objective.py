@@ -1,63 +1,125 @@
 """Objectives: from a model and a micro-batch to per-task terms.
 
-An objective is one callable, `objective(forward, batch, k) -> Terms`. It calls `forward(**inputs)`
-itself (once or more), because which inputs a model needs and which logits are worth computing
-belong to the objective. `forward` is the engine's in training and the bare module's in evaluation.
+An objective is one callable, `objective(forward, batch, k) -> Terms`: a function with its keywords,
+or an instance of a class. It calls `forward(**inputs)` itself, once: which inputs a model needs and
+which logits are worth computing belong to it. `forward` is the engine's in training and the bare
+module's in evaluation. It may have, as attributes:
+
+    losses      names of its losses; the first is that of a task with rows. Default: ("loss",)
+    unit        what is counted: losses are nats for each of these. Default: "target token"
+    examples    examples(book, tokenizer, config) -> Examples: how rows are encoded and collated.
+                Default: next-token prediction
+    measures    name -> Measure: what validation reports beside losses. Default: none
 """
 
-import functools
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mtl.data.collate import MicroBatch
+from mtl.data.examples import LOSS, Batch
 from mtl.losses.terms import Terms
 
-OBJECTIVES = {"causal_lm": "mtl.losses.causal_lm:causal_lm"}
+OBJECTIVES = {
+    "causal_lm": "mtl.losses.causal_lm:causal_lm",
+    "classification": "mtl.losses.classification:Classification",
+}
 
 
 class Objective(Protocol):
-    def __call__(self, forward: Callable, batch: MicroBatch, k: int) -> Terms: ...
+    def __call__(self, forward: Callable, batch: Batch, k: int) -> Terms: ...
 
 
-def checked(objective: Objective, name: str) -> Objective:
-    """The objective, with what it returns checked: sums of shape (1,) would be added to every task
-    in silence. Only shapes and dtypes are looked at, so no device waits.
+@dataclass(frozen=True)
+class Measure:
+    """What validation reports of a task beside its loss, from sums over all its examples.
 
-    Raises:
-        ValueError: at a call that returns anything but Terms of K tasks.
+    Attributes:
+        value: from a task's (m,) float64 sums, `Terms.measures[name][task]` added up, to a number;
+            nan where the task has none.
+        highest: whether more is better.
     """
 
-    @functools.wraps(objective, updated=())
-    def call(forward: Callable, batch: MicroBatch, k: int) -> Terms:
-        terms = objective(forward, batch, k)
-        if not isinstance(terms, Terms):
-            raise ValueError(
-                f"objective {name}: returned {type(terms).__name__}, wanted mtl.losses.terms.Terms"
-            )
-        _check(name, "sums", terms.sums, (k,), lambda dtype: dtype.is_floating_point)
-        _check(name, "counts", terms.counts, (k,), lambda dtype: dtype == torch.int64)
-        for which, penalty in terms.penalties.items():
-            _check(
-                name, f"penalties[{which!r}]", penalty, (), lambda dtype: dtype.is_floating_point
-            )
-        return terms
-
-    return call
+    value: Callable[[np.ndarray], float]
+    highest: bool = True
 
 
-def _check(
-    name: str, what: str, found: object, shape: tuple, fits: Callable[[torch.dtype], bool]
-) -> None:
-    if not isinstance(found, Tensor) or found.shape != shape or not fits(found.dtype):
-        seen = (
-            f"{found.dtype} {tuple(found.shape)}"
-            if isinstance(found, Tensor)
-            else type(found).__name__
-        )
-        kind = "int64" if what == "counts" else "floating-point"
-        raise ValueError(
-            f"objective {name}: Terms.{what} is {seen}, wanted a tensor ({kind}) of shape {shape}"
-        )
+def ratio(sums: np.ndarray) -> float:
+    """The first sum over the second: such as right answers over all."""
+    return float(sums[0] / sums[1]) if sums[1] else float("nan")
+
+
+def losses_of(objective: Any) -> tuple[str, ...]:
+    return tuple(getattr(_plain(objective), "losses", (LOSS,)))
+
+
+def unit_of(objective: Any) -> str:
+    return getattr(_plain(objective), "unit", "target token")
+
+
+def measures_of(objective: Any) -> Mapping[str, Measure]:
+    return getattr(_plain(objective), "measures", {})
+
+
+def maker_of_examples(objective: Any) -> Callable[..., Any] | None:
+    """`examples(book, tokenizer, config)` of the objective; None: next-token prediction."""
+    return getattr(_plain(objective), "examples", None)
+
+
+def _plain(objective: Any) -> Any:
+    return getattr(objective, "func", objective)  # a partial hides its function's attributes
+
+
+class Objectives:
+    """A run's objectives as one: each batch goes to its own."""
+
+    def __init__(self, each: Sequence[Objective]):
+        self.each = list(each)
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        return {name: one for each in self.each for name, one in measures_of(each).items()}
+
+    def __call__(self, forward: Callable, batch: Batch, k: int) -> Terms:
+        objective = self.each[batch.objective]
+        terms = check_terms(objective(forward, batch, k), k, _name(objective))
+        return terms.silenced() if batch.is_dummy else terms
+
+
+def check_terms(terms: Any, k: int, name: str) -> Terms:
+    """What the objective of this name returned, if it is Terms of K tasks: sums of shape (1,) would
+    be added to every task in silence. Only shapes and dtypes are looked at, so no device waits.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(terms, Terms):
+        found = type(terms).__name__
+        raise ValueError(f"objective {name}: returned {found}, wanted mtl.losses.terms.Terms")
+    _check(name, "sums", terms.sums, (k,))
+    _check(name, "counts", terms.counts, (k,))
+    for which, penalty in terms.penalties.items():
+        _check(name, f"penalties[{which!r}]", penalty, ())
+    return terms
+
+
+def _check(name: str, what: str, found: Any, shape: tuple[int, ...]) -> None:
+    kind = "int64" if what == "counts" else "floating-point"
+    if isinstance(found, Tensor):
+        fits = found.dtype == torch.int64 if what == "counts" else found.is_floating_point()
+        if found.shape == shape and fits:
+            return
+        seen = f"{found.dtype} {tuple(found.shape)}"
+    else:
+        seen = type(found).__name__
+    raise ValueError(
+        f"objective {name}: Terms.{what} is {seen}, wanted a tensor ({kind}) of shape {shape}"
+    )
+
+
+def _name(objective: Any) -> str:
+    plain = _plain(objective)
+    return getattr(plain, "__name__", type(plain).__name__)

@@ -14,11 +14,12 @@
           state.safetensors        the balancer's arrays, initial validation and last train losses
       model/                       the exported model, at the end
 
-Data order, learning rate and randomness are functions of seed, step and rank: nothing of them is
+Data order, learning rate and randomness are functions of seed, step and rank, so none of them is
 saved.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,7 @@ FORMAT = 1
 SCRATCH = ".resharded"
 CHECKPOINT, RUN = "checkpoint", "run"  # kinds of our folders, beside EXPORT
 STEP = re.compile(r"step-(\d{8})")
+STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 
 class CheckpointError(ValueError):
@@ -103,12 +105,16 @@ UNTOUCHED = "Nothing was changed."
 class Checkpoints:
     """Checkpoints of one run.
 
-    Args: output: the run's folder. keep: how many of the newest checkpoints stay; the best one
-        stays beside them. identity: what a run must share with a checkpoint to go on from it
-        exactly: dotted name -> plain value. tokenizer: goes with every exported model. layout:
-        {"processes": ..., "zero": ...}: how the engine's state is partitioned. Another one is no
-        obstacle. versions: of the libraries; others than a checkpoint's are said. say: takes what
-        is done otherwise than asked for.
+    Args:
+        output: the run's folder.
+        keep: how many of the newest checkpoints stay; the best one stays beside them.
+        identity: dotted name to plain value: what a run must share with a checkpoint to go on from
+            it exactly.
+        tokenizer: goes with every exported model.
+        layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
+            of another layout is re-partitioned.
+        versions: of the libraries; others than a checkpoint's are said.
+        say: takes messages for people about what differs from what was asked for.
 
     Attributes:
         best: name of the best checkpoint's folder so far.
@@ -209,14 +215,20 @@ class Checkpoints:
         if self.best and not manifest.is_whole(self.folder / self.best, CHECKPOINT):
             self.say(f"{self.folder / self.best}, the best checkpoint so far, is gone")
             self.best = None
+        before, now = record["identity"][STEPS], self.identity[STEPS]
+        if before != now:
+            self.say(
+                f"{folder.name} is of a run of {before:,} steps, which now has {now:,}: from here "
+                "on its learning rate is that of a run of this length"
+            )
         return RunState(
             **record["run"],
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
         )
 
     def check_beginning(self) -> None:
-        """Raise CheckpointError where a run that was stopped before its first checkpoint was
-        another one.
+        """Raise CheckpointError where the folder holds another run, stopped before its first
+        checkpoint.
         """
         beginning = self.output / "run.json"
         if not beginning.is_file():
@@ -261,7 +273,7 @@ class Checkpoints:
         return self.folder / name
 
     def exported(self, which: str) -> Path:
-        """The checkpoint to export: "best" (the last one, where none was better than the start) or
+        """The checkpoint to export: "best" (where none beat the start, the last one) or
         "last".
         """
         return self.folder / self.best if which == "best" and self.best else self.find()
@@ -275,6 +287,8 @@ class Checkpoints:
         differs = [
             k for k in sorted({*theirs, *self.identity}) if theirs.get(k) != self.identity.get(k)
         ]
+        if STEPS in differs and theirs.get(STEPS, math.inf) < self.identity[STEPS]:
+            differs.remove(STEPS)
         if differs:
             lines = "\n".join(
                 f"  {k}: checkpoint {theirs.get(k)!r}, now {self.identity.get(k)!r}"

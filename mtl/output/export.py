@@ -7,15 +7,21 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import mtl
+from mtl.models.files import as_umask_says
 from mtl.output import card, manifest
 from mtl.output.files import flush
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "adapter_config.json"
 EXPORT = "export"  # the kind of folder that the mark names
+# A wrong name, no token, a refusal; and no network, whose class is that of the hub's HTTP library.
+_HUB_ERRORS = (HFValidationError, LocalTokenNotFoundError, *HfHubHTTPError.__bases__)
 
 
 class ExportError(ValueError):
@@ -38,16 +44,17 @@ def export(
     first. The run's log and record are not needed: without them the card says less.
 
     Args:
-        checkpoint: a folder `step-...` of a run.
+        checkpoint: a folder `step-...` of a run, or an adapter's.
         target: where to; its parent is made.
         dtype: "fp32", "bf16", or None: as trained.
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
 
-    Raises: ExportError: there is no model in `checkpoint`, or it is damaged; nothing to merge, no
-        base model; or `target` is something else.
+    Raises:
+        ExportError: there is no model in `checkpoint`, or it is damaged; nothing to merge, no base
+            model; or `target` is something else.
     """
-    source = checkpoint / "model"
+    source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / "model"
     is_adapter = (source / ADAPTER).is_file()
     if not is_adapter and not (source / "config.json").is_file():
         raise ExportError(
@@ -56,9 +63,12 @@ def export(
         )
     if merge and not is_adapter:
         raise ExportError(
-            f"{checkpoint}: found a whole model, wanted an adapter to merge. Leave merging out."
+            f"{checkpoint}: found a whole model, wanted an adapter to merge. Export it without "
+            "merging."
         )
-    if damage := manifest.damage(checkpoint, "model/"):
+    # An adapter by itself may be of another program, without a manifest.
+    damage = manifest.damage(checkpoint, "model/") if source != checkpoint else []
+    if damage:
         raise ExportError(
             "\n  ".join([f"{checkpoint} is damaged. Export another checkpoint.", *damage[:10]])
         )
@@ -71,12 +81,15 @@ def export(
         if merge:
             _merge(source, temporary, dtype, allow_remote_code)
         else:
-            shutil.copytree(source, temporary, dirs_exist_ok=True)
+            shutil.copytree(
+                source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME)
+            )
             if dtype is not None:
                 _cast(temporary, dtype)
         (temporary / "README.md").write_text(
             card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
         )
+        as_umask_says(temporary)
         manifest.seal(temporary)
         manifest.discard(target, EXPORT)
     except BaseException:
@@ -108,6 +121,37 @@ def _check_replaceable(folder: Path) -> None:
             )
 
 
+def push(folder: Path, repo: str, *, public: bool = False) -> str:
+    """Upload an exported folder to a repository on the hub, which is made where there is none.
+
+    Args:
+        folder: what `export` wrote.
+        repo: `owner/name`, or `name` of whoever is logged in (`hf auth login`, or HF_TOKEN).
+        public: whether a new repository may be seen by everyone. One that exists stays as it is.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ExportError: the hub refuses.
+    """
+    api = HfApi()
+    try:
+        found = api.create_repo(repo, private=not public, exist_ok=True)
+        made = api.upload_folder(
+            repo_id=found.repo_id,
+            folder_path=folder,
+            commit_message=f"Upload a model made by coba-mtl {mtl.__version__}",
+        )
+    except _HUB_ERRORS as e:
+        text = " ".join(str(e).split())[:500]
+        raise ExportError(
+            f"--push {repo}: the hub refused {folder}: {text} The folder is written; log in with "
+            "`hf auth login` or set HF_TOKEN, and try again."
+        ) from e
+    return made.commit_url
+
+
 def _cast(folder: Path, dtype: str) -> None:
     size = 0
     for file in folder.glob("*.safetensors"):
@@ -122,7 +166,7 @@ def _cast(folder: Path, dtype: str) -> None:
         ("model.safetensors.index.json", ("metadata", "total_size")),
     ):
         path = folder / name
-        if path.exists():  # an adapter has no config, a small model no index
+        if path.exists():  # an adapter has no config, and a small model no index
             content = json.loads(path.read_text(encoding="utf-8"))
             inner = content
             for key in keys[:-1]:
