@@ -239,7 +239,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{beginning}: is damaged ({error}), and no checkpoint says what the run was. "
-                f"Start anew in another `output:` folder. {UNTOUCHED}"
+                f"Start a new run in another `output:` folder. {UNTOUCHED}"
             ) from error
         self._check(record, beginning)
 
@@ -315,7 +315,7 @@ class Checkpoints:
             f"The newest good checkpoint before it is {good}: go on from it with "
             f"--resume={int(good[5:])}."
             if good
-            else "There is no good one before it: start anew in another `output:` folder."
+            else "There is no good one before it: start a new run in another `output:` folder."
         )
         raise CheckpointError("\n  ".join([f"{folder} is damaged. {move}", *found[:10]]))
 
@@ -356,6 +356,6 @@ class Checkpoints:
 
 def _choose(complete: list[str]) -> str:
     if not complete:
-        return "There is none: start anew in another `output:` folder."
+        return "There is none: start a new run in another `output:` folder."
     steps = ", ".join(str(int(name[5:])) for name in complete)
     return f"There are those of steps {steps}: go on from one with --resume=STEP."

@@ -66,9 +66,10 @@ def export(
             f"{checkpoint}: found a whole model, wanted an adapter to merge. Export it without "
             "merging."
         )
-    # An adapter by itself may be of another program, without a manifest.
-    damage = manifest.damage(checkpoint, "model/") if source != checkpoint else []
-    if damage:
+    # Every checkpoint has a manifest, half a one too. Without it the folder was made otherwise.
+    under = "" if source == checkpoint else "model/"
+    has_manifest = (checkpoint / manifest.NAME).exists()
+    if has_manifest and (damage := manifest.damage(checkpoint, under)):
         raise ExportError(
             "\n  ".join([f"{checkpoint} is damaged. Export another checkpoint.", *damage[:10]])
         )
