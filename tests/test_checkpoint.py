@@ -18,7 +18,7 @@ def complete(folder: Path) -> Path:
 @pytest.fixture
 def checkpoints(tmp_path):
     said: list[str] = []
-    made = Checkpoints(tmp_path, 2, {}, None, {"processes": 1, "zero": 2}, said.append)
+    made = Checkpoints(tmp_path, 2, {}, None, {"processes": 1, "zero": 2}, say=said.append)
     made.said = said
     assert made.find() is None
     for step in (5, 10, 15):
