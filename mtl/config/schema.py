@@ -168,6 +168,8 @@ class TaskSection(Section):
     """
     validation: Sources
     """Rows whose loss is measured, named in the same way."""
+    test: Sources | None = None
+    """Rows that `launch/evaluate.py` alone reads, never a training run, named in the same way."""
     format: Spec
     """What a row holds: messages, prompt_completion, text, alpaca, sharegpt, chat_rounds, or a
     function of yours.

@@ -97,6 +97,19 @@ def resolve(
     return _resolve(config.get(path), config.document.keys(path), kind, allow_code, config.document)
 
 
+def resolve_in(
+    document: Document, path: str, kind: Kind, allow_code: Collection[str] = ()
+) -> Callable[..., Any]:
+    """`resolve` of a spec that stands in a document of its own, such as a command line's.
+
+    Raises:
+        ConfigError: everything that is wrong with it, a line each.
+    """
+    keys = document.keys(path)
+    spec = Spec.model_validate(functools.reduce(child, keys, document.data))
+    return _resolve(spec, keys, kind, allow_code, document)
+
+
 def check(
     kinds: Mapping[str, Kind], allow_code: Collection[str] = ()
 ) -> Callable[[Document], list[Problem]]:
