@@ -20,5 +20,5 @@ def average_norm(piece: Piece, *, weights: Sequence[float] | None = None) -> Ten
     """
     w = piece.deltas.new_tensor(shares(weights, piece.k))
     mean = torch.tensordot(w, piece.deltas, dims=1)
-    wanted, has = w @ piece.deltas.flatten(1).norm(dim=1), mean.norm()
+    wanted, has = w @ piece.flat.norm(dim=1), mean.norm()
     return piece.base.to(piece.wide) + (mean * (wanted / has) if has > 0 else mean)

@@ -14,7 +14,7 @@ def model_stock(piece: Piece) -> Tensor:
 
     Source: Jang et al., ECCV 2024 (arXiv 2403.19522), equation 4 and its form for K models.
     """
-    flat, k = piece.deltas.flatten(1), piece.k
+    flat, k = piece.flat, piece.k
     norms = flat.norm(dim=1).clamp_min(torch.finfo(flat.dtype).tiny)
     cosines = (flat @ flat.T) / norms[:, None] / norms
     cosine = 1.0 if k == 1 else max(0.0, float((cosines.sum() - cosines.trace()) / (k * (k - 1))))

@@ -44,6 +44,11 @@ class Piece:
         base = self.base.to(self.wide)
         return torch.stack([model.to(self.wide).sub_(base) for model in self.models])
 
+    @property
+    def flat(self) -> Tensor:
+        """(K, n) in `wide`: the deltas of n elements."""
+        return self.deltas.reshape(self.k, self.base.numel())
+
     def mix(self, weights: Sequence[float]) -> Tensor:
         """(...) in `wide`: the base and the weighted sum of the deltas."""
         total = self.base.to(self.wide)

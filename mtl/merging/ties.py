@@ -31,7 +31,7 @@ def ties(
     if not 0 < density <= 1:
         raise MergeError(f"density: found {density}, wanted a fraction above 0, at most 1.")
     w = piece.deltas.new_tensor(factors(weights, piece.k, 1.0))
-    flat = piece.deltas.flatten(1)
+    flat = piece.flat
     keep = max(1, int(density * flat.shape[1])) if flat.shape[1] else 0
     kept = torch.zeros_like(flat)
     largest = flat.abs().topk(keep, dim=1, sorted=False).indices
