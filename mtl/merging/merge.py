@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -290,7 +291,12 @@ def _refuse(report: Report, names: list[str], far: bool) -> None:
             f"{', '.join(same)}: found the base itself, wanted models trained from it. Leave it "
             "out."
         )
-    drift = [value or 0 for value in report.total.figures()["drift"]]
+    # The median: norms' scales and biases are alike in models that have nothing in common.
+    every = [counts.figures()["drift"] for counts in report.tensors.values()]
+    drift = [
+        median([each for each in one if each is not None] or [0])
+        for one in zip(*every, strict=True)
+    ]
     if far and max(drift) > FAR:
         raise MergeError(
             f"{names[drift.index(max(drift))]}: found {max(drift):.2f} times the base's length "
