@@ -27,7 +27,7 @@ def yaml(tmp_path_factory) -> Path:
     return path
 
 
-def tests_of(yaml: Path) -> list[str]:
+def with_test_rows(yaml: Path) -> list[str]:
     return [
         f"tasks.{task}.test={yaml.parent}/{task}.test.jsonl" for task in ("copy", "chat", "prose")
     ]
@@ -73,7 +73,7 @@ def test_one_row_cannot_be_halved(yaml):
 
 
 def test_program_writes_a_table_and_json(yaml, tmp_path, monkeypatch, capsys):
-    model, sets = yaml.parent / "model", [x for t in tests_of(yaml) for x in ("--set", t)]
+    model, sets = yaml.parent / "model", [x for t in with_test_rows(yaml) for x in ("--set", t)]
     toys.save(toys.tiny_llama(seed=3), tmp_path / "other")
     given = ["--config", yaml, model, tmp_path / "other", "--json", tmp_path / "x.json"]
     code, out, err = run(monkeypatch, capsys, *given, *sets, "--split", "test")
