@@ -59,7 +59,7 @@ def _of(get: Get, name: str) -> Iterator[Finding]:
     of, here = get("tasks", name, "of"), ("tasks", name)
     if of is None:
         return
-    for key in (*OWN, "share", "epochs", "cap", "validation_cap", "objective"):
+    for key in (*OWN, "test", "share", "epochs", "cap", "validation_cap", "objective"):
         if get("tasks", name, key) is not None:
             hint = "The task is a loss of other tasks' rows."
             yield (*here, key), show(get("tasks", name, key)), "nothing beside `of`", hint
