@@ -175,6 +175,9 @@ def _communication(rank: _Rank) -> list[Part]:
 
 
 def _activations(config: Config, model: nn.Module, positions: int, targets: int) -> list[Part]:
+    if not hasattr(model, "config"):
+        note = "unknown: the model has no configuration of transformers'"
+        return [Part("activations", 0, rough=True, note=note)]
     settings: PretrainedConfig = model.config.get_text_config()
     size = 4 if config.model.precision == "fp32" else 2
     hidden, layers, vocabulary = (
