@@ -67,7 +67,7 @@ def test_the_printed_files_train(folder, ended):
 
 def test_the_tracker_has_the_numbers_of_the_log_and_resumes(folder, ended):
     path = folder / "runs/stars/validation.csv"
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     logged = {
         (line["step"], tag): value
         for line in runs.metrics(folder / "runs/stars")
