@@ -78,7 +78,7 @@ def test_the_tracker_has_the_numbers_of_the_log_and_resumes(folder, ended):
     name = {"__name__": "mine.tracker"}
     exec(FILES["mine/tracker.py"], name)
     name["Csv"](output=path.parent, steps=12, start=6)
-    kept = list(csv.DictReader(path.open()))
+    kept = list(csv.DictReader(path.read_text().splitlines()))
     assert kept == [row for row in rows if int(row["step"]) <= 6]
 
 
