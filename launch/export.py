@@ -41,6 +41,11 @@ def main() -> None:
         "--merge", action="store_true", help="add the adapter to its base model and write the whole"
     )
     parser.add_argument(
+        "--average",
+        action="store_true",
+        help="the averaged weights, where the run's YAML has `average:`",
+    )
+    parser.add_argument(
         "--dtype", choices=list(DTYPES), help="type of the parameters; as trained where left out"
     )
     parser.add_argument(
@@ -55,6 +60,7 @@ def main() -> None:
         args.dtype,
         merge=args.merge,
         allow_remote_code=args.allow_remote_code,
+        weights="average" if args.average else "model",
     )
     print(f"{'merged model' if args.merge else 'model'}, of {args.checkpoint.name}: {out}")
 

@@ -10,11 +10,12 @@ import mtl
 from mtl.config import dump
 
 
-def card(checkpoint: Path, *, adapter: bool) -> str:
+def card(checkpoint: Path, *, adapter: bool, weights: str = "model") -> str:
     """The text of a README.md, with the hub's metadata on top.
 
     Args: checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it
         the card says less. adapter: whether PEFT loads the folder, rather than transformers.
+        weights: "model", or "average": the losses are those of the averaged weights.
     """
     run = checkpoint.parent.parent
     step = (
@@ -40,15 +41,18 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
     kind = "full fine-tuning" if config["model"]["lora"] is None else "LoRA"
     if config["model"].get("quantize"):
         kind = f"LoRA on {config['model']['quantize']} weights"
+    averaged = ", its weights averaged along the run" if weights == "average" else ""
     lines = [
         f"# {run.name or checkpoint.name}",
         "",
         f"`{base}` fine-tuned ({kind}) on {len(record['tasks'])} tasks at once, their losses "
-        f"balanced by {method}. {_made(record, step)}",
+        f"balanced by {method}{averaged}. {_made(record, step)}",
         "",
         "## Tasks",
         "",
-        *_tasks(record["tasks"], _losses(run / "metrics.jsonl", list(record["tasks"]), step)),
+        *_tasks(
+            record["tasks"], _losses(run / "metrics.jsonl", list(record["tasks"]), step, weights)
+        ),
         "",
         "## Use",
         "",
@@ -119,7 +123,9 @@ def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -
     return [*lines, "", f"Losses are in nats per target token.{note}"]
 
 
-def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[float, float, int]]:
+def _losses(
+    path: Path, tasks: list[str], step: int | None, weights: str
+) -> dict[str, tuple[float, float, int]]:
     """Per task its validation loss on the first pass, on the last one up to `step`, and that one's
     step.
     """
@@ -130,11 +136,12 @@ def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[f
     if not passes:
         return {}
     first, last = passes[0], passes[-1]
-    tags = {name: f"eval/{name}/loss" for name in tasks}
+    within = "eval/average" if weights == "average" else "eval"
+    tags = {name: (f"eval/{name}/loss", f"{within}/{name}/loss") for name in tasks}
     return {
-        name: (first[tag], last[tag], last["step"])
-        for name, tag in tags.items()
-        if tag in first and tag in last
+        name: (first[before], last[here], last["step"])
+        for name, (before, here) in tags.items()
+        if before in first and here in last
     }
 
 

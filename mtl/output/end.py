@@ -16,8 +16,7 @@ def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]
     print(report.table(report.read(checkpoints.output)), flush=True)
     which = config.export.which
     if which != "none":
-        source = checkpoints.exported(which)
-        print(
-            f"{which} model, of {source.name}: "
-            f"{export(source, checkpoints.output / 'model', config.export.dtype)}"
-        )
+        source, weights = checkpoints.exported(which)
+        target = export(source, checkpoints.output / "model", config.export.dtype, weights=weights)
+        averaged = ", averaged weights" if weights == "average" else ""
+        print(f"{which} model, of {source.name}{averaged}: {target}")

@@ -24,7 +24,8 @@ PACKAGES = (
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
     "model.name", "model.revision", "model.precision", "model.lora", "model.quantize", "objective", "mix", "batch.examples",
-    "train", "optimizer", "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
+    "train.order", "train", "optimizer", "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
+    "average",
 )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
         for key in path.split("."):
             value = value[key]
         same[path] = value
+    del same["train"]["order"]  # stands by itself, so that older checkpoints, without it, go on
     for task in tasks:
         for key in ("share", "epochs"):
             same[f"tasks.{task.name}.{key}"] = resolved["tasks"][task.name][key]

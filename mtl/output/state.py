@@ -10,7 +10,9 @@ class RunState:
     """Where a run is. Everything but weights, optimizer and balancer that the next step depends on.
 
     Attributes: step: optimizer updates completed. target_tokens: target tokens trained on. best:
-        {"step": ..., "value": ...} of the validation loss that picks the best checkpoint.
+        {"step": ..., "value": ...} of the validation loss that picks the best checkpoint, and
+        {"weights": "average"} where the averaged weights have it. bests: the same of every task's
+        own loss, by its name, where `checkpoint.bests` asks. averaged: updates of `average:`.
         evaluated: step of the last full validation pass; -1 before the first. metrics_bytes: length
         of metrics.jsonl, to cut it back on resume. base_sums, base_tokens: (K, G) float64, the full
         pass at step 0. train_loss: (K,) float64, nats per target token of the last update.
@@ -24,6 +26,8 @@ class RunState:
     target_tokens: int = 0
     best: dict[str, float] | None = None
     evaluated: int = -1
+    bests: dict[str, dict[str, float]] | None = None
+    averaged: int = 0
     metrics_bytes: int = 0
     base_sums: np.ndarray | None = None
     base_tokens: np.ndarray | None = None

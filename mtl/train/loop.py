@@ -41,6 +41,8 @@ def train(run: Run, state: RunState) -> RunState:
         lr = _lr(config, t, run.steps)
         report = train_step(run.engine, run.objective, batch, weights, lr, names)
         state.step, state.train_loss = t + 1, report.losses
+        if run.average:
+            run.average.after_update(state)
         state.target_tokens += int(batch.tokens.sum())
         if Signal.REPLAY_LOSS in run.holder.balancer.needs:
             seed_step(config.train.seed, t)
@@ -80,26 +82,47 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     group's initial loss.
     """
     began = time.monotonic()
-    validation = evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+
+    def full_pass() -> ValidationResult:
+        return evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+
+    validation = full_pass()
     state.evaluated = state.step
     if state.base_sums is None:
         state.base_sums, state.base_tokens = validation.sums, validation.tokens
-    summary = validation.summary(run.names)
-    values = {f"eval/{name}/loss": summary[name] for name in run.names}
-    values |= {f"eval/{what}": summary[what] for what in ("macro", "token", "worst")}
+    summaries = {"model": validation.summary(run.names)}
+    values = _eval_values("eval", summaries["model"], run.names)
+    if run.average:
+        run.average.at_pass(state)
+        averaged = run.average.measure(state, validation, full_pass)
+        summaries["average"] = averaged.summary(run.names)
+        values |= _eval_values("eval/average", summaries["average"], run.names)
     _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
     if run.patience:
         for text in run.patience.observe(state, validation.losses, run.names):
             _say(run, f"step {state.step}/{run.steps}  {text}")
 
     key = run.config.evaluate.best
-    if not np.isfinite(summary[key]):
-        raise ValueError(
-            f"validation at step {state.step}: {key} (evaluate.best) is {summary[key]}: {summary}"
-        )
-    if state.best is None or summary[key] < state.best["value"]:
-        state.best = {"step": state.step, "value": summary[key]}
+    for weights, summary in summaries.items():
+        if not np.isfinite(summary[key]):
+            raise ValueError(
+                f"validation at step {state.step}: {key} (evaluate.best) is {summary[key]}: "
+                f"{summary}"
+            )
+        if state.best is None or summary[key] < state.best["value"]:
+            state.best = {"step": state.step, "value": summary[key]}
+            if weights != "model":
+                state.best["weights"] = weights
+    if run.config.checkpoint.bests:
+        better = run.checkpoints.save_bests(run.engine, state, run.names, validation.losses)
+        if better and state.step:
+            _say(run, f"step {state.step}/{run.steps}  kept the best of {', '.join(better)}")
     return validation
+
+
+def _eval_values(group: str, summary: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    values = {f"{group}/{name}/loss": summary[name] for name in names}
+    return values | {f"{group}/{what}": summary[what] for what in ("macro", "token", "worst")}
 
 
 def _train_values(
@@ -137,9 +160,12 @@ def _log(run: Run, step: int, values: Mapping[str, float]) -> None:
 def _save(run: Run, state: RunState, is_best: bool) -> None:
     began = time.monotonic()
     state.metrics_bytes = trackers.metrics_bytes(run.checkpoints.output)
-    folder = run.checkpoints.save(run.engine, run.holder, state, is_best=is_best)
+    folder = run.checkpoints.save(
+        run.engine, run.holder, state, is_best=is_best, average=run.average
+    )
     best = (
-        f", the best so far ({run.config.evaluate.best} {state.best['value']:.4f})"
+        f", the best so far ({run.config.evaluate.best} {state.best['value']:.4f}"
+        f"{', averaged weights' if 'weights' in state.best else ''})"
         if is_best
         else ""
     )
