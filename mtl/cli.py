@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-PROGRAMS = ("train", "check", "export", "report", "migrate_mftcoder")
+PROGRAMS = ("train", "check", "export", "report", "replicas", "migrate_mftcoder")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
