@@ -11,6 +11,7 @@ import toys
 from distributed import run_distributed
 from safetensors.torch import load_file
 
+from mtl.check import memory
 from mtl.config import parse
 from mtl.distributed import comm, engine, masters
 from mtl.losses import head
@@ -250,3 +251,19 @@ def test_another_layout_reads_the_same_average(jobs):
 def test_before_the_first_update_the_pass_is_not_repeated():
     average = Average.__new__(Average)
     assert average.measure(RunState(), NO_PASS, lambda: pytest.fail("a second pass")) is NO_PASS
+
+
+def test_the_estimate_of_memory():
+    """A part of the weights a process, in fp32; of the last n passes n of them, and their mean."""
+    for given, copies in ((EMA, 1), ("{last: 3}", 4)):
+        config = parse(f"""
+model: {{name: x}}
+tasks: {{a: {{train: a, validation: a, format: text}}}}
+train: {{steps: 5}}
+average: {given}
+output: x
+""")
+        made = toys.tiny_llama()
+        parts = memory.estimate(config, 2, made, 2, positions=1, targets=1)
+        (part,) = [part for part in parts if part.name == "average"]
+        assert part.bytes == copies * 4 * sum(p.numel() for p in made.parameters()) / 2

@@ -401,7 +401,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "checkpoint: {best: false}",
-            "export.which: found best, wanted last or none. With checkpoint.best: false the best one is not kept.",
+            "export.which: found best, wanted last, average or none. With checkpoint.best: false the best one is not kept.",
         ),
     ],
 )

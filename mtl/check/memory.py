@@ -89,6 +89,15 @@ def estimate(
             note=f"{' and '.join(copies) or 'no state'}{_over(share(1))}",
         ),
     ]
+    if config.average:
+        given, held = config.average, config.average.last or 1
+        copies = held + (held > 1)  # their mean, while it is measured
+        note = f"{copies} x {trained:,} in fp32{_over(share(1))}"
+        parts.append(
+            Part(
+                "average", 4 * copies * trained / share(1), given.device or on_optimizer, note=note
+            )
+        )
     if offload.optimizer != "none":
         size, what = 4 * trained / world, "the optimizer's gradients"
         if (

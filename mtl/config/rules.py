@@ -247,7 +247,7 @@ def _export(get: Get) -> Iterator[Finding]:
         yield (
             ("export", "which"),
             "best",
-            "last or none",
+            "last, average or none",
             "With checkpoint.best: false the best one is not kept.",
         )
 
