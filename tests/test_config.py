@@ -292,7 +292,7 @@ def test_a_config_cannot_be_changed():
         (
             "bath: {}",
             "bath: found an unknown key, wanted model, tasks, mix, batch, train, optimizer, schedule, balancer, "
-            "gram, objective, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
+            "gram, objective, average, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
         ),
         (
             "mix: {lr: 1}",
@@ -582,7 +582,7 @@ def test_overrides():
     [
         (
             "train.stepz=1",
-            "train.stepz: found an unknown key, wanted steps, epochs or seed. Did you mean steps?",
+            "train.stepz: found an unknown key, wanted steps, epochs, seed or order. Did you mean steps?",
         ),
         (
             "train.steps=[1",
