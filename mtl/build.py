@@ -11,23 +11,28 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from balancers import Holder
 from mtl import plugins
-from mtl.config import Config
+from mtl.config import Config, ConfigError
 from mtl.config.spec import resolve
-from mtl.data.batches import TrainBatches
+from mtl.data.batches import Layouts, TrainBatches
 from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
+from mtl.data.encode import Encoder, load_tokenizer
 from mtl.data.encoded import TaskData
-from mtl.data.plan import layout_for, mix_for, probe_every, steps_of, validation_groups_for
+from mtl.data.examples import Book, Examples
+from mtl.data.next_token import NextToken
+from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validation_groups_for
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.models import load, packing
+from mtl.losses.objective import maker_of_examples
+from mtl.models import packing
+from mtl.models.loaders import LOADERS
 from mtl.output import provenance, trackers
 from mtl.output.checkpoint import Checkpoints, write_json
 from mtl.output.state import RunState
@@ -41,10 +46,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Data:
-    """A config's tokenizer and its tasks' encoded rows, in the order of the YAML."""
+    """What a config trains on.
+
+    Attributes:
+        tasks: each stream's encoded rows, in the order of the YAML.
+        goals: the objectives, and which task each loss counts for; None: next-token prediction.
+        examples: of each objective.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tasks: list[TaskData]
+    goals: plugins.Goals | None = None
+    examples: Sequence[Examples] = ()
 
 
 def say_once(text: str) -> None:
@@ -61,18 +74,49 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = N
         DataError: every problem of every task.
     """
     tokenizer = load_tokenizer(config.model, config.where("model.name"))
+    goals = plugins.objectives(config, allow_code)
+    examples = [_examples(one, goals.book, tokenizer, config) for one in goals.each]
+    if config.batch.packing is True and not all(one.packs for one in examples):
+        found = "true, with an objective that does not say that it can pack"
+        raise ConfigError([config.error("batch.packing", found, "auto or false")])
     formats = plugins.formats(config, allow_code)
-    return Data(tokenizer, prepare(config, tokenizer, formats, **({"say": say} if say else {})))
+    of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
+    tasks = prepare(config, of_stream, formats, **({"say": say} if say else {}))
+    for number, one in enumerate(examples):
+        mine = [s for s in range(len(tasks)) if goals.of[s] == number]
+        one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
+    return Data(tokenizer, tasks, goals, examples)
 
 
-def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, say: Say = say_once) -> Engine:
+def _examples(
+    objective: Callable, book: Book, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Examples:
+    """The objective's own, or next-token prediction's."""
+    make = maker_of_examples(objective)
+    if make is not None:
+        return make(book, tokenizer, config)
+    encoder = Encoder(tokenizer, config.batch.max_length, config.batch.too_long)
+    return NextToken(book, tokenizer.pad_token_id or 0, encoder)
+
+
+def in_memory(config: Config, tokenizer: Any, tasks: list[TaskData]) -> Data:
+    """Rows of next-token prediction that are no files: for tests and benchmarks."""
+    goals = plugins.objectives(config)
+    examples = [NextToken(goals.book, tokenizer.pad_token_id or 0)]
+    return Data(tokenizer, tasks, goals, examples)
+
+
+def start_engine(
+    config: Config, data: Data, allow_code: Collection[str] = (), say: Say = say_once
+) -> Engine:
     """The model and its optimizer on DeepSpeed. A collective.
 
     Raises:
         ModelError: the model cannot be loaded or trained as the config asks.
     """
     torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
-    return Engine(load.load(config, tokenizer), config, optimizer(config), say)
+    model = plugins.loader(config, allow_code)(config, data.tokenizer, data.examples, empty=False)
+    return Engine(model, config, optimizer(config), say)
 
 
 def build(
@@ -98,19 +142,21 @@ def build(
         ConfigError, ModelError: what the config asks cannot be done.
         ValueError: the ranks' configs, data or balancers differ.
     """
-    tasks, pad_id = data.tasks, data.tokenizer.pad_token_id or 0
-    identity = provenance.identity(config, tasks)
-    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
-    engine = engine or start_engine(config, data.tokenizer, say)
-    if packed is None:
-        packed = packing.decide(config, engine, len(data.tokenizer), say)
-
-    def layout(tokens: int):
-        return layout_for(config, tasks, comm.world(), comm.rank(), pad_id, packed, tokens)
-
+    tasks, goals = data.tasks, data.goals
     mix = mix_for(config, tasks)
+    identity = provenance.identity(config, tasks, steps_of(config, mix))
+    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
+    engine = engine or start_engine(config, data, allow_code, say)
+    if packed is None:
+        can = any(one.packs for one in data.examples)
+        packed = can and packing.decide(config, engine, len(data.tokenizer), say)
+
+    def layouts(tokens: int) -> Layouts:
+        ranks = comm.world(), comm.rank()
+        return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
+
     validation = validation_groups_for(
-        config, tasks, layout(config.evaluate.tokens or config.batch.tokens)
+        config, tasks, layouts(config.evaluate.tokens or config.batch.tokens)
     )
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
@@ -120,11 +166,12 @@ def build(
     return Run(
         config=config,
         names=list(config.tasks),
+        book=goals.book,
         steps=steps_of(config, mix),
         engine=engine,
-        objective=resolve(config, "objective", plugins.OBJECTIVE, allow_code),
+        objective=goals.as_one,
         holder=holder,
-        batches=TrainBatches(tasks, mix, layout(config.batch.tokens)),
+        batches=TrainBatches(tasks, mix, layouts(config.batch.tokens)),
         validation=validation,
         checkpoints=Checkpoints(
             output=Path(config.output).expanduser(),
@@ -132,12 +179,19 @@ def build(
             identity=identity,
             tokenizer=data.tokenizer,
             layout={"processes": comm.world(), "zero": zero_stage(config)},
+            loader=_own_loader(config),
             say=say,
         ),
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
         average=config.average and Average(engine, config.average),
     )
+
+
+def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:
+    """Name and keywords of a loader that is not built in."""
+    spec = config.model.loader
+    return None if spec.name in LOADERS else (spec.name, spec.keywords)
 
 
 def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:

@@ -15,6 +15,7 @@ from mtl import process
 from mtl.check import memory
 from mtl.config import load
 from mtl.distributed.ds_config import ds_config, zero_stage
+from mtl.models import load as models
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -71,7 +72,7 @@ def test_it_fits_the_gpus_it_is_written_for(name, tmp_path):
     world, memory_of_gpu, sizes, parameters = WRITTEN_FOR[name]
     Qwen2Config(vocab_size=152064, tie_word_embeddings=False, **sizes).save_pretrained(tmp_path)
     config = load(FOLDER / name, [f"model.name={tmp_path}", *without_extras(FOLDER / name)])
-    skeleton = load.skeleton(config, toys.tokenizer())
+    skeleton = models.skeleton(config, toys.tokenizer())
     frozen = sum(p.numel() for n, p in skeleton.named_parameters() if "lora_" not in n)
     assert frozen == pytest.approx(parameters, rel=1e-3), "it is the model it says"
     tokens = config.batch.tokens

@@ -6,7 +6,6 @@ code that encodes. It holds `rows.arrow` (Arrow's stream format, a row an exampl
 `datasets.Dataset.from_file` reads it too) and `report.json`.
 """
 
-import hashlib
 import inspect
 import json
 import multiprocessing
@@ -18,13 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from mtl.config import Config
-from mtl.data.encode import Encoder, Tokenized
-from mtl.data.encoded import SCHEMA, DataError, Encoded, Report, TaskData, record_batch
+from mtl.data.encode import Encoder, hash_of
+from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
+from mtl.data.examples import LOSS, Examples
+from mtl.data.examples import Row as EncodedRow
 from mtl.data.formats import Format, RowProblem
 from mtl.data.lock import Say, build_once
 from mtl.data.source import Row, Source, open_source
@@ -33,12 +34,12 @@ CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
 PARALLEL = 2**25  # bytes of source above which starting processes, seconds each, is worth it
 NEWS = 10.0  # seconds between two signs of progress
 
-Outcome = tuple[int, Tokenized | RowProblem]  # a row's number, and what became of it
+Outcome = tuple[int, EncodedRow | RowProblem]  # a row's number, and what became of it
 
 
 def prepare(
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Examples],
     formats: Mapping[str, Format],
     say: Say = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> list[TaskData]:
@@ -48,16 +49,16 @@ def prepare(
     needed, and none should exist yet: its collectives would time out meanwhile.
 
     Args:
-        formats: each task's format, its keywords bound.
+        examples: how each stream's rows are encoded.
+        formats: each stream's format, its keywords bound.
         say: takes messages for people: what is encoded, and what is waited for.
 
-    Returns: the tasks in the order of `config.tasks`.
+    Returns: the streams in the order of `config.tasks`.
 
     Raises: DataError with every problem of every task.
     """
-    encoder = Encoder(tokenizer, config.batch.max_length, config.batch.too_long)
     root, problems, tasks = Path(config.cache).expanduser(), [], []
-    for name, task in config.tasks.items():
+    for name, task in config.streams.items():
         splits = []
         for split, names, cap in (
             ("train", task.train, task.cap),
@@ -67,7 +68,7 @@ def prepare(
                 sources = [open_source(one, split) for one in names]
                 splits.append(
                     encode_split(
-                        root, sources, formats[name], encoder, cap, f"{name} ({split})", say
+                        root, sources, formats[name], examples[name], cap, f"{name} ({split})", say
                     )
                 )
             except DataError as error:
@@ -84,7 +85,7 @@ def encode_split(
     root: Path,
     sources: Sequence[Source],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     cap: int | None,
     label: str,
     say: Say,
@@ -96,9 +97,9 @@ def encode_split(
         None = all. label: what to call it in messages.
 
     Raises: DataError if a source cannot be read, no row is left, or a row is too long and
-    `encoder.too_long` "error".
+    `too_long: error` holds.
     """
-    key = _key(sources, to_example, encoder, cap)
+    key = _key(sources, to_example, examples, cap)
     folder = root / key
     if not folder.exists():
 
@@ -108,15 +109,17 @@ def encode_split(
                 partial,
                 sources,
                 to_example,
-                encoder,
+                examples,
                 cap,
                 lambda text: progress(f"{label}: {text}"),
             )
 
         build_once(folder, build, say)
-    split = Encoded.open(folder, [one.where for one in sources], key)
+    split = Encoded.open(
+        folder, [one.where for one in sources], key, examples.columns, examples.positions
+    )
     long = split.report.dropped.get("too long", 0)
-    if len(split) == 0 or encoder.too_long == "error" and long:
+    if len(split) == 0 or getattr(examples, "too_long", "drop") == "error" and long:
         found = (
             "no usable row"
             if len(split) == 0
@@ -130,7 +133,7 @@ def _write(
     folder: Path,
     sources: Sequence[Source],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     cap: int | None,
     progress: Say,
 ) -> None:
@@ -138,8 +141,16 @@ def _write(
     at a time.
     """
     report, pending, told = Report(), [], time.monotonic()
-    with (folder / "rows.arrow").open("wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        for s, number, result in _outcomes(sources, to_example, encoder, cap):
+    columns, losses = examples.columns, len(getattr(examples, "losses", (LOSS,)))
+
+    def batch() -> pa.RecordBatch:
+        return record_batch(pending, columns, losses)
+
+    def writing(file: Any) -> Any:
+        return pa.ipc.new_stream(file, schema(columns, losses))
+
+    with (folder / "rows.arrow").open("wb") as file, writing(file) as writer:
+        for s, number, result in _outcomes(sources, to_example, examples, cap):
             if report.kept == cap:
                 break
             report.read += 1
@@ -147,23 +158,23 @@ def _write(
                 report.drop(s, number, result.reason, str(result))
             else:
                 report.kept += 1
-                report.tokens += len(result.ids)
-                report.targets += int(result.target.sum())
+                report.tokens += len(result.columns[next(iter(columns))])
+                report.targets += result.counts[0]
                 report.truncated += result.truncated
-                pending.append((result.ids, result.target, s, number))
+                pending.append((result, s, number))
             if len(pending) == CHUNK:
-                writer.write_batch(record_batch(pending))
+                writer.write_batch(batch())
                 pending.clear()
             if time.monotonic() - told > NEWS:
                 told = time.monotonic()
                 progress(f"{report.read:,} rows")
-        writer.write_batch(record_batch(pending))
+        writer.write_batch(batch())
     report.save(folder / "report.json")
 
 
 def _outcomes(
-    sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None
-) -> Iterator[tuple[int, int, Tokenized | RowProblem]]:
+    sources: Sequence[Source], to_example: Format, examples: Examples, cap: int | None
+) -> Iterator[tuple[int, int, EncodedRow | RowProblem]]:
     """(source, row number, what became of it), in the order of the rows however many processes
     work.
     """
@@ -183,9 +194,9 @@ def _outcomes(
             rows = one.rows()
             chunks = iter(lambda rows=rows: list(islice(rows, CHUNK)), [])
             if pool is None:
-                results = (_encode(chunk, to_example, encoder) for chunk in chunks)
+                results = (_encode(chunk, to_example, examples) for chunk in chunks)
             else:
-                results = _ahead(pool, chunks, to_example, encoder, 2 * cores)
+                results = _ahead(pool, chunks, to_example, examples, 2 * cores)
             for outcomes in results:
                 yield from ((s, number, result) for number, result in outcomes)
     finally:
@@ -197,27 +208,27 @@ def _ahead(
     pool: ProcessPoolExecutor,
     chunks: Iterator[list[Row]],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     many: int,
 ) -> Iterator[list[Outcome]]:
     """Results in order, `many` chunks being under way: Executor.map would read the whole source
     first.
     """
     coming = deque(
-        pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, many)
+        pool.submit(_encode, chunk, to_example, examples) for chunk in islice(chunks, many)
     )
     while coming:
         yield coming.popleft().result()
         coming.extend(
-            pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, 1)
+            pool.submit(_encode, chunk, to_example, examples) for chunk in islice(chunks, 1)
         )
 
 
-def _encode(rows: Sequence[Row], to_example: Format, encoder: Encoder) -> list[Outcome]:
-    return [(row.number, _encode_row(row, to_example, encoder)) for row in rows]
+def _encode(rows: Sequence[Row], to_example: Format, examples: Examples) -> list[Outcome]:
+    return [(row.number, _encode_row(row, to_example, examples)) for row in rows]
 
 
-def _encode_row(row: Row, to_example: Format, encoder: Encoder) -> Tokenized | RowProblem:
+def _encode_row(row: Row, to_example: Format, examples: Examples) -> EncodedRow | RowProblem:
     if row.value is None:
         return RowProblem("unreadable", row.problem)
     try:
@@ -229,51 +240,31 @@ def _encode_row(row: Row, to_example: Format, encoder: Encoder) -> Tokenized | R
     ) as error:  # a format of the user's own: one row it cannot take must not end the run
         return RowProblem("bad value", f"the format raises {type(error).__name__}: {error}")
     try:
-        return encoder(example)
+        return examples.encode(example)
     except RowProblem as problem:
         return problem
 
 
-def _key(sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None) -> str:
+def _key(sources: Sequence[Source], to_example: Format, examples: Examples, cap: int | None) -> str:
     function = getattr(
         to_example, "func", getattr(to_example, "target", to_example)
     )  # of a partial, a spec.Maker
     identity = {
         "sources": [one.fingerprint() for one in sources],
-        "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "format": [function.__module__, function.__qualname__, getattr(to_example, "keywords", {})],
-        "length": [encoder.max_length, encoder.too_long == "truncate"],
+        "examples": [type(examples).__qualname__, examples.identity],
         "cap": cap,
         # The code itself instead of version numbers that someone would have to remember to raise.
         "code": [
-            _module_hash(thing) for thing in (function, open_source, RowProblem, Encoder, Report)
+            _module_hash(thing)
+            for thing in (function, open_source, RowProblem, Encoder, Report, type(examples))
         ],
     }
-    return _hash(json.dumps(identity, sort_keys=True, default=repr))
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal, of all that decides which ids a text gets: the tokenizer's own file, its
-    specials, its template.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
-    parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
-    return _hash(json.dumps(parts, sort_keys=True, default=repr))
+    return hash_of(json.dumps(identity, sort_keys=True, default=repr))
 
 
 def _module_hash(thing: Callable[..., object]) -> str:
     try:
-        return _hash(inspect.getsource(sys.modules[thing.__module__]))
+        return hash_of(inspect.getsource(sys.modules[thing.__module__]))
     except (OSError, TypeError, KeyError):  # typed in at a prompt, or compiled
         return ""
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

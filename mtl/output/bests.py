@@ -7,6 +7,7 @@ Which task names which step stands in the state (`RunState.bests`), and so in ev
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -42,12 +43,19 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path, step: int) -> None:
+def write(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    step: int,
+    loader: tuple[str, dict[str, Any]] | None = None,
+) -> None:
     """Write the model, or its adapter, as the best of step `step`: whole or not at all. A
     collective.
 
     Args:
         folder: `bests` of the run.
+        loader: as `save` takes it.
     """
     target = folder / folder_name(step)
     temporary = target.with_name(f".{target.name}.tmp")
@@ -64,7 +72,7 @@ def write(engine: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path, step
             temporary.rename(target)
 
     comm.together(begin)
-    save(engine, tokenizer, temporary)
+    save(engine, tokenizer, temporary, loader)
     comm.together(end)
 
 

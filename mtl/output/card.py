@@ -1,10 +1,12 @@
-"""The model card: what an exported model was trained on, how, and with what result. Read from the
-run's own files.
+"""The model card: what an exported model was trained on, how, and with what result. It is read from
+the run's files.
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 import mtl
 from mtl.config import dump
@@ -13,85 +15,116 @@ from mtl.config import dump
 def card(checkpoint: Path, *, adapter: bool, weights: str = "model") -> str:
     """The text of a README.md, with the hub's metadata on top.
 
-    Args: checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it
-        the card says less. adapter: whether PEFT loads the folder, rather than transformers.
+    Args:
+        checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it the
+            card says less.
+        adapter: whether PEFT loads the folder, rather than transformers.
         weights: "model", or "average": the losses are those of the averaged weights.
     """
     run = checkpoint.parent.parent
-    step = (
-        int(checkpoint.name.rpartition("-")[2])
-        if checkpoint.name.rpartition("-")[2].isdigit()
-        else None
-    )
+    number = checkpoint.name.rpartition("-")[2]
+    step = int(number) if number.isdigit() else None
+    library = {"library_name": "peft" if adapter else "transformers"}
     record = _json(run / "run.json")
     if not record:
-        return _page(
-            {"library_name": "peft" if adapter else "transformers"},
-            [f"# {checkpoint.name}", "", _made(None, step)],
-        )
-    config = record["config"]
-    base, balancer = config["model"]["name"], config["balancer"]
-    method = balancer if isinstance(balancer, str) else balancer["name"]
-    metadata = {
-        "base_model": base,
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["coba-mtl", "multitask", method.rpartition(":")[2]],
+        return _page(library, [f"# {checkpoint.name}", "", _made(None, step)])
+    config, tasks, base = record["config"], record["tasks"], _base(checkpoint)
+    losses = _losses(run / "metrics.jsonl", list(tasks), step, weights)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    sections = {
+        "Tasks": _tasks(tasks, losses, _unit(config)),
+        "Use": _code("python", *_use(config, adapter)),
+        "Balancer": _yaml({"balancer": config["balancer"]}),
+        "Config": [
+            "<details><summary>The experiment, with defaults</summary>",
+            "",
+            *_yaml(config),
+            "",
+            "</details>",
+        ],
+        "Versions": [versions],
     }
-    kind = "full fine-tuning" if config["model"]["lora"] is None else "LoRA"
+    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, base, step, weights)]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", *body]
+    return _page(_metadata(config, base, library), lines)
+
+
+def _metadata(config: dict[str, Any], base: str | None, library: dict[str, str]) -> dict[str, Any]:
+    base = base or config["model"]["name"]
+    return {
+        # The hub refuses a card whose base model is a folder.
+        "base_model": None if Path(base).expanduser().exists() else base,
+        **library,
+        "pipeline_tag": _PIPELINES.get(_loader(config)),
+        "tags": ["coba-mtl", "multitask", _method(config).rpartition(":")[2]],
+    }
+
+
+def _summary(record: dict[str, Any], base: str | None, step: int | None, weights: str) -> str:
+    config = record["config"]
+    kind = "LoRA" if base else "full fine-tuning"
     if config["model"].get("quantize"):
         kind = f"LoRA on {config['model']['quantize']} weights"
     averaged = ", its weights averaged along the run" if weights == "average" else ""
-    lines = [
-        f"# {run.name or checkpoint.name}",
+    return (
+        f"`{base or config['model']['name']}` fine-tuned ({kind}) on {len(record['tasks'])} tasks "
+        f"at once, their losses balanced by {_method(config)}{averaged}. {_made(record, step)}"
+    )
+
+
+def _method(config: dict[str, Any]) -> str:
+    balancer = config["balancer"]
+    return balancer if isinstance(balancer, str) else balancer["name"]
+
+
+def _code(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```"]
+
+
+def _yaml(value: dict[str, Any]) -> list[str]:
+    return _code("yaml", dump(value).rstrip())
+
+
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+}
+
+
+def _loader(config: dict[str, Any]) -> str:
+    loader = config["model"].get("loader", "causal_lm")
+    return loader if isinstance(loader, str) else loader["name"]
+
+
+def _use(config: dict[str, Any], adapter: bool) -> list[str]:
+    """Lines of Python that open the folder."""
+    loader = _loader(config)
+    if loader == "causal_lm":
+        return _USE_ADAPTER if adapter else _USE_MODEL
+    if loader == "sequence_classification" and not adapter:
+        return [line.replace("CausalLM", "SequenceClassification") for line in _USE_MODEL]
+    allowed = "" if loader in _PIPELINES else f", allow_code=[{loader.partition('.')[0]!r}]"
+    return [
+        "import mtl",
+        "from transformers import AutoTokenizer",
         "",
-        f"`{base}` fine-tuned ({kind}) on {len(record['tasks'])} tasks at once, their losses "
-        f"balanced by {method}{averaged}. {_made(record, step)}",
-        "",
-        "## Tasks",
-        "",
-        *_tasks(
-            record["tasks"], _losses(run / "metrics.jsonl", list(record["tasks"]), step, weights)
-        ),
-        "",
-        "## Use",
-        "",
-        "```python",
-        *(_USE_ADAPTER if adapter else _USE_MODEL),
-        "```",
-        "",
-        "## Balancer",
-        "",
-        "```yaml",
-        dump({"balancer": balancer}).rstrip(),
-        "```",
-        "",
-        "## Config",
-        "",
-        "<details><summary>The experiment, with defaults</summary>",
-        "",
-        "```yaml",
-        dump(config).rstrip(),
-        "```",
-        "",
-        "</details>",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        f'model = mtl.load("."{allowed})',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
     ]
-    return _page(metadata, lines)
 
 
 _USE_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""".splitlines()
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")""".splitlines()
 _USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""".splitlines()
+model = AutoPeftModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")""".splitlines()
 
 
 def _made(record: dict[str, Any] | None, step: int | None) -> str:
@@ -101,13 +134,20 @@ def _made(record: dict[str, Any] | None, step: int | None) -> str:
     )
 
 
-def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -> list[str]:
-    """A table; losses in nats per target token."""
+def _unit(config: dict[str, Any]) -> str:
+    objective = config.get("objective", "causal_lm")
+    name = objective if isinstance(objective, str) else objective["name"]
+    units = {"causal_lm": "nats per target token", "classification": "nats per example"}
+    return units.get(name, f"those of `{name}`")
+
+
+def _tasks(
+    tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]], unit: str
+) -> list[str]:
+    """A table; losses in their unit."""
     lines = [
-        (
-            "| task | training rows | target tokens | validation rows | validation loss before | here "
-            "|"
-        ),
+        "| task | training rows | target tokens | validation rows "
+        "| validation loss before | here |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, splits in tasks.items():
@@ -120,7 +160,7 @@ def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -
         )
     measured = {at for _, _, at in losses.values()}
     note = f" They were measured at step {measured.pop():,}." if measured else ""
-    return [*lines, "", f"Losses are in nats per target token.{note}"]
+    return [*lines, "", f"Losses are {unit}.{note}"]
 
 
 def _losses(
@@ -145,8 +185,13 @@ def _losses(
     }
 
 
+def _base(checkpoint: Path) -> str | None:
+    """The base model that an adapter names; of a whole model None."""
+    return _json(checkpoint / "model" / "adapter_config.json").get("base_model_name_or_path")
+
+
 def _page(metadata: dict[str, Any], lines: list[str]) -> str:
-    return "\n".join(["---", dump(metadata).rstrip(), "---", "", *lines]) + "\n"
+    return "\n".join(["---", ModelCardData(**metadata).to_yaml(), "---", "", *lines]) + "\n"
 
 
 def _json(path: Path) -> dict[str, Any]:

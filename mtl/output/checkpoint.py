@@ -7,19 +7,20 @@
         latest                     name of the newest complete checkpoint; written last
         step-00000120/
           engine/                  DeepSpeed's shards: weights, optimizer
-          model/                   the model (or adapter) as a Hugging Face folder, for use at once
+          model/                   the model (or adapter) as a Hugging Face folder, ready for use
           average/                 the same with the averaged weights, where `average:` asks
           average.safetensors      what they go on from, in fp32
           state.json               step, best so far, balancer, identity, layout (processes, ZeRO)
-          state.safetensors        the balancer's arrays, first validation losses, last train losses
+          state.safetensors        the balancer's arrays, initial validation losses, last losses
       bests/step-00000080/         a task's best model, weights only, where `checkpoint.bests` asks
       model/                       the exported model, at the end
 
-Data order, learning rate and randomness are functions of seed, step and rank: nothing of them is
+Data order, learning rate and randomness are functions of seed, step and rank, so none of them is
 saved.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ from mtl.output.state import RunState
 FORMAT = 1
 SCRATCH = ".resharded"
 AVERAGE_FILE = "average.safetensors"
+STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 
 class CheckpointError(ValueError):
@@ -76,11 +78,16 @@ class Averaged(Protocol):
 class Checkpoints:
     """Checkpoints of one run.
 
-    Args: output: the run's folder. keep: how many of the newest checkpoints stay; the best one
-        stays beside them. identity: what a run must share with a checkpoint to go on from it
-        exactly: dotted name -> plain value. tokenizer: goes with every exported model. layout:
-        {"processes": ..., "zero": ...}: how the engine's state is partitioned. Another one is no
-        obstacle. say: takes what is done otherwise than asked for.
+    Args:
+        output: the run's folder.
+        keep: how many of the newest checkpoints stay; the best one stays beside them.
+        identity: dotted name to plain value: what a run must share with a checkpoint to go on from
+            it exactly.
+        tokenizer: goes with every exported model.
+        layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
+            of another layout is re-partitioned.
+        loader: name and keywords of the model's loader, where it is not built in.
+        say: takes messages for people about what differs from what was asked for.
 
     Attributes:
         best: name of the best checkpoint's folder so far.
@@ -93,6 +100,7 @@ class Checkpoints:
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     layout: dict[str, int]
+    loader: tuple[str, dict[str, Any]] | None = None
     say: Callable[[str], None] = lambda text: None
     best: str | None = field(default=None, init=False)
     best_weights: str = field(default="model", init=False)
@@ -118,16 +126,16 @@ class Checkpoints:
         """
         name = f"step-{state.step:08d}"
         folder = self.folder / name
-        # A run killed while it wrote this very step may have left files, of other processes too.
+        # A run that was killed while it wrote this step may have left files of any process.
         comm.together(
             lambda: shutil.rmtree(folder, ignore_errors=True) if comm.rank() == 0 else None
         )
         engine.save(folder / "engine")
-        save(engine, self.tokenizer, folder / "model")
+        save(engine, self.tokenizer, folder / "model", self.loader)
         if average is not None:
             average.save(folder / AVERAGE_FILE)
             with average.swapped():
-                save(engine, self.tokenizer, folder / "average")
+                save(engine, self.tokenizer, folder / "average", self.loader)
         if is_best:
             self.best, self.best_weights = name, state.best.get("weights", "model")
 
@@ -170,7 +178,8 @@ class Checkpoints:
         """
         better = bests.observe(state, names, losses)
         if better and state.step:
-            bests.write(engine, self.tokenizer, self.output / "bests", state.step)
+            folder = self.output / "bests"
+            bests.write(engine, self.tokenizer, folder, state.step, self.loader)
             comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
         return better
 
@@ -178,8 +187,9 @@ class Checkpoints:
         """Continue from the newest complete checkpoint; there must be one. A collective.
 
         Raises:
-            CheckpointError: it is of other tasks, data, batches or model. Nothing has been touched.
-            ValueError: it is of another balancer.
+            CheckpointError: it belongs to other tasks, data, batches or another model. Nothing has
+                been touched.
+            ValueError: it belongs to another balancer.
         """
         folder = self.latest()
         assert folder is not None, "ask latest() first"
@@ -206,6 +216,12 @@ class Checkpoints:
         if average is not None:
             average.load(folder / AVERAGE_FILE)
         self.best, self.best_weights = record["best"], record.get("best_weights", "model")
+        before, now = record["identity"][STEPS], self.identity[STEPS]
+        if before != now:
+            self.say(
+                f"{folder.name} is of a run of {before:,} steps, which now has {now:,}: from here "
+                "on its learning rate is that of a run of this length"
+            )
         state = RunState(
             **record["run"],
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
@@ -214,8 +230,8 @@ class Checkpoints:
         return state
 
     def check_beginning(self) -> None:
-        """Raise CheckpointError where a run that was stopped before its first checkpoint was
-        another one.
+        """Raise CheckpointError where the folder holds another run, stopped before its first
+        checkpoint.
         """
         beginning = self.output / "run.json"
         if beginning.is_file():
@@ -236,7 +252,7 @@ class Checkpoints:
             move = (
                 f"Write one of {others} into it."
                 if others
-                else "There is none: start anew in another `output:` folder."
+                else "There is none: start a new run in another `output:` folder."
             )
             raise CheckpointError(
                 f"{pointer}: found {folder.name}, wanted the name of a complete checkpoint: "
@@ -245,8 +261,8 @@ class Checkpoints:
         return folder
 
     def exported(self, which: str) -> tuple[Path, str]:
-        """The checkpoint to export and which of its weights, "model" or "average": for "best" (the
-        last one, where none was better than the start), "last", or "average" (the last one's).
+        """The checkpoint to export and which of its weights, "model" or "average": for "best"
+        (where none beat the start, the last one), "last", or "average" (the last one's).
         """
         if which == "best" and self.best:
             return self.folder / self.best, self.best_weights
@@ -261,6 +277,8 @@ class Checkpoints:
         differs = [
             k for k in sorted({*theirs, *self.identity}) if theirs.get(k) != self.identity.get(k)
         ]
+        if STEPS in differs and theirs.get(STEPS, math.inf) < self.identity[STEPS]:
+            differs.remove(STEPS)
         if differs:
             lines = "\n".join(
                 f"  {k}: checkpoint {theirs.get(k)!r}, now {self.identity.get(k)!r}"
@@ -277,7 +295,7 @@ class Checkpoints:
     def _point_and_prune(self, name: str) -> None:
         write_text(self.folder / "latest", name)
         folders = sorted(p.name for p in self.folder.glob("step-*"))
-        # What stands after this one was being written when a run was killed.
+        # A folder after this one was being written when a run was killed.
         kept = {self.best, *folders[: folders.index(name) + 1][-self.keep :]}
         for folder in folders:
             if folder not in kept:
@@ -288,7 +306,7 @@ class Checkpoints:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a whole file, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as f:

@@ -17,6 +17,11 @@ def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]
     which = config.export.which
     if which != "none":
         source, weights = checkpoints.exported(which)
-        target = export(source, checkpoints.output / "model", config.export.dtype, weights=weights)
+        what = f"{which} model"
+        if which == "best" and checkpoints.best is None:
+            key = config.evaluate.best
+            what = f"no step was better than the start (by evaluate.best: {key}): last model"
+        target, dtype = checkpoints.output / "model", config.export.dtype
+        made = export(source, target, dtype, weights=weights)
         averaged = ", averaged weights" if weights == "average" else ""
-        print(f"{which} model, of {source.name}{averaged}: {target}")
+        print(f"{what}, of {source.name}{averaged}: {made}")

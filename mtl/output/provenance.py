@@ -1,4 +1,4 @@
-"""What a run is made of: written down before its first step, and compared when it goes on."""
+"""What a run is made of: recorded before its first step, and compared when it resumes."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 
 from mtl.config import Config
 from mtl.data.encoded import TaskData
-from mtl.output.checkpoint import FORMAT
+from mtl.output.checkpoint import FORMAT, STEPS
 
 PACKAGES = (
     "torch",
@@ -23,10 +23,28 @@ PACKAGES = (
 )
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
-    "model.name", "model.revision", "model.precision", "model.lora", "model.quantize", "objective", "mix", "batch.examples",
-    "train.order", "train", "optimizer", "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
+    "model.name",
+    "model.revision",
+    "model.loader",
+    "model.adapter",
+    "model.precision",
+    "model.lora",
+    "model.quantize",
+    "objective",
+    "mix",
+    "batch.examples",
+    "train.seed",
+    "train.from",
+    "train.order",
+    "optimizer",
+    "schedule",
+    "evaluate.every",
+    "evaluate.best",
+    "evaluate.probe",
+    "evaluate.patience",
+    "gram",
     "average",
-)  # fmt: skip
+)
 
 
 def record(
@@ -59,7 +77,7 @@ def record(
     }
 
 
-def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
+def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any]:
     """Name to plain value: what a checkpoint and the run that goes on from it must share."""
     resolved = config.resolved()
     same: dict[str, Any] = {}
@@ -68,13 +86,19 @@ def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
         for key in path.split("."):
             value = value[key]
         same[path] = value
-    del same["train"]["order"]  # stands by itself, so that older checkpoints, without it, go on
+    order = same["train.order"]
+    if order is not None and order["scheme"] == "batch":  # its last window ends where the run does
+        same["train.order"] = {**order, "steps": steps}
     for task in tasks:
         for key in ("share", "epochs"):
             same[f"tasks.{task.name}.{key}"] = resolved["tasks"][task.name][key]
         same[f"tasks.{task.name}.train (content)"] = task.train.fingerprint
         same[f"tasks.{task.name}.validation (content)"] = task.validation.fingerprint
-    return {"tasks": [task.name for task in tasks], **same}
+    for name, task in resolved["tasks"].items():
+        for key in ("of", "loss", "objective"):
+            if task[key] is not None:
+                same[f"tasks.{name}.{key}"] = task[key]
+    return {"tasks": list(config.tasks), STEPS: steps, **same}
 
 
 def _git_revision() -> str | None:
@@ -92,4 +116,4 @@ def _git_revision() -> str | None:
             command, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the versions above still tell
+        return None  # not a checkout, or no git: the versions are recorded all the same

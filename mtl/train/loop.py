@@ -90,29 +90,19 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     state.evaluated = state.step
     if state.base_sums is None:
         state.base_sums, state.base_tokens = validation.sums, validation.tokens
-    summaries = {"model": validation.summary(run.names)}
-    values = _eval_values("eval", summaries["model"], run.names)
+    passes = {"model": validation}
     if run.average:
         run.average.at_pass(state)
-        averaged = run.average.measure(state, validation, full_pass)
-        summaries["average"] = averaged.summary(run.names)
-        values |= _eval_values("eval/average", summaries["average"], run.names)
+        passes["average"] = run.average.measure(state, validation, full_pass)
+    found = {weights: _found(run, one) for weights, one in passes.items()}
+    values = _eval_values("eval", found["model"], run.names)
+    if run.average:
+        values |= _eval_values("eval/average", found["average"], run.names)
     _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
     if run.patience:
         for text in run.patience.observe(state, validation.losses, run.names):
             _say(run, f"step {state.step}/{run.steps}  {text}")
-
-    key = run.config.evaluate.best
-    for weights, summary in summaries.items():
-        if not np.isfinite(summary[key]):
-            raise ValueError(
-                f"validation at step {state.step}: {key} (evaluate.best) is {summary[key]}: "
-                f"{summary}"
-            )
-        if state.best is None or summary[key] < state.best["value"]:
-            state.best = {"step": state.step, "value": summary[key]}
-            if weights != "model":
-                state.best["weights"] = weights
+    _judge(run, state, found)
     if run.config.checkpoint.bests:
         better = run.checkpoints.save_bests(run.engine, state, run.names, validation.losses)
         if better and state.step:
@@ -120,16 +110,44 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     return validation
 
 
-def _eval_values(group: str, summary: Mapping[str, float], names: list[str]) -> dict[str, float]:
-    values = {f"{group}/{name}/loss": summary[name] for name in names}
-    return values | {f"{group}/{what}": summary[what] for what in ("macro", "token", "worst")}
+def _found(run: Run, validation: ValidationResult) -> dict[str, float]:
+    """Everything that a run may be judged by: losses and measures."""
+    measured = validation.measured(run.names, run.objective.measures)
+    return validation.summary(run.names) | measured
+
+
+def _eval_values(group: str, found: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """What is logged of a pass: a task's loss under `<group>/<task>/loss`."""
+    return {f"{group}/{what}{'/loss' * (what in names)}": value for what, value in found.items()}
+
+
+def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Put into the state whether this pass is the best so far, by `evaluate.best`.
+
+    Args:
+        found: what was measured with the trained weights ("model"), and with their average.
+    """
+    key = run.config.evaluate.best
+    kind = run.objective.measures.get(key.rpartition("/")[2])
+    sign = -1 if kind is not None and kind.highest else 1
+    for weights, values in found.items():
+        value = values.get(key, np.nan)
+        if not np.isfinite(value):
+            raise ValueError(
+                f"validation at step {state.step}: {key} (evaluate.best) is {value}: {values}"
+            )
+        if state.best is None or sign * value < sign * state.best["value"]:
+            state.best = {"step": state.step, "value": value}
+            if weights != "model":
+                state.best["weights"] = weights
 
 
 def _train_values(
     names: list[str], weights: np.ndarray, report: StepReport, batch: GlobalBatch, holder: Holder
 ) -> dict[str, float]:
     present = ~np.isnan(report.losses)
-    values = {
+    values = {} if present.all() else {"train/present_weight": float(weights[present].sum())}
+    values |= {
         "train/loss": float(
             (weights * report.losses)[present].sum() + sum(report.penalties.values())
         )
@@ -141,7 +159,7 @@ def _train_values(
         values[f"train/{name}/tokens"] = int(batch.tokens[i])
     values["train/positions"] = batch.positions
     values["train/grad_norm"] = report.grad_norm
-    method = type(holder.balancer).__name__.lower()
+    method = holder.balancer.public().__name__.lower()
     for what, array in holder.explain.items():
         if np.ndim(array) == 0:
             values[f"{method}/{what}"] = float(array)
