@@ -13,12 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
+from mtl import process, replicas
 from mtl.cli import options
-
-process.settle()  # before torch is imported
-
-from mtl import plugins, replicas
 
 
 def main() -> None:
@@ -36,13 +32,16 @@ def main() -> None:
     add("--split", choices=("validation", "test"), default="validation", help="rows to report on")
     add("--dry-run", action="store_true", help="print the runs' commands, and start none")
     args = parser.parse_args()
+    # No `process.settle()`: the runs are started from here and share the cores themselves.
+    from mtl import plugins
+
     config = plugins.read(args.config, args.set, args.allow_code)
     experiment = ["--config", args.config]
     experiment += [part for each in args.set for part in ("--set", each)]
     experiment += [part for each in args.allow_code for part in ("--allow-code", each)]
     order = (args.scheme, args.of, args.epochs)
-    launcher = shlex.split(args.launcher)
-    study = replicas.Study(config, experiment, launcher, args.out, *order, args.methods, args.split)
+    started = (shlex.split(args.launcher), Path(__file__).resolve().parent)
+    study = replicas.Study(config, experiment, *started, args.out, *order, args.methods, args.split)
     if args.dry_run:
         commands = study.commands()
         print("\n".join(shlex.join(next(commands)) for _ in range(args.of + 1)))

@@ -16,7 +16,6 @@ from pathlib import Path
 from mtl.config import Config
 
 METHODS = ("average", "average_norm", "select", "task_arithmetic", "ties", "dare", "model_stock")
-PROGRAMS = Path(__file__).resolve().parent.parent / "launch"
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Study:
     Args:
         config: the experiment; `experiment` are the options that read it, for the programs.
         launcher: what starts a training run, such as `deepspeed --num_gpus 2`.
+        programs: the folder of `train.py`, `merge.py` and `evaluate.py`.
         scheme, of, epochs: as `train.order`.
         methods: of `launch/merge.py`.
         split: "validation" or "test": the rows that every model is evaluated on.
@@ -34,6 +34,7 @@ class Study:
     config: Config
     experiment: Sequence[str]
     launcher: Sequence[str]
+    programs: Path
     out: Path
     scheme: str
     of: int
@@ -80,7 +81,7 @@ class Study:
                 yield self._merge(method, models, target)
         models = [*exported, self.out / "long" / "model", *merges]
         yield [
-            *_program("evaluate"),
+            *self._program("evaluate"),
             *self.experiment,
             *map(str, models),
             *("--split", self.split, "--json", str(self.out / "losses.json")),
@@ -88,13 +89,16 @@ class Study:
 
     def _train(self, output: Path, *settings: str) -> list[str]:
         sets = [part for each in (f"output={output}", *settings) for part in ("--set", each)]
-        program = str(PROGRAMS / "train.py")
+        program = str(self.programs / "train.py")
         return [*self.launcher, program, *self.experiment, *sets, "--resume"]
 
     def _merge(self, method: str, models: Sequence[Path], target: Path) -> list[str]:
         named = ["--base", self.config.model.name, "--models", *map(str, models)]
         remote = ["--allow-remote-code"] * self.config.model.allow_remote_code
-        return [*_program("merge"), *named, "--method", method, "--out", str(target), *remote]
+        return [*self._program("merge"), *named, "--method", method, "--out", str(target), *remote]
+
+    def _program(self, name: str) -> list[str]:
+        return [sys.executable, str(self.programs / f"{name}.py")]
 
     def _tail(self) -> list[Path]:
         """Models of the long run's last K checkpoints."""
@@ -121,7 +125,3 @@ def run(commands: Iterator[list[str]], say: Callable[[str], None]) -> None:
                 f"exit code {code}: {shlex.join(command)}\nWhat came before is kept: give the same "
                 "command again once the cause is gone."
             )
-
-
-def _program(name: str) -> list[str]:
-    return [sys.executable, str(PROGRAMS / f"{name}.py")]

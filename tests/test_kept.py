@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import runs
 import torch
 from safetensors.torch import load_file
 
+from mtl.losses.objective import Measure, ratio
 from mtl.output import bests
 from mtl.output.report import read
 from mtl.output.state import RunState
+from mtl.train.loop import _judge
 
 OURS = "objective=outside:causal_lm"
 # Every task is at its best in another step: copy and prose at 5, chat at 8.
@@ -174,3 +177,22 @@ def test_an_average_may_be_the_best(yaml):
     folder = output / "checkpoints" / f"step-{step:08d}"
     assert_equal(weights(output / "model"), weights(folder / kind))
     assert kind == "average" and f"{folder.name}, averaged weights: " in ended.out
+
+
+def test_measures_and_their_direction_judge_both_weight_sets():
+    accuracy = Measure(ratio)
+    run = SimpleNamespace(
+        config=SimpleNamespace(evaluate=SimpleNamespace(best="a/accuracy")),
+        objective=SimpleNamespace(measures={"accuracy": accuracy}),
+    )
+    state = RunState(step=4)
+    for step, model, average, best in (
+        (4, 0.5, 0.7, {"step": 4, "value": 0.7, "weights": "average"}),
+        (8, 0.6, 0.7, {"step": 4, "value": 0.7, "weights": "average"}),
+        (12, 0.8, 0.8, {"step": 12, "value": 0.8}),
+    ):
+        state.step = step
+        _judge(run, state, {"model": {"a/accuracy": model}, "average": {"a/accuracy": average}})
+        assert state.best == best
+    with pytest.raises(ValueError, match="a/accuracy .evaluate.best. is nan"):
+        _judge(run, state, {"model": {"a/accuracy": 0.1}, "average": {}})

@@ -11,6 +11,7 @@ from mtl import replicas
 from mtl.config import load, parse
 
 EXPERIMENT = ["--config", "x.yaml"]
+PROGRAMS = runs.ROOT / "launch"
 TEXT = """
 model: {name: base}
 tasks: {a: {train: x, validation: x, format: text}}
@@ -20,7 +21,7 @@ output: x
 
 
 def study(out: Path, text: str = TEXT, **changes: object) -> replicas.Study:
-    given = dict(config=parse(text), experiment=EXPERIMENT, launcher=["deepspeed"], out=out,
+    given = dict(config=parse(text), experiment=EXPERIMENT, launcher=["deepspeed"], programs=PROGRAMS, out=out,
                  scheme="rotate", of=3, epochs="first", methods=["average", "ties"], split="test")  # fmt: skip
     return replicas.Study(**{**given, **changes})
 
@@ -29,7 +30,7 @@ def test_the_commands_in_order(tmp_path):
     commands = study(tmp_path).commands()
     for i in range(3):
         command = next(commands)
-        assert command[:4] == ["deepspeed", str(replicas.PROGRAMS / "train.py"), *EXPERIMENT]
+        assert command[:4] == ["deepspeed", str(PROGRAMS / "train.py"), *EXPERIMENT]
         order = f'{{"scheme": "rotate", "replica": {i}, "of": 3, "epochs": "first"}}'
         assert f"train.order={order}" in command and f"output={tmp_path}/replica-{i}" in command
         assert command[-1] == "--resume"
