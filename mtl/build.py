@@ -37,6 +37,7 @@ from mtl.output import provenance, trackers
 from mtl.output.checkpoint import Checkpoints, write_json
 from mtl.output.state import RunState
 from mtl.train import gram
+from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.run import Run
 
@@ -183,6 +184,7 @@ def build(
         ),
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
+        average=config.average and Average(engine, config.average),
     )
 
 
@@ -208,7 +210,7 @@ def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:
         else f"--resume: no complete checkpoint in {run.checkpoints.output}; starting at step 0"
     )
     if found:
-        return run.checkpoints.load(run.engine, run.holder)
+        return run.checkpoints.load(run.engine, run.holder, run.average)
     comm.together(run.checkpoints.check_beginning)
     return RunState()
 

@@ -292,7 +292,7 @@ def test_a_config_cannot_be_changed():
         (
             "bath: {}",
             "bath: found an unknown key, wanted model, tasks, mix, batch, train, optimizer, schedule, balancer, "
-            "gram, objective, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
+            "gram, objective, average, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
         ),
         (
             "mix: {lr: 1}",
@@ -401,7 +401,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "checkpoint: {best: false}",
-            "export.which: found best, wanted last or none. With checkpoint.best: false no best checkpoint is kept.",
+            "export.which: found best, wanted last, average or none. With checkpoint.best: false no best checkpoint is kept.",
         ),
     ],
 )
@@ -582,7 +582,7 @@ def test_overrides():
     [
         (
             "train.stepz=1",
-            "train.stepz: found an unknown key, wanted steps, epochs, seed or from. Did you mean steps?",
+            "train.stepz: found an unknown key, wanted steps, epochs, seed, order or from. Did you mean steps?",
         ),
         (
             "train.steps=[1",

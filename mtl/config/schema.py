@@ -265,6 +265,24 @@ class BatchSection(Section):
     """
 
 
+class OrderSection(Section):
+    """One of several runs that differ in the order of the rows only, to be merged."""
+
+    scheme: Literal["rotate", "shuffle", "batch"]
+    """rotate: each task's order is begun replica / of of its rows later, so that every row is early
+    in exactly one replica. shuffle: each task's rows in an order of the replica's own. batch: whole
+    batches in an order of its own, each of the same rows.
+    """
+    replica: Annotated[int, Ge(0)]
+    """Which replica this is, from 0."""
+    of: Count
+    """Replicas in all."""
+    epochs: Literal["first", "all"] = "first"
+    """Where the order differs: in the first pass over the rows (rotate, shuffle: of each task;
+    batch: of all tasks together), or in every one.
+    """
+
+
 class _Train(Section):
     """How long to train: exactly one of steps and epochs."""
 
@@ -278,6 +296,8 @@ class _Train(Section):
     """
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of the order of rows, of new parameters and of dropout."""
+    order: OrderSection | None = None
+    """Which replica of the order of rows this is; null: the one order."""
 
 
 _FROM = Field(
@@ -369,6 +389,28 @@ class PatienceSection(Section):
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
 
 
+class AverageSection(Section):
+    """An average of the trained weights, measured beside them at every full pass, as
+    `eval/average/...`; it may be the best checkpoint. fp32, 4 bytes a trained parameter; divided by
+    the processes from zero 1 on.
+    """
+
+    decay: BelowOne = 0.999
+    """The exponential average keeps this part of itself at each of its updates."""
+    warmup: Count = 10
+    """The n-th update (from 0) keeps (1 + n) / (warmup + n) at most, so that the start is forgotten
+    soon; 1: none.
+    """
+    every: Count = 1
+    """Optimizer steps between its updates."""
+    last: Count | None = None
+    """In place of an exponential average the mean of the weights at so many last full passes, each
+    of which is held; null: exponential.
+    """
+    device: Literal["cpu"] | None = None
+    """cpu: held in the host's memory; null: beside the optimizer's state."""
+
+
 class EvaluateSection(Section):
     """Validation."""
 
@@ -397,13 +439,20 @@ class CheckpointSection(Section):
     """Checkpoints kept, the newest ones."""
     best: bool = True
     """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
+    bests: Literal["each"] | None = None
+    """each: every task's best model is kept besides, weights only, in the output's
+    `bests/step-...`; tasks with the same step share one. null: none.
+    """
 
 
 class ExportSection(Section):
     """The Hugging Face folder written at the end."""
 
-    which: Literal["best", "last", "none"] = "best"
-    """The checkpoint that is exported."""
+    which: Literal["best", "last", "average", "none"] = "best"
+    """What is exported. best: the checkpoint with the lowest `evaluate.best` loss, its trained or
+    its averaged weights, whichever had it; last: the last one; average: that one's averaged
+    weights.
+    """
     dtype: Literal["fp32", "bf16"] | None = None
     """Type of the exported parameters; null: as trained."""
 
@@ -469,6 +518,8 @@ class Config(Section):
     """What is minimized. `causal_lm`: cross-entropy; `router_loss: 0.02` adds a mixture of experts'
     load balancing loss.
     """
+    average: AverageSection | None = None
+    """An average of the trained weights beside them; null: none."""
     evaluate: EvaluateSection = EvaluateSection()
     """Validation."""
     checkpoint: CheckpointSection = CheckpointSection()
