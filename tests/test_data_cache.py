@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from functools import partial
@@ -331,6 +332,129 @@ def test_processes_give_what_one_gives(tmp_path, monkeypatch):
     assert together.lengths.tolist() == alone.lengths.tolist()
     one, two = (tmp_path / folder / alone.fingerprint / "rows.arrow" for folder in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def read_both(tmp_path, rows, form, template=None, **keywords):
+    """The rows from JSONL and from Parquet, encoded."""
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    encoder = Encoder(tokenizer(template=template), 4000)
+    return [
+        encode(tmp_path / "cache", one, form=partial(form, **keywords), encoder=encoder)
+        for one in (name, str(tmp_path / "a.parquet"))
+    ]
+
+
+TOOL_CHAT = (
+    "{% if tools %}<|start|>system\n{{ tools | tojson }}<|end|>\n{% endif %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for t in m.tool_calls or [] %}({{ t.function.name }} {{ t.function.arguments | tojson }})"
+    "{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", ["tools", "functions"])
+def test_nulls_that_arrow_fills_in_are_no_tokens(tmp_path, tools):
+    schemas = [
+        {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}},
+        {"name": "add", "parameters": {"properties": {"a": {"type": "n"}, "b": {"type": "n"}}}},
+    ]
+    rows = []
+    for name, arguments in (("weather", {"city": "Oslo"}), ("add", {"a": 2, "b": 5})):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        said = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "4"},
+        ]
+        rows.append({"messages": said, tools: schemas})
+    one, two = read_both(tmp_path, rows, formats.messages, TOOL_CHAT, tools=tools)
+    assert [one.ids(i).tolist() for i in (0, 1)] == [two.ids(i).tolist() for i in (0, 1)]
+    assert b"null" not in bytes(two.ids(0).astype(np.uint8))
+    assert "null" not in TOK.decode(two.ids(0)) and '(weather {"city": "Oslo"})' in TOK.decode(
+        two.ids(0)
+    )
+
+
+def test_a_null_that_a_row_of_jsonl_has_stays(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"x": None}}}
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    name = write(tmp_path / "a.jsonl", json.dumps({"messages": said}))
+    encoder = Encoder(tokenizer(template=TOOL_CHAT), 400)
+    split = encode(tmp_path / "cache", name, form=formats.messages, encoder=encoder)
+    assert '(f {"x": null})' in TOK.decode(split.ids(0))
+
+
+def test_what_nothing_reads_is_said_once_with_a_count(tmp_path):
+    rounds = [
+        {"role": "human", "content": "a", "chat_round_id": 0},
+        {"role": "bot", "content": "b", "chat_round_id": 1},
+    ]
+    rows = [{"id": i, "chat_rounds": rounds} for i in range(3)] + [{"chat_rounds": rounds}]
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, rows), '{"id": 1}')
+    encoder = Encoder(TOK, 400)
+    split = encode(tmp_path / "cache", name, form=formats.chat_rounds, encoder=encoder)
+    assert split.problems()[1:3] == [
+        "rows with the key chat_rounds[].chat_round_id, which nothing reads: 4",
+        "rows with the key id, which nothing reads: 3",
+    ]
+
+    def everything(row):
+        return formats.Text(str({**row}))
+
+    assert encode(tmp_path / "cache", name, form=everything, encoder=encoder).report.notes == {}
+
+
+def test_equal_keys_are_said(tmp_path):
+    lines = ['{"text": "a", "text": "b"}', '{"text": "c"}']
+    said = "rows with the key text twice, of which the last counts"
+    for name in (
+        write(tmp_path / "a.jsonl", *lines),
+        write(tmp_path / "a.json", f"[{', '.join(lines)}]"),
+    ):
+        split = encode(tmp_path / "cache", name)
+        assert split.report.notes == {said: 1} and TOK.decode(split.ids(0)) == "b<|end|>"
+
+
+def test_a_long_row_gives_signs_while_it_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "NEWS", 0.01)
+    signs, enough = [], threading.Event()
+
+    def progress(text):
+        signs.append(text)
+        enough.set()
+
+    def slow(row):
+        assert enough.wait(60)
+        return formats.Text(row["text"])
+
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    cache._write(tmp_path, [open_source(name)], slow, Encoder(TOK, 20), None, progress)
+    assert signs[0] == "0 rows"
+
+
+def test_long_rows_make_short_chunks():
+    rows = [source.Row(i, {}, size=3 * 2**20) for i in range(5)] + [source.Row(5, {})] * 300
+    assert [len(chunk) for chunk in cache._chunks(iter(rows))] == [2, 2, 256, 45]
+
+
+def test_a_date_in_the_template_is_part_of_the_key_and_is_said(tmp_path):
+    def prints(call):
+        made = tokenizer(
+            template=CHAT + "{% if false %}{{ strftime_now(" + call + ") }}{% endif %}"
+        )
+        return [cache.tokenizer_fingerprint(made) for _ in range(2)], made
+
+    (one, two), _ = prints("'%Y'")
+    assert one == two
+    (one, two), made = prints('"%f"')
+    assert one != two and cache.dates(made) == ["%f"]
+    assert cache.dates(prints("what")[1]) == ["%Y-%m-%d"] and cache.dates(TOK) == []
+    said, tasks = [], write_tasks(tmp_path / "data")
+    prepare(config(tmp_path, tasks), prints("'%Y'")[1], bound(tasks), said.append)
+    assert [text for text in said if "reads today's date (%Y)" in text] == said[:1]
 
 
 # prepare

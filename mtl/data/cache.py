@@ -11,11 +11,14 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import sys
-import time
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
@@ -23,17 +26,21 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mtl.config import Config
-from mtl.data.encode import Encoder, Tokenized
+from mtl.data.encode import Encoder, Note, Tokenized
 from mtl.data.encoded import SCHEMA, DataError, Encoded, Report, TaskData, record_batch
-from mtl.data.formats import Format, RowProblem
+from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
 from mtl.data.source import Row, Source, open_source
+from mtl.data.turns import find_turns
 
 CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
+LONG = 2**22  # bytes of rows above which a chunk has no more
 PARALLEL = 2**25  # bytes of source above which starting processes, seconds each, is worth it
 NEWS = 10.0  # seconds between two signs of progress
 
-Outcome = tuple[int, Tokenized | RowProblem]  # a row's number, and what became of it
+Notes = dict[str, int]  # what is worth saying of a row, and how often
+# a row's number, and what became of it
+Outcome = tuple[int, Tokenized | RowProblem, Notes]
 
 
 def prepare(
@@ -56,6 +63,12 @@ def prepare(
     Raises: DataError with every problem of every task.
     """
     encoder = Encoder(tokenizer, config.batch.max_length, config.batch.too_long)
+    if read := dates(tokenizer):
+        say(
+            f"the chat template reads today's date ({', '.join(read)}): rows are encoded again "
+            "when it changes, and a run does not resume on another day. Set model.chat_template to "
+            "one with a fixed date"
+        )
     root, problems, tasks = Path(config.cache).expanduser(), [], []
     for name, task in config.tasks.items():
         splits = []
@@ -137,12 +150,19 @@ def _write(
     """Encode into `rows.arrow` and `report.json`; no more than a few chunks of rows are in memory
     at a time.
     """
-    report, pending, told = Report(), [], time.monotonic()
-    with (folder / "rows.arrow").open("wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        for s, number, result in _outcomes(sources, to_example, encoder, cap):
+    report, pending = Report(), []
+    # A thread says it, because a single row may take longer than the time between two signs.
+    with (
+        _signs(lambda: progress(f"{report.read:,} rows")),
+        (folder / "rows.arrow").open("wb") as file,
+        pa.ipc.new_stream(file, SCHEMA) as writer,
+    ):
+        for s, number, result, notes in _outcomes(sources, to_example, encoder, cap):
             if report.kept == cap:
                 break
             report.read += 1
+            for text, times in notes.items():
+                report.notes[text] = report.notes.get(text, 0) + times
             if isinstance(result, RowProblem):
                 report.drop(s, number, result.reason, str(result))
             else:
@@ -154,18 +174,33 @@ def _write(
             if len(pending) == CHUNK:
                 writer.write_batch(record_batch(pending))
                 pending.clear()
-            if time.monotonic() - told > NEWS:
-                told = time.monotonic()
-                progress(f"{report.read:,} rows")
         writer.write_batch(record_batch(pending))
     report.save(folder / "report.json")
 
 
+@contextmanager
+def _signs(give: Callable[[], None]) -> Iterator[None]:
+    """Calls `give` every NEWS seconds until the block ends."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(NEWS):
+            give()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _outcomes(
     sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None
-) -> Iterator[tuple[int, int, Tokenized | RowProblem]]:
-    """(source, row number, what became of it), in the order of the rows however many processes
-    work.
+) -> Iterator[tuple[int, int, Tokenized | RowProblem, Notes]]:
+    """(source, row number, what became of it, notes), in the order of the rows however many
+    processes work.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -181,16 +216,27 @@ def _outcomes(
     try:
         for s, one in enumerate(sources):
             rows = one.rows()
-            chunks = iter(lambda rows=rows: list(islice(rows, CHUNK)), [])
             if pool is None:
-                results = (_encode(chunk, to_example, encoder) for chunk in chunks)
+                results = ([_outcome(row, to_example, encoder)] for row in rows)
             else:
-                results = _ahead(pool, chunks, to_example, encoder, 2 * cores)
+                results = _ahead(pool, _chunks(rows), to_example, encoder, 2 * cores)
             for outcomes in results:
-                yield from ((s, number, result) for number, result in outcomes)
+                yield from ((s, *outcome) for outcome in outcomes)
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Up to CHUNK rows, fewer of long ones."""
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK or sum(one.size for one in chunk) > LONG:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def _ahead(
@@ -213,25 +259,45 @@ def _ahead(
         )
 
 
-def _encode(rows: Sequence[Row], to_example: Format, encoder: Encoder) -> list[Outcome]:
-    return [(row.number, _encode_row(row, to_example, encoder)) for row in rows]
+def _encode(rows: Iterable[Row], to_example: Format, encoder: Encoder) -> list[Outcome]:
+    return [_outcome(row, to_example, encoder) for row in rows]
 
 
-def _encode_row(row: Row, to_example: Format, encoder: Encoder) -> Tokenized | RowProblem:
-    if row.value is None:
-        return RowProblem("unreadable", row.problem)
+def _outcome(row: Row, to_example: Format, encoder: Encoder) -> Outcome:
+    notes: Notes = {}
+
+    def note(text: str, times: int = 1) -> None:
+        notes[text] = notes.get(text, 0) + times
+
     try:
-        example = to_example(row.value)
+        return row.number, _encode_row(row, to_example, encoder, note), notes
     except RowProblem as problem:
-        return problem
+        return row.number, problem, {}
+
+
+def _encode_row(row: Row, to_example: Format, encoder: Encoder, note: Note) -> Tokenized:
+    if row.value is None:
+        raise RowProblem("unreadable", row.problem)
+    value = row.value
+    if row.columnar:
+        renamed = getattr(to_example, "keywords", {}).get("tools")
+        value = without_nulls(value, {"tools", "tool_calls", renamed})
+    watched = Watched(value)
+    try:
+        example = to_example(watched)
+    except RowProblem:
+        raise
     except (
         Exception
     ) as error:  # a format of the user's own: one row it cannot take must not end the run
-        return RowProblem("bad value", f"the format raises {type(error).__name__}: {error}")
-    try:
-        return encoder(example)
-    except RowProblem as problem:
-        return problem
+        raise RowProblem(
+            "bad value", f"the format raises {type(error).__name__}: {error}"
+        ) from error
+    if row.note:
+        note(row.note, 1)
+    for key in sorted(watched.unread()):
+        note(f"rows with the key {key}, which nothing reads", 1)
+    return encoder(example, note)
 
 
 def _key(sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None) -> str:
@@ -246,7 +312,8 @@ def _key(sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: i
         "cap": cap,
         # The code itself instead of version numbers that someone would have to remember to raise.
         "code": [
-            _module_hash(thing) for thing in (function, open_source, RowProblem, Encoder, Report)
+            _module_hash(thing)
+            for thing in (function, open_source, RowProblem, Encoder, find_turns, Report)
         ],
     }
     return _hash(json.dumps(identity, sort_keys=True, default=repr))
@@ -265,7 +332,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
+    parts += [datetime.now().strftime(one) for one in dates(tokenizer)]
     return _hash(json.dumps(parts, sort_keys=True, default=repr))
+
+
+def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Formats of today's date that the chat template reads: what it renders changes with it."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False).replace(r"\"", '"')
+    calls = template.count("strftime_now")
+    formats = [one[1] for one in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1""", template)]
+    return sorted(formats) if len(formats) == calls else ["%Y-%m-%d"]
 
 
 def _module_hash(thing: Callable[..., object]) -> str:

@@ -7,7 +7,8 @@ It raises RowProblem for a row it cannot use, which is then counted and reported
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,6 +297,63 @@ def _conversation(
     if unknown := [one for one in may_drop if one not in LEFT_OUT]:
         raise ValueError(f"may_drop: found {unknown[0]!r}, wanted some of {', '.join(LEFT_OUT)}")
     return Messages(turns, tools, context, may_drop)
+
+
+class Watched(dict):
+    """A row, or an object within, that knows which of its keys have been read."""
+
+    def __init__(self, row: Mapping[str, Any]):
+        self._read: set[str] = set()
+        super().__init__(
+            (key, [_watched(one) for one in value] if isinstance(value, list) else value)
+            for key, value in row.items()
+        )
+
+    def unread(self) -> set[str]:
+        """Keys that have not been read, a turn's as `conversations[].id`. An object of which no key
+        was read has been handed on as it is.
+        """
+        keys = set(super().keys()) - self._read
+        for key in self._read & set(super().keys()):
+            value = super().__getitem__(key)
+            for one in value if isinstance(value, list) else ():
+                if isinstance(one, Watched) and one._read:
+                    keys |= {f"{key}[].{inner}" for inner in one.unread()}
+        return keys
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._read.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._read.update(super().keys())
+        return super().keys()
+
+    def values(self) -> Any:
+        self._read.update(super().keys())
+        return super().values()
+
+    def items(self) -> Any:
+        self._read.update(super().keys())
+        return super().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {key: deepcopy(value, memo) for key, value in self.items()}
+
+    def __reduce__(self) -> Any:
+        return dict, (list(self.items()),)
+
+
+def _watched(turn: Any) -> Any:
+    return Watched(turn) if isinstance(turn, dict) else turn
 
 
 def without_nulls(row: Any, keys: Collection[str], inside: bool = False) -> Any:

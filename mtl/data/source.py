@@ -37,6 +37,9 @@ class Row(NamedTuple):
     number: int
     value: Mapping[str, Any] | None
     problem: str = ""
+    note: str = ""  # what is worth saying of a row that can be read
+    size: int = 0  # bytes, where that is known
+    columnar: bool = False  # whether null stands where an object lacks a key that others have
 
 
 class Source(ABC):
@@ -136,11 +139,12 @@ class JsonArray(Source):
     def rows(self) -> Iterator[Row]:
         try:
             with _open(self.path) as file:
-                values = json.loads(file.read().decode("utf-8-sig"))
+                values, twice = _load(file.read().decode("utf-8-sig"))
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: not a JSON array: {error}") from error
         for number, value in enumerate(values):
-            yield _checked(number, value)
+            # Which row has a key twice is not known here: the first one says it for the file.
+            yield _checked(number, value, twice if number == 0 else "")
 
     def fingerprint(self) -> str:
         return _file_fingerprint(self.path)
@@ -158,7 +162,7 @@ class Parquet(Source):
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 for batch in file.iter_batches(batch_size=1024):
                     for value in batch.to_pylist():
-                        yield Row(number, value)
+                        yield Row(number, value, columnar=True)
                         number += 1
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.where(number)}: not readable as Parquet: {error}") from error
@@ -176,7 +180,7 @@ class Table(Source):
 
     def rows(self) -> Iterator[Row]:
         for number, value in enumerate(self._dataset):
-            yield Row(number, value)
+            yield Row(number, value, columnar=True)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -220,7 +224,7 @@ def _hub(name: str, split: str) -> Source:
 
 def _parsed(number: int, line: bytes) -> Row:
     try:
-        value = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+        value, twice = _load(line.decode("utf-8-sig" if number == 0 else "utf-8"))
     except UnicodeDecodeError as error:
         return Row(
             number,
@@ -230,17 +234,34 @@ def _parsed(number: int, line: bytes) -> Row:
         )
     except (ValueError, RecursionError) as error:
         return Row(number, None, f"not JSON: {error}")
-    return _checked(number, value)
+    return _checked(number, value, twice)._replace(size=len(line))
 
 
-def _checked(number: int, value: Any) -> Row:
+def _load(text: str) -> tuple[Any, str]:
+    """The JSON, in which the last of equal keys counts, and what to say of such keys."""
+    twice: set[str] = set()
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.update(key for key in value if keys.count(key) > 1)
+        return value
+
+    value = json.loads(text, object_pairs_hook=made)
+    if not twice:
+        return value, ""
+    return value, f"rows with the key {', '.join(sorted(twice))} twice, of which the last counts"
+
+
+def _checked(number: int, value: Any, note: str = "") -> Row:
     if not isinstance(value, dict):
         return Row(number, None, f"found a JSON {type(value).__name__}, wanted an object")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return Row(number, None, r"not Unicode: half of a surrogate pair (\ud800 ... \udfff)")
-    return Row(number, value)
+    return Row(number, value, note=note)
 
 
 def _open(path: Path) -> Any:
