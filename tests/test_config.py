@@ -104,6 +104,21 @@ def test_nan_is_a_number():
     assert math.isnan(Document("key: .nan").data["key"])
 
 
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [("5%", 0.05), ("12.5 %", 0.125), ("0.05", 0.05), ("12", 12), ("a", ("a",)), ("[a]", ("a",))],
+)
+def test_validation_is_rows_or_a_part_of_the_training_rows(value, held):
+    config = parse(MINIMAL, "x.yaml", ["tasks.define.validation=" + value])
+    assert config.tasks["define"].validation == held
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "150%", "0%", "1.5", "true", "[]"])
+def test_a_part_of_the_training_rows_is_some_of_them(value):
+    with pytest.raises(ConfigError, match="wanted sources of rows, a number of the training rows"):
+        parse(MINIMAL, "x.yaml", ["tasks.define.validation=" + value])
+
+
 def test_merge_keys_and_anchors_keep_their_lines_and_share_nothing():
     document = Document(
         "base: &b {x: 1, y: [1]}\nmore: &m {y: 2, z: 3}\na:\n  <<: *b\n  x: 5\nc: {<<: [*b, *m]}\nd: *b\n"

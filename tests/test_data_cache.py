@@ -26,7 +26,7 @@ from mtl.data.cache import encode_split, prepare
 from mtl.data.encode import Encoder
 from mtl.data.encoded import DataError, Encoded
 from mtl.data.lock import Owner, build_once
-from mtl.data.source import open_source
+from mtl.data.source import open_source, open_sources
 
 TOK = tokenizer()
 ROWS = [{"text": "abc"}, {"text": "de"}]
@@ -108,14 +108,47 @@ def test_a_hub_name_goes_through_datasets(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for name in ("owner/name", "name:config", "name:config:part", "name::part"):
-        assert [row.value for row in open_source(name, split="validation").rows()] == ROWS
+    for name in ("owner/name", "name:config", "name:config:part", "name::part", "o/n::a[:10%]+b"):
+        (found,) = open_sources(name, split="validation")
+        assert [row.value for row in found.rows()] == ROWS
     assert asked == [
         ("owner/name", None, {"split": "validation"}),
         ("name", "config", {"split": "validation"}),
         ("name", "config", {"split": "part"}),
         ("name", None, {"split": "part"}),
+        ("o/n", None, {"split": "a[:10%]+b"}),
     ]
+
+
+def test_delimited_files_are_text(tmp_path):
+    long = "x" * 200_000
+    lines = ["\ufeffprompt,completion", '"a, ""b""\nc",007', "", "d,", "e", f"f,{long}"]
+    name = write(tmp_path / "a.csv", *lines)
+    rows = list(open_source(name).rows())
+    assert [row.value for row in rows] == [
+        {"prompt": 'a, "b"\nc', "completion": "007"},
+        {"prompt": "d", "completion": ""},
+        None,
+        {"prompt": "f", "completion": long},
+    ]
+    assert rows[2].problem == "found 1 values up to line 6, wanted 2: prompt, completion"
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b"text\tid\na,b\t1\n"))
+    assert values(str(tmp_path / "a.tsv.gz")) == [{"text": "a,b", "id": "1"}]
+    with pytest.raises(DataError, match="b.csv:1: found a column twice in a, a"):
+        values(write(tmp_path / "b.csv", "a,a", "1,2"))
+
+
+def test_a_pattern_is_every_file_that_it_matches(tmp_path):
+    for name in ("b", "a", "in/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", json.dumps({"text": name}))
+    found = [one.name for one in open_sources(f"{tmp_path}/*.jsonl")]
+    assert found == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    assert len(open_sources(f"{tmp_path}/**/*.jsonl")) == 3
+    with pytest.raises(DataError, match=r"found no file that matches .*\*.parquet"):
+        open_sources(f"{tmp_path}/*.parquet")
+    write(tmp_path / "d[1].jsonl", json.dumps(ROWS[0]))  # a name that is there is no pattern
+    assert len(open_sources(f"{tmp_path}/d[1].jsonl")) == 1
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
@@ -126,12 +159,14 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
     write(tmp_path / "bad.parquet", "no")
     write(tmp_path / "bad.json", "[1,")
-    write(tmp_path / "a.csv", "a")
+    write(tmp_path / "a.xlsx", "a")
+    write(tmp_path / "bad.csv", "a,b", '"x')
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "empty").mkdir()
     for name, text in {
         "gone.jsonl": "nothing found under '.*gone.jsonl', tried the file or folder /.*gone.jsonl. Wanted a .jsonl",
-        "a.csv": "found the file .*a.csv, wanted a .jsonl",
+        "a.xlsx": "found the file .*a.xlsx, wanted a .jsonl",
+        "bad.csv": "bad.csv, row 1: not readable as CSV",
         "splits": "found a folder of splits, wanted one of them: .*splits/train",
         "empty": "found the folder .*empty with nothing in it",
         "pipe.jsonl": "found the stream .*streaming is not supported",
@@ -518,6 +553,54 @@ def test_prepare_reports_every_problem_of_every_task(tmp_path):
     )
     assert "tasks.two.train" not in text
     assert text.count("x.yaml:") == 3
+
+
+def held_out(tmp_path, rows, part, **task) -> tuple[list[str], list[str], list[str]]:
+    """Texts of training and validation rows, and what was said."""
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    said, tasks = [], {"a": {"train": name, "validation": part, "format": "text", **task}}
+    (made,) = prepare(config(tmp_path, tasks), TOK, bound(tasks), said.append)
+    return *(
+        [TOK.decode(split.ids(i)[:-1]) for i in range(len(split))]
+        for split in (made.train, made.validation)
+    ), said
+
+
+def test_a_part_of_the_training_rows_is_held_out(tmp_path):
+    rows = [{"text": f"row {i}", "id": i} for i in range(400)]
+    train, valid, _ = held_out(tmp_path, rows, "25%")
+    assert sorted(train + valid) == sorted(row["text"] for row in rows)
+    assert 70 < len(valid) < 130 and not {*train} & {*valid}
+    # Copies stand together, whatever nothing reads of them, and appended rows move none.
+    more = [*rows, *({**row, "id": 1000} for row in rows), {"text": "new"}]
+    later, held, said = held_out(tmp_path, more, "25%")
+    assert {*train} <= {*later} and {*valid} <= {*held} and not {*later} & {*held}
+    assert len(held) - 2 * len(valid) in (0, 1) and not any("are among" in one for one in said)
+
+
+def test_a_number_of_the_training_rows_is_held_out(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(50)]
+    train, valid, _ = held_out(tmp_path, [*rows, {"texts": ""}], 7)
+    assert len(valid) == 7 and len(train) == 43 and not {*train} & {*valid}
+    with pytest.raises(DataError, match="found 50 usable rows, wanted more than validation: 50"):
+        held_out(tmp_path, rows, 50)
+
+
+def test_unreadable_rows_are_reported_once_beside_a_part(tmp_path):
+    name = write(tmp_path / "a.jsonl", *[f'{{"text": "{i}"}}' for i in range(40)], "oops")
+    tasks = {"a": {"train": name, "validation": "50%", "format": "text"}}
+    (made,) = prepare(config(tmp_path, tasks), TOK, bound(tasks), lambda text: None)
+    assert made.train.report.dropped == {"unreadable": 1}
+    assert made.validation.report.dropped == {}
+
+
+def test_rows_on_both_sides_are_said(tmp_path):
+    one = write(tmp_path / "one.jsonl", '{"text": "a"}', '{"text": "b"}', '{"text": "c"}')
+    two = write(tmp_path / "two.jsonl", '{"text": "b"}', '{"text": "d"}')
+    said = []
+    tasks = {"a": {"train": one, "validation": two, "format": "text"}}
+    prepare(config(tmp_path, tasks), TOK, bound(tasks), said.append)
+    assert said[-1].startswith("a: 1 of 2 validation rows are among the training rows")
 
 
 # The lock

@@ -5,6 +5,7 @@ it.
 mtl.config.reference`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -47,6 +48,32 @@ Sources = Annotated[
         }
     ),
 ]
+Held = Annotated[
+    int | float | Sources,
+    BeforeValidator(lambda value: _held(value)),
+    Wanted("sources of rows, a number of the training rows, or a share of them such as 5%"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+def _held(value: Any) -> Any:
+    """A percentage as a fraction; fractions and counts are taken too."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value)):
+        value = float(match[1]) / 100
+    if isinstance(value, float) and not 0 < value < 1 or isinstance(value, int) and value < 1:
+        raise ValueError("found a part that is none, or all")
+    return (value,) if isinstance(value, str) else value
+
+
 DeepSpeed = Annotated[
     dict[str, Any],
     Wanted("a mapping, or the path of a JSON file"),
@@ -163,11 +190,15 @@ class TaskSection(Section):
     """A task: its rows and what its loss counts."""
 
     train: Sources
-    """Rows to train on: a JSONL or Parquet file, a folder written by `datasets.save_to_disk`, a hub
-    name (`name`, `name:config`, `name:config:split`), or a list of them.
+    """Rows to train on: a JSONL, CSV, TSV or Parquet file, a pattern (`data/*.jsonl`), a folder
+    written by `datasets.save_to_disk`, a hub name (`name`, `name:config`, `name:config:split`, the
+    split also as `train[:10%]`), or a list of them.
     """
-    validation: Sources
-    """Rows whose loss is measured, named in the same way."""
+    validation: Held
+    """Rows whose loss is measured, named in the same way; or how many of the rows of `train` are
+    held out for it: `5%`, or a number. Rows are chosen by a hash of their content, so copies stay
+    together. With a percentage, rows that are added to `train` later move none.
+    """
     format: Spec
     """What a row holds: messages, prompt_completion, text, alpaca, sharegpt, chat_rounds, or a
     function of yours.
@@ -210,6 +241,10 @@ class BatchSection(Section):
     """Tokens of the longest example."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to an example above max_length."""
+    special_text: Literal["keep", "refuse"] = "keep"
+    """What happens to a row whose texts have a special token's text in them, such as `</s>`: keep
+    it, where it becomes that token, which the log counts; or refuse the row.
+    """
     packing: Literal["auto"] | bool = "auto"
     """Several examples in one row, none seeing another; auto: where the model is found to keep them
     apart.

@@ -17,20 +17,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from mtl.config import Config
 from mtl.data.encode import Encoder, Note, Tokenized
 from mtl.data.encoded import SCHEMA, DataError, Encoded, Report, TaskData, record_batch
-from mtl.data.formats import Format, RowProblem, Watched, without_nulls
+from mtl.data.formats import Example, Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
-from mtl.data.source import Row, Source, open_source
+from mtl.data.source import Row, Source, open_source, open_sources
 from mtl.data.turns import find_turns
 
 CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
@@ -40,7 +41,11 @@ NEWS = 10.0  # seconds between two signs of progress
 
 Notes = dict[str, int]  # what is worth saying of a row, and how often
 # a row's number, and what became of it
-Outcome = tuple[int, Tokenized | RowProblem, Notes]
+Outcome = tuple[int, Tokenized | RowProblem | None, Notes]  # None: it is on the other side
+Side = tuple[float, bool]
+"""Of rows that are split by their content, the fraction that is validation, and whether that is
+wanted.
+"""
 
 
 def prepare(
@@ -62,7 +67,8 @@ def prepare(
 
     Raises: DataError with every problem of every task.
     """
-    encoder = Encoder(tokenizer, config.batch.max_length, config.batch.too_long)
+    batch = config.batch
+    encoder = Encoder(tokenizer, batch.max_length, batch.too_long, batch.special_text)
     if read := dates(tokenizer):
         say(
             f"the chat template reads today's date ({', '.join(read)}): rows are encoded again "
@@ -77,16 +83,28 @@ def prepare(
             ("validation", task.validation, task.validation_cap),
         ):
             try:
-                sources = [open_source(one, split) for one in names]
+                side = None
+                if not isinstance(task.validation, tuple):
+                    names, side = task.train, (task.validation, split == "validation")
+                sources = [
+                    one for each in names for one in open_sources(each, "train" if side else split)
+                ]
+                if side and isinstance(side[0], int):
+                    side = (_nearest(sources, formats[name], side[0]), side[1])
                 splits.append(
                     encode_split(
-                        root, sources, formats[name], encoder, cap, f"{name} ({split})", say
+                        root, sources, formats[name], encoder, cap, f"{name} ({split})", say, side
                     )
                 )
             except DataError as error:
                 problems.append(
                     f"{config.where(('tasks', name, split))}: tasks.{name}.{split}: {error}"
                 )
+        if len(splits) == 2 and (shared := shared_rows(*splits)):
+            say(
+                f"{name}: {shared:,} of {len(splits[1]):,} validation rows are among the training "
+                "rows: their loss says little about new rows"
+            )
         tasks.append((name, splits))
     if problems:
         raise DataError("\n".join(problems))
@@ -101,17 +119,19 @@ def encode_split(
     cap: int | None,
     label: str,
     say: Say,
+    side: Side | None = None,
 ) -> Encoded:
     """The rows of `sources`, one source after the other, encoded; from the cache under `root` if it
     has them.
 
     Args: cap: keep the first so many usable rows, in the order of the sources, and read no further;
-        None = all. label: what to call it in messages.
+        None = all. label: what to call it in messages. side: keep those rows only whose content
+        falls on one side of a split; None = all.
 
     Raises: DataError if a source cannot be read, no row is left, or a row is too long and
     `encoder.too_long` "error".
     """
-    key = _key(sources, to_example, encoder, cap)
+    key = _key(sources, to_example, encoder, cap, side)
     folder = root / key
     if not folder.exists():
 
@@ -124,6 +144,7 @@ def encode_split(
                 encoder,
                 cap,
                 lambda text: progress(f"{label}: {text}"),
+                side,
             )
 
         build_once(folder, build, say)
@@ -146,6 +167,7 @@ def _write(
     encoder: Encoder,
     cap: int | None,
     progress: Say,
+    side: Side | None = None,
 ) -> None:
     """Encode into `rows.arrow` and `report.json`; no more than a few chunks of rows are in memory
     at a time.
@@ -157,9 +179,11 @@ def _write(
         (folder / "rows.arrow").open("wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as writer,
     ):
-        for s, number, result, notes in _outcomes(sources, to_example, encoder, cap):
+        for s, number, result, notes in _outcomes(sources, to_example, encoder, cap, side):
             if report.kept == cap:
                 break
+            if result is None:
+                continue
             report.read += 1
             for text, times in notes.items():
                 report.notes[text] = report.notes.get(text, 0) + times
@@ -197,8 +221,12 @@ def _signs(give: Callable[[], None]) -> Iterator[None]:
 
 
 def _outcomes(
-    sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None
-) -> Iterator[tuple[int, int, Tokenized | RowProblem, Notes]]:
+    sources: Sequence[Source],
+    to_example: Format,
+    encoder: Encoder,
+    cap: int | None,
+    side: Side | None,
+) -> Iterator[tuple[int, int, Tokenized | RowProblem | None, Notes]]:
     """(source, row number, what became of it, notes), in the order of the rows however many
     processes work.
     """
@@ -217,9 +245,9 @@ def _outcomes(
         for s, one in enumerate(sources):
             rows = one.rows()
             if pool is None:
-                results = ([_outcome(row, to_example, encoder)] for row in rows)
+                results = ([_outcome(row, to_example, encoder, side)] for row in rows)
             else:
-                results = _ahead(pool, _chunks(rows), to_example, encoder, 2 * cores)
+                results = _ahead(pool, _chunks(rows), to_example, encoder, side, 2 * cores)
             for outcomes in results:
                 yield from ((s, *outcome) for outcome in outcomes)
     finally:
@@ -244,38 +272,46 @@ def _ahead(
     chunks: Iterator[list[Row]],
     to_example: Format,
     encoder: Encoder,
+    side: Side | None,
     many: int,
 ) -> Iterator[list[Outcome]]:
     """Results in order, `many` chunks being under way: Executor.map would read the whole source
     first.
     """
     coming = deque(
-        pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, many)
+        pool.submit(_encode, chunk, to_example, encoder, side) for chunk in islice(chunks, many)
     )
     while coming:
         yield coming.popleft().result()
         coming.extend(
-            pool.submit(_encode, chunk, to_example, encoder) for chunk in islice(chunks, 1)
+            pool.submit(_encode, chunk, to_example, encoder, side) for chunk in islice(chunks, 1)
         )
 
 
-def _encode(rows: Iterable[Row], to_example: Format, encoder: Encoder) -> list[Outcome]:
-    return [_outcome(row, to_example, encoder) for row in rows]
+def _encode(
+    rows: Iterable[Row], to_example: Format, encoder: Encoder, side: Side | None
+) -> list[Outcome]:
+    return [_outcome(row, to_example, encoder, side) for row in rows]
 
 
-def _outcome(row: Row, to_example: Format, encoder: Encoder) -> Outcome:
+def _outcome(row: Row, to_example: Format, encoder: Encoder, side: Side | None) -> Outcome:
     notes: Notes = {}
 
     def note(text: str, times: int = 1) -> None:
         notes[text] = notes.get(text, 0) + times
 
+    example = None
     try:
-        return row.number, _encode_row(row, to_example, encoder, note), notes
+        example = _example(row, to_example, note)
+        other = side is not None and (_fraction(example) < side[0]) != side[1]
+        return row.number, None if other else encoder(example, note), {} if other else notes
     except RowProblem as problem:
-        return row.number, problem, {}
+        # Of a row that no format can read, nobody knows the side: training reports it.
+        lost = side is not None and side[1] and example is None
+        return row.number, None if lost else problem, {}
 
 
-def _encode_row(row: Row, to_example: Format, encoder: Encoder, note: Note) -> Tokenized:
+def _example(row: Row, to_example: Format, note: Note) -> Example:
     if row.value is None:
         raise RowProblem("unreadable", row.problem)
     value = row.value
@@ -297,10 +333,53 @@ def _encode_row(row: Row, to_example: Format, encoder: Encoder, note: Note) -> T
         note(row.note, 1)
     for key in sorted(watched.unread()):
         note(f"rows with the key {key}, which nothing reads", 1)
-    return encoder(example, note)
+    return example
 
 
-def _key(sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: int | None) -> str:
+def _fraction(example: Example) -> float:
+    """A number in [0, 1) that follows an example's content, and nothing else: copies stand on the
+    same side of a split, and rows that are appended move none.
+    """
+    digest = hashlib.blake2b(repr(example).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def _nearest(sources: Sequence[Source], to_example: Format, rows: int) -> float:
+    """The fraction below which at least so many rows stand."""
+    found = []
+    for row in (row for one in sources for row in one.rows()):
+        with suppress(RowProblem):
+            found.append(_fraction(_example(row, to_example, lambda text, times: None)))
+    if len(found) <= rows:
+        raise DataError(f"found {len(found):,} usable rows, wanted more than validation: {rows:,}")
+    return sorted(found)[rows - 1] + 2**-53
+
+
+def shared_rows(train: Encoded, validation: Encoded) -> int:
+    """How many rows of `validation` have the tokens and targets of a training row."""
+
+    def content(split: Encoded, i: int) -> bytes:
+        return split.ids(i).tobytes() + split.target(i).tobytes()
+
+    def looks(split: Encoded) -> np.ndarray:
+        return np.rec.fromarrays([split.lengths, split.targets, split.answers])
+
+    # Rows that differ in what is at hand are not read.
+    maybe = np.flatnonzero(np.isin(looks(train), looks(validation)))
+    seen = {hashlib.blake2b(content(train, i)).digest() for i in maybe.tolist()}
+    return sum(
+        bool(seen) and hashlib.blake2b(content(validation, i)).digest() in seen
+        for i in range(len(validation))
+    )
+
+
+def _key(
+    sources: Sequence[Source],
+    to_example: Format,
+    encoder: Encoder,
+    cap: int | None,
+    side: Side | None,
+) -> str:
     function = getattr(
         to_example, "func", getattr(to_example, "target", to_example)
     )  # of a partial, a spec.Maker
@@ -310,6 +389,8 @@ def _key(sources: Sequence[Source], to_example: Format, encoder: Encoder, cap: i
         "format": [function.__module__, function.__qualname__, getattr(to_example, "keywords", {})],
         "length": [encoder.max_length, encoder.too_long == "truncate"],
         "cap": cap,
+        "side": side,
+        "special text": encoder.special_text,
         # The code itself instead of version numbers that someone would have to remember to raise.
         "code": [
             _module_hash(thing)
