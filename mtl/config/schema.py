@@ -51,7 +51,7 @@ Sources = Annotated[
 Held = Annotated[
     int | float | Sources,
     BeforeValidator(lambda value: _held(value)),
-    Wanted("sources of rows, a number of the training rows, or a share of them such as 5%"),
+    Wanted("a file, folder or hub name, or a list of them, or a part of train such as 5%"),
     WithJsonSchema(
         {
             "anyOf": [
