@@ -12,6 +12,7 @@ from balancers.methods import METHODS, make, method
 from balancers.protocol import Array, Balancer, Signal, Signals, State, describe
 
 if TYPE_CHECKING:
+    from balancers.apart import Apart
     from balancers.bounded import Bounded
     from balancers.coba import CoBa
     from balancers.dwa import DWA
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Apart",
     "Array",
     "Balancer",
     "Bounded",

@@ -24,8 +24,9 @@ class Bounded(Wrapper):
 
     Explains: ``mixed`` (scalar), q, beside what the inner balancer explains.
 
-    Raises: ValueError: bounds that no weights of K tasks can keep; an inner balancer with negative
-        weights.
+    Raises:
+        ValueError: bounds that no weights of K tasks can keep; an inner balancer with negative
+            weights.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Bounded(Wrapper):
         super().__init__(balancer)
         if not self.balancer.non_negative:
             raise ValueError(
-                f"Bounded balancer: found {type(self.balancer).__name__}, whose weights may be "
+                f"Bounded balancer: found {self.balancer.public().__name__}, whose weights may be "
                 "negative, wanted shares"
             )
         for name, value in (("floor", floor), ("ceiling", ceiling)):

@@ -5,7 +5,8 @@ https://arxiv.org/abs/2410.06741).
 import logging
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from importlib import import_module
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -17,8 +18,8 @@ Divergence = Literal["abs", "signed", "released"]
 Slope = Literal["auto", "ols", "panel"]
 WINDOW = 200  # probes, as published
 SPAN = 200  # optimizer steps, as published, where a probe is taken at every one
-# history entries handled at once: 64 KiB stay in the cache, a temporary as long as the history does
-# not
+# History entries handled at once: 64 KiB stay in the cache, a temporary as long as the history does
+# not.
 CHUNK = 8192
 
 
@@ -29,27 +30,24 @@ class CoBa(Balancer):
     With the ratio ``r_i = l_i / l_i(0)`` of validation losses (nats per target token) and its
     least-squares slope ``a_i(t)`` on the step number over the last N probes, for K tasks::
 
-        RCS_i = softmax over tasks of   K * a_i / sum_j |a_j|               relative convergence
-        score ACS_i = softmax over tasks of  -n * a_i / sum_s |a_i(s)|            absolute one, s =
-        the last n <= N slopes DF    = min(m * softmax over history of (-tau * m * a_max(s) / D)
-        [t], 1),   a_max = max_i a_i w     = DF * RCS + (1 - DF) * ACS
+        RCS_i = softmax over tasks of   K * a_i / sum_j |a_j|      relative convergence score
+        ACS_i = softmax over tasks of  -n * a_i / sum_s |a_i(s)|   absolute one
+        DF    = min(m * softmax over history of (-tau * m * a_max(s) / D) [t], 1)
+        w     = DF * RCS + (1 - DF) * ACS
 
-    where m is the length of the history and ``D = sum_s |a_max(s)|``. Before step W all weights are
-    1/K.
+    where n <= N slopes are in the window, ``a_max = max_i a_i``, its history has length m, and
+    ``D = sum_s |a_max(s)|``. Before step W all weights are 1/K.
 
-    Args: window: N >= 1, in probes. None: 200, as published; where slopes are panel slopes and
-        groups take turns, the whole
-            rounds of them (so that none counts more than another) that come nearest to 200
-            optimizer steps: at least two, and at most 200 probes. Not with
+    Args:
+        window: N >= 1, in probes. None: 200, as published; where slopes are panel slopes and groups
+            take turns, the whole rounds of them (so that none counts more than another) that come
+            nearest to 200 optimizer steps: at least two, and at most 200 probes. Not with
             ``divergence="released"``, which has 200.
         warmup: W >= 1, in optimizer steps.
         tau: temperature of the divergence factor, > 0.
         divergence: "abs" as above; "signed" takes ``D = sum_s a_max(s)``, the equation as printed,
-            which rewards a diverging task until the sum changes sign; "released" does what the
-            authors' code does (codefuse-ai/MFTCoder 8ba13f4): a_max is the slope of ``max_i r_i``,
-            DF is not clamped, no slope is kept before W, ACS sees the last N - W + 1, a task's
-            first probe is no observation, warm-up ends a step earlier, and the weights go through
-            ``softmax(K * w)`` and, where one is below 1/(10K), ``0.9 * w + 1/(10K)``.
+            which rewards a diverging task until the sum changes sign; "released" makes a
+            ``balancers.coba_released.Released``, which does what the authors' code does.
         slope: "ols", least squares as published; or "panel", our addition: with one intercept for
             each group of validation rows, so that the difference between groups is not taken for
             progress. It needs ``Signals.valid_group`` and every group of the window twice, so N >=
@@ -60,6 +58,12 @@ class CoBa(Balancer):
         gate: None, or a number of standard errors, our addition: each task's two scores are
             multiplied by ``max(0, 1 - (gate * error_i / a_i)^2)`` before the softmax, so that
             slopes which are noise give equal weights. The error is that of the same fit.
+        forgetting: our addition: tells a task that is forgotten (training and validation loss rise)
+            from one that overfits (training loss falls). With ``b_i`` the slope of the training
+            loss over ``l_i(0)`` at the same probes and ``s_i`` its standard error, ACS and a_max
+            take ``min(a_i, a_i - max(b_i - s_i, 0))`` for the slope; RCS keeps ``a_i``. A probe's
+            training loss is the mean of those since the last probe. Reads ``train_loss`` as well.
+            Not with ``divergence="released"``.
 
     A task's ``l(0)`` is ``valid_base`` where the signals carry it, else the task's first probe
     above 0. Steps are true step numbers, so probes may come at any interval. An absent task keeps
@@ -68,13 +72,15 @@ class CoBa(Balancer):
     stay.
 
     Explains: ``slope``, ``rcs``, ``acs`` (K,), in ratio per optimizer step and as shares; ``df``
-    (scalar); ``panel`` and ``gate`` (K,) with those options. nan: not seen yet.
+    (scalar); ``panel``, ``gate`` and ``forgotten``, what the slope is lowered by, (K,) with those
+    options. nan: not seen yet.
 
     State: 8 bytes a probe for the history of a_max (plus an eighth of slack); the rest is bounded
     by the window.
 
     Raises:
-        ValueError: settings outside the ranges above; panel slopes without ``valid_group``.
+        ValueError: settings outside the ranges above or that do not go together; panel slopes
+            without ``valid_group``.
     """
 
     window: int | None = None
@@ -83,8 +89,7 @@ class CoBa(Balancer):
     divergence: Divergence = "abs"
     slope: Slope = "auto"
     gate: float | None = None
-
-    needs: ClassVar[Signal] = Signal.VALID_LOSS
+    forgetting: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -93,22 +98,54 @@ class CoBa(Balancer):
         positive("CoBa tau", self.tau)
         if self.gate is not None:
             positive("CoBa gate", self.gate)
+        if not isinstance(self.forgetting, bool):
+            raise ValueError(f"CoBa forgetting: found {self.forgetting!r}, wanted true or false")
+        if self.forgetting and self.divergence == "released":
+            raise ValueError(
+                "CoBa forgetting: found true beside divergence: released, which does what the "
+                "authors' code does and nothing more; wanted divergence: abs or signed"
+            )
         for name, options in (("divergence", get_args(Divergence)), ("slope", get_args(Slope))):
             if getattr(self, name) not in options:
                 raise ValueError(
                     f"CoBa {name}: found {getattr(self, name)!r}, wanted one of "
                     f"{', '.join(options)}"
                 )
+        if self.divergence == "released":
+            self._become_released()
+
+    @property
+    def needs(self) -> Signal:
+        return Signal.VALID_LOSS | Signal.TRAIN_LOSS if self.forgetting else Signal.VALID_LOSS
+
+    def settings(self) -> dict[str, Any]:
+        # Left out while it is off: so the states saved before there was one still fit.
+        given = super().settings()
+        return given if self.forgetting else {k: v for k, v in given.items() if k != "forgetting"}
+
+    def _become_released(self) -> None:
+        if type(self) is not CoBa:
+            raise ValueError(
+                f"{type(self).__name__} divergence: found 'released', wanted abs or signed; to "
+                "change what the authors' code does, derive from balancers.coba_released.Released"
+            )
+        # Here and not in __new__, which would hide the constructor's signature; by name, since that
+        # file imports this one.
+        released = import_module("balancers.coba_released").Released
+        object.__setattr__(self, "__class__", released)
 
     def init(self, k: int) -> State:
+        train = {
+            "train_sum": np.zeros(k),  # of the training losses since the last probe
+            "train_count": np.zeros(k),
+            "train": np.zeros((0, k)),  # their mean over l(0), a row for each probe
+        }
         return {
             "probes": np.array(0),
-            "base": np.full(
-                k, np.nan
-            ),  # l(0) from the first probe; nan = the task was not seen yet
-            "step": np.zeros(
-                0
-            ),  # as many of the last probes as a window may have, N: row = probe mod N
+            # l(0) from the first probe; nan = the task was not seen yet
+            "base": np.full(k, np.nan),
+            # as many of the last probes as a window may have, N: row = probe mod N
+            "step": np.zeros(0),
             "group": np.zeros(0),
             "ratio": np.zeros((0, k)),
             "slopes": np.zeros((0, k)),
@@ -116,57 +153,43 @@ class CoBa(Balancer):
             "history": np.zeros(0),  # a_max at every probe so far
             "divisor": np.array(0.0),  # D
             "weights": np.full(k, 1 / k),  # those of the newest probe, warm-up or not
+            **(train if self.forgetting else {}),
         }
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
+        if self.forgetting and signals.train_loss is not None:
+            state["train_sum"] = state["train_sum"] + np.nan_to_num(signals.train_loss)
+            state["train_count"] = state["train_count"] + ~np.isnan(signals.train_loss)
         explain = {} if signals.valid_loss is None else self._probe(state, signals)
         k = len(state["base"])
-        return (
-            state,
-            np.full(k, 1 / k) if self._warming(signals.step) else state["weights"].copy(),
-            explain,
-        )
-
-    def _warming(self, step: int) -> bool:
-        # The released trainer measures after a step: its row t + 1 is what we give at t.
-        return step + (self.divergence == "released") < self.warmup
+        warming = self._warming(signals.step)
+        return state, np.full(k, 1 / k) if warming else state["weights"].copy(), explain
 
     def _probe(self, state: State, signals: Signals) -> dict[str, Array]:
         """Take in one probe, and put the weights that its scores give into the state."""
-        released, fresh = self.divergence == "released", self._observe(state, signals)
-        n = self._reach(state, signals)
-        rows = np.sort(
-            self._newest(state, n)
-        )  # as they stand there: a full window is all of the state
+        fresh, n = self._observe(state, signals), self._reach(state, signals)
+        # As they stand there, not by age: a full window is all of the state.
+        rows = np.sort(self._newest(state, n))
         slope, error, explain = self._slopes(state, rows)
         # A task's first observation has no slope: a zero there would be a plateau that nobody
         # observed.
         seen = ~np.isnan(state["base"])
         slope = np.where(seen & ~fresh, slope, np.nan)
-        counts = not (released and self._warming(signals.step))
-        state["slopes"] = _put(state["slopes"], self._row(state), slope if counts else np.nan)
+        own = slope - self._forgotten(state, rows, explain)
+        past = self._keep(state, own, n, signals.step)
+        trust = self._trust(slope, error, explain)
 
-        a_max = self._a_max(state, slope, rows)
-        df = self._divergence_factor(state, a_max) if counts and math.isfinite(a_max) else 1.0
-
-        trust = np.ones_like(slope)
-        if self.gate is not None:
-            with np.errstate(over="ignore"):
-                noise = np.divide(
-                    self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0
-                )
-                trust = explain["gate"] = np.nan_to_num(np.maximum(0, 1 - noise**2))
         rcs = _scores(trust * slope, np.nansum(np.abs(slope)) / max(1, seen.sum()), seen)
-        last = min(n, max(1, self._most - self.warmup + 1)) if released else n
-        past = state["slopes"][self._newest(state, last)]
-        acs = _scores(
-            -trust * slope,
-            np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1),
-            seen,
-        )
-        weights = df * rcs + (1 - df) * acs
-        state["weights"] = share(_sharpen(weights, seen) if released else weights, seen)
+        usual = np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1)
+        acs = _scores(-trust * own, usual, seen)
+        a_max = self._a_max(state, own, rows, signals.step)
+        df, weights = self._weigh(self._divergence(state, a_max), rcs, acs, seen)
+
+        state["weights"] = share(weights, seen)
         return {"slope": slope, "rcs": rcs, "acs": acs, "df": np.array(df), **explain}
+
+    def _warming(self, step: int) -> bool:
+        return step < self.warmup
 
     def _observe(self, state: State, signals: Signals) -> np.ndarray:
         """Put a probe's ratios into the window; (K,) bool, the tasks that it saw first."""
@@ -176,18 +199,56 @@ class CoBa(Balancer):
         if signals.valid_base is not None:
             base = np.where(signals.valid_base > 0, signals.valid_base, base)
         with np.errstate(over="ignore"):
-            ratio = np.minimum(
-                signals.valid_loss / base, 1e100
-            )  # far out, and its square is still finite
-        ratio[unseen | fresh if self.divergence == "released" else unseen] = np.nan
+            # far out, and its square is still finite
+            ratio = np.minimum(signals.valid_loss / base, 1e100)
+        ratio[unseen] = np.nan
         state["probes"] += 1
-        for name, value in (
-            ("step", signals.step),
-            ("group", self._group(signals)),
-            ("ratio", ratio),
-        ):
-            state[name] = _put(state[name], self._row(state), value)
+        row = self._row(state)
+        state["step"] = _put(state["step"], row, signals.step)
+        state["group"] = _put(state["group"], row, self._group(signals))
+        state["ratio"] = _put(state["ratio"], row, ratio)
         return fresh
+
+    def _forgotten(self, state: State, rows: Array, explain: dict[str, Array]) -> Array | float:
+        """(K,) how far the training loss rises beyond its noise, in ratio per step; 0 without the
+        option.
+        """
+        if not self.forgetting:
+            return 0.0
+        base, count = state["base"], state["train_count"]
+        known = (count > 0) & ~np.isnan(base)
+        with np.errstate(over="ignore"):
+            mean = np.divide(state["train_sum"], count * base, out=base * np.nan, where=known)
+        state["train"] = _put(state["train"], self._row(state), np.minimum(mean, 1e100))
+        state["train_sum"], state["train_count"] = np.zeros_like(base), np.zeros_like(base)
+        rise, error = least_squares(state["step"][rows], state["train"][rows], np.zeros(len(rows)))
+        explain["forgotten"] = np.maximum(rise - error, 0)
+        return explain["forgotten"]
+
+    def _keep(self, state: State, slope: Array, n: int, step: int) -> Array:
+        """Put the slopes into the window; (n, K), those that ACS compares them with."""
+        state["slopes"] = _put(state["slopes"], self._row(state), slope)
+        return state["slopes"][self._newest(state, n)]
+
+    def _trust(self, slope: Array, error: Array, explain: dict[str, Array]) -> Array:
+        """(K,) what the gate leaves of a score, 1 without one."""
+        if self.gate is None:
+            return np.ones_like(slope)
+        with np.errstate(over="ignore"):
+            noise = np.divide(
+                self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0
+            )
+            explain["gate"] = np.nan_to_num(np.maximum(0, 1 - noise**2))
+        return explain["gate"]
+
+    def _a_max(self, state: State, slope: Array, rows: Array, step: int) -> float:
+        """The largest slope; not finite where there is none."""
+        return float(np.max(slope, initial=-np.inf, where=~np.isnan(slope)))
+
+    def _weigh(self, df: float, rcs: Array, acs: Array, seen: Array) -> tuple[float, Array]:
+        """DF as it is used, and the weights (K,), nan where unseen."""
+        df = min(df, 1.0)
+        return df, df * rcs + (1 - df) * acs
 
     @property
     def _most(self) -> int:
@@ -201,12 +262,7 @@ class CoBa(Balancer):
     def _reach(self, state: State, signals: Signals) -> int:
         """How many of the newest probes the window has."""
         n = min(int(state["probes"]), self._most)
-        if (
-            self.window
-            or self.divergence == "released"
-            or self.slope == "ols"
-            or signals.valid_group is None
-        ):
+        if self.window or self.slope == "ols" or signals.valid_group is None:
             return n
         apart = (signals.step - state["step"][:n].min()) / max(1, n - 1)
         return min(n, default_window(len(np.unique(state["group"][:n])), max(1, apart)))
@@ -236,16 +292,6 @@ class CoBa(Balancer):
         slope, error = np.where(fits, inner, slope), np.where(fits, inner_error, error)
         return slope, error, {"panel": fits.astype(np.float64)}
 
-    def _a_max(self, state: State, slope: Array, rows: Array) -> float:
-        if self.divergence != "released":
-            return float(np.max(slope, initial=-np.inf, where=~np.isnan(slope)))
-        ratio = state["ratio"][rows]
-        envelope = np.max(ratio, axis=1, initial=-np.inf, where=~np.isnan(ratio))
-        envelope[np.isinf(envelope)] = np.nan
-        return float(
-            least_squares(state["step"][rows], envelope[:, None], np.zeros(len(rows)))[0][0]
-        )
-
     def _group(self, signals: Signals) -> float:
         if self.slope == "ols" or (self.slope == "auto" and signals.valid_group is None):
             return 0.0
@@ -257,8 +303,10 @@ class CoBa(Balancer):
             )
         return float(signals.valid_group)
 
-    def _divergence_factor(self, state: State, a_max: float) -> float:
-        """DF, with a_max appended to the history."""
+    def _divergence(self, state: State, a_max: float) -> float:
+        """DF before its clamp, with a_max appended to the history; 1 where there is no a_max."""
+        if not math.isfinite(a_max):
+            return 1.0
         state["entries"] += 1
         state["divisor"] += a_max if self.divergence == "signed" else abs(a_max)
         entries, divisor = int(state["entries"]), float(state["divisor"])
@@ -274,8 +322,7 @@ class CoBa(Balancer):
                 part = state["history"][start : min(start + CHUNK, entries)]
                 part = (part - a_max) * -scale
                 total += np.exp(part, out=part).sum()
-        df = entries / float(total)
-        return df if self.divergence == "released" else min(df, 1.0)
+        return entries / float(total)
 
 
 def default_window(groups: int, apart: float) -> int:
@@ -328,13 +375,6 @@ def _scores(slope: Array, scale: Array | float, seen: Array) -> Array:
             slope, scale, out=np.zeros_like(slope), where=(scale > 0) & ~np.isnan(slope)
         )
     return softmax(logit, seen)
-
-
-def _sharpen(weights: Array, seen: Array) -> Array:
-    """The released code's last step."""
-    k = max(1, seen.sum())
-    weights = softmax(k * weights, seen)
-    return 0.9 * weights + 0.1 / k if (weights < 0.1 / k).any() else weights
 
 
 def _put(buffer: Array, row: int, value: Array | float) -> Array:

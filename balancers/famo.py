@@ -63,19 +63,21 @@ class _Falls(Balancer):
 
 @dataclass(frozen=True)
 class FAMO(_Falls):
-    """All tasks' log losses are to fall at the same rate::
+    """Weights that make all tasks' log losses fall at the same rate::
 
-        z   = softmax(xi),   c = 1 / sum_j (z_j / L_j) model loss  c * sum_i z_i * log L_i,   that
-        is the weights  w_i = c * z_i / L_i  of the losses, of sum 1 after the step   xi <- Adam
-        step along  J_softmax(xi)' (log L_before - log L_after) + weight_decay * xi
+        z   = softmax(xi),   c = 1 / sum_j (z_j / L_j)
+        w_i = c * z_i / L_i         the weights of the model's loss  c * sum_i z_i * log L_i;  sum 1
+        xi <- Adam step along  J_softmax(xi)' (log L_before - log L_after) + weight_decay * xi
 
     L_before and L_after are the losses (nats per target token) of the SAME batch before and after
     the update.
 
-    Args: lr: of Adam on xi, > 0. weight_decay: >= 0, of xi, as an L2 term. replay: True reads
-        L_after from ``Signals.replay_loss``: one more forward of every batch. False takes the next
-            batch's loss for it, which costs nothing and adds the difference between two batches as
-            noise.
+    Args:
+        lr: of Adam on xi, > 0.
+        weight_decay: >= 0, of xi, as an L2 term.
+        replay: True reads L_after from ``Signals.replay_loss``: one more forward of every batch.
+            False takes the next batch's loss for it, which costs nothing but adds noise: the
+            difference between two batches.
 
     Differs from the paper: in w, L is the newest loss known before batch t, so that of batch t-1
     (after its update, with replay), where the paper has batch t's own; the lower bound of the

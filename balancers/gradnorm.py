@@ -15,10 +15,11 @@ from balancers.protocol import Array, Balancer, Signal, Signals, State
 class GradNorm(Balancer):
     """Tasks' weighted gradients are brought to norms that grow with how far behind a task is::
 
-        G_i    = w_i * ||g_i||                                    sum of w = K r_i    = (L_i /
-        L_i(0)) / mean_j (L_j / L_j(0))           relative inverse training rate target = mean_j G_j
-        * r_i^alpha                           a constant for the derivative w_i   <- w_i - lr *
-        d/dw_i sum_j |G_j - target_j| / mean_j ||g_j||,   then  w <- K * w / sum w
+        G_i    = w_i * ||g_i||                                    sum of w = K
+        r_i    = (L_i / L_i(0)) / mean_j (L_j / L_j(0))           relative inverse training rate
+        target = mean_j G_j * r_i^alpha                           a constant for the derivative
+        w_i   <- w_i - lr * d/dw_i sum_j |G_j - target_j| / mean_j ||g_j||
+        w     <- K * w / sum w
 
     ||g_i|| is the norm of the gradient of task i's loss in batch t, over the parameters that the
     Gramian covers; L are training losses (nats per target token) of batch t-1, L(0) the task's

@@ -18,9 +18,10 @@ class Grouped(Wrapper):
     """The inner balancer sees each group as one task, and a group's weight is dealt equally to its
     tasks.
 
-    Args: balancer: the inner one, or its name, or a mapping of its name and keywords. groups: a
-        group's name to the names of its tasks; a task in no group is a group of its own, under its
-        name.
+    Args:
+        balancer: the inner one, or its name, or a mapping of its name and keywords.
+        groups: a group's name to the names of its tasks; a task in no group is a group of its own,
+            under its name.
 
     A group's loss is the mean of its tasks' losses, an absent task counting with its last one as
     long as another is there; its tokens are the sum; its gradient is the mean of its tasks'
@@ -71,9 +72,8 @@ class Grouped(Wrapper):
         }
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
-        member = (np.arange(1 + self._of.max())[:, None] == self._of).astype(
-            np.float64
-        )  # (groups, K)
+        # (groups, K): 1 where the task is of the group
+        member = (np.arange(1 + self._of.max())[:, None] == self._of).astype(np.float64)
         size = member.sum(axis=1)
         mean = member / size[:, None]
         seen = {}

@@ -11,17 +11,20 @@ from balancers.protocol import Array, Balancer, Signals, describe
 class Holder:
     """Runs a balancer: checks what goes in and out, applies ``loss_weight``, saves and restores.
 
-    Args: balancer: the rule. tasks: K different names, in the order of every (K,) array.
+    Args:
+        balancer: the rule.
+        tasks: K different names, in the order of every (K,) array.
         loss_weight: (K,) numbers > 0 that multiply the balancer's weights; the product is brought
-        back to the
-            balancer's sum. None stands for ones.
+            back to the balancer's sum. None stands for ones.
 
-    Attributes: weights: (K,) float64, those of the newest update; before the first one equal, times
-        ``loss_weight``. explain: name to array, the newest update's reasons; empty where it had no
-        new measurement.
+    Attributes:
+        weights: (K,) float64, those of the newest update; before the first one equal, times
+            ``loss_weight``.
+        explain: name to array, the newest update's reasons; empty where it had no new measurement.
 
-    Raises: ValueError: bad names, loss weights, signals or weights, and a state that belongs to
-        something else.
+    Raises:
+        ValueError: bad names, loss weights, signals or weights, and a state that belongs to
+            something else.
 
     Example:
         >>> holder = Holder(CoBa(window=40, warmup=15), ["code", "math"])
@@ -59,9 +62,8 @@ class Holder:
         """The weights (K,) float64 for the global batch about to be trained on."""
         signals.check(self.tasks)
         state, weights, explain = self.balancer.update(self._state, signals)
-        self._state = {
-            name: np.asarray(each) for name, each in state.items()
-        }  # array + 1 is no array if it is 0-d
+        # numpy makes a scalar of `array + 1` where the array is 0-d; a checkpoint holds arrays.
+        self._state = {name: np.asarray(each) for name, each in state.items()}
         self._check(weights, signals.step)
         odd = [name for name, each in self._state.items() if each.dtype == object]
         if odd:
@@ -96,7 +98,7 @@ class Holder:
             )
             raise ValueError(
                 f"the saved balancer state belongs to another run. {sides}. Resume with what was "
-                "saved, or start afresh"
+                "saved, or start a new run"
             )
         current, arrays = self.state_dict()["arrays"], saved["arrays"]
         found, wanted = (
@@ -113,6 +115,7 @@ class Holder:
         self.explain = {}
 
     def _apply_loss_weight(self, weights: Array) -> Array:
+        # Brought back to the balancer's sum: else loss weights would change the learning rate.
         product = weights * self.loss_weight
         total, wanted = product.sum(), weights.sum()
         return product * (wanted / total) if min(total, wanted) > 0 else product

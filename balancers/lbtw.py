@@ -16,9 +16,10 @@ class LBTW(Balancer):
 
         w_i ~ (L_i / L_i(0))^alpha
 
-    Args: alpha: > 0; 0.5 in the paper. epoch: optimizer steps after which L(0) is taken anew from
-        the next batch, as the paper does at every epoch;
-            None: never. >= 1.
+    Args:
+        alpha: > 0; 0.5 in the paper.
+        epoch: optimizer steps after which L(0) is taken again from the next batch. The paper does
+            so at every epoch; None: never. >= 1.
 
     L are training losses in nats per target token, those of the update before. L(0) is the task's
     first batch above 0.

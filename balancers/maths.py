@@ -46,7 +46,7 @@ def latest(old: Array, new: Array) -> Array:
 
 
 def share(weights: Array, seen: NDArray[np.bool_]) -> Array:
-    """(K,) of sum 1: 1/K for a task not seen yet, and the rest dealt in the proportions of
+    """(K,) of sum 1: 1/K for a task not seen yet, and the rest shared in the proportions of
     ``weights`` >= 0.
     """
     total = weights[seen].sum()

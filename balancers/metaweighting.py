@@ -14,9 +14,12 @@ from balancers.protocol import Array, Balancer, Signal, Signals, State
 class MetaWeighting(Balancer):
     """Weights that make the next step lower all tasks' validation losses, to first order::
 
-        V_j(theta - eps * sum_i w_i grad L_i)   has   dV_j/dw_i = -eps * M_ji,   M_ji = <grad V_j,
-        grad L_i> lambda = argmin over the simplex  || sum_j lambda_j * M_j ||     so w + eta *
-        lambda' M lowers all V_j w <- projection on the simplex of  w + eta * (lambda' M) / max |M|
+        V_j(theta - eps * sum_i w_i grad L_i)   has   dV_j/dw_i = -eps * M_ji
+        M_ji   = <grad V_j, grad L_i>
+        lambda = argmin over the simplex  || sum_j lambda_j * M_j ||
+        w     <- projection on the simplex of  w + eta * (lambda' M) / max |M|
+
+    Because lambda is the minimum, w + eta * lambda' M lowers all V_j.
 
     M is ``Signals.valid_gram``: rows are validation gradients, columns the training gradients of
     batch t.

@@ -9,6 +9,7 @@ from typing import Any
 from balancers.protocol import Balancer
 
 METHODS: dict[str, str] = {
+    "Apart": "balancers.apart:Apart",
     "Bounded": "balancers.bounded:Bounded",
     "CoBa": "balancers.coba:CoBa",
     "DWA": "balancers.dwa:DWA",

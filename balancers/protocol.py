@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-State = dict[
-    str, np.ndarray
-]  # it is the state_dict: whatever is not in here does not survive a checkpoint
+# It is the state_dict: whatever is not in here does not survive a checkpoint.
+State = dict[str, np.ndarray]
 
 
 class Signal(enum.Flag):
@@ -43,29 +42,22 @@ class Signals:
     """
 
     step: int  # optimizer updates completed
-    tokens: Array | None = None  # (K,) target tokens per task in global batch t
-    train_loss: Array | None = (
-        None  # (K,) nats per target token of the last global batch; nan = absent
-    )
-    valid_loss: Array | None = (
-        None  # (K,) nats per target token of the newest probe; nan = absent; None = none was due
-    )
-    valid_base: Array | None = (
-        None  # (K,) initial loss of the probe's examples; nan or None = the task's first probe
-    )
-    valid_group: int | None = (
-        None  # which group of the fixed cut of the validation rows the probe read; they take turns
-    )
-    gram: Array | None = (
-        # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
-        None
-    )
-    replay_loss: Array | None = (
-        None  # (K,) the last global batch once more, at the parameters after its update
-    )
-    valid_gram: Array | None = (
-        None  # (K, K) inner products of validation gradient (row) and gradient of batch t
-    )
+    # (K,) target tokens per task in global batch t
+    tokens: Array | None = None
+    # (K,) nats per target token of the last global batch; nan = absent
+    train_loss: Array | None = None
+    # (K,) nats per target token of the newest probe; nan = absent; None = none was due
+    valid_loss: Array | None = None
+    # (K,) initial loss of the probe's examples; nan or None = the task's first probe
+    valid_base: Array | None = None
+    # which group of the fixed cut of the validation rows the probe read; they take turns
+    valid_group: int | None = None
+    # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
+    gram: Array | None = None
+    # (K,) the last global batch once more, at the parameters after its update
+    replay_loss: Array | None = None
+    # (K, K) inner products of validation gradient (row) and gradient of batch t
+    valid_gram: Array | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -143,6 +135,13 @@ class Balancer(abc.ABC):
         ``state`` is consumed: its arrays may be changed in place.
         """
 
+    @classmethod
+    def public(cls) -> "type[Balancer]":
+        """The class that users write and a checkpoint names. Another one than this only where a
+        setting of that class picked this one.
+        """
+        return cls
+
     def settings(self) -> dict[str, Any]:
         """What was given to the constructor. The base returns the instance's attributes."""
         return dict(vars(self))
@@ -152,7 +151,7 @@ def describe(balancer: Balancer) -> dict[str, Any]:
     """Method and settings as plain values that survive JSON; a balancer inside another's settings
     is described too.
     """
-    kind = type(balancer)
+    kind = balancer.public()
     return {
         "method": f"{kind.__module__}:{kind.__qualname__}",
         "settings": _plain(balancer.settings()),

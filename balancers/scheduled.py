@@ -13,11 +13,13 @@ from balancers.wrapper import Wrapper, nested, unnested
 class Scheduled(Wrapper):
     """``w = blend * inner + (1 - blend) / K``, after a warm-up, until a freeze.
 
-    Args: balancer: the inner one, or its name, or a mapping of its name and keywords. warmup:
-        optimizer steps with equal weights, >= 0. The inner balancer sees the signals from the
-        start. blend: the inner weights' part, in [0, 1]. freeze: from this optimizer step on the
-        weights stay as they are, >= 1; None: never. The inner balancer's
-            signals are still measured.
+    Args:
+        balancer: the inner one, or its name, or a mapping of its name and keywords.
+        warmup: optimizer steps with equal weights, >= 0. The inner balancer sees the signals from
+            the start.
+        blend: the inner weights' part, in [0, 1].
+        freeze: from this optimizer step on the weights stay as they are, >= 1; None: never. The
+            inner balancer's signals are still measured.
 
     Equal means the inner balancer's sum over K, so a scale that carries meaning stays.
     """

@@ -11,9 +11,9 @@ from balancers.protocol import Array, Balancer, Signal, Signals, State
 class Static(Balancer):
     """Given weights, divided by their sum.
 
-    Args: weights: numbers >= 0, not all 0: K of them in the order of the tasks, or a mapping that
-        names every task (the
-            mapping needs names, so a Holder).
+    Args:
+        weights: numbers >= 0, not all 0: K of them in the order of the tasks, or a mapping that
+            names every task (the mapping needs names, so a Holder).
     """
 
     needs: ClassVar[Signal] = Signal.NONE

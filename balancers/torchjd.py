@@ -17,10 +17,10 @@ class TorchJD(Balancer):
     """Weights from the Gramian ``<g_i, g_j>`` of the tasks' gradients in batch t, by one of
     TorchJD's weightings.
 
-    Args: method: "MGDA" (Desideri 2012; Sener and Koltun 2018), "PCGrad" (Yu 2020), "CAGrad" (Liu
-        2021; ``c``, 0.5
-            unless given), "IMTLG" (Liu 2021), "NashMTL" (Navon 2022), "AlignedMTL" (Senushkin 2023)
-            or "UPGrad" (Quinton and Rey 2024).
+    Args:
+        method: "MGDA" (Desideri 2012; Sener and Koltun 2018), "PCGrad" (Yu 2020), "CAGrad" (Liu
+            2021; ``c``, 0.5 unless given), "IMTLG" (Liu 2021), "NashMTL" (Navon 2022), "AlignedMTL"
+            (Senushkin 2023) or "UPGrad" (Quinton and Rey 2024).
         options: keywords of TorchJD's class, such as ``{"c": 0.4}``.
         seed: of PCGrad's random order of tasks.
 
@@ -31,9 +31,9 @@ class TorchJD(Balancer):
     Gramian. Absent tasks (zero rows) take no part and get the mean of the others' weights; one task
     alone has weight 1; without a Gramian, or with one of zeros, the weights stay, 1/K at first.
 
-    Raises: ValueError: an unknown method or option, a missing extra (with the command that installs
-        it), and weights that
-            the method cannot find (with the Gramian).
+    Raises:
+        ValueError: an unknown method or option, a missing extra (with the command that installs
+            it), and weights that the method cannot find (with the Gramian).
     """
 
     needs: ClassVar[Signal] = Signal.GRAM
@@ -51,9 +51,8 @@ class TorchJD(Balancer):
             raise ValueError(f"TorchJD seed: found {seed!r}, wanted a whole number >= 0")
         self.method, self.seed = method, seed
         self.options = {**({"c": 0.5} if method == "CAGrad" else {}), **(options or {})}
-        self._weighting(
-            2
-        )  # a missing extra or a wrong option is told now, not at the first Gramian
+        # So that a missing extra or a wrong option is told now, not at the first Gramian.
+        self._weighting(2)
 
     def settings(self) -> dict[str, Any]:
         return {"method": self.method, "options": self.options, "seed": self.seed}

@@ -31,15 +31,13 @@ class Wrapper(Balancer):
         return self.balancer.non_negative
 
 
-def nested(state: State) -> State:
+def nested(state: State, prefix: str = "inner.") -> State:
     """The inner balancer's state, as part of the outer one's."""
-    return {f"inner.{name}": array for name, array in state.items()}
+    return {f"{prefix}{name}": array for name, array in state.items()}
 
 
-def unnested(state: State) -> State:
+def unnested(state: State, prefix: str = "inner.") -> State:
     """The inner balancer's state out of the outer one's."""
     return {
-        name.removeprefix("inner."): array
-        for name, array in state.items()
-        if name.startswith("inner.")
+        name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)
     }

@@ -57,7 +57,7 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**3
 Settings = dict[str, Any]
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # contenders
 
 
@@ -135,7 +135,8 @@ def packing(precision: str, row: int, rows: int, **more: Any) -> Settings:
     quickstart's examples.
     """
     return sft(
-        precision, packing=True, max_length=row, per_device_train_batch_size=rows, gradient_checkpointing=False,
+        precision, packing=True, max_length=row, per_device_train_batch_size=rows,
+        gradient_checkpointing=False,
         train_sampling_strategy="random", **more,
     )  # fmt: skip
 
@@ -204,8 +205,10 @@ SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
         "padding-free": flat("fp32"), "Trainer, flattening": sft("fp32", trainer="flattening"),
     },
     "search kernels": lambda: {
-        "sdpa": packing("bf16_autocast", 512, 1), "eager": packing("bf16_autocast", 512, 1, attention="eager"),
-        "sdpa, default malloc": packing("bf16_autocast", 512, 1, malloc=False), "padding-free": flat("bf16_autocast"),
+        "sdpa": packing("bf16_autocast", 512, 1),
+        "eager": packing("bf16_autocast", 512, 1, attention="eager"),
+        "sdpa, default malloc": packing("bf16_autocast", 512, 1, malloc=False),
+        "padding-free": flat("bf16_autocast"),
     },
     "search compiled": lambda: {
         "sdpa": packing("bf16_autocast", 512, 1, torch_compile=True),
@@ -219,7 +222,7 @@ SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # running
 
 
@@ -416,7 +419,7 @@ def check(group: str, found: Settings) -> list[str]:
     return told
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reporting
 
 
@@ -628,7 +631,8 @@ def main() -> None:
     python = {"ours": args.python, "peer": args.peer_python}
     now = datetime.datetime.now(datetime.UTC)
     results: Settings = {
-        "date": f"{now:%Y-%m-%d}", "commit": commit(), "machine": machine(python), "rounds": args.rounds,
+        "date": f"{now:%Y-%m-%d}", "commit": commit(), "machine": machine(python),
+        "rounds": args.rounds,
         "warmup": args.warmup, "groups": {}, "checked": [],
     }  # fmt: skip
     if not args.out:

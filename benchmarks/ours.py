@@ -127,7 +127,7 @@ def build_run(config: Config, turns: Turns) -> Run:
     run.batches.make = clock.apart("data_thread", run.batches.make)
     ours = Ours(turns, clock, run.names)
     ours.about = {
-        "row_length": run.batches.layout.row_length,
+        "row_length": run.batches.layouts.each[0].row_length,
         "first": [list(micro.input_ids.shape) for micro in run.batches.batch(0)],
         "parameters": sum(p.numel() for p in run.engine.module.parameters() if p.requires_grad),
         "probe_every": run.probe_every,

@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(self, run: Run, every: int):
         self._run, self._every = run, every
-        splits, layout = run.validation.splits, run.validation.layout
+        splits, layout = run.validation.splits, run.validation.layouts.each[0]
         self._rows = min(len(split) for split in splits)
         drawn = [np.sort(permutation(len(split), "record")[: self._rows]) for split in splits]
         task, row = np.repeat(np.arange(len(splits)), self._rows), np.concatenate(drawn)

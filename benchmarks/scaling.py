@@ -49,7 +49,7 @@ def spread(values: list[float]) -> Row:
     return [f"{x:.3f}" for x in (statistics.median(values), min(values), max(values))]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # balancer
 
 
@@ -143,7 +143,7 @@ def validation(rows: list[int], k: int = 8, times: int = 5) -> Iterator[Row]:
         yield [n, cut.groups, f"{took:.3f}", positions, *spread(taken)]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # start
 
 
@@ -151,21 +151,18 @@ def begin(path: str) -> dict[str, float]:
     """Seconds from a configuration to the first batch, and the process's peak memory beyond the
     imports.
     """
-    from mtl import plugins
+    from mtl import build, plugins
     from mtl.data.batches import TrainBatches
-    from mtl.data.cache import prepare
-    from mtl.data.encode import load_tokenizer
-    from mtl.data.plan import layout_for, mix_for
+    from mtl.data.plan import layouts_for, mix_for
 
     before, start = peak_mib(), time.perf_counter()
     config = plugins.read(path, [], [])
-    tasks = prepare(
-        config, load_tokenizer(config.model), plugins.formats(config, []), say=lambda text: None
-    )
+    data = build.encode(config, say=lambda text: None)
     prepared = time.perf_counter()
-    batches = TrainBatches(
-        tasks, mix_for(config, tasks), layout_for(config, tasks, 1, 0, 0, True, config.batch.tokens)
+    layouts = layouts_for(
+        config, data.tasks, data.examples, data.goals.of, 1, 0, True, config.batch.tokens
     )
+    batches = TrainBatches(data.tasks, mix_for(config, data.tasks), layouts)
     batches.batch(0)
     end = time.perf_counter()
     batches.close()
@@ -248,10 +245,8 @@ def main() -> None:
         "start": lambda: start(args.rows),
     }
     lines = [
-        (
-            f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, CoBa "
-            "with a window of 200 probes"
-        )
+        f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, "
+        "CoBa with a window of 200 probes"
     ]
     print(lines[0])
     for section in args.sections:

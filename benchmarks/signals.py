@@ -119,7 +119,7 @@ class Case:
         holder = Holder(make(given), NAMES)
         self.run = build.build(
             config,
-            build.Data(tokenizer, data),
+            build.in_memory(config, tokenizer, data),
             engine=trained,
             packed=True,
             holder=holder,

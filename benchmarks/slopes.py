@@ -183,7 +183,8 @@ def defaults(draws: int = 30) -> list[dict[str, Any]]:
                 {
                     "run": name, "recordings": len(long), "every": every, "steps": span,
                     "is_default": span == every * default_window(GROUPS, every),
-                    "published": published, "ours": ours, "ratio": ours / published, "min": single.min(), "max": single.max(),
+                    "published": published, "ours": ours, "ratio": ours / published,
+                    "min": single.min(), "max": single.max(),
                 }
             )  # fmt: skip
     return rows

@@ -14,8 +14,9 @@ LENGTH, VOCABULARY = 12, 64
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=LENGTH, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
     ))  # fmt: skip
 
 

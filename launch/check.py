@@ -9,6 +9,7 @@ code 0: a run could start.
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,16 +17,7 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import process
-from mtl.cli import options
-
-process.settle()  # before torch is imported
-
-from mtl import plugins
-from mtl.check import dryrun
-from mtl.config import dump
-from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
-from mtl.output.checkpoint import check_output
+from mtl.cli import options, positive
 
 
 def arguments() -> argparse.Namespace:
@@ -33,48 +25,37 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options(parser)
-    parser.add_argument(
-        "--world", type=int, default=1, metavar="N", help="processes of the run (GPUs); default 1"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="check a run that is to go on: `output` may hold it already",
-    )
-    parser.add_argument(
-        "--prepare",
-        action="store_true",
-        help="only encode the data into the cache, for the run to find",
-    )
-    args = parser.parse_args()
-    if args.world < 1:
-        parser.error(f"--world: found {args.world}, wanted at least 1")
-    return args
+    add = parser.add_argument
+    add("--world", type=positive, default=1, metavar="N", help="processes (GPUs); default 1")
+    add("--resume", action="store_true", help="of a run that goes on: `output` may hold it already")
+    add("--prepare", action="store_true", help="only encode the data into the cache")
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
+    process.settle()  # before torch is imported, and that after the arguments: help comes at once
+
+    from mtl import build, plugins
+    from mtl.check import dryrun, sections
+    from mtl.output.checkpoint import check_output
+
     sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what the terminal cannot show
     config = plugins.read(args.config, args.set, args.allow_code)
-    if not args.prepare:
-        section(f"{args.config}, with defaults", dump(config.resolved()).splitlines())
-    tokenizer = load_tokenizer(config.model, config.where("model.name"))
-    tasks = prepare(config, tokenizer, plugins.formats(config, args.allow_code))
-    section("Data", dryrun.data(tasks))
+    encode = partial(build.encode, config, args.allow_code)
     if args.prepare:
+        show("Data", dryrun.data(encode().tasks))
         print(f"encoded in {Path(config.cache).expanduser()}")
         return
-    section("Batches", dryrun.batches(config, tasks, args.world))
+    loader = plugins.loader(config, args.allow_code)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for task in tasks:
-        head = f"{task.name}: {task.train.where(0)}, targets {'in green' if color else 'in [[ ]]'}"
-        section(head, dryrun.example(task.train, 0, tokenizer, color).splitlines())
-    section("Memory of one process", dryrun.needs(config, tasks, tokenizer, args.world))
+    for each in sections.everything(config, args.config, encode, loader, args.world, color):
+        show(*each)
     check_output(Path(config.output).expanduser(), args.resume)
     print(f"{args.config}: nothing stands in the way of a run")
 
 
-def section(title: str, lines: list[str]) -> None:
+def show(title: str, lines: list[str]) -> None:
     print(f"{title}\n" + "\n".join(f"  {line}" for line in lines) + "\n", flush=True)
 
 

@@ -16,39 +16,24 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 
 from mtl import process
 
-process.settle()  # before torch is imported
-
-from mtl.output.export import DTYPES, export
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a folder step-... in the checkpoints of a run",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="the folder to write; an earlier export there is replaced",
-    )
-    parser.add_argument(
-        "--merge", action="store_true", help="add the adapter to its base model and write the whole"
-    )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="type of the parameters; as trained where left out"
-    )
-    parser.add_argument(
-        "--allow-remote-code",
-        action="store_true",
-        help="code that comes with the base model may run (--merge)",
-    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder step-... of a run")
+    add("out", type=Path, metavar="OUT", help="folder to write; an earlier export is replaced")
+    add("--merge", action="store_true", help="add the adapter to its base model, write the whole")
+    add("--dtype", choices=["fp32", "bf16"], help="of the parameters; as trained where left out")
+    add("--allow-remote-code", action="store_true", help="the base model's code may run (--merge)")
+    add("--push", metavar="REPO", help="upload the folder to this hub repository, made private")
+    add("--public", action="store_true", help="a new repository is public (--push)")
     args = parser.parse_args()
+    process.settle()  # before torch is imported, and that after the arguments: help comes at once
+
+    from mtl.output.export import export, push
+
     out = export(
         args.checkpoint,
         args.out,
@@ -57,6 +42,8 @@ def main() -> None:
         allow_remote_code=args.allow_remote_code,
     )
     print(f"{'merged model' if args.merge else 'model'}, of {args.checkpoint.name}: {out}")
+    if args.push:
+        print(f"pushed: {push(out, args.push, public=args.public)}")
 
 
 if __name__ == "__main__":

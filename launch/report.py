@@ -23,7 +23,7 @@ def main() -> None:
         "--figure", type=Path, help="also draw the runs side by side into this file"
     )
     args = parser.parse_args()
-    histories = {run.name: report.read(run) for run in args.runs}
+    histories = report.histories(args.runs)
     for name, history in histories.items():
         print(f"{name}\n{report.table(history)}\n")
     if args.figure:

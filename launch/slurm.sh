@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A run on a SLURM cluster, one process a GPU. Everything after the script's name goes to launch/train.py:
+# A run on a SLURM cluster, one process a GPU. Everything after the script's name goes to `mtl train`. From a checkout
+# or from wherever the package is installed (mtl --help says where this file is then):
 #   sbatch --nodes=2 launch/slurm.sh --config configs/quickstart.yaml --set engine.zero=3
 # Submitted again, or requeued after a preemption, it goes on from the newest checkpoint (set checkpoint.every).
 #SBATCH --job-name=coba-mtl
@@ -15,10 +16,10 @@
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
-PYTHON=${PYTHON:-.venv/bin/python}
+PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}
 
 # The data are encoded by one process before the others hold their GPUs; where they are already, this takes seconds.
-srun --nodes=1 --ntasks=1 "$PYTHON" launch/check.py --prepare "$@"
+srun --nodes=1 --ntasks=1 "$PYTHON" -m mtl.cli check --prepare "$@"
 
 # SLURM's variables tell each process its rank (mtl/process.py). One that fails ends all.
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" launch/train.py --resume "$@"
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" -m mtl.cli train --resume "$@"

@@ -15,31 +15,29 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 from mtl import process
 from mtl.cli import options
 
-process.settle()  # before torch is imported
-
-from mtl import build, plugins
-from mtl.distributed import comm, engine
-from mtl.output.checkpoint import check_output
-from mtl.output.end import finish
-from mtl.train.loop import train
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options(parser)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in `output`"
-    )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # launchers append it
+    add = parser.add_argument
+    add("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
+    process.settle()  # before torch is imported, and that after the arguments: help comes at once
+    process.check_world()
+
+    from mtl import build, plugins
+    from mtl.distributed import comm, engine
+    from mtl.output.checkpoint import check_output
+    from mtl.output.end import finish
+    from mtl.train.loop import train
+
     config = plugins.read(args.config, args.set, args.allow_code)
     check_output(Path(config.output).expanduser(), args.resume)
 

@@ -11,23 +11,27 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from balancers import Holder
 from mtl import plugins
-from mtl.config import Config
+from mtl.config import Config, ConfigError
 from mtl.config.spec import resolve
-from mtl.data.batches import TrainBatches
+from mtl.data.batches import Layouts, TrainBatches
 from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
+from mtl.data.encode import Encoder, dates, load_tokenizer
 from mtl.data.encoded import TaskData
-from mtl.data.plan import layout_for, mix_for, probe_every, steps_of, validation_groups_for
+from mtl.data.examples import Book, Examples
+from mtl.data.next_token import NextToken
+from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validation_groups_for
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.models import load, packing
+from mtl.losses.objective import maker_of_examples
+from mtl.models import packing
 from mtl.output import provenance, trackers
 from mtl.output.checkpoint import Checkpoints, write_json
 from mtl.output.state import RunState
@@ -40,19 +44,31 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Data:
-    """A config's tokenizer and its tasks' encoded rows, in the order of the YAML."""
+    """What a config trains on.
+
+    Attributes:
+        tasks: each stream's encoded rows, in the order of the YAML.
+        goals: the objectives, and which task each loss counts for; None: next-token prediction.
+        examples: of each objective.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tasks: list[TaskData]
+    goals: plugins.Goals | None = None
+    examples: Sequence[Examples] = ()
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def say_once(text: str) -> None:
     """Print a message for people, on rank 0 alone."""
     if comm.rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        _tell(text)
 
 
-def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = None) -> Data:
+def encode(config: Config, allow_code: Collection[str] = (), say: Say = _tell) -> Data:
     """Tokenize every task, or read what the cache has. Call it before there is a process group:
     collectives would time out.
 
@@ -60,18 +76,56 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = N
         DataError: every problem of every task.
     """
     tokenizer = load_tokenizer(config.model, config.where("model.name"))
+    if read := dates(tokenizer):
+        say(
+            f"the chat template reads today's date ({', '.join(read)}): rows are encoded again "
+            "when it changes, and a run does not resume on another day. Set model.chat_template to "
+            "one with a fixed date"
+        )
+    goals = plugins.objectives(config, allow_code)
+    examples = [_examples(one, goals.book, tokenizer, config) for one in goals.each]
+    if config.batch.packing is True and not all(one.packs for one in examples):
+        found = "true, with an objective that does not say that it can pack"
+        raise ConfigError([config.error("batch.packing", found, "auto or false")])
     formats = plugins.formats(config, allow_code)
-    return Data(tokenizer, prepare(config, tokenizer, formats, **({"say": say} if say else {})))
+    of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
+    tasks = prepare(config, of_stream, formats, say)
+    for number, one in enumerate(examples):
+        mine = [s for s in range(len(tasks)) if goals.of[s] == number]
+        one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
+    return Data(tokenizer, tasks, goals, examples)
 
 
-def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, say: Say = say_once) -> Engine:
+def _examples(
+    objective: Callable, book: Book, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Examples:
+    """The objective's own, or next-token prediction's."""
+    make = maker_of_examples(objective)
+    if make is not None:
+        return make(book, tokenizer, config)
+    batch = config.batch
+    encoder = Encoder(tokenizer, batch.max_length, batch.too_long, batch.special_text)
+    return NextToken(book, tokenizer.pad_token_id or 0, encoder)
+
+
+def in_memory(config: Config, tokenizer: Any, tasks: list[TaskData]) -> Data:
+    """Rows of next-token prediction that are no files: for tests and benchmarks."""
+    goals = plugins.objectives(config)
+    examples = [NextToken(goals.book, tokenizer.pad_token_id or 0)]
+    return Data(tokenizer, tasks, goals, examples)
+
+
+def start_engine(
+    config: Config, data: Data, allow_code: Collection[str] = (), say: Say = say_once
+) -> Engine:
     """The model and its optimizer on DeepSpeed. A collective.
 
     Raises:
         ModelError: the model cannot be loaded or trained as the config asks.
     """
     torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
-    return Engine(load.load(config, tokenizer), config, optimizer(config), say)
+    model = plugins.loader(config, allow_code)(config, data.tokenizer, data.examples, empty=False)
+    return Engine(model, config, optimizer(config), say)
 
 
 def build(
@@ -97,19 +151,21 @@ def build(
         ConfigError, ModelError: what the config asks cannot be done.
         ValueError: the ranks' configs, data or balancers differ.
     """
-    tasks, pad_id = data.tasks, data.tokenizer.pad_token_id or 0
-    identity = provenance.identity(config, tasks)
-    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
-    engine = engine or start_engine(config, data.tokenizer, say)
-    if packed is None:
-        packed = packing.decide(config, engine, len(data.tokenizer), say)
-
-    def layout(tokens: int):
-        return layout_for(config, tasks, comm.world(), comm.rank(), pad_id, packed, tokens)
-
+    tasks, goals = data.tasks, data.goals
     mix = mix_for(config, tasks)
+    identity = provenance.identity(config, tasks, steps_of(config, mix))
+    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
+    engine = engine or start_engine(config, data, allow_code, say)
+    if packed is None:
+        can = any(one.packs for one in data.examples)
+        packed = can and packing.decide(config, engine, len(data.tokenizer), say)
+
+    def layouts(tokens: int) -> Layouts:
+        ranks = comm.world(), comm.rank()
+        return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
+
     validation = validation_groups_for(
-        config, tasks, layout(config.evaluate.tokens or config.batch.tokens)
+        config, tasks, layouts(config.evaluate.tokens or config.batch.tokens)
     )
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
@@ -119,11 +175,12 @@ def build(
     return Run(
         config=config,
         names=list(config.tasks),
+        book=goals.book,
         steps=steps_of(config, mix),
         engine=engine,
-        objective=resolve(config, "objective", plugins.OBJECTIVE, allow_code),
+        objective=goals.as_one,
         holder=holder,
-        batches=TrainBatches(tasks, mix, layout(config.batch.tokens)),
+        batches=TrainBatches(tasks, mix, layouts(config.batch.tokens)),
         validation=validation,
         checkpoints=Checkpoints(
             output=Path(config.output).expanduser(),

@@ -11,7 +11,12 @@ import runpy
 import sys
 from pathlib import Path
 
-PROGRAMS = ("train", "check", "export", "report", "migrate_mftcoder")
+import mtl
+from mtl import process
+
+PROGRAMS = (
+    "init", "check", "train", "evaluate", "export", "merge", "report", "migrate_mftcoder"
+)  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +38,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def positive(text: str) -> int:
+    """An option's value that counts something."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"found {text}, wanted at least 1")
+    return int(text)
+
+
 def folder() -> Path:
     """Where the programs are: in the package where a wheel was installed, beside it in a
     checkout.
@@ -42,31 +54,42 @@ def folder() -> Path:
 
 
 def main() -> None:
-    """Run a program in this process, as if its file had been started."""
+    """Run a program in this process, as if its file had been started, under its name here."""
     arguments = [
         one for one in sys.argv[1:] if not one.startswith(("--local_rank", "--local-rank"))
     ]
     named = arguments[0] if arguments else ""
+    if named == "--version":
+        print(f"mtl {mtl.__version__}")
+        return
     if named not in PROGRAMS:
         print(_usage(), file=sys.stdout if named in ("-h", "--help") else sys.stderr)
         sys.exit(0 if named in ("-h", "--help") else 2)
-    program = folder() / f"{named}.py"
-    sys.argv = [str(program), *arguments[1:]]
-    runpy.run_path(str(program), run_name="__main__")
+    program = runpy.run_path(str(folder() / f"{named}.py"))
+    sys.argv = [f"mtl {named}", *arguments[1:]]  # what its help calls it
+    sys.exit(process.exit_code(program["main"]))
 
 
 def _usage() -> str:
-    first = {name: _document(folder() / f"{name}.py").partition("\n")[0] for name in PROGRAMS}
+    first = {name: _document(folder() / f"{name}.py") for name in PROGRAMS}
     width = max(map(len, PROGRAMS))
     lines = [f"  {name:{width}}  {text}" for name, text in first.items()]
     where = f"programs, and templates for SLURM, Kubernetes and hostfiles: {folder()}"
     return "\n".join(
-        ["usage: mtl PROGRAM [options]      (mtl PROGRAM --help)", "", *lines, "", where]
+        [
+            "usage: mtl PROGRAM [options]   (mtl PROGRAM --help; mtl --version)",
+            "",
+            *lines,
+            "",
+            where,
+        ]
     )
 
 
 def _document(program: Path) -> str:
-    return ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))) or ""
+    """What a program is for: the first line of its docstring, up to the command."""
+    text = ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0].partition(": `")[0]
 
 
 if __name__ == "__main__":

@@ -1,43 +1,153 @@
-"""What the YAML may name (balancer, objective, formats, trackers), and reading it with all of that
-checked at once.
-"""
+"""What the YAML may name, and reading it with all of that checked at once."""
 
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from balancers import METHODS, Balancer, Grouped, Holder
 from mtl.config import Config, ConfigError, load
-from mtl.config.spec import Kind, check, resolve
+from mtl.config.document import Document, Problem, show
+from mtl.config.spec import Kind, Maker, check, resolve
+from mtl.config.words import did_you_mean, either
+from mtl.data.examples import Book
 from mtl.data.formats import FORMATS, Format
-from mtl.losses.objective import OBJECTIVES
+from mtl.losses.objective import OBJECTIVES, Objectives, losses_of, unit_of
+from mtl.models.loaders import LOADERS, Loader
 from mtl.output.trackers import TRACKERS
 
 BALANCER = Kind(METHODS, base=Balancer, build=True, inner="balancer")
-OBJECTIVE = Kind(OBJECTIVES, arguments=3)
+OBJECTIVE = Kind(OBJECTIVES, arguments=3, made_once=True)
 FORMAT = Kind(FORMATS, arguments=1)
+LOADER = Kind(LOADERS, arguments=3, keywords=("empty",))
 TRACKER = Kind(TRACKERS, keywords=("output", "steps", "start"))
 KINDS = {
     "balancer": BALANCER,
     "objective": OBJECTIVE,
+    "tasks.*.objective": OBJECTIVE,
     "tasks.*.format": FORMAT,
+    "model.loader": LOADER,
     "trackers.*": TRACKER,
 }
 
 
 def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str] = ()) -> Config:
-    """`config.load`, with wrong names and keywords of balancer, objective, formats and trackers
-    reported beside the rest.
+    """`config.load`, with wrong names and keywords of plug-ins reported beside the rest.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value`.
-        allow_code: packages outside this one whose code the YAML may name.
+        allow_code: packages outside this one whose code the YAML may name; one in the current
+            directory is found too.
 
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
+    if allow_code and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # at the end: nothing here replaces what is installed
     config = load(path, overrides, check(KINDS, allow_code))
+    problems = list(_misfits(config, objectives(config, allow_code)))
+    if problems:
+        raise ConfigError(problems)
     holder(config, allow_code)
     return config
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What a run minimizes.
+
+    Attributes:
+        each: the objectives, in the order of the YAML.
+        of: (S,) the number of each stream's objective.
+        book: which task each loss of each stream's rows counts for.
+    """
+
+    each: Sequence[Callable]
+    of: Sequence[int]
+    book: Book
+
+    @property
+    def as_one(self) -> Objectives:
+        return Objectives(self.each)
+
+
+def objectives(config: Config, allow_code: Collection[str] = ()) -> Goals:
+    """The objectives of a config: the run's, and those of single tasks. Equal specs are one."""
+    specs, made, of = [], [], []
+    for name, task in config.streams.items():
+        path = "objective" if task.objective is None else ("tasks", name, "objective")
+        spec = config.get(path)
+        if spec not in specs:
+            specs.append(spec)
+            made.append(_built(resolve(config, path, OBJECTIVE, allow_code)))
+        of.append(specs.index(spec))
+    names, streams = list(config.tasks), list(config.streams)
+    number = {loss: np.full(len(streams), -1) for one in made for loss in losses_of(one)}
+    for s, name in enumerate(streams):
+        number[losses_of(made[of[s]])[0]][s] = names.index(name)
+    for k, (_, task) in enumerate(config.tasks.items()):
+        for other in task.of or ():
+            s = streams.index(other)
+            loss = task.loss or losses_of(made[of[s]])[0]
+            if loss in number and number[loss][s] < 0:
+                number[loss][s] = k
+    return Goals(made, of, Book(tuple(names), tuple(streams), number))
+
+
+def _built(target: Callable) -> Callable:
+    """A class is built with its keywords; its instance is the objective."""
+    return target() if isinstance(target, Maker) else target
+
+
+def _misfits(config: Config, goals: Goals) -> Iterator[Problem]:
+    """What names and losses of objectives do not fit together."""
+    document, streams = config.document, list(config.streams)
+    taken: dict[tuple[str, str], str] = {
+        (name, losses_of(goals.each[goals.of[s]])[0]): name for s, name in enumerate(streams)
+    }
+    for name, task in config.tasks.items():
+        numbers = {goals.of[streams.index(other)] for other in task.of or ()}
+        if len(numbers) > 1:
+            yield document.problem(
+                ("tasks", name, "of"), "tasks of several objectives", "tasks of one objective"
+            )
+        for number in list(numbers)[:1]:
+            losses = losses_of(goals.each[number])
+            loss = task.loss or losses[0]
+            if loss not in losses:
+                hint = did_you_mean(loss, losses)
+                yield document.problem(("tasks", name, "loss"), show(loss), either(losses), hint)
+            for other in task.of:
+                if (other, loss) in taken:
+                    found = f"the loss {loss} of {other}, which is the task {taken[other, loss]}"
+                    yield document.problem(("tasks", name), found, "another loss")
+                taken[other, loss] = name
+        if task.of is None and task.loss is not None:
+            first = losses_of(goals.each[goals.of[streams.index(name)]])[0]
+            if task.loss != first:
+                hint = "Another loss of the same rows is a task of its own, with `of`."
+                yield document.problem(("tasks", name, "loss"), show(task.loss), first, hint)
+    yield from _units(config, document, goals)
+    best, measures = config.evaluate.best, goals.as_one.measures
+    each = [f"{task}/{name}" for task in config.tasks for name in measures]
+    choices = ["macro", "token", "worst", *config.tasks, *measures]
+    if best not in (*choices, *each):
+        hint = did_you_mean(best, [*choices, *each])
+        yield document.problem(("evaluate", "best"), show(best), either(choices), hint)
+
+
+def _units(config: Config, document: Document, goals: Goals) -> Iterator[Problem]:
+    units = sorted({unit_of(one) for one in goals.each})
+    if len(units) < 2:
+        return
+    found = f"where tasks count {' and '.join(f'{unit}s' for unit in units)}"
+    if config.balancer.name == "Tokens":
+        yield document.problem(("balancer",), f"Tokens, {found}", "another balancer, such as Equal")
+    if config.evaluate.best == "token":
+        yield document.problem(("evaluate", "best"), f"token, {found}", "macro, worst or a task")
 
 
 def holder(config: Config, allow_code: Collection[str] = ()) -> Holder:
@@ -60,8 +170,13 @@ def holder(config: Config, allow_code: Collection[str] = ()) -> Holder:
 
 
 def formats(config: Config, allow_code: Collection[str] = ()) -> dict[str, Format]:
-    """Each task's format, its keywords bound."""
+    """Each stream's format, its keywords bound."""
     return {
         name: resolve(config, ("tasks", name, "format"), FORMAT, allow_code)
-        for name in config.tasks
+        for name in config.streams
     }
+
+
+def loader(config: Config, allow_code: Collection[str] = ()) -> Loader:
+    """What makes the model, its keywords bound."""
+    return resolve(config, "model.loader", LOADER, allow_code)

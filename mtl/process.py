@@ -6,7 +6,9 @@ import re
 import sys
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 
 def settle() -> None:
@@ -17,7 +19,7 @@ def settle() -> None:
     wait, are 3-10 times slower. Threads that do not wait at all for the next piece of work cost a
     fifth of a step: they wait for some microseconds.
     """
-    os.environ |= from_srun(os.environ)
+    os.environ |= from_launcher(os.environ)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -33,9 +35,92 @@ def settle() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def from_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, where `mpirun` or `srun` started several processes itself and
+    nothing else has told them who they are.
+
+    MPI's variables come first: in a SLURM allocation `mpirun` starts its daemons by `srun`, and the
+    processes inherit the daemons' numbers.
+    """
+    e = environment
+    if "RANK" in e:  # torchrun, deepspeed, accelerate
+        return {}
+    mpi = next((one for one in MPI if all(name in e for name in one)), None)
+    return from_srun(e) if mpi is None else from_mpi(e, mpi)
+
+
+class Mpi(NamedTuple):
+    """The variables by which an MPI launcher tells a process its place."""
+
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+MPI = (
+    Mpi(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    Mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's
+    Mpi("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # Cray's
+)
+
+
+def from_mpi(environment: Mapping[str, str], mpi: Mpi) -> dict[str, str]:
+    """The same of `mpirun`'s variables. It names no machine that leads: one machine needs none,
+    several take SLURM's first or MASTER_ADDR.
+
+    Raises:
+        ValueError: several machines, and nothing says which is the first.
+    """
+    e, world = environment, int(environment[mpi.size])
+    if world == 1:
+        return {}
+    if int(e[mpi.local_size]) == world:
+        first = "127.0.0.1"
+    elif nodes := e.get("SLURM_JOB_NODELIST"):
+        first = _first_host(nodes)
+    elif not (first := e.get("MASTER_ADDR")):
+        raise ValueError(
+            f"MASTER_ADDR: found nothing, wanted the first of the machines that the {world} "
+            f"processes of {mpi.size} run on. Add it: mpirun -x MASTER_ADDR=node1 (Open MPI), "
+            "mpirun -genv MASTER_ADDR node1 (MPICH, Intel MPI)."
+        )
+    job = e.get("PMIX_NAMESPACE") or e.get("PBS_JOBID") or e.get("SLURM_JOB_ID") or ""
+    found = {
+        "RANK": e[mpi.rank],
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": e[mpi.local_rank],
+        "LOCAL_WORLD_SIZE": e[mpi.local_size],
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(20_000 + zlib.crc32(job.encode()) % 10_000),
+    }
+    return {name: e.get(name, value) for name, value in found.items()}
+
+
+def check_world(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError where this process would train alone though others were started with it:
+    each would write into the same folder.
+    """
+    e = environment
+    if "RANK" not in e and int(e.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"RANK: found nothing beside WORLD_SIZE={e['WORLD_SIZE']}, wanted this process's "
+            "number. Start it with torchrun, deepspeed, accelerate, srun or mpirun; or unset "
+            "WORLD_SIZE to train alone."
+        )
+    sizes = [*(mpi.size for mpi in MPI), "SLURM_STEP_NUM_TASKS"]
+    started = next((name for name in sizes if name in e), None)
+    if started and int(e.get("WORLD_SIZE", "1")) == 1 < int(e[started]):
+        raise ValueError(
+            f"WORLD_SIZE: found {e.get('WORLD_SIZE', 'nothing')} beside {started}={e[started]}, "
+            f"wanted one run of {e[started]} processes, not as many runs of one. Let mpirun or "
+            "srun start launch/train.py itself, or tell the launcher between them of all its "
+            f"machines (torchrun --nnodes); or unset {started} to train alone."
+        )
+
+
 def from_srun(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, where `srun` started several processes itself and nothing else
-    has told them who they are.
+    """The same of SLURM's variables.
 
     In a batch script or a shell of an allocation, outside of any `srun`, SLURM counts tasks too; a
     process there is alone.
@@ -92,6 +177,10 @@ def exit_code(main: Callable[[], None]) -> int:
     in full.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # bitsandbytes says so wherever it is imported on a CPU with AVX512-BF16; it works without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "gemm_4bit_forward" not in record.getMessage()
+    )
     # DeepSpeed calls collectives by names that torch is renaming: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings(

@@ -155,7 +155,16 @@ def launch(
 
 def arguments(yaml: Path, overrides: Sequence[str], resume: bool) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
-    return ["--config", str(yaml), "--allow-code", "outside", *sets, *["--resume"] * resume]
+    return [
+        "--config",
+        str(yaml),
+        "--allow-code",
+        "outside",
+        "--allow-code",
+        "three",
+        *sets,
+        *["--resume"] * resume,
+    ]
 
 
 def free_port() -> int:

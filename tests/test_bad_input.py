@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import runs
 
-from mtl import plugins
+from mtl import build, plugins
 from mtl.config import ConfigError
-from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
 from mtl.data.encoded import DataError
 from mtl.distributed import engine
 from mtl.distributed.ds_config import ds_config
@@ -257,7 +255,7 @@ def test_a_deepspeed_json_that_contradicts_names_both_lines(ds_json):
             DS_CONFIG.replace('"bf16":', '"bf16"'),
             "text that is not JSON (ds.json:2: Expecting ':' delimiter, column 9), wanted ",
         ),
-        ('{"a": NaN}', "text that is not JSON (ds.json: NaN is no number in JSON), wanted "),
+        ('{"a": NaN}', "text that is not JSON (ds.json: NaN is not a number in JSON), wanted "),
         ("[1]", "a list (1) in ds.json, wanted a file with a JSON object."),
         ("", "text that is not JSON (ds.json:1: Expecting value, column 1), wanted "),
     ],
@@ -340,7 +338,7 @@ def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, c
         engine.build_ops(plugins.read(str(path)), said.append)
     error = str(caught.value)
     assert error.startswith(
-        f"{where}: engine.offload.parameters: found nvme, where DeepSpeed's async_io op cannot be had ({reason})"
+        f"{where}: engine.offload.parameters: found nvme, but DeepSpeed's async_io op does not build ({reason})"
     )
     assert "apt-get install libaio-dev" in error and len(said) == compatible
     engine.build_ops(plugins.read(str(yaml)), said.append)  # nothing is offloaded
@@ -351,7 +349,7 @@ def test_an_op_that_cannot_be_built_is_said_first(yaml, tmp_path, monkeypatch, c
 
 def prepared(yaml: Path, *overrides: str):
     config = plugins.read(str(yaml), overrides)
-    return prepare(config, load_tokenizer(config.model), plugins.formats(config), lambda text: None)
+    return build.encode(config, say=lambda text: None).tasks
 
 
 def test_a_model_that_is_not_there(yaml, tmp_path):
@@ -474,7 +472,7 @@ CHANGES = {
     "balancer's settings": (
         None,
         ["balancer.window=6"],
-        "Resume with what was saved, or start afresh",
+        "Resume with what was saved, or start a new run",
     ),
     "loss weight": (
         None,

@@ -15,6 +15,7 @@ from balancers import (
     LBTW,
     METHODS,
     RLW,
+    Apart,
     Balancer,
     Bounded,
     CoBa,
@@ -35,13 +36,25 @@ from balancers import (
     Uncertainty,
 )
 
+
+def parts(tasks):
+    """The tasks in two parts, or as many as there are tasks for."""
+    pair = [task for task in tasks if task in ("code", "law")]
+    rest = [task for task in tasks if task not in pair]
+    return {name: members for name, members in (("pair", pair), ("rest", rest)) if members}
+
+
 MAKE = {
     "CoBa": lambda tasks: CoBa(window=20, warmup=10),
     "CoBa signed": lambda tasks: CoBa(window=20, warmup=10, divergence="signed"),
     "CoBa released": lambda tasks: CoBa(window=20, warmup=10, divergence="released"),
     "CoBa panel": lambda tasks: CoBa(window=20, warmup=10, slope="panel", gate=1.0),
+    "CoBa forgetting": lambda tasks: CoBa(window=20, warmup=10, gate=1.0, forgetting=True),
     "CoBa default window": lambda tasks: CoBa(warmup=10),
     "CoBa short": lambda tasks: CoBa(window=1, warmup=1),
+    "Apart": lambda tasks: Apart(CoBa(window=20, warmup=10), parts(tasks)),
+    "Apart gradients": lambda tasks: Apart("GradNorm", parts(tasks)),
+    "Apart scaled": lambda tasks: Apart("GLS", parts(tasks), dict.fromkeys(parts(tasks), 2)),
     "Bounded": lambda tasks: Bounded(
         CoBa(window=20, warmup=10), floor=0.1, ceiling=1.0 if len(tasks) == 1 else 0.6
     ),
@@ -246,10 +259,17 @@ def test_holder_refuses_signals(fields, text):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "loss_weight"), [([], None), (["a", "a"], None), (["a"], [0]), (["a"], [1, 2])]
+    ("tasks", "loss_weight", "text"),
+    [
+        ([], None, r"tasks: found \[\], wanted at least one name, each only once"),
+        (["a", "a"], None, r"tasks: found \['a', 'a'\], wanted at least one name, each only once"),
+        (["a"], [0], r"loss_weight: found \[0\], wanted 1 finite numbers > 0 for \['a'\]"),
+        (["a"], [np.inf], r"loss_weight: found \[inf\], wanted 1 finite numbers > 0 for \['a'\]"),
+        (["a"], [1, 2], r"loss_weight: found \[1, 2\], wanted 1 finite numbers > 0 for \['a'\]"),
+    ],
 )
-def test_holder_refuses_tasks_and_loss_weights(tasks, loss_weight):
-    with pytest.raises(ValueError, match="found"):
+def test_holder_refuses_tasks_and_loss_weights(tasks, loss_weight, text):
+    with pytest.raises(ValueError, match=f"^{text}$"):
         Holder(Equal(), tasks, loss_weight)
 
 

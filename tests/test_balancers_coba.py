@@ -1,6 +1,8 @@
 """CoBa against golden numbers, its properties on any curves, and the corners."""
 
+import copy
 import json
+import pickle
 import runpy
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from balancers import CoBa, Signals
+from balancers import CoBa, Signal, Signals, describe, make
 from balancers.coba import least_squares
+from balancers.coba_released import Released
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "coba.json").read_text())
@@ -53,6 +56,37 @@ def test_golden(case, divergence):
                 [explained[t][ours] for t in at], want[golden], rtol=0, atol=1e-9
             )
     assert np.all(weights[: min(at)] == 1 / weights.shape[1])
+
+
+def test_released_is_a_class_of_its_own_and_is_saved_as_coba():
+    made = [
+        CoBa(divergence="released"),
+        CoBa(None, 100, 5.0, "released"),
+        make({"name": "CoBa", "divergence": "released"}),
+    ]
+    for balancer in made:
+        assert type(balancer) is Released and balancer == made[0]
+        assert copy.deepcopy(balancer) == pickle.loads(pickle.dumps(balancer)) == balancer  # noqa: S301
+        assert describe(balancer) == {
+            "method": "balancers.coba:CoBa",
+            "settings": {
+                "window": None,
+                "warmup": 100,
+                "tau": 5.0,
+                "divergence": "released",
+                "slope": "auto",
+                "gate": None,
+            },
+        }
+    assert type(CoBa()) is CoBa and type(CoBa(divergence="signed")) is CoBa
+    with pytest.raises(ValueError, match="Released divergence: found 'abs', wanted 'released'"):
+        Released()
+
+    class Mine(CoBa):
+        pass
+
+    with pytest.raises(ValueError, match="Mine divergence: found 'released', wanted abs or signed"):
+        Mine(divergence="released")
 
 
 @pytest.mark.parametrize("case", PANELS, ids=lambda case: f"N{case['N']}")
@@ -148,23 +182,24 @@ def curves(t, rates=(0.05, 0.02, 0.01)):
     return 0.3 + 0.7 * np.exp(-np.array(rates) * np.arange(t)[:, None])
 
 
-def test_first_probe_is_the_base_unless_the_signals_carry_one():
-    ratio, base = curves(30), np.array([2.0, 5.0, 0.5])
+def test_first_probe_is_the_base():
+    ratio, loss = curves(30), curves(30) * [2.0, 5.0, 0.5]
     plain, _ = run(CoBa(window=8, warmup=3), ratio)
-    scaled, _ = run(CoBa(window=8, warmup=3), ratio * base)
-    given_base, _ = run(CoBa(window=8, warmup=3), ratio[1:] * base, steps=range(1, 30), base=base)
-    np.testing.assert_allclose(scaled, plain, atol=1e-9)
-    _, explained = run(CoBa(window=8, warmup=3), ratio)
-    _, with_base = run(CoBa(window=8, warmup=3), ratio[1:] * base, steps=range(1, 30), base=base)
-    np.testing.assert_allclose(with_base[-1]["slope"], explained[-1]["slope"], atol=1e-12)
-    assert given_base.shape == (29, 3)
+    scaled, _ = run(CoBa(window=8, warmup=3), loss)
+    np.testing.assert_allclose(scaled, plain, rtol=0, atol=1e-9)
 
 
-def test_base_of_one_task_only():
-    ratio = curves(30)
-    base = np.array([4.0, np.nan, np.nan])
-    weights, _ = run(CoBa(window=8, warmup=3), ratio * [4, 7, 9], base=base)
-    np.testing.assert_allclose(weights, run(CoBa(window=8, warmup=3), ratio)[0], atol=1e-9)
+@pytest.mark.parametrize("base", [[4.0, 14.0, 4.5], [4.0, np.nan, np.nan]])
+def test_a_base_in_the_signals_stands_for_the_first_probe(base):
+    loss, base = curves(30) * [4, 7, 9], np.array(base)
+    own = np.where(np.isnan(base), loss[0], base)
+    _, explained = run(CoBa(window=8, warmup=3), loss, base=base)
+    steps = np.arange(22, 30)
+    slope = np.polyfit(steps, loss[steps] / own, 1)[0]
+    np.testing.assert_allclose(explained[-1]["slope"], slope, rtol=1e-10)
+    # The first probe that it sees makes no difference then.
+    _, later = run(CoBa(window=8, warmup=3), loss[10:], steps=range(10, 30), base=own)
+    np.testing.assert_allclose(later[-1]["slope"], slope, rtol=1e-10)
 
 
 def test_slopes_use_true_step_numbers():
@@ -374,6 +409,75 @@ def test_gate_turns_noise_into_equal_weights_and_leaves_trends_alone():
     np.testing.assert_allclose(
         run(CoBa(20, 10, gate=2.0), trend)[0], run(CoBa(20, 10), trend)[0], atol=0.02
     )
+
+
+def train_beside(valid, train, every=1, **keywords):
+    """The last weights and explanation of CoBa, fed with the training losses (T, K) too."""
+    coba = CoBa(window=12, warmup=1, slope="ols", **keywords)
+    state, explain = coba.init(valid.shape[1]), {}
+    for step, row in enumerate(valid):
+        state, weights, found = coba.update(
+            state,
+            Signals(
+                step=step,
+                valid_loss=row if step % every == 0 else None,
+                train_loss=train[step - 1] if step and coba.forgetting else None,
+            ),
+        )
+        explain = found or explain
+    return weights, explain
+
+
+def turning(rise, fall=20, steps=33, k=3):
+    """(T, K) losses that fall; the first one then rises by ``rise`` a step."""
+    losses = np.tile(1 - 0.02 * np.arange(steps)[:, None], k) + [0, 0.1, 0.2]
+    losses[fall:, 0] = losses[fall, 0] + rise * np.arange(steps - fall)
+    return losses
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_forgetting_gives_where_both_losses_rise(every):
+    steps = 20 + 12 * every + 1
+    valid, train = turning(0.01, steps=steps), turning(0.02, steps=steps)
+    without, plain = train_beside(valid, train, every)
+    given, explain = train_beside(valid, train, every, forgetting=True)
+    assert plain["slope"][0] > 0 and explain["forgotten"][0] > 0
+    assert given[0] > without[0] and explain["acs"][0] > plain["acs"][0]
+    np.testing.assert_array_equal(explain["forgotten"][1:], 0)
+    np.testing.assert_array_equal(explain["slope"], plain["slope"])
+    np.testing.assert_array_equal(explain["rcs"], plain["rcs"])
+
+
+def test_forgetting_leaves_overfitting_alone():
+    valid, train = turning(0.01), turning(-0.02)
+    np.testing.assert_array_equal(
+        train_beside(valid, train, forgetting=True)[0], train_beside(valid, train)[0]
+    )
+
+
+def test_forgetting_is_the_training_slope_beyond_its_error():
+    """Against numpy's least squares of the means between probes, in units of the first probe."""
+    rng, every, n = np.random.default_rng(4), 3, 12
+    steps = np.arange(n) * every
+    valid = np.tile(2.0 + 0.01 * np.arange(steps[-1] + 1)[:, None], 2) * [1, 3]
+    train = 1 + 0.02 * np.arange(len(valid))[:, None] + 0.05 * rng.random((len(valid), 2))
+    _, explain = train_beside(valid, train, every, forgetting=True)
+    means = np.array([train[t - every : t].mean(axis=0) for t in steps[1:]]) / valid[0]
+    design = np.column_stack([steps[1:], np.ones(n - 1)])
+    beta, rest, _, _ = np.linalg.lstsq(design, means, rcond=None)
+    error = np.sqrt(rest / (n - 3) * np.linalg.inv(design.T @ design)[0, 0])
+    assert (beta[0] > error).all()
+    np.testing.assert_allclose(explain["forgotten"], beta[0] - error, rtol=1e-9)
+
+
+def test_forgetting_reads_training_losses_and_is_saved_only_where_it_is_on():
+    assert CoBa().needs == Signal.VALID_LOSS and "forgetting" not in CoBa().settings()
+    assert CoBa(forgetting=True).needs == Signal.VALID_LOSS | Signal.TRAIN_LOSS
+    assert CoBa(forgetting=True).settings()["forgetting"] is True
+    with pytest.raises(ValueError, match="CoBa forgetting: found true beside divergence: released"):
+        CoBa(divergence="released", forgetting=True)
+    with pytest.raises(ValueError, match="CoBa forgetting: found 1, wanted true or false"):
+        CoBa(forgetting=1)
 
 
 def test_panel_slopes_have_a_fraction_of_the_plain_error_on_a_recorded_run():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from balancers import (
     GLS,
     LBTW,
+    Apart,
     Balancer,
     Bounded,
     CoBa,
@@ -117,6 +118,47 @@ def test_grouped_gradient_is_the_mean():
     np.testing.assert_allclose(held.explain["norm"], np.linalg.norm(merged, axis=1)[[0, 1, 0]])
 
 
+@pytest.mark.parametrize("shares", [None, {"one": 3, "two": 1}])
+def test_apart_is_a_balancer_for_each_part(shares):
+    coba, tasks = CoBa(window=10, warmup=5), "abcde"
+    parts = {"one": ["d", "a"], "two": ["b", "e", "c"]}
+    signals = list(stream(5, 80, coba.needs, absent=0.1))
+    weights, held = run(Apart(coba, parts, shares), signals, tasks)
+    for name, members in (("one", [0, 3]), ("two", [1, 2, 4])):
+        share = 0.5 if shares is None else shares[name] / 4
+        only = [
+            Signals(s.step, valid_loss=s.valid_loss[members], valid_group=s.valid_group)
+            for s in signals
+        ]
+        alone, single = run(coba, only, [tasks[i] for i in members])
+        np.testing.assert_allclose(weights[:, members], share * alone, rtol=1e-12)
+        np.testing.assert_allclose(weights[:, members].sum(axis=1), share, rtol=1e-12)
+        for what, value in single.explain.items():
+            np.testing.assert_array_equal(
+                held.explain[what][members], np.broadcast_to(value, len(members))
+            )
+
+
+def test_apart_hands_each_part_its_block_of_the_gramian():
+    jacobian = np.random.default_rng(0).normal(size=(4, 6)) * [[1], [2], [3], [4]]
+    gram = jacobian @ jacobian.T
+    _, held = run(
+        Apart(GradNorm(), {"x": ["a", "c"], "y": ["b", "d"]}), [Signals(0, gram=gram)], "abcd"
+    )
+    np.testing.assert_allclose(held.explain["norm"], np.sqrt(np.diag(gram)), rtol=1e-12)
+
+
+def test_apart_of_single_tasks_is_a_constant_and_a_scale_becomes_a_share():
+    signals = [Signals(1, train_loss=[1.0, 3.0, 8.0])]
+    weights, held = run(Apart(GLS(), {"x": ["a", "b"], "y": ["c"]}, {"x": 0.2, "y": 0.8}), signals)
+    inner, _ = run(GLS(), [Signals(1, train_loss=[1.0, 3.0])], "ab")
+    np.testing.assert_allclose(weights[0], [*0.2 * inner[0] / inner[0].sum(), 0.8], rtol=1e-12)
+    assert all(np.isnan(each[2]) for each in held.explain.values())
+    weights, held = run(Apart("GLS", {"x": ["a"], "y": ["b"], "z": ["c"]}), signals)
+    np.testing.assert_array_equal(weights[0], np.full(3, 1 / 3))
+    assert held.state_dict()["arrays"].keys() == {"weights"}
+
+
 def test_wrappers_nest_and_come_from_mappings():
     spec = {
         "name": "Scheduled",
@@ -176,6 +218,33 @@ def test_wrappers_pass_on_what_the_inner_balancer_needs_and_promises():
             "no group with the name of a task outside it",
         ),
         (lambda: Grouped("Equal", {"g": ["a"]}).init(2), "Grouped: found no task names"),
+        (
+            lambda: Apart(TorchJD("IMTLG"), {"x": ["a"]}),
+            "Apart balancer: found TorchJD, whose weights may be negative",
+        ),
+        (lambda: Apart("Equal", {"x": "ab"}), "Apart parts: found {'x': 'ab'}, wanted part names"),
+        (lambda: Apart("Equal", {}), "Apart parts: found {}, wanted part names"),
+        (
+            lambda: Apart("Equal", {"x": ["a"], "y": ["b"]}, {"x": 1}),
+            r"Apart shares: found {'x': 1}, wanted a number for each of the parts \['x', 'y'\]",
+        ),
+        (
+            lambda: Apart("Equal", {"x": ["a"]}, {"x": 0}),
+            "Apart shares: part 'x': found 0, wanted a finite number > 0",
+        ),
+        (
+            lambda: Holder(Apart("Equal", {"x": ["a"], "y": ["b"]}), "abc"),
+            r"Apart parts: found tasks in no part, \['c'\]",
+        ),
+        (
+            lambda: Holder(Apart("Equal", {"x": ["a", "b"], "y": ["b", "c"]}), "abc"),
+            r"Apart parts: found tasks that are listed twice, \['b'\]",
+        ),
+        (
+            lambda: Holder(Apart("Equal", {"x": ["a", "b", "c", "z"]}), "abc"),
+            r"Apart parts: found unknown tasks, \['z'\]",
+        ),
+        (lambda: Apart("Equal", {"x": ["a"]}).init(1), "Apart: found no task names"),
         (lambda: Static({"a": 1}).init(1), "found a mapping but no task names"),
     ],
 )

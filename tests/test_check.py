@@ -10,14 +10,13 @@ import runs
 import torch
 import toys
 
-from mtl import plugins, process
+from mtl import build, process
 from mtl.check import dryrun, memory
 from mtl.config import load
 from mtl.data.batches import Layout, TrainBatches
-from mtl.data.cache import prepare
-from mtl.data.encode import load_tokenizer
 from mtl.data.encoded import Encoded
-from mtl.data.plan import layout_for, mix_for
+from mtl.data.marks import marked
+from mtl.data.plan import layouts_for, mix_for
 from mtl.models import load as models
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -46,8 +45,8 @@ def check(yaml, monkeypatch, capsys):
 
 def parts(yaml: Path, *overrides: str):
     config = load(yaml, overrides)
-    tokenizer = load_tokenizer(config.model)
-    return config, tokenizer, prepare(config, tokenizer, plugins.formats(config), lambda text: None)
+    data = build.encode(config, say=lambda text: None)
+    return config, data.tokenizer, data
 
 
 def test_it_prints_everything_and_leaves_nothing_behind(check, yaml):
@@ -72,15 +71,17 @@ def test_it_prints_everything_and_leaves_nothing_behind(check, yaml):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("world", [1, 3])
 def test_batches_are_cut_as_the_run_cuts_them(yaml, packing, world):
-    config, _, tasks = parts(yaml, f"batch.packing={str(packing).lower()}", "batch.examples=9")
+    config, _, data = parts(yaml, f"batch.packing={str(packing).lower()}", "batch.examples=9")
+    tasks = data.tasks
     mix, steps = mix_for(config, tasks), 7
     (found,) = (
         dryrun.batch_sizes(tasks, mix, one, steps)
-        for one in dryrun.layouts(config, tasks, world, 128).values()
+        for one in dryrun.layouts(config, data, world, 128).values()
     )
     micros = []  # [rank][step] -> micro-batches, as the run makes them
     for rank in range(world):
-        batches = TrainBatches(tasks, mix, layout_for(config, tasks, world, rank, 0, packing, 128))
+        cut = layouts_for(config, tasks, data.examples, data.goals.of, world, rank, packing, 128)
+        batches = TrainBatches(tasks, mix, cut)
         micros.append([batches.batch(step) for step in range(steps)])
         batches.close()
     for rank in micros:
@@ -97,15 +98,15 @@ def test_an_example_is_shown_with_its_targets_marked():
     target = np.zeros(len(text), dtype=bool)
     target[3:6] = True  # 'é' is two tokens of one character, and a space
     split = Encoded.of([(text, target)])
-    assert dryrun.example(split, 0, tokenizer, color=False) == "ab [[é ]]cd"
-    assert dryrun.example(split, 0, tokenizer, color=True) == "ab \033[32mé \033[0mcd"
+    assert marked(tokenizer, split.ids(0), split.target(0), color=False) == "ab [[é ]]cd"
+    assert marked(tokenizer, split.ids(0), split.target(0), color=True) == "ab \033[32mé \033[0mcd"
 
 
 def test_a_long_example_is_shown_around_its_first_target():
     tokenizer = toys.tokenizer()
     ids = tokenizer("x" * 1000 + "y" * 1000, add_special_tokens=False)["input_ids"]
     split = Encoded.of([(ids, np.arange(2000) >= 1000)])
-    shown = dryrun.example(split, 0, tokenizer, color=False)
+    shown = marked(tokenizer, split.ids(0), split.target(0), color=False)
     assert (
         shown == "(800 tokens before) " + "x" * 200 + "[[" + "y" * 200 + "]] (and 800 more tokens)"
     )
@@ -190,7 +191,10 @@ def test_the_skeleton_is_the_model_without_weights(yaml, settings):
     [
         (["tasks.copy.train=nowhere.jsonl"], "tasks.copy.train: "),
         (["model.nmae=x"], "Did you mean name?"),
-        (["model.attention=nonsense"], "model.name"),
+        (
+            ["model.attention=nonsense"],
+            "model.attention: found nonsense, wanted one that this model",
+        ),
         (["engine.deepspeed.gradient_clipping=3.0"], "optimizer.clip"),
         (["model.lora.target_modules=[nowhere]"], "model.lora"),
     ],
@@ -199,6 +203,14 @@ def test_what_would_end_a_run_ends_the_check(check, overrides, text):
     code, out, err = check(*(part for one in overrides for part in ("--set", one)))
     assert code == 1 and "nothing stands in the way" not in out
     assert text in err and "Traceback" not in err, err
+
+
+def test_a_kernel_that_is_not_installed_here_is_a_remark(check):
+    """A laptop checks what a cluster will run: everything is printed, memory too."""
+    code, out, err = check("--set", "model.attention=flash_attention_2")
+    assert code == 0, err
+    assert "remark: --set model.attention=flash_attention_2: model.attention: found flash" in out
+    assert "LlamaForCausalLM, fp32, ZeRO 2" in out and "nothing stands in the way" in out
 
 
 def test_a_folder_that_holds_a_run_is_found(check, tmp_path):
@@ -226,10 +238,10 @@ def test_more_processes_than_examples_is_said(check):
 
 
 def test_layouts_follow_the_setting(yaml):
-    config, _, tasks = parts(yaml, "batch.packing=false")
-    found = dryrun.layouts(config, tasks, 2, 128)
+    config, _, data = parts(yaml, "batch.packing=false")
+    found = dryrun.layouts(config, data, 2, 128)
     assert (
         list(found) == ["padded"]
-        and isinstance(found["padded"], Layout)
-        and found["padded"].row_length is None
+        and isinstance(found["padded"].each[0], Layout)
+        and found["padded"].each[0].row_length is None
     )

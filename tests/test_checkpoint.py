@@ -23,6 +23,6 @@ def test_latest_names_a_complete_checkpoint_or_says_what_to_do(tmp_path):
     )
     (folder / "step-00000005" / "state.json").unlink()
     with pytest.raises(
-        CheckpointError, match="There is none: start anew in another `output:` folder.$"
+        CheckpointError, match="There is none: start a new run in another `output:` folder.$"
     ):
         checkpoints.latest()

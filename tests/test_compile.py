@@ -88,7 +88,7 @@ def assert_alike(eager: dict, compiled: dict, tolerance: float) -> None:
     assert eager["graphs"] == [0] * STEPS and compiled["graphs"][0] > 0, "compiled code ran"
     assert compiled["graphs"][1] == compiled["graphs"][-1] <= 4, "once for all lengths"
     assert np.ptp(eager["losses"]) > 1e-3, "the batches differ"
-    np.testing.assert_allclose(compiled["losses"], eager["losses"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(compiled["losses"], eager["losses"], rtol=tolerance)
     assert compiled["state"].keys() == eager["state"].keys(), (
         "names are those of the model that is not compiled"
     )
@@ -134,6 +134,6 @@ def test_what_cannot_be_compiled(folder, monkeypatch):
     monkeypatch.setattr(engine, "blocks", lambda module: ("", ()))
     monkeypatch.setenv("CXX", "python")  # any program: it is not started
     with pytest.raises(
-        ModelError, match="a model with a list of blocks, which LlamaForCausalLM has not"
+        ModelError, match="a model with a list of blocks; LlamaForCausalLM has none"
     ):
         models.load(config_for(folder, "model.compile=true"), toys.tokenizer())

@@ -403,7 +403,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "gram: {params: adapter}",
-            "gram.params: found adapter, wanted all, last_layer or a regular expression. There is no model.lora.",
+            "gram.params: found adapter, wanted all, last_layer or a regular expression. Adapters need model.lora, which is not given.",
         ),
         (
             "gram: {params: 'a['}",
@@ -416,7 +416,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "checkpoint: {best: false}",
-            "export.which: found best, wanted last or none. With checkpoint.best: false the best one is not kept.",
+            "export.which: found best, wanted last or none. With checkpoint.best: false no best checkpoint is kept.",
         ),
     ],
 )
@@ -437,7 +437,7 @@ def test_one_wrong_line(line, error):
         ),
         (
             "macro: {train: a, validation: b, format: text}",
-            "tasks.macro: found the name 'macro', wanted another than macro, token, worst, . or ... Rename the task.",
+            "tasks.macro: found the name 'macro', wanted none of macro, token, worst, ., ... Rename the task.",
         ),
         (
             "a: {train: a, format: text}",
@@ -480,12 +480,12 @@ def test_every_task_needs_its_share():
         == 1.0
     )
     assert errors(text + "mix: {shares: explicit}") == [
-        'x.yaml:4: tasks."v1.5".share: found nothing, wanted a number > 0. With mix.shares: explicit every task has share.'
+        'x.yaml:4: tasks."v1.5".share: found nothing, wanted a number > 0. With mix.shares: explicit every task needs share.'
     ]
     assert errors(text + "mix: {shares: epochs}") == [
         "x.yaml:3: tasks.define.share: found 0.5, wanted nothing. It has no meaning with mix.shares: epochs.",
-        "x.yaml:3: tasks.define.epochs: found nothing, wanted a number > 0. With mix.shares: epochs every task has epochs.",
-        'x.yaml:4: tasks."v1.5".epochs: found nothing, wanted a number > 0. With mix.shares: epochs every task has epochs.',
+        "x.yaml:3: tasks.define.epochs: found nothing, wanted a number > 0. With mix.shares: epochs every task needs epochs.",
+        'x.yaml:4: tasks."v1.5".epochs: found nothing, wanted a number > 0. With mix.shares: epochs every task needs epochs.',
     ]
 
 
@@ -515,8 +515,8 @@ evaluate: {best: marco}
         "x.yaml:1: model.name: found nothing, wanted text.",
         "x.yaml:1: model.lora.r: found 0, wanted a whole number >= 1.",
         "x.yaml:1: model.lora.target_modules: found 'all', wanted all-linear or a list, each item text.",
-        "x.yaml:1: model.nam: found an unknown key, wanted name, revision, allow_remote_code, attention, precision, "
-        "activation_checkpointing, compile, loss_kernel, chat_template, lora or quantize. Did you mean name?",
+        "x.yaml:1: model.nam: found an unknown key, wanted name, revision, loader, allow_remote_code, attention, precision, "
+        "activation_checkpointing, compile, loss_kernel, chat_template, lora, adapter or quantize. Did you mean name?",
         "x.yaml:1: output: found nothing, wanted a path.",
         "x.yaml:1: train: found neither steps nor epochs, wanted one of them. For instance train: {steps: 1000}.",
         "x.yaml:3: tasks.define.validation: found nothing, wanted a file, folder or hub name, or a list of them, or a part of train such as 5%.",
@@ -528,7 +528,7 @@ evaluate: {best: marco}
         "x.yaml:9: batch.packing: found 'on', wanted auto, true or false. YAML 1.2 has true and false only, without quotes.",
         "x.yaml:9: batch.max_length: found 5000, wanted at most batch.tokens, 4096. A micro-batch holds whole examples.",
         "x.yaml:10: evaluate.best: found 'marco', wanted macro, token, worst, define or a/b. Did you mean macro?",
-        "--set optimizer.lr: found no KEY=VALUE, wanted one. For instance --set train.steps=10.",
+        "--set optimizer.lr: found text of another form, wanted KEY=VALUE. Write --set train.steps=10.",
         "--set batch.examples=none: batch.examples: found 'none', wanted a whole number >= 1.",
     ]
 
@@ -541,8 +541,8 @@ def test_a_problem_in_reading_hides_no_other():
         "x.yaml:7: batch.tokens: found the key a second time (first: x.yaml:7), wanted it once.",
         "x.yaml:7: batch.examples: found 0, wanted a whole number >= 1.",
         "x.yaml:8: mix: found the tag !x, wanted plain values. Remove the tag.",
-        "--set a: found no KEY=VALUE, wanted one. For instance --set train.steps=10.",
-        "--set b: found no KEY=VALUE, wanted one. For instance --set train.steps=10.",
+        "--set a: found text of another form, wanted KEY=VALUE. Write --set train.steps=10.",
+        "--set b: found text of another form, wanted KEY=VALUE. Write --set train.steps=10.",
     ]
 
 
@@ -597,15 +597,18 @@ def test_overrides():
     [
         (
             "train.stepz=1",
-            "train.stepz: found an unknown key, wanted steps, epochs or seed. Did you mean steps?",
+            "train.stepz: found an unknown key, wanted steps, epochs, seed or from. Did you mean steps?",
         ),
         (
             "train.steps=[1",
             "found text that is not YAML (expected ',' or ']', but got '<stream end>', column 3), "
             + NOT,
         ),
-        ("train.steps", "found no KEY=VALUE, wanted one. For instance --set train.steps=10."),
-        ("=3", "found no KEY=VALUE, wanted one. For instance --set train.steps=10."),
+        (
+            "train.steps",
+            "found text of another form, wanted KEY=VALUE. Write --set train.steps=10.",
+        ),
+        ("=3", "found text of another form, wanted KEY=VALUE. Write --set train.steps=10."),
         (
             "train.steps.x=1",
             "train.steps.x: found 10 at train.steps, wanted a mapping or a list there.",
@@ -764,6 +767,31 @@ def test_every_key_has_a_meaning_and_the_schema_is_closed():
     assert {
         name
         for name, schema in definitions.items()
-        if schema.get("additionalProperties") is not False
+        if schema.get("anyOf", [schema])[-1].get("additionalProperties") is not False
     } == {"Spec"}
     assert [branch["type"] for branch in definitions["Spec"]["anyOf"]] == ["string", "object"]
+
+
+@pytest.mark.parametrize(
+    "override, key, value",
+    [
+        ("trackers.0=tensorboard", "trackers", ["tensorboard", "jsonl"]),
+        ("trackers.0.every=5", "trackers", [{"name": "console", "every": 5}, "jsonl"]),
+        ("optimizer.betas.1=0.95", "optimizer.betas", [0.9, 0.95]),
+    ],
+)
+def test_an_item_of_a_list_that_the_yaml_leaves_out_is_set_in_its_default(override, key, value):
+    minimal = """\
+model: {name: m}
+tasks: {a: {train: a.jsonl, validation: b.jsonl, format: text}}
+batch: {examples: 1, tokens: 2048}
+train: {steps: 1}
+optimizer: {lr: 1.0e-3}
+output: run
+"""
+    found = parse(minimal, overrides=[override]).resolved()
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+    with pytest.raises(ConfigError, match="trackers.2: found item 2 of a list of 2"):
+        parse(minimal, overrides=["trackers.2=tensorboard"])

@@ -20,12 +20,14 @@ import pyarrow.parquet
 import pytest
 from toys import CHAT, tokenizer, write_tasks
 
+from mtl import build
 from mtl.config import parse
 from mtl.data import cache, formats, lock, source
 from mtl.data.cache import encode_split, prepare
-from mtl.data.encode import Encoder
+from mtl.data.encode import Encoder, dates, tokenizer_fingerprint
 from mtl.data.encoded import DataError, Encoded
 from mtl.data.lock import Owner, build_once
+from mtl.data.next_token import NextToken
 from mtl.data.source import open_source, open_sources
 
 TOK = tokenizer()
@@ -187,8 +189,12 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
 def test_a_broken_archive_ends_the_reading_with_its_line(tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 5000)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20])
-    with pytest.raises(DataError, match=r"a.jsonl.gz:\d+: "):
-        values(str(tmp_path / "a.jsonl.gz"))
+    read = []
+    with pytest.raises(DataError) as caught:
+        for row in open_source(str(tmp_path / "a.jsonl.gz")).rows():
+            read.append(row.number)
+    assert read == list(range(len(read))) and 0 < len(read) < 5000
+    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl.gz:{len(read) + 1}: Compressed file")
 
 
 def test_fingerprints_follow_content_not_place(tmp_path, monkeypatch):
@@ -221,7 +227,7 @@ def encode(
         root,
         [open_source(n) for n in names],
         form,
-        encoder or Encoder(TOK, 20),
+        NextToken(None, 0, encoder or Encoder(TOK, 20)),
         cap,
         "task (train)",
         say,
@@ -466,7 +472,9 @@ def test_a_long_row_gives_signs_while_it_lasts(tmp_path, monkeypatch):
         return formats.Text(row["text"])
 
     name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
-    cache._write(tmp_path, [open_source(name)], slow, Encoder(TOK, 20), None, progress)
+    cache._write(
+        tmp_path, [open_source(name)], slow, NextToken(None, 0, Encoder(TOK, 20)), None, progress
+    )
     assert signs[0] == "0 rows"
 
 
@@ -475,20 +483,21 @@ def test_long_rows_make_short_chunks():
     assert [len(chunk) for chunk in cache._chunks(iter(rows))] == [2, 2, 256, 45]
 
 
-def test_a_date_in_the_template_is_part_of_the_key_and_is_said(tmp_path):
+def test_a_date_in_the_template_is_part_of_the_key_and_is_said(tmp_path, monkeypatch):
     def prints(call):
         made = tokenizer(
             template=CHAT + "{% if false %}{{ strftime_now(" + call + ") }}{% endif %}"
         )
-        return [cache.tokenizer_fingerprint(made) for _ in range(2)], made
+        return [tokenizer_fingerprint(made) for _ in range(2)], made
 
     (one, two), _ = prints("'%Y'")
     assert one == two
     (one, two), made = prints('"%f"')
-    assert one != two and cache.dates(made) == ["%f"]
-    assert cache.dates(prints("what")[1]) == ["%Y-%m-%d"] and cache.dates(TOK) == []
+    assert one != two and dates(made) == ["%f"]
+    assert dates(prints("what")[1]) == ["%Y-%m-%d"] and dates(TOK) == []
     said, tasks = [], write_tasks(tmp_path / "data")
-    prepare(config(tmp_path, tasks), prints("'%Y'")[1], bound(tasks), said.append)
+    monkeypatch.setattr(build, "load_tokenizer", lambda model, where: prints("'%Y'")[1])
+    build.encode(config(tmp_path, tasks), say=said.append)
     assert [text for text in said if "reads today's date (%Y)" in text] == said[:1]
 
 
@@ -512,6 +521,10 @@ def config(tmp_path: Path, tasks: dict, **batch):
     )
 
 
+def encoders(tasks: dict) -> dict:
+    return dict.fromkeys(tasks, NextToken(None, 0, Encoder(TOK, 128)))
+
+
 def bound(tasks: dict) -> dict:
     return {name: getattr(formats, task["format"]) for name, task in tasks.items()}
 
@@ -519,7 +532,7 @@ def bound(tasks: dict) -> dict:
 def test_prepare(tmp_path):
     tasks = write_tasks(tmp_path / "data", train=12, validation=6)
     tasks["copy"]["cap"] = 5
-    made = prepare(config(tmp_path, tasks), TOK, bound(tasks), say=lambda text: None)
+    made = prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), say=lambda text: None)
     assert [task.name for task in made] == ["copy", "chat", "prose"]
     assert [(len(task.train), len(task.validation)) for task in made] == [(5, 6), (6, 3), (4, 2)]
     for task in made:
@@ -543,7 +556,7 @@ def test_prepare_reports_every_problem_of_every_task(tmp_path):
         "two": {"train": [good, masked], "validation": masked, "format": "prompt_completion"},
     }
     with pytest.raises(DataError) as error:
-        prepare(config(tmp_path, tasks), TOK, bound(tasks), say=lambda text: None)
+        prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), say=lambda text: None)
     text = str(error.value)
     assert "tasks.one.train: found no usable row\n  0 of 0 rows kept" in text
     assert "tasks.one.validation: nothing found under" in text
@@ -559,7 +572,7 @@ def held_out(tmp_path, rows, part, **task) -> tuple[list[str], list[str], list[s
     """Texts of training and validation rows, and what was said."""
     name = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
     said, tasks = [], {"a": {"train": name, "validation": part, "format": "text", **task}}
-    (made,) = prepare(config(tmp_path, tasks), TOK, bound(tasks), said.append)
+    (made,) = prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), said.append)
     return *(
         [TOK.decode(split.ids(i)[:-1]) for i in range(len(split))]
         for split in (made.train, made.validation)
@@ -589,7 +602,7 @@ def test_a_number_of_the_training_rows_is_held_out(tmp_path):
 def test_unreadable_rows_are_reported_once_beside_a_part(tmp_path):
     name = write(tmp_path / "a.jsonl", *[f'{{"text": "{i}"}}' for i in range(40)], "oops")
     tasks = {"a": {"train": name, "validation": "50%", "format": "text"}}
-    (made,) = prepare(config(tmp_path, tasks), TOK, bound(tasks), lambda text: None)
+    (made,) = prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), lambda text: None)
     assert made.train.report.dropped == {"unreadable": 1}
     assert made.validation.report.dropped == {}
 
@@ -599,7 +612,7 @@ def test_rows_on_both_sides_are_said(tmp_path):
     two = write(tmp_path / "two.jsonl", '{"text": "b"}', '{"text": "d"}')
     said = []
     tasks = {"a": {"train": one, "validation": two, "format": "text"}}
-    prepare(config(tmp_path, tasks), TOK, bound(tasks), said.append)
+    prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), said.append)
     assert said[-1].startswith("a: 1 of 2 validation rows are among the training rows")
 
 

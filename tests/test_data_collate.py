@@ -1,5 +1,6 @@
 """How a global batch is cut and laid out: nothing lost, budgets kept, ranks even, the same targets in every layout."""
 
+import doctest
 import threading
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl.config import parse
-from mtl.data import plan
+from mtl.data import batches, plan
 from mtl.data.batches import Layout, TrainBatches, ValidationGroups
 from mtl.data.collate import TILES, collate, deal, row_length_for, widened
 from mtl.data.encoded import Encoded, TaskData
@@ -336,6 +337,11 @@ def test_groups_of_few_examples_are_fair_samples(groups, examples):
             if n >= examples:
                 for mine, low, high in zip(np.sort(targets[group]), edges, edges[1:], strict=False):
                     assert levels[low] <= mine <= levels[high - 1]
+
+
+def test_the_example_of_stratified_runs():
+    failed, attempted = doctest.testmod(batches)
+    assert (failed, attempted) == (0, 2)
 
 
 @pytest.mark.parametrize(("examples", "counts"), [(5, [2, 2, 1]), (None, [4, 4, 2])])

@@ -1,9 +1,11 @@
 """A checkpoint becomes a folder that transformers or PEFT loads, with every tensor whole and a card that says what it is."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -11,13 +13,14 @@ import runs
 import torch
 import toys
 import yaml as pyyaml
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtl import process
 from mtl.config import parse
 from mtl.models.errors import ModelError
-from mtl.output.export import export
+from mtl.output.export import DTYPES, export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -66,6 +69,26 @@ def test_a_whole_model(full, tmp_path):
     assert AutoTokenizer.from_pretrained(out).chat_template == toys.CHAT
     assert (out / "generation_config.json").is_file()
     assert loaded.generate(**prompt(out), max_new_tokens=3, do_sample=False).shape == (1, 8)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_files_have_the_umasks_mode(full, tmp_path, dtype):
+    """safetensors' own is 0600."""
+    modes = {path.stat().st_mode & 0o777 for path in (full / "model").iterdir()}
+    assert len(modes) == 1, "in the checkpoint"
+    before = os.umask(0o027)
+    try:
+        out = export(full, tmp_path / "out", dtype)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+
+
+def test_the_program_offers_every_type(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(PROGRAM))["main"]()
+    assert f"{{{','.join(DTYPES)}}}" in capsys.readouterr().out
 
 
 def test_an_adapter_stays_small_and_names_its_base(adapter, yaml, tmp_path):
@@ -119,6 +142,14 @@ def test_merged_is_base_and_adapter_together(adapter, tmp_path):
     assert AutoTokenizer.from_pretrained(out).chat_template == toys.CHAT
 
 
+def test_an_adapters_own_folder_is_merged_too(adapter, tmp_path):
+    one, other = (
+        load_file(export(source, tmp_path / name, merge=True) / "model.safetensors")
+        for name, source in (("one", adapter), ("other", adapter.parent.parent / "model"))
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_dtype(adapter, tmp_path, merge):
     out = export(adapter, tmp_path / "out", "bf16", merge=merge)
@@ -154,7 +185,8 @@ def test_the_card(kind, request, yaml, tmp_path):
     text = (export(checkpoint, tmp_path / "out") / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     metadata = pyyaml.safe_load(head)
-    assert metadata["base_model"] == str(yaml.parent / "model")
+    assert "base_model" not in metadata, "a folder, which the hub refuses; the text names it"
+    assert f"`{yaml.parent / 'model'}` fine-tuned" in body
     assert metadata["library_name"] == {"full": "transformers", "adapter": "peft"}[kind]
     assert "CoBa" in metadata["tags"]
     passes = [line for line in runs.metrics(checkpoint.parent.parent) if "eval/macro" in line]
@@ -169,6 +201,49 @@ def test_the_card(kind, request, yaml, tmp_path):
         "the config in it is a config"
     )
     assert "at step 12 of 12" in body and f"torch {torch.__version__}".split("+")[0] in body
+
+
+def test_the_card_names_a_base_model_on_the_hub(full, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(full, run / "checkpoints" / full.name)
+    record = json.loads((full.parent.parent / "run.json").read_text())
+    record["config"]["model"]["name"] = "someone/a-model"
+    (run / "run.json").write_text(json.dumps(record))
+    text = (export(run / "checkpoints" / full.name, tmp_path / "out") / "README.md").read_text()
+    data = ModelCard(text).data
+    assert data.base_model == "someone/a-model" and data.pipeline_tag == "text-generation"
+    assert data.tags == ["coba-mtl", "multitask", "CoBa"]
+
+
+@pytest.mark.parametrize("public", [[], ["--public"]])
+def test_push(full, tmp_path, monkeypatch, capsys, public):
+    """What goes to the hub is the folder, into a repository that is private unless asked."""
+    calls = []
+
+    def create_repo(self, repo, **more):
+        calls.append((repo, more))
+        return SimpleNamespace(repo_id=f"me/{repo}")
+
+    def upload_folder(self, **more):
+        calls.append((more["repo_id"], sorted(p.name for p in more["folder_path"].iterdir())))
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    code, out, _ = call(monkeypatch, capsys, full, tmp_path / "out", "--push", "mine", *public)
+    assert code == 0 and out.endswith("pushed: https://hub/commit\n")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    private = {"private": not public, "exist_ok": True}
+    assert calls == [("mine", private), ("me/mine", files)]
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= set(files)
+
+
+def test_a_push_that_the_hub_refuses(full, tmp_path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, full, tmp_path / "out", "--push", "no/such/name")
+    assert code == 1 and "error: --push no/such/name: the hub refused" in err
+    assert "The folder is written" in err and (tmp_path / "out" / "README.md").is_file()
 
 
 def test_the_end_of_a_run_is_the_same_export(full, tmp_path):

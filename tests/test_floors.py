@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "balancers": 0,
     "mtl.process": 0,  # before torch is imported
-    "mtl.config": 1,
-    "mtl.data": 2,
+    "mtl.config": 1, "mtl.samples": 1,
+    "mtl.data": 2, "mtl.migrate": 2,
     "mtl.losses": 3,
     "mtl.distributed": 4,
     "mtl.models": 5, "mtl.integrations": 5,
-    "mtl.output": 6, "mtl.check": 6,
+    "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
     "mtl.train": 7,
-    "mtl.plugins": 8, "mtl.build": 8,
+    "mtl.plugins": 8, "mtl.build": 8, "mtl.evaluation": 8,
     "launch": 9, "mtl.cli": 9,
     "mtl": 0,  # the package itself: its version
 }  # fmt: skip

@@ -101,10 +101,10 @@ def measure(
             for which in params if key == "with" else ():
                 chosen = gram.select(trained.module, which)
                 ours = gram.gradients(
-                    trained, causal_lm, batches.by_task(step), list(chosen.values())
+                    trained, causal_lm, batches.by_stream(step), list(chosen.values())
                 )
                 theirs = gram.gradients(
-                    trained, causal_lm, cut.by_task(step % GROUPS), list(chosen.values())
+                    trained, causal_lm, cut.by_stream(step % GROUPS), list(chosen.values())
                 )
                 if step == 0:
                     found["names"][which] = list(chosen)

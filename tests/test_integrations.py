@@ -79,7 +79,18 @@ def test_a_plain_loop_without_a_process_group():
     found = train(Balance(Static({"code": 5, "math": 3, "law": 2}), NAMES), range(4), model)
     np.testing.assert_allclose(found, wanted[0], rtol=1e-6)
     assert np.isnan(found[1][2])
-    torch.testing.assert_close(model.weight, wanted[1].weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(model.weight, wanted[1].weight, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_task_the_others_keep_their_weights():
+    """One rule in `terms.combine`, for the trainer, the loop and the mix-in: 2.8 for a loss of 5.6."""
+    balance, task = Balance(Equal(), ["code", "math"]), torch.zeros(4, dtype=torch.int64)
+    np.testing.assert_array_equal(balance.begin(task), [0.5, 0.5])
+    assert balance.loss(torch.full((4,), 5.6), task).item() == pytest.approx(2.8, rel=1e-6)
+    assert balance.present_weight == 0.5
+    balance.end()
+    balance.begin(torch.tensor([0, 1]))
+    assert balance.present_weight == 1.0
 
 
 def on_two_ranks() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -100,7 +111,7 @@ def test_two_ranks_make_the_update_of_one():
     losses, model = reference(np.array([0.5, 0.3, 0.2]), range(4))
     for found in run_distributed(on_two_ranks, 2):
         np.testing.assert_allclose(found[0], losses, rtol=1e-6)
-        np.testing.assert_allclose(found[1], model.weight.detach().numpy(), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(found[1], model.weight.detach().numpy(), rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(found[2], [5 / 3, 2.0, np.nan])
 
 

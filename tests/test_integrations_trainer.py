@@ -127,6 +127,9 @@ def huggingface(engine: dict[str, Any] | None = None) -> dict[str, Any]:
                 "tokens": train(folder, balancer=Tokens(), tasks=NAMES),
                 "static, not averaged": train(folder, changes=alone, **static),
                 "static, flattened": train(folder, collator=flatten, **static),
+                "one more": train(
+                    folder, balancer=Equal(), tasks=[*NAMES, "none"], collator=flatten
+                ),
             }
         coba = {"tasks": NAMES, "eval_dataset": VALID, "probe_groups": 2}
 
@@ -265,7 +268,8 @@ def two() -> list[dict[str, Any]]:
     return run_distributed(huggingface, 2)
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any], atol: float = 2e-7) -> None:
+def assert_close(found: dict[str, Any], wanted: dict[str, Any], atol: float = 1e-6) -> None:
+    """1e-6 is eight units of fp32 rounding of a norm's weight, which is 1; updates move by 1e-3."""
     for name, array in wanted["parameters"].items():
         np.testing.assert_allclose(
             found["parameters"][name], array, rtol=0, atol=atol, err_msg=name
@@ -305,6 +309,16 @@ def test_weights_act(alone):
         losses(alone["static"], "code/weight") == [0.8] * 3
         and len(losses(alone["static"], "law/loss")) == 3
     )
+
+
+def test_without_a_task_the_others_keep_their_weights(alone, two):
+    for run in (alone, *two):
+        assert losses(run["one more"], "present_weight") == [0.75] * 3
+        assert losses(run["one more"], "code/weight") == [0.25] * 3
+        assert "present_weight" not in run["static"]["log"][0]
+        for line in run["one more"]["log"][:3]:
+            wanted = sum(0.25 * line[f"{name}/loss"] for name in NAMES)
+            assert line["loss"] == pytest.approx(wanted, abs=2e-4)  # the Trainer rounds
 
 
 @pytest.mark.parametrize("world", (1, 2))
@@ -386,7 +400,7 @@ def test_trl_on_two_processes(trl):
                     found, wanted = (losses(each[run], f"{name}/{tag}") for each in (rank, alone))
                     assert len(wanted) >= 2
                     np.testing.assert_allclose(
-                        found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-6
+                        found, wanted, rtol=1e-3 if run[0] == "coba" else 1e-5
                     )
 
 

@@ -1,5 +1,6 @@
 """Whatever starts the processes, they are the same run; and the templates that ship are at least well formed."""
 
+import json
 import os
 import re
 import shlex
@@ -65,6 +66,67 @@ def test_the_first_host_leads(nodes, first):
     assert process.from_srun({**STEP, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
 
 
+OMPI = {
+    "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "1841561601", "MASTER_ADDR": "n1",
+}  # fmt: skip
+PMI = {
+    "PMI_RANK": "5",
+    "PMI_SIZE": "8",
+    "MPI_LOCALRANKID": "1",
+    "MPI_LOCALNRANKS": "4",
+    "MASTER_ADDR": "n1",
+}
+CRAY = {
+    "PMI_RANK": "5",
+    "PMI_SIZE": "8",
+    "PMI_LOCAL_RANK": "1",
+    "PMI_LOCAL_SIZE": "4",
+    "MASTER_ADDR": "n1",
+}
+
+
+@pytest.mark.parametrize("given", [OMPI, PMI, CRAY], ids=["Open MPI", "PMI", "Cray"])
+def test_mpirun_tells_a_process_its_place(given):
+    found = process.from_launcher(given)
+    port = int(found.pop("MASTER_PORT"))
+    assert found == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1",
+    }  # fmt: skip
+    assert 20_000 <= port < 30_000
+    assert process.from_launcher({**given, "MASTER_PORT": "29500"})["MASTER_PORT"] == "29500"
+    # Its daemons were started by srun, whose variables the processes inherit.
+    within = {**given, **STEP, "SLURM_JOB_NODELIST": "gpu[07-09]", "SLURM_STEP_NUM_TASKS": "2"}
+    assert process.from_launcher(within)["RANK"] == "5"
+    assert process.from_launcher({**given, "RANK": "0"}) == {}, "torchrun within mpirun"
+
+
+def test_one_machine_needs_no_address_and_several_do():
+    one = {**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
+    del one["MASTER_ADDR"]
+    assert process.from_launcher(one)["MASTER_ADDR"] == "127.0.0.1"
+    several = {**one, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    with pytest.raises(ValueError, match="MASTER_ADDR: found nothing.*mpirun -x MASTER_ADDR="):
+        process.from_launcher(several)
+    found = process.from_launcher({**several, "SLURM_JOB_NODELIST": "gpu[07-09]"})
+    assert found["MASTER_ADDR"] == "gpu07"
+    ports = {process.from_launcher({**one, "PMIX_NAMESPACE": n})["MASTER_PORT"] for n in "ab"}
+    assert len(ports) == 2, "two runs on a machine"
+
+
+@pytest.mark.parametrize("given", [OMPI, PMI, STEP], ids=["Open MPI", "PMI", "SLURM"])
+def test_a_world_of_one_among_others_is_an_error(given):
+    """As where mpirun starts a torchrun on each machine, and none knows of the others."""
+    alone = {**given, "RANK": "0", "WORLD_SIZE": "1"}
+    with pytest.raises(ValueError, match=r"WORLD_SIZE: found 1 beside \w+=(8|20), wanted one run"):
+        process.check_world(alone)
+    process.check_world({**alone, "WORLD_SIZE": "16"})
+    process.check_world({})
+    process.check_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})  # a shell of an allocation
+    with pytest.raises(ValueError, match="RANK: found nothing beside WORLD_SIZE=4"):
+        process.check_world({"WORLD_SIZE": "4"})
+
+
 @pytest.fixture(scope="module")
 def yaml(tmp_path_factory) -> Path:
     return runs.write(tmp_path_factory.mktemp("launchers"))
@@ -77,6 +139,7 @@ def alike(yaml):
     runs.train(yaml, *STEPS, f"output={expected}", world=2).well()
 
     def check(output: Path) -> None:
+        assert json.loads((output / "run.json").read_text())["world"] == 2
         mine, others = runs.untimed(output), runs.untimed(expected)
         assert [line.keys() for line in mine] == [line.keys() for line in others]
         for line, other in zip(mine, others, strict=True):
@@ -85,25 +148,37 @@ def alike(yaml):
     return check
 
 
-def test_srun_starts_a_run(yaml, alike):
-    """As srun does it: the same command twice, with nothing but SLURM's variables to tell them apart."""
-    output = yaml.parent / "srun"
+def launched(n: int) -> dict[str, dict[str, str]]:
+    """What each launcher sets for the n-th of two processes of a machine."""
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n),
+    }  # fmt: skip
+    ompi = {
+        f"OMPI_COMM_WORLD_{name}": value
+        for name, value in {
+            "RANK": str(n), "SIZE": "2", "LOCAL_RANK": str(n), "LOCAL_SIZE": "2",
+        }.items()
+    }  # fmt: skip
+    return {"srun": slurm, "mpirun": ompi}
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_srun_and_mpirun_start_a_run(yaml, alike, launcher):
+    """As they do it: the same command twice, with nothing but their variables to tell them apart."""
+    output = yaml.parent / launcher
     command = [
         sys.executable,
         str(runs.PROGRAM),
         *runs.arguments(yaml, [*STEPS, f"output={output}"], resume=False),
     ]
     environment = {
-        **os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent), "MASTER_PORT": str(runs.free_port()),
-        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0",
+        **os.environ, **runs.ENVIRONMENT, "MASTER_PORT": str(runs.free_port()),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     tasks = [
         subprocess.Popen(
-            command,
-            env={**environment, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)},
-            stderr=subprocess.PIPE,
-            text=True,
+            command, env={**environment, **launched(n)[launcher]}, stderr=subprocess.PIPE, text=True
         )
         for n in range(2)
     ]
@@ -118,15 +193,13 @@ def test_accelerate_starts_a_run(yaml, alike):
     launcher = [
         "accelerate",
         "launch",
-        "--cpu",
+        "--multi_gpu",
         "--num_processes",
         "2",
         "--num_machines",
         "1",
-        "--mixed_precision",
-        "no",
     ]
-    launcher += ["--dynamo_backend", "no", "--main_process_port", port]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
     runs.launch(launcher, yaml, *STEPS, f"output={output}").well()
     alike(output)
 
@@ -155,15 +228,38 @@ def test_the_console_script_runs_the_programs(yaml):
 def test_the_console_script_passes_everything_on(tmp_path, monkeypatch):
     for name in ("train", "check"):
         (tmp_path / f"{name}.py").write_text(
-            "import sys; from pathlib import Path; Path('said').write_text(repr(sys.argv[1:]))"
+            "import sys\nfrom pathlib import Path\n"
+            "def main(): Path('said').write_text(repr(sys.argv))"
         )
     monkeypatch.setattr(cli, "folder", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["mtl", "--local_rank=1", "train", "--config", "x.yaml", "--set", "a=b"]
     )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    said = "['mtl train', '--config', 'x.yaml', '--set', 'a=b']"
+    assert (tmp_path / "said").read_text() == said
+
+
+def test_the_console_script_says_its_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mtl", "--version"])
     cli.main()
-    assert (tmp_path / "said").read_text() == "['--config', 'x.yaml', '--set', 'a=b']"
+    assert capsys.readouterr().out == "mtl 0.1.0\n"
+
+
+@pytest.mark.parametrize("name", cli.PROGRAMS)
+def test_help_is_under_the_programs_name_and_imports_little(name):
+    """Torch alone takes a second: it is imported once the arguments are read."""
+    code = (
+        "import sys, atexit; from mtl import cli\n"
+        "atexit.register(lambda: print({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))\n"
+        f"sys.argv = ['mtl', {name!r}, '--help']; cli.main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith(f"usage: mtl {name} ")
+    assert shown.stdout.endswith("set()\n")
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +357,7 @@ def options() -> dict[str, set[str]]:
 
     found = {
         f"launch/{name}.py": options_of(str(LAUNCH / f"{name}.py"))
-        for name in ("train", "check", "export")
+        for name in ("train", "check", "export", "init")
     }
     deepspeed = set(re.findall(r"[\"'](--\w+)[\"']", Path(runner.__file__).read_text()))
     return found | {
@@ -283,8 +379,13 @@ def assert_known(command: list[str], options: dict[str, set[str]]) -> None:
             )
 
 
+def by_files(text: str) -> str:
+    """With the programs' files in the place of their names under `mtl`."""
+    return re.sub(r"-m mtl\.cli (\w+)", r"launch/\1.py", text)
+
+
 def commands(text: str) -> list[list[str]]:
-    text = text.replace("-m mtl.cli train", "launch/train.py")
+    text = by_files(text)
     return [
         shlex.split(one)
         for one in re.findall(
@@ -307,7 +408,10 @@ def test_the_slurm_script(options):
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
     assert os.access(script, os.X_OK)
-    for line in text.splitlines():
+    assert "launch/" not in "".join(line for line in text.splitlines() if line[:1] != "#"), (
+        "a wheel has no such folder beside it"
+    )
+    for line in by_files(text).splitlines():
         if line.startswith("srun"):
             program = line[line.index("launch/") :].replace('"$@"', "--config x.yaml")
             assert_known(shlex.split(program), options)
@@ -334,8 +438,8 @@ def test_the_slurm_script_prepares_then_trains(tmp_path):
         command, env=environment, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert said == [
-        "srun --nodes=1 --ntasks=1 py launch/check.py --prepare --config x.yaml --set a=b c",
-        "srun --kill-on-bad-exit=1 --cpus-per-task=8 py launch/train.py --resume --config x.yaml --set a=b c",
+        "srun --nodes=1 --ntasks=1 py -m mtl.cli check --prepare --config x.yaml --set a=b c",
+        "srun --kill-on-bad-exit=1 --cpus-per-task=8 py -m mtl.cli train --resume --config x.yaml --set a=b c",
     ]
 
 
@@ -353,7 +457,7 @@ def test_the_kubernetes_job(options):
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
-    command = shlex.split(container["args"][0])[1:]
+    command = shlex.split(by_files(container["args"][0]))[1:]
     assert_known(command, options)
     assert f"--nproc_per_node={container['resources']['limits']['nvidia.com/gpu']}" in command
     subprocess.run(["bash", "-n", "-c", container["args"][0]], check=True)
@@ -363,3 +467,17 @@ def test_the_hostfile():
     from deepspeed.launcher.runner import fetch_hostfile
 
     assert dict(fetch_hostfile(str(LAUNCH / "hostfile"))) == {"worker-1": 8, "worker-2": 8}
+
+
+def test_bitsandbytes_does_not_greet_every_start():
+    """Where it is installed peft imports it, and on CPUs with AVX512-BF16 it then misses a kernel. The rest is said."""
+    code = (
+        "import logging; from mtl.process import exit_code\n"
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "def main():\n"
+        "    log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s', 'x')\n"
+        "    log.warning('something else')\n"
+        "exit_code(main)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stderr == "WARNING bitsandbytes.backends.cpu.ops: something else\n"

@@ -1,18 +1,18 @@
 """MFTCoder's config and data become ours, and what trains is what MFTCoder trained."""
 
 import json
-import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 import toys
-from distributed import ROOT
 
 from mtl.config import load
 from mtl.data.encode import Encoder
 from mtl.data.formats import messages
-
-migrate = runpy.run_path(str(ROOT / "launch" / "migrate_mftcoder.py"))
+from mtl.data.source import open_source
+from mtl.migrate.mftcoder import migrate
+from mtl.migrate.rows import convert
 
 CHAT = {
     "id": 0,
@@ -82,7 +82,7 @@ def changed(path: Path, **changes: object) -> Path:
 
 
 def test_the_config(config, tmp_path):
-    notes = migrate["migrate"](config, 2, tmp_path / "new")
+    notes = migrate(config, 2, tmp_path / "new")
     ours = load(tmp_path / "new" / "config.yaml")
     assert list(ours.tasks) == ["math", "code-helper"]
     assert ours.balancer.name == "CoBa" and ours.balancer.keywords == {
@@ -99,13 +99,12 @@ def test_the_config(config, tmp_path):
         and not ours.model.allow_remote_code
     )
     assert ours.evaluate.probe.every == 2 and ours.evaluate.patience.evaluations == 5
-    assert any(line.startswith("quantization: ") for line in notes) and any(
-        "tb_dir: left out" in line for line in notes
-    )
+    assert ours.model.quantize == "nf4", "peft_type: qlora"
+    assert any("tb_dir: left out" in line for line in notes)
 
 
 def test_the_data_is_split_without_overlap(config, tmp_path):
-    migrate["migrate"](config, 2, tmp_path / "new")
+    migrate(config, 2, tmp_path / "new")
     for name in ("math", "code-helper"):
         train, valid = (
             (tmp_path / "new" / "data" / f"{name}.{split}.jsonl").read_text().splitlines()
@@ -116,9 +115,9 @@ def test_the_data_is_split_without_overlap(config, tmp_path):
 
 def test_a_conversation_trains_what_mftcoder_trains(config, tmp_path):
     """By its rules: the assistant's content, a line break and the end of sequence; nothing else."""
-    migrate["migrate"](config, 2, tmp_path / "new")
+    migrate(config, 2, tmp_path / "new")
     tokenizer = toys.tokenizer(template=(tmp_path / "new" / "chat_template.jinja").read_text())
-    _, row = migrate["convert"](CHAT, "here")
+    row = convert(CHAT, "here").row
     tokens, end = Encoder(tokenizer, 512, "error")(messages(row)), toys.END
     assert tokenizer.decode(tokens.ids) == (
         f"<s>system\nbe brief\n<s>human\n1+1?\n<s>bot\n2\n{end}\n<s>human\n+1?\n<s>bot\n3\n{end}"
@@ -136,7 +135,7 @@ def test_a_conversation_trains_what_mftcoder_trains(config, tmp_path):
     ],
 )
 def test_rows(row, form):
-    found, ours = migrate["convert"](row, "here")
+    found, ours, _ = convert(row, "here")
     assert found == form and (form == "text" or ours["messages"][-1]["role"] == "assistant")
 
 
@@ -149,9 +148,7 @@ def test_rows(row, form):
     ],
 )
 def test_loss_modes(config, tmp_path, mode, weights, wanted):
-    migrate["migrate"](
-        changed(config, weighted_loss_mode=mode, task_weights=weights), 2, tmp_path / "new"
-    )
+    migrate(changed(config, weighted_loss_mode=mode, task_weights=weights), 2, tmp_path / "new")
     assert load(tmp_path / "new" / "config.yaml").resolved()["balancer"] == wanted
 
 
@@ -170,7 +167,7 @@ def test_loss_modes(config, tmp_path, mode, weights, wanted):
 )
 def test_what_cannot_be_migrated(config, tmp_path, changes, error):
     with pytest.raises(ValueError, match=error):
-        migrate["migrate"](changed(config, **changes), 2, tmp_path / "new")
+        migrate(changed(config, **changes), 2, tmp_path / "new")
 
 
 def test_an_unknown_row_is_named(config, tmp_path):
@@ -179,4 +176,90 @@ def test_an_unknown_row_is_named(config, tmp_path):
     with pytest.raises(
         ValueError, match=r"part\.jsonl:22: found the keys quest, wanted chat_rounds"
     ):
-        migrate["migrate"](config, 2, tmp_path / "new")
+        migrate(config, 2, tmp_path / "new")
+
+
+@pytest.mark.parametrize("peft, lora, quantize", [("lora", True, None), (None, False, None)])
+def test_only_qlora_is_quantized(config, tmp_path, peft, lora, quantize):
+    """Whatever `quantization` says: MFTCoder sets it from `peft_type`."""
+    notes = migrate(changed(config, peft_type=peft), 2, tmp_path / "new")
+    ours = load(tmp_path / "new" / "config.yaml")
+    assert (ours.model.lora is not None, ours.model.quantize) == (lora, quantize)
+    assert "quantization: left out: MFTCoder quantizes with peft_type qlora only" in notes
+
+
+def chat(question: str, answer: str) -> dict:
+    turns = [{"role": "human", "content": question}, {"role": "bot", "content": answer}]
+    return {"chat_rounds": turns}
+
+
+def migrated(out: Path, task: str) -> list[dict]:
+    """A task's rows of both sides, as this package reads them."""
+    files = [out / "data" / f"{task}.{side}.jsonl" for side in ("train", "validation")]
+    return [row.value for file in files for row in open_source(str(file)).rows()]
+
+
+def test_text_with_line_breaks_of_unicode_and_a_byte_order_mark(config, tmp_path):
+    """U+2028, U+2029 and U+0085 stand raw within JSON strings; a file may begin with U+FEFF."""
+    rows = [chat(f"q{i}\u2028second\u2029line", f"a{i}\x85z") for i in range(20)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "math" / "part.jsonl").write_text("\ufeff" + text, encoding="utf-8")
+    migrate(config, 2, tmp_path / "new")
+    found = {
+        tuple(turn["content"] for turn in row["messages"])
+        for row in migrated(tmp_path / "new", "math")
+    }
+    assert found == {(f"q{i}\u2028second\u2029line", f"a{i}\x85z") for i in range(20)}
+
+
+def test_folders_that_differ_beyond_ascii_stay_apart(config, tmp_path):
+    for name in ("数学", "代码"):
+        shutil.copytree(tmp_path / "math", tmp_path / name)
+    migrate(
+        changed(config, data_paths=[f"{tmp_path}/数学", f"{tmp_path}/代码"]), 2, tmp_path / "new"
+    )
+    assert list(load(tmp_path / "new" / "config.yaml").tasks) == ["u6570u5b66", "u4ee3u7801"]
+
+
+def test_hidden_files_are_left_out_by_name(config, tmp_path):
+    (tmp_path / "math" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1\xff")
+    notes = migrate(config, 2, tmp_path / "new")
+    assert "task math: left out, by their names: .DS_Store" in notes
+    assert len(migrated(tmp_path / "new", "math")) == 20
+    (tmp_path / "math" / "part.bin").write_bytes(b"\0\xff")
+    with pytest.raises(ValueError, match=r"part\.bin:1: found bytes that are not UTF-8"):
+        migrate(config, 2, tmp_path / "other")
+
+
+def test_the_older_self_paced_keys_have_no_effect(config, tmp_path):
+    keys = ("interval", "history_length", "sample_valid_num", "scale_factor")
+    older = {f"selfpaced_{key}": 1 for key in keys}
+    notes = migrate(changed(config, weighted_loss_mode="selfpaced", **older), 2, tmp_path / "new")
+    assert {key for key in older if any(f"{key}: left out: " in note for note in notes)} == {*older}
+    assert load(tmp_path / "new" / "config.yaml").balancer.name == "Equal"
+
+
+@pytest.mark.parametrize(
+    "row, question",
+    [
+        ({"instruction": "add", "input": "1+1", "output": "2"}, "add\n1+1"),
+        ({"instruction": "add", "input": "1+1", "response": "2"}, "add\n1+1"),
+        ({"instruction": "add", "input": "", "output": "2"}, "add"),
+        ({"input": "1+1", "output": "2"}, "1+1"),
+    ],
+)
+def test_instruction_and_input_make_the_question_together(row, question):
+    assert convert(row, "here").row["messages"][0] == {"role": "user", "content": question}
+
+
+def test_what_is_read_otherwise_or_not_at_all_is_counted(config, tmp_path):
+    notes = migrate(config, 2, tmp_path / "new")
+    assert any(
+        note.startswith("task code-helper: in 20 rows instruction and input") for note in notes
+    )
+    assert "task math: keys that nothing reads: id (20 rows), input (20 rows)" in notes
+
+
+def test_a_preference_config_says_what_is_supported(config, tmp_path):
+    with pytest.raises(ValueError, match="xxpo: found 'dpo'.*Wanted.*SFT or MFT"):
+        migrate(changed(config, xxpo="dpo", beta=0.1), 2, tmp_path / "new")

@@ -232,8 +232,8 @@ def test_new_tokens_beside_an_adapter_must_be_trained_with_it(tmp_path):
     yaml = more_tokens(tmp_path)
     ended = runs.train(yaml, *STEPS, "model.lora.r=2")
     assert ended.codes == [1]
-    assert "model.lora.modules_to_save: found [], wanted embed_tokens in it" in ended.err
-    assert "the tokenizer has 262 tokens, the model 259" in ended.err
+    assert "model.lora.modules_to_save: found [], wanted embed_tokens and lm_head in it" in ended.err
+    assert "The tokenizer has 262 tokens, the model 259" in ended.err
     runs.train(yaml, *STEPS, ROWS).well()
     merged = export(
         tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "merged", merge=True
@@ -273,7 +273,7 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path, how):
     (tmp_path / "foreign.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ModelError) as caught:
         how(config_for(tmp_path), toys.tokenizer())
-    assert "it runs code that comes with it" in str(
+    assert "it needs code that comes with it" in str(
         caught.value
     ) and "model.allow_remote_code: true" in str(caught.value)
     assert str(caught.value).startswith("config:1: model.name: ")
@@ -283,7 +283,7 @@ def test_a_gated_model_names_the_way_in(monkeypatch):
     def refuse(*_, **__):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(load.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(
         ModelError, match="gated repo. Make sure .* `hf auth login` or set HF_TOKEN"
     ):

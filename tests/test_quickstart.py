@@ -1,4 +1,4 @@
-"""launch/quickstart.py on small made-up inputs: readers, split, cache and errors. Nothing is downloaded."""
+"""mtl/samples on small made-up inputs: readers, split, cache and errors. Nothing is downloaded."""
 
 import importlib.util
 import io
@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mtl.samples import quickstart, tasks
+from mtl.samples.archives import Archive, BuildError, fetch, member
+from mtl.samples.build import part, recipe, whole
+from mtl.samples.rows import completion, split
+
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
-quickstart = sys.modules["quickstart"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(quickstart)
 
 
-def pairs(rows) -> list[tuple[str, str]]:
-    return [(row.data["prompt"], row.data["completion"]) for row in rows]
+def pairs(found) -> list[tuple[str, str]]:
+    return [(row.data["prompt"], row.data["completion"]) for row in found]
 
 
 # ------------------------------------------------------------------------------------------------------------ readers
@@ -50,22 +52,22 @@ def documented_only():
 
 def beside(): """A docstring with a statement beside it."""; return 1234567890
 '''
-    assert pairs(quickstart.functions("box.py", source)) == [
+    assert pairs(tasks.functions("box.py", source)) == [
         (
             'async def get(self, key: str, *, default=None) -> str:\n    """Return the value of `key`."""',
             "\n    # kept: it belongs to the body\n    if key in self:\n        return self[key]\n    return default",
         )
     ]
-    (row,) = quickstart.functions("box.py", source)
+    (row,) = tasks.functions("box.py", source)
     assert row.group == "box.py"
 
 
 def test_every_function_of_a_real_module_is_valid_python_again():
     path = Path(importlib.util.find_spec("textwrap").origin)
-    rows = pairs(quickstart.functions("textwrap.py", path.read_bytes()))
+    rows = pairs(tasks.functions("textwrap.py", path.read_bytes()))
     assert rows
-    for prompt, completion in rows:
-        compile(prompt + completion, "row", "exec")
+    for prompt, answer in rows:
+        compile(prompt + answer, "row", "exec")
 
 
 SYNSETS = """  1 This software is licensed
@@ -84,7 +86,7 @@ rex n 1 1 @i 1 0 00003000
 
 
 def test_nouns_take_the_first_gloss_of_the_first_sense():
-    assert pairs(quickstart.nouns(INDEX, SYNSETS)) == [
+    assert pairs(tasks.nouns(INDEX, SYNSETS)) == [
         ("Define the noun 'dog':", " a friendly animal"),
         ("Define the noun 'hot dog':", " a sausage in a roll"),
     ]
@@ -130,7 +132,7 @@ msgstr "<b>gras</b>"
 
 
 def test_translations_keep_finished_plain_entries():
-    assert pairs(quickstart.translations(CATALOG)) == [
+    assert pairs(tasks.translations(CATALOG)) == [
         ('Translate into French: Delete "%(name)s"\nFrench:', " Supprimer « %(name)s »"),
         ("Translate into French: two lines\nFrench:", " deux lignes"),
     ]
@@ -145,9 +147,7 @@ def samples(*rows: tuple[str, str]) -> str:
 
 
 def test_headlines_become_chats():
-    rows = list(
-        quickstart.headlines(samples(("area man is the only one left", "1"), ("short", "0")))
-    )
+    rows = list(tasks.headlines(samples(("area man is the only one left", "1"), ("short", "0"))))
     assert [row.data for row in rows] == [
         {
             "messages": [
@@ -158,23 +158,20 @@ def test_headlines_become_chats():
         }
     ]
     assert (
-        rows[0].key
-        == next(quickstart.headlines(samples(("Area man: is the only one LEFT!", "0")))).key
+        rows[0].key == next(tasks.headlines(samples(("Area man: is the only one LEFT!", "0")))).key
     )
 
 
 def test_occupations_leave_out_titles_with_several_groups():
     ask = "What is the SOC Code for the job title {}'"
     answers = [("Baker", " Bakers"), ("Miner", " Miners"), ("Miner", " Bolters")]
-    rows = quickstart.occupations(
-        samples(*[(ask.format(title), answer) for title, answer in answers])
-    )
+    rows = tasks.occupations(samples(*[(ask.format(title), answer) for title, answer in answers]))
     assert pairs(rows) == [("Occupation group of the job title 'Baker':", " Bakers")]
 
 
 def test_sums_are_right_and_know_their_mirror():
     rows = list(
-        quickstart.sums(
+        tasks.sums(
             samples(("0110 + 01", "7"), ("01 + 110", "7"), ("11 * 01", "3"), ("11 - 01", "2"))
         )
     )
@@ -189,33 +186,30 @@ def test_sums_are_right_and_know_their_mirror():
 
 
 def numbered(count: int, group=lambda i: None):
-    return [
-        quickstart.completion(f"unique{i} word{i}", str(i), "answer", group(i))
-        for i in range(count)
-    ]
+    return [completion(f"unique{i} word{i}", str(i), "answer", group(i)) for i in range(count)]
 
 
 def test_split_holds_out_exactly_so_many_rows_and_ignores_the_order_of_the_source():
-    train, valid = quickstart.split(numbered(300), limit=200)
+    train, valid = split(numbered(300), limit=200, validation=56)
     assert (len(train), len(valid)) == (200 - quickstart.VALIDATION, quickstart.VALIDATION)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
-    assert (train, valid) == quickstart.split(numbered(300)[::-1], limit=200)
+    assert (train, valid) == split(numbered(300)[::-1], limit=200, validation=56)
     assert [row["prompt"] for row in train] != sorted((row["prompt"] for row in train), key=int)
 
 
 def test_split_keeps_groups_whole():
-    train, valid = quickstart.split(numbered(300, group=lambda i: f"file{i // 7}"), limit=300)
+    train, valid = split(numbered(300, group=lambda i: f"file{i // 7}"), limit=300, validation=56)
     files = [{int(row["prompt"]) // 7 for row in side} for side in (train, valid)]
     assert len(valid) == 56 and len(files[1]) == 8 and not files[0] & files[1]
 
 
 def test_split_keeps_one_row_of_a_key_and_no_training_row_close_to_a_held_out_one():
-    same = [quickstart.completion("the same key", str(i), "") for i in range(5)]
-    assert sum(map(len, quickstart.split(same, limit=100))) == 1
+    same = [completion("the same key", str(i), "") for i in range(5)]
+    assert sum(map(len, split(same, limit=100, validation=56))) == 1
     near = [
-        quickstart.completion(f"a b c d e f g h i x{i}", str(i), "") for i in range(100)
+        completion(f"a b c d e f g h i x{i}", str(i), "") for i in range(100)
     ]  # 9 of 11 words shared
-    train, valid = quickstart.split(near, limit=100)
+    train, valid = split(near, limit=100, validation=56)
     assert (len(train), len(valid)) == (0, 56)
 
 
@@ -233,12 +227,12 @@ def test_members_of_wheels_and_tarballs(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(text)
             tar.addfile(info, io.BytesIO(text))
-    assert quickstart.member(tmp_path / "a.whl", "package/été.txt") == "oui\n"
-    assert quickstart.member(tmp_path / "a.tgz", "/data.noun") == "data\n"
+    assert member(tmp_path / "a.whl", "package/été.txt") == "oui\n"
+    assert member(tmp_path / "a.tgz", "/data.noun") == "data\n"
 
 
-def archive(name: str, script: str, sha256: str) -> quickstart.Archive:
-    return quickstart.Archive(name, sha256, (sys.executable, "-c", script))
+def archive(name: str, script: str, sha256: str) -> Archive:
+    return Archive(name, sha256, (sys.executable, "-c", script))
 
 
 HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # SHA-256 of hello
@@ -248,17 +242,17 @@ def test_fetch_checks_sums_and_falls_back_aloud(tmp_path, capsys):
     right = archive("right", "open('right', 'w').write('hello')", HELLO)
     wrong = archive("wrong", "open('wrong', 'w').write('HELLO')", HELLO)
     offline = archive("offline", "raise SystemExit('no route to host')", HELLO)
-    missing = quickstart.Archive("missing", HELLO, ("no-such-program",))
-    assert quickstart.fetch(tmp_path, offline, right) == tmp_path / "right"
+    missing = Archive("missing", HELLO, ("no-such-program",))
+    assert fetch(tmp_path, offline, right) == tmp_path / "right"
     assert (
         "no route to host" in (said := capsys.readouterr().err) and "trying right instead" in said
     )
-    with pytest.raises(quickstart.BuildError, match=f"wrong: found SHA-256 3733.*, wanted {HELLO}"):
-        quickstart.fetch(tmp_path, wrong)
+    with pytest.raises(BuildError, match=f"wrong: found SHA-256 3733.*, wanted {HELLO}"):
+        fetch(tmp_path, wrong)
     with pytest.raises(
-        quickstart.BuildError, match="exit code 1(?s:.*)no route to host(?s:.*)by hand"
+        BuildError, match="exit code 1(?s:.*)no route to host(?s:.*)by hand"
     ) as error:
-        quickstart.fetch(tmp_path, missing, offline)
+        fetch(tmp_path, missing, offline)
     assert "no-such-program is not installed" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
@@ -266,10 +260,10 @@ def test_fetch_checks_sums_and_falls_back_aloud(tmp_path, capsys):
 def test_fetch_takes_what_is_there_but_not_when_it_is_broken(tmp_path, capsys):
     counting = archive("file", "open('file', 'w').write('hello'); print('ran')", HELLO)
     (tmp_path / "file").write_text("hello")
-    quickstart.fetch(tmp_path, counting)
+    fetch(tmp_path, counting)
     assert capsys.readouterr().err == ""
     (tmp_path / "file").write_text("half")
-    quickstart.fetch(tmp_path, counting)
+    fetch(tmp_path, counting)
     assert (
         "wrong checksum" in capsys.readouterr().err and (tmp_path / "file").read_text() == "hello"
     )
@@ -284,7 +278,7 @@ def test_a_part_is_built_once_and_again_only_when_it_is_not_whole(tmp_path):
         return {"rows": 3}
 
     def get(key="v1") -> int:
-        assert quickstart.part(tmp_path / "part", build, key) == {"rows": 3}
+        assert part(tmp_path / "part", build, key) == {"rows": 3}
         assert (tmp_path / "part" / "a.txt").read_text() == "content"
         assert [path.name for path in tmp_path.iterdir()] == ["part"]
         return len(built)
@@ -304,6 +298,20 @@ def test_a_part_is_built_once_and_again_only_when_it_is_not_whole(tmp_path):
     assert get(key="v3") == 6
 
 
+def test_every_file_of_the_package_decides_what_is_built(tmp_path, monkeypatch):
+    from mtl.samples import build
+
+    for path in Path(build.__file__).parent.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    keys = {recipe()}
+    assert keys == {recipe()}, "the same files, the same key"
+    for path in sorted(tmp_path.glob("*.py")):
+        path.write_text(path.read_text() + "# changed\n")
+        keys.add(recipe())
+    assert len(keys) == 1 + len(list(tmp_path.glob("*.py"))) >= 8
+
+
 def test_a_failed_build_leaves_the_old_part_alone(tmp_path):
     def build(archives: Path, out: Path) -> dict:
         (out / "a.txt").write_text("content")
@@ -311,12 +319,12 @@ def test_a_failed_build_leaves_the_old_part_alone(tmp_path):
 
     def fail(archives: Path, out: Path) -> dict:
         (out / "a.txt").write_text("half")
-        raise quickstart.BuildError("offline")
+        raise BuildError("offline")
 
-    quickstart.part(tmp_path / "part", build, "v1")
-    with pytest.raises(quickstart.BuildError, match="offline"):
-        quickstart.part(tmp_path / "part", fail, "v2")
-    assert quickstart.whole(tmp_path / "part", "v1") == {}
+    part(tmp_path / "part", build, "v1")
+    with pytest.raises(BuildError, match="offline"):
+        part(tmp_path / "part", fail, "v2")
+    assert whole(tmp_path / "part", "v1") == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ configs
@@ -338,9 +346,9 @@ def test_the_configs_read_what_the_builder_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
     monkeypatch.setattr(quickstart, "member", lambda archive, name: "")
     for reader in ("nouns", "translations", "headlines", "occupations", "sums"):
-        monkeypatch.setattr(quickstart, reader, lambda *texts: numbered(400))
-    monkeypatch.setattr(quickstart, "functions", lambda path, source: numbered(400))
-    monkeypatch.setattr(quickstart, "standard_library", lambda: [("a.py", b"")])
+        monkeypatch.setattr(tasks, reader, lambda *texts: numbered(400))
+    monkeypatch.setattr(tasks, "functions", lambda path, source: numbered(400))
+    monkeypatch.setattr(tasks, "standard_library", lambda: [("a.py", b"")])
     with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w") as wheel:
         wheel.writestr("django/conf/locale/fr/LC_MESSAGES/django.po", "")
     out = tmp_path / "data"
@@ -361,10 +369,8 @@ def test_the_configs_read_what_the_builder_writes(tmp_path, monkeypatch):
 def test_too_few_rows_are_an_error_that_names_the_task(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
     monkeypatch.setattr(quickstart, "member", lambda archive, name: "")
-    monkeypatch.setattr(quickstart, "standard_library", lambda: [])
+    monkeypatch.setattr(tasks, "standard_library", lambda: [])
     with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w"):
         pass
-    with pytest.raises(
-        quickstart.BuildError, match="doc2code: found 0 training and 0 validation rows"
-    ):
+    with pytest.raises(BuildError, match="doc2code: found 0 training and 0 validation rows"):
         quickstart.build_data(tmp_path, tmp_path)

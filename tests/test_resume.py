@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtl.distributed.engine import _refuse
+from mtl.train import schedule
 
 OURS = "objective=outside:causal_lm"  # the usual one, from a module that can kill
 LORA = ["model.lora.r=4", "model.lora.dropout=0.3"]
@@ -230,6 +231,28 @@ def test_a_finished_run_is_exported_again_and_not_trained(yaml, whole):
     assert after.keys() - before.keys() == {"run.resumed-00000012.json"}
     assert "macro mean" in ended.out
     assert AutoModelForCausalLM.from_pretrained(whole / "model").dtype == torch.bfloat16
+
+
+def test_a_longer_run_with_a_constant_rate_is_the_long_run(yaml, tmp_path):
+    constant = [OURS, "schedule={name: constant, warmup: 2}", "evaluate.every=4"]
+    runs.train(yaml, *constant, f"output={tmp_path}/long").well()
+    output = f"output={tmp_path}/grown"
+    runs.train(yaml, *constant, "train.steps=8", output).well()
+    ended = runs.train(yaml, *constant, output, resume=True).well()
+    assert "step-00000008 is of a run of 8 steps, which now has 12: from here on" in ended.err
+    assert_same(tmp_path / "long", tmp_path / "grown")
+    shorter = runs.train(yaml, *constant, "train.steps=10", output, resume=True)
+    assert shorter.codes == [1]
+    assert "steps of the run: checkpoint 12, now 10" in shorter.err
+
+
+def test_a_longer_run_follows_the_rate_of_its_new_length_from_where_it_goes_on(yaml, tmp_path):
+    output = f"output={tmp_path}/run"
+    runs.train(yaml, OURS, "train.steps=6", output).well()
+    runs.train(yaml, OURS, output, resume=True).well()
+    rates = [line["train/lr"] for line in runs.metrics(tmp_path / "run") if "train/lr" in line]
+    cosine = [schedule.lr(t, peak=1e-3, steps=6 if t < 6 else 12) for t in range(12)]
+    assert rates == pytest.approx(cosine, rel=1e-12, abs=1e-18)
 
 
 class Foreign:

@@ -196,6 +196,30 @@ def test_a_report_of_nothing(tmp_path):
         report.read(tmp_path)
 
 
+def test_no_step_beat_the_start(tmp_path):
+    yaml = runs.write(tmp_path)
+    worse = ["optimizer.lr=3.0", "optimizer.name=sgd", "optimizer.clip=null", "train.steps=4"]
+    ended = runs.train(yaml, *worse, "evaluate.every=2", "schedule.name=constant").well()
+    losses = [line["eval/macro"] for line in runs.metrics(tmp_path / "run") if "eval/macro" in line]
+    assert min(losses[1:]) > losses[0]
+    (line,) = (line for line in ended.out.splitlines() if "model, of" in line)
+    assert line == (
+        "no step was better than the start (by evaluate.best: macro): last model, of step-00000004: "
+        f"{tmp_path}/run/model"
+    )
+
+
+def test_a_batch_without_a_task_says_what_is_left_of_the_weights(tmp_path):
+    """One example a step: the others' weights stay as they are, and the loss is that part."""
+    yaml = runs.write(tmp_path)
+    one = ["batch.examples=1", "train.steps=3", "evaluate.every=100", "balancer=Equal"]
+    runs.train(yaml, *one).well()
+    for line in steps(tmp_path / "run"):
+        (loss,) = (line[tag] for task in TASKS if (tag := f"train/{task}/loss") in line)
+        assert line["train/present_weight"] == pytest.approx(1 / 3, rel=1e-12)
+        assert line["train/loss"] == pytest.approx(loss / 3, rel=1e-12)
+
+
 # What it leaves
 
 

@@ -39,6 +39,11 @@ KINDS: dict[str, Any] = {  # one balancer for each kind of signal
 GRAM_METHODS = ("AlignedMTL", "CAGrad", "IMTLG", "MGDA", "NashMTL", "PCGrad")  # and UPGrad, above
 OTHERS: dict[str, Any] = {
     **{method: {"name": "TorchJD", "method": method} for method in GRAM_METHODS},
+    "Apart": {
+        "name": "Apart",
+        "parts": {"fruit": NAMES[:2], "rest": NAMES[2:]},
+        "balancer": "GradNorm",
+    },
     "Bounded": {"name": "Bounded", "floor": 0.1, "balancer": "GradNorm"},
     "FAMOValid": "FAMOValid",
     "GLS": "GLS",
@@ -92,7 +97,7 @@ def training_losses(trained: Any) -> np.ndarray:
 
 def train(trained: Any, config: Any, given: Any, seed: int = 0) -> dict[str, Any]:
     holder = Recorder(make(given), NAMES)
-    data = build.Data(toys.tokenizer(), test_gram.TASKS)
+    data = build.in_memory(config, toys.tokenizer(), test_gram.TASKS)
     with tempfile.TemporaryDirectory() as folder:
         memory = Memory(Path(folder))
         run = build.build(config, data, engine=trained, packed=False, holder=holder, say=memory.say)

@@ -166,13 +166,17 @@ NAMES = "Ruler, Needy, Log, Open, pair or package.module:attribute"
             "balancer:\n  name: Ruler\n  warmup: 2\n  window: 1",
             "x.yaml:12: balancer: Ruler refuses it: warmup is above window",
         ),
+        (  # names one keyword in passing
+            "balancer:\n  name: Ruler\n  warmup: 201",
+            "x.yaml:12: balancer: Ruler refuses it: warmup is above window",
+        ),
         (
             "balancer:\n  name: Ruler\n  window: x",
             "x.yaml:12: balancer: Ruler refuses it: '<' not supported between instances of 'str' and 'int'",
         ),
         (
             "balancer: Log",
-            f"x.yaml:12: balancer: found '{__name__}:Log', which is no Base, wanted a subclass of {__name__}.Base.",
+            f"x.yaml:12: balancer: found '{__name__}:Log', which is not a Base, wanted a subclass of {__name__}.Base.",
         ),
         (
             "balancer: pair",
@@ -319,7 +323,7 @@ def test_an_import_that_fails_is_reported_with_its_cause(package):
     )
     assert wrong("objective: glup.own:x", FORMAT, ["glup"], "objective") == (
         "x.yaml:12: objective: found 'glup.own:x', whose import fails (ModuleNotFoundError: No module named 'glup'), "
-        "wanted a module that can be imported. Is it installed, or its folder in PYTHONPATH?"
+        "wanted a module that can be imported. Is it installed, in the current directory or in PYTHONPATH?"
     )
 
 
@@ -351,7 +355,7 @@ def test_check_reports_specs_together_with_the_rest():
     assert str(caught.value).splitlines() == [
         f"x.yaml:3: tasks.a.format: found 'pear', wanted {NAMES}. Did you mean pair?",
         "x.yaml:8: tasks.b.format: found 'pear', wanted " + NAMES + ". Did you mean pair?",
-        "x.yaml:10: train.stesp: found an unknown key, wanted steps, epochs or seed. Did you mean steps?",
+        "x.yaml:10: train.stesp: found an unknown key, wanted steps, epochs, seed or from. Did you mean steps?",
         "x.yaml:10: train: found neither steps nor epochs, wanted one of them. For instance train: {steps: 1000}.",
         "x.yaml:12: balancer.window: Ruler refuses it: window: found 0, wanted at least 1",
         "x.yaml:13: trackers.2: found 3, wanted a name, or a mapping with name and keywords.",
@@ -375,5 +379,9 @@ def test_every_balancer_that_ships_resolves():
         ConfigError, match=r"^x.yaml:12: balancer.windw: found .*Did you mean window\?$"
     ):
         config("balancer: {name: CoBa, windw: 3}", check=check({"balancer": kind}))
-    with pytest.raises(ConfigError, match="^x.yaml:12: balancer.window: CoBa"):
-        resolve(config("balancer: {name: CoBa, window: 0}"), "balancer", kind)()
+    with pytest.raises(ConfigError, match="^x.yaml:14: balancer.window: CoBa window: found 0"):
+        resolve(config("balancer:\n  name: CoBa\n  window: 0"), "balancer", kind)()
+    line = "balancer:\n  name: CoBa\n  divergence: released\n  forgetting: true"
+    error = "CoBa forgetting: found true beside divergence"  # which is a keyword too
+    with pytest.raises(ConfigError, match=f"^x.yaml:15: balancer.forgetting: {error}"):
+        resolve(config(line), "balancer", kind)()

@@ -1,40 +1,53 @@
 """What a run would do, without doing it: the arithmetic of its batches, its data, an example of
 each task, its memory.
 
-Everything here is computed by what the run itself uses (`Mix`, `deal`, `ValidationGroups`,
-`model.skeleton`), on one process.
+Everything here is computed by the run's own code (`Mix`, `deal`, `ValidationGroups`,
+`load.skeleton`), in one process.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from mtl.check import memory
 from mtl.config import Config
-from mtl.data.batches import Layout, ValidationGroups
+from mtl.data.batches import Layouts, ValidationGroups
 from mtl.data.collate import deal, widened
-from mtl.data.encoded import Encoded, TaskData
+from mtl.data.encoded import TaskData
+from mtl.data.examples import Examples
 from mtl.data.mix import Mix
-from mtl.data.plan import layout_for, mix_for, probe_every, steps_of, validation_groups_for
+from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validation_groups_for
 from mtl.distributed import engine
 from mtl.distributed.ds_config import ds_config, zero_stage
-from mtl.models import load
+from mtl.models.errors import MissingKernel
+from mtl.models.loaders import Loader
 
 SAMPLED = 100  # steps whose batches are cut to measure the arithmetic, spread evenly over the run
-SHOWN = 400  # tokens of an example that are shown
+
+
+class Data(Protocol):
+    """`mtl.build.Data`: the encoded rows, and how each objective's become batches."""
+
+    tokenizer: Any
+    tasks: Sequence[TaskData]
+    goals: Any
+    examples: Sequence[Examples]
 
 
 @dataclass(frozen=True)
 class BatchSizes:
     """How global batches are cut with one layout, over `steps` of the run's steps.
 
-    Attributes: micros: (steps,) micro-batches of every rank. tokens: (steps,) tokens of a global
-        batch. positions: (steps,) token positions computed for it over all ranks, padding and dummy
-        rows included. largest: positions of the largest micro-batch. targets: most target tokens of
-        a micro-batch.
+    Attributes:
+        micros: (steps,) micro-batches of every rank.
+        tokens: (steps,) tokens of a global batch.
+        positions: (steps,) token positions computed for it over all ranks, padding and dummy rows
+            included.
+        largest: positions of the largest micro-batch.
+        targets: most target tokens of a micro-batch.
     """
 
     micros: np.ndarray
@@ -44,42 +57,48 @@ class BatchSizes:
     targets: int
 
 
-def batch_sizes(tasks: Sequence[TaskData], mix: Mix, layout: Layout, steps: int) -> BatchSizes:
-    """Cut a sample of the run's global batches as its ranks would."""
+def batch_sizes(tasks: Sequence[TaskData], mix: Mix, layouts: Layouts, steps: int) -> BatchSizes:
+    """A sample of the run's global batches, cut as its ranks would cut them."""
     micros, tokens, positions, largest, most = [], [], [], 0, 0
     for step in sorted({int(s) for s in np.linspace(0, steps - 1, min(steps, SAMPLED))}):
-        task, row = mix.batch(step)
-        splits = [tasks[k].train for k in task]
-        lengths = [int(split.positions[n]) for split, n in zip(splits, row, strict=True)]
-        targets = [int(split.targets[n]) for split, n in zip(splits, row, strict=True)]
-        ranks = deal(lengths, layout.world, layout.tokens, layout.row_length)
-        sizes = [_positions(micro, lengths, layout.tokens) for rank in ranks for micro in rank]
-        micros.append(len(ranks[0]))
-        tokens.append(sum(lengths))
+        stream, row = mix.batch(step)
+        sizes, count, total = [], 0, 0
+        for layout in layouts.each:
+            mine = layout.streams
+            rows = [(s, n) for s, n in zip(stream, row, strict=True) if mine is None or s in mine]
+            if not rows:
+                continue
+            lengths = [int(tasks[s].train.positions[n]) for s, n in rows]
+            targets = [int(tasks[s].train.targets[n]) for s, n in rows]
+            ranks = deal(lengths, layout.world, layout.tokens, layout.row_length)
+            count, total = count + len(ranks[0]), total + sum(lengths)
+            cut = [micro for rank in ranks for micro in rank]
+            sizes += [_positions(micro, lengths, layout.tokens) for micro in cut]
+            most = max(most, *(sum(targets[i] for row in micro for i in row) for micro in cut))
+        micros.append(count)
+        tokens.append(total)
         positions.append(sum(sizes))
         largest = max(largest, *sizes)
-        most = max(
-            most,
-            *(sum(targets[i] for row in micro for i in row) for rank in ranks for micro in rank),
-        )
     return BatchSizes(np.array(micros), np.array(tokens), np.array(positions), largest, most)
 
 
-def layouts(
-    config: Config, tasks: Sequence[TaskData], world: int, tokens: int
-) -> dict[str, Layout]:
-    """The layouts the run may use by name; which of two, where `packing: auto`, the model decides
-    at start-up.
-    """
+def layouts(config: Config, data: Data, world: int, tokens: int) -> dict[str, Layouts]:
+    """The layouts the run may use, by name. With `packing: auto` the model decides at start-up."""
     wanted = {"auto": (True, False), True: (True,), False: (False,)}[config.batch.packing]
+    if not any(one.packs for one in data.examples):
+        wanted = (False,)
     names = {True: "packed", False: "padded"}
     return {
-        names[packed]: layout_for(config, tasks, world, 0, 0, packed, tokens) for packed in wanted
+        names[packed]: layouts_for(
+            config, data.tasks, data.examples, data.goals.of, world, 0, packed, tokens
+        )
+        for packed in wanted
     }
 
 
-def batches(config: Config, tasks: Sequence[TaskData], world: int) -> list[str]:
+def batches(config: Config, data: Data, world: int) -> list[str]:
     """The arithmetic of steps, batches and validation for `world` processes."""
+    tasks = data.tasks
     mix = mix_for(config, tasks)
     steps, examples = steps_of(config, mix), config.batch.examples
     rows = sum(mix.sizes)
@@ -89,9 +108,10 @@ def batches(config: Config, tasks: Sequence[TaskData], world: int) -> list[str]:
             f"{steps * examples:,} draws of {rows:,} rows"
         )
     ]
-    for name, layout in layouts(config, tasks, world, config.batch.tokens).items():
+    for name, layout in layouts(config, data, world, config.batch.tokens).items():
         found = batch_sizes(tasks, mix, layout, steps)
-        width = f", rows of {layout.row_length:,}" if layout.row_length else ""
+        lengths = [one.row_length for one in layout.each if one.row_length]
+        width = f", rows of {max(lengths):,}" if lengths else ""
         lines.append(
             f"{name}{width}: {_span(found.micros)} micro-batches a process and step; "
             f"{_span(found.tokens)} tokens in "
@@ -125,7 +145,7 @@ def batches(config: Config, tasks: Sequence[TaskData], world: int) -> list[str]:
 
     evaluate = config.evaluate
     for name, layout in layouts(
-        config, tasks, world, evaluate.tokens or config.batch.tokens
+        config, data, world, evaluate.tokens or config.batch.tokens
     ).items():
         parts = validation_groups_for(config, tasks, layout)
         counts = [_micros_of_part(tasks, parts, layout, part) for part in range(parts.parts)]
@@ -152,34 +172,7 @@ def data(tasks: Sequence[TaskData]) -> list[str]:
     return lines
 
 
-def example(split: Encoded, i: int, tokenizer: PreTrainedTokenizerBase, color: bool) -> str:
-    """Row i as the model reads it, special tokens included; its targets in color or in double
-    brackets.
-    """
-    ids, target = split.ids(i).tolist(), split.target(i)
-    first = int(target.argmax())
-    start = max(0, first - SHOWN // 2) if len(ids) > SHOWN else 0
-    stop = min(len(ids), start + SHOWN)
-    edges = [start, *(j for j in range(start + 1, stop) if target[j] != target[j - 1]), stop]
-    # Decoded as a whole up to each edge: by themselves, tokens lose leading spaces and parts of
-    # characters.
-    texts = [
-        tokenizer.decode(ids[start:edge], clean_up_tokenization_spaces=False) for edge in edges[1:]
-    ]
-    shown, before = [], ""
-    for edge, text in zip(edges, texts, strict=False):
-        part = text[len(before) :] if text.startswith(before) else text
-        mark = ("\033[32m{}\033[0m" if color else "[[{}]]") if target[edge] else "{}"
-        shown.append(mark.format(part))
-        before = text
-    left = [f"({start:,} tokens before) "] if start else []
-    right = [f" (and {len(ids) - stop:,} more tokens)"] if stop < len(ids) else []
-    return "".join([*left, *shown, *right])
-
-
-def needs(
-    config: Config, tasks: Sequence[TaskData], tokenizer: PreTrainedTokenizerBase, world: int
-) -> list[str]:
+def needs(config: Config, data: Data, loader: Loader, world: int) -> list[str]:
     """The memory of one rank, a line each. Reads the model's configuration, not its weights.
 
     Raises:
@@ -187,11 +180,18 @@ def needs(
         ConfigError: `engine.deepspeed` contradicts it.
     """
     ds_config(config, world, engine.device().type)
-    skeleton = load.skeleton(config, tokenizer)
-    mix = mix_for(config, tasks)
+    remarks = []
+    try:
+        skeleton = loader(config, data.tokenizer, data.examples, empty=True)
+    except MissingKernel as e:  # here; the machines that train may have it, and memory is the same
+        remarks = [f"remark: {e} The run needs it where it trains."]
+        plain = config.model.model_copy(update={"attention": None})
+        config = config.model_copy(update={"model": plain})
+        skeleton = loader(config, data.tokenizer, data.examples, empty=True)
+    tasks, mix = data.tasks, mix_for(config, data.tasks)
     found = [
         batch_sizes(tasks, mix, one, steps_of(config, mix))
-        for one in layouts(config, tasks, world, config.batch.tokens).values()
+        for one in layouts(config, data, world, config.batch.tokens).values()
     ]
     largest, targets = max(one.largest for one in found), max(one.targets for one in found)
     stage = zero_stage(config)
@@ -200,18 +200,22 @@ def needs(
         f"{type(skeleton).__name__}, {config.model.precision}, ZeRO {stage}{asked}, "
         f"{_of(world, 'process', 'processes')}"
     )
-    return [head, *memory.table(memory.estimate(config, stage, skeleton, world, largest, targets))]
+    return [
+        *remarks,
+        head,
+        *memory.table(memory.estimate(config, stage, skeleton, world, largest, targets)),
+    ]
 
 
 def _micros_of_part(
-    tasks: Sequence[TaskData], groups: ValidationGroups, layout: Layout, part: int
+    tasks: Sequence[TaskData], groups: ValidationGroups, layout: Layouts, part: int
 ) -> int:
     return len(layout.deal([task.validation for task in tasks], *groups.examples(part)))
 
 
 def _positions(micro: list[list[int]], lengths: Sequence[int], tokens: int) -> int:
-    """Of a collated micro-batch: rows times longest row, which is widened; the dummy row of an
-    empty one has two.
+    """Token positions of a collated micro-batch: rows times the widened longest row. An empty one
+    has a dummy row of two.
     """
     return (
         len(micro) * widened(len(micro), max(sum(lengths[i] for i in row) for row in micro), tokens)

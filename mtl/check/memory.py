@@ -1,13 +1,14 @@
-"""How much memory a rank needs, from shapes alone: exact about parameters and their state, rough
-about the rest.
+"""How much memory a rank needs, from shapes alone: exact for parameters and their state, rough for
+the rest.
 
-What is held follows the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, section 3) and,
-where DeepSpeed 0.19.8 differs, what was counted in its engine: it keeps an fp32 master copy of what
-is trained at stages 1-3 even if the model is fp32, hands an offloaded optimizer a second copy of
-the gradients, and allocates its communication buckets whole.
+The parts follow the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, section 3). DeepSpeed
+0.19.8 differs, as counted in its engine. At stages 1-3 it keeps an fp32 master copy of trained
+parameters even if the model is fp32. It gives an offloaded optimizer a second copy of gradients. It
+allocates its communication buckets whole.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -27,8 +28,8 @@ class Part:
     Attributes:
         bytes: of one rank.
         where: "device", "cpu" or "nvme".
-        rough: whether it is an estimate rather than a count.
-        note: how it comes about.
+        rough: whether it is an estimate and not a count.
+        note: how it is computed.
     """
 
     name: str
@@ -50,89 +51,127 @@ def estimate(
         positions: token positions of the largest micro-batch.
         targets: target tokens of the micro-batch that has most.
     """
+    rank = _Rank(config, stage, world, _parameters(model, config))
+    return [
+        *_held(rank),
+        *_offloading(rank),
+        *_half_gradients(rank),
+        *_communication(rank),
+        *_activations(config, model, positions, targets),
+    ]
+
+
+class _Parameter(NamedTuple):
+    numel: int
+    size: float  # bytes of an element as it is stored
+    trained: bool
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What the lines of one rank are computed from."""
+
+    config: Config
+    stage: int
+    world: int
+    parameters: list[_Parameter]
+
+    @property
+    def trained(self) -> int:
+        return sum(p.numel for p in self.parameters if p.trained)
+
+    @property
+    def largest(self) -> int:
+        return max((p.numel for p in self.parameters if p.trained), default=0)
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element of the weights that are trained."""
+        return 2 if self.config.model.precision == "bf16" else 4
+
+    def share(self, stages: int) -> int:
+        """Into how many parts something is cut that ZeRO cuts from stage `stages` on."""
+        return self.world if self.stage >= stages else 1
+
+
+def _parameters(model: nn.Module, config: Config) -> list[_Parameter]:
     stored = stored_bytes(model, config.model.quantize)
-    parameters = [
-        (p.numel(), stored.get(name, p.element_size()), p.requires_grad)
+    return [
+        _Parameter(p.numel(), stored.get(name, p.element_size()), p.requires_grad)
         for name, p in model.named_parameters()
     ]
-    total, trained = sum(n for n, _, _ in parameters), sum(n for n, _, grad in parameters if grad)
-    weights = sum(n * size for n, size, _ in parameters)
-    bf16, offload = config.model.precision == "bf16", config.engine.offload
 
-    def share(stages: int) -> int:
-        """Into how many parts something is cut that ZeRO cuts from stage `stages` on."""
-        return world if stage >= stages else 1
 
-    moments = {"adamw": 2, "sgd": 1 if config.optimizer.momentum else 0}[config.optimizer.name]
-    master = 4 * trained / world if stage else 0
-    on_optimizer = "device" if offload.optimizer == "none" else offload.optimizer
-    on_parameters = "device" if offload.parameters == "none" else offload.parameters
-    on_gradients = "cpu" if stage == 3 and offload.optimizer != "none" else "device"
+def _held(rank: _Rank) -> list[Part]:
+    """Weights, gradients and the optimizer's state: what the whole step holds."""
+    offload, optimizer, trained = rank.config.engine.offload, rank.config.optimizer, rank.trained
+    total = sum(p.numel for p in rank.parameters)
+    weights = sum(p.numel * p.size for p in rank.parameters)
+    moments = {"adamw": 2, "sgd": 1 if optimizer.momentum else 0}[optimizer.name]
+    master = 4 * trained / rank.world if rank.stage else 0
     copies = ["fp32 master weights"] * bool(master) + [f"{moments} moments in fp32"] * bool(moments)
-    parts = [
+    on_gradients = "cpu" if rank.stage == 3 and offload.optimizer != "none" else "device"
+    return [
         Part(
             "weights",
-            weights / share(3),
-            on_parameters,
-            note=f"{total:,} parameters{_over(share(3))}",
+            weights / rank.share(3),
+            _where(offload.parameters),
+            note=f"{total:,} parameters{_over(rank.share(3))}",
         ),
         Part(
             "gradients",
-            4 * trained / share(2),
+            4 * trained / rank.share(2),
             on_gradients,
-            note=f"{trained:,} trained, accumulated in fp32{_over(share(2))}",
+            note=f"{trained:,} trained, accumulated in fp32{_over(rank.share(2))}",
         ),
         Part(
             "optimizer",
-            master + 4 * moments * trained / share(1),
-            on_optimizer,
-            note=f"{' and '.join(copies) or 'no state'}{_over(share(1))}",
+            master + 4 * moments * trained / rank.share(1),
+            _where(offload.optimizer),
+            note=f"{' and '.join(copies) or 'no state'}{_over(rank.share(1))}",
         ),
     ]
-    if offload.optimizer != "none":
-        size, what = 4 * trained / world, "the optimizer's gradients"
-        if (
-            stage < 3
-            # new weights wait there as well, and a parameter at a time passes through a buffer on
-            # either side
-        ):
-            element, largest = (
-                (2 if bf16 else 4),
-                max((n for n, _, grad in parameters if grad), default=0),
-            )
-            size, what = (
-                size + element * (trained / world + largest),
-                f"{what}, and new weights on their way back",
-            )
-            parts.append(
-                Part(
-                    "buffer",
-                    element * largest,
-                    note="the largest parameter, on its way to the optimizer",
-                )
-            )
-        parts.append(Part("transfers", size, on_optimizer, note=f"{what}{_over(world)}"))
-    elif bf16 and stage == 1:
-        parts.append(
-            Part(
-                "bf16 gradients",
-                2 * trained,
-                note="of the micro-batch, before they are accumulated",
-                rough=True,
-            )
-        )
-    if stage and world > 1:
-        bucket = config.engine.deepspeed.get("zero_optimization", {}).get(
-            "reduce_bucket_size", BUCKET
-        )
-        bucket = BUCKET if bucket == "auto" else bucket
-        buffers = 1 if stage == 3 else 2  # one is filled while the other is reduced
-        note = (
-            f"{buffers} x zero_optimization.reduce_bucket_size of {bucket:,.0f} in fp32 on an "
-            "accelerator"
-        )
-        parts.append(Part("communication", 4 * buffers * bucket, rough=True, note=note))
-    return [*parts, *_activations(config, model, positions, targets)]
+
+
+def _offloading(rank: _Rank) -> list[Part]:
+    """What an optimizer on the host needs to be fed."""
+    place = _where(rank.config.engine.offload.optimizer)
+    if place == "device":
+        return []
+    gradients, note = 4 * rank.trained / rank.world, "the optimizer's gradients"
+    if rank.stage == 3:
+        return [Part("transfers", gradients, place, note=f"{note}{_over(rank.world)}")]
+    # New weights wait there as well, and a parameter at a time passes through a buffer on either
+    # side.
+    size = gradients + rank.element * (rank.trained / rank.world + rank.largest)
+    note = f"{note}, and new weights on their way back{_over(rank.world)}"
+    passing = "the largest parameter, on its way to the optimizer"
+    return [
+        Part("buffer", rank.element * rank.largest, note=passing),
+        Part("transfers", size, place, note=note),
+    ]
+
+
+def _half_gradients(rank: _Rank) -> list[Part]:
+    offload = rank.config.engine.offload.optimizer
+    if offload != "none" or rank.stage != 1 or rank.config.model.precision != "bf16":
+        return []
+    note = "of the micro-batch, before they are accumulated"
+    return [Part("bf16 gradients", 2 * rank.trained, note=note, rough=True)]
+
+
+def _communication(rank: _Rank) -> list[Part]:
+    if not rank.stage or rank.world == 1:
+        return []
+    zero = rank.config.engine.deepspeed.get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size", BUCKET)
+    bucket = BUCKET if bucket == "auto" else bucket
+    buffers = 1 if rank.stage == 3 else 2  # one is filled while the other is reduced
+    note = (
+        f"{buffers} x zero_optimization.reduce_bucket_size of {bucket:,.0f} in fp32 on an "
+        "accelerator"
+    )
+    return [Part("communication", 4 * buffers * bucket, rough=True, note=note)]
 
 
 def _activations(config: Config, model: nn.Module, positions: int, targets: int) -> list[Part]:
@@ -188,6 +227,11 @@ def table(parts: list[Part]) -> list[str]:
 def gib(amount: float) -> str:
     """Bytes for people."""
     return f"{amount / 2**30:,.2f} GiB" if amount >= 2**27 else f"{amount / 2**20:,.1f} MiB"
+
+
+def _where(offload: str) -> str:
+    """The place that an `engine.offload` setting means."""
+    return "device" if offload == "none" else offload
 
 
 def _over(parts: int) -> str:

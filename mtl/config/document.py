@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ _SCALARS = {
     "null": r"|~|null|Null|NULL",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
 _BASES = {"0o": 8, "0x": 16}
 _KEY = r'(?:"[^"]*"|[^."=]+)'
@@ -33,8 +34,8 @@ _OVERRIDE = re.compile(rf"({_KEY}(?:\.{_KEY})*)=(.*)", re.DOTALL)
 
 
 class ConfigError(ValueError):
-    """All that is wrong with a configuration, a line each: `file:line: key: found ..., wanted ....
-    Next move.`
+    """Everything that is wrong with a configuration, a line each: `file:line: key: found ...,
+    wanted .... Next move.`
     """
 
     def __init__(self, problems: "Iterable[str | Problem]"):
@@ -90,14 +91,15 @@ _Dumper.add_representer(str, _text_node)
 
 
 class Document:
-    """A YAML text: its values (`data`: plain dicts, lists and scalars), their places, and what was
-    wrong in it.
+    """A YAML text: its values (`data`: plain dicts, lists and scalars), their places, and its
+    mistakes.
 
     Args:
         text: the YAML.
         origin: its file's name in errors.
         overrides: `key.path=value`, each value YAML; they are set in order.
         files: keys whose value may be the path of a JSON file instead, which is read in its place.
+        default: what stands at keys that the text leaves out, where an override changes a part.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class Document:
         origin: str = "config",
         overrides: Iterable[str] = (),
         files: Sequence[Keys] = (),
+        default: Callable[[Keys], Any] = lambda keys: None,
     ):
         self.origin = origin
+        self._default = default
         self.problems: list[Problem] = []
         self._places: dict[Keys, Place] = {(): Place(origin)}
         root = self._compose(text, Place(origin, 1))
@@ -128,9 +132,13 @@ class Document:
 
     @classmethod
     def read(
-        cls, path: str | Path, overrides: Iterable[str] = (), files: Sequence[Keys] = ()
+        cls,
+        path: str | Path,
+        overrides: Iterable[str] = (),
+        files: Sequence[Keys] = (),
+        default: Callable[[Keys], Any] = lambda keys: None,
     ) -> "Document":
-        """Reads a UTF-8 file.
+        """Read a UTF-8 file.
 
         Raises:
             ConfigError: it cannot be read.
@@ -160,7 +168,7 @@ class Document:
             raise ConfigError(
                 [f"{path}: found an unreadable file ({error.strerror}), wanted a YAML config."]
             ) from None
-        return cls(text, str(path), overrides, files)
+        return cls(text, str(path), overrides, files, default)
 
     def keys(self, path: str | Sequence[str | int]) -> Keys:
         """The keys of a dotted path. A key that contains dots may be quoted (`tasks."v1.5".cap`);
@@ -181,7 +189,7 @@ class Document:
         return keys
 
     def place(self, path: str | Sequence[str | int]) -> Place:
-        """Where the key stands; of a key that is not there, where the nearest key above it does."""
+        """Where the key stands; where it is missing, the place of the nearest key above it."""
         keys = self.keys(path)
         return next(
             self._places[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self._places
@@ -215,7 +223,8 @@ class Document:
         place = Place(f"--set {text}")
         match = _OVERRIDE.fullmatch(text)
         if not match:
-            self._wrong((), place, "no KEY=VALUE", "one", "For instance --set train.steps=10.")
+            hint = "Write --set train.steps=10."
+            self._wrong((), place, "text of another form", "KEY=VALUE", hint)
             return
         node = (
             self._compose(match[2], place)
@@ -228,7 +237,8 @@ class Document:
         for depth, key in enumerate(keys[:-1], start=1):
             below = child(here, key)
             if below is None:
-                below = {}
+                below = self._default(keys[:depth])
+                below = list(below) if isinstance(below, list | tuple) else {}
             elif isinstance(below, str) and keys[:depth] in self._files:
                 below = self._read(below, keys[:depth]) or {}
             elif isinstance(below, str):  # `balancer: CoBa` is short for `balancer: {name: CoBa}`
@@ -361,7 +371,7 @@ def _text(found: str, wanted: str, hint: str) -> str:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _scalar(kind: str, text: str) -> Any:

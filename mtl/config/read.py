@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mtl.config.document import ConfigError, Document, Keys, Problem, child, show
 from mtl.config.rules import contradictions
@@ -19,16 +19,17 @@ def load(
     overrides: Iterable[str] = (),
     check: Callable[[Document], Iterable[Problem]] | None = None,
 ) -> Config:
-    """Reads a config.
+    """Read a config.
 
-    Args: path: the YAML file. overrides: `key.path=value`, each value YAML; they are set in order,
-        over what the file says. check: further problems to report together with ours
-        (`mtl.config.spec.check`).
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value`, each value YAML; they are set in order, over the file's values.
+        check: finds further problems to report together with ours (`mtl.config.spec.check`).
 
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    return _config(Document.read(path, overrides, FILES), check)
+    return _config(Document.read(path, overrides, FILES, _default), check)
 
 
 def parse(
@@ -38,7 +39,19 @@ def parse(
     check: Callable[[Document], Iterable[Problem]] | None = None,
 ) -> Config:
     """`load` from a string; `origin` stands for the file's name in errors."""
-    return _config(Document(text, origin, overrides, FILES), check)
+    return _config(Document(text, origin, overrides, FILES, _default), check)
+
+
+def _default(keys: Keys) -> Any:
+    """What a key is where nobody sets it, as the YAML would write it; None where that is open."""
+    kind = type_at(Config, keys[:-1])
+    try:
+        field = model_of(kind).model_fields[keys[-1]]
+    except (StopIteration, KeyError):  # within a mapping that is free; an unknown key
+        return None
+    if field.is_required():
+        return None
+    return TypeAdapter(field.annotation).dump_python(field.get_default(), mode="json")
 
 
 def _config(document: Document, check: Callable[[Document], Iterable[Problem]] | None) -> Config:
@@ -66,7 +79,7 @@ def _faults(document: Document, error: ValidationError) -> list[Problem]:
         location = fault["loc"]
         inner = (other["loc"] for other in faults if other["loc"] != location)
         if fault["type"] == "too_short" and any(loc[: len(location)] == location for loc in inner):
-            continue  # pydantic counts right items only, and reports the wrong ones
+            continue  # pydantic counts only valid items, and reports the invalid ones too
         problem = _problem(document, fault["type"], location)
         if problem.keys not in known:  # the branches of a union say the same thing
             known.add(problem.keys)
@@ -75,8 +88,8 @@ def _faults(document: Document, error: ValidationError) -> list[Problem]:
 
 
 def _problem(document: Document, kind: str, location: Sequence[str | int]) -> Problem:
-    """One of pydantic's errors in our words. Only its place is used, and whether a key is missing
-    or unknown.
+    """One of pydantic's errors in our words. We use its place, and whether a key is missing or
+    unknown.
     """
     keys, here = _named(document.data, list(map(str, location)), is_missing=kind == "missing")
     if location and location[-1] == "[key]":
@@ -94,8 +107,8 @@ def _problem(document: Document, kind: str, location: Sequence[str | int]) -> Pr
 
 
 def _named(data: Any, location: Sequence[str], is_missing: bool) -> tuple[Keys, Any]:
-    """The keys that pydantic's location names, and their value. What follows them names a union's
-    branch, not a key.
+    """The keys that pydantic's location names, and their value. The rest of the location names a
+    union's branch, not a key.
 
     Args:
         is_missing: whether the location's last key is one that is not there.

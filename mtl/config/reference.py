@@ -16,18 +16,22 @@ _INTRO = """\
 
 <!-- Written by `python -m mtl.config.reference` from mtl/config/schema.py. Do not edit. -->
 
-One YAML file describes one experiment; `--set key.path=value` on the command line overrides it, as often as
-needed. A key without a default is required. Everything that is wrong is reported at once, with its file and line.
+One YAML file describes one experiment; `--set key.path=value` on the command line overrides it, as
+often as needed. A key without a default is required. Everything that is wrong is reported at once,
+with its file and line.
 
-- YAML 1.2: `1e-4` is a number; `no`, `on` and dates are text; only `true` and `false` are booleans. Keys are text, as
-  written. The same key twice is an error. Anchors and merge keys (`<<`) work.
-- Paths start at the current directory, whatever folder the file is in; `~` is expanded where a path is used.
-- A value of `--set` is YAML too: `--set train.steps=10`, `--set 'optimizer.betas=[0.9, 0.95]'`, `--set model.lora.r=8`.
-  Items of lists go by number, from 0: `--set trackers.0=tensorboard`. A task's name that contains dots may be written
-  as it is (the longest key in the file wins) or in quotes: `--set 'tasks."v1.5".cap=100'`.
-- Where a name is wanted (balancer, objective, format, tracker), write it alone or with keywords: `CoBa` or
-  `{name: CoBa, window: 48}`. `--set balancer.window=60` adds a keyword, `--set balancer=Equal` replaces name and
-  keywords. `package.module:attribute` names code of yours, which runs only with `--allow-code package`.
+- YAML 1.2: `1e-4` is a number; `no`, `on` and dates are text; only `true` and `false` are booleans.
+  Keys are text, as written. The same key twice is an error. Anchors and merge keys (`<<`) work.
+- Paths start at the current directory, whatever folder the file is in; `~` is expanded where a path
+  is used.
+- A value of `--set` is YAML too: `--set train.steps=10`, `--set 'optimizer.betas=[0.9, 0.95]'`,
+  `--set model.lora.r=8`. Items of lists go by number, from 0: `--set trackers.0=tensorboard`. A
+  task's name that contains dots may be written as it is (the longest key in the file wins) or in
+  quotes: `--set 'tasks."v1.5".cap=100'`.
+- Where a name is wanted (balancer, objective, format, tracker), write it alone or with keywords:
+  `CoBa` or `{name: CoBa, window: 48}`. `--set balancer.window=60` adds a keyword,
+  `--set balancer=Equal` replaces name and keywords. `package.module:attribute` names code of yours,
+  which runs only with `--allow-code package`.
 """
 
 

@@ -1,7 +1,7 @@
 """How the config's values fit together: what no single key's type can say.
 
-A rule is a function that reads keys with `get` and yields what contradicts. It is skipped where a
-key that it reads is wrong by itself, because that is reported already.
+A rule is a function that reads keys with `get` and yields contradictions. It is skipped where a key
+that it reads is wrong by itself, because that has been reported.
 """
 
 import functools
@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from mtl.config.document import Document, Keys, Problem, show
-from mtl.config.schema import RESERVED, Config
-from mtl.config.words import did_you_mean, either, model_of, type_at
+from mtl.config.schema import RESERVED, Config, adapter_folder
+from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
+OWN = ("train", "validation", "format")  # what a task with rows has
 Get = Callable[..., Any]
 Finding = tuple[Keys, str, str, str]  # key, found, wanted, hint
 
@@ -42,19 +43,67 @@ def _name(get: Get, name: str) -> Iterator[Finding]:
         yield (
             ("tasks", name),
             f"the name {show(name)}",
-            f"another than {either(RESERVED)}",
+            f"none of {', '.join(RESERVED)}",
             "Rename the task.",
         )
 
 
+def _own(get: Get, name: str, key: str) -> Iterator[Finding]:
+    """A task has rows of its own, unless it is another loss of other tasks' rows."""
+    if get("tasks", name, "of") is None and get("tasks", name, key) is None:
+        here = ("tasks", name, key)
+        yield here, "nothing", wanted(type_at(Config, here)).removesuffix(", or null"), ""
+
+
+def _of(get: Get, name: str) -> Iterator[Finding]:
+    of, here = get("tasks", name, "of"), ("tasks", name)
+    if of is None:
+        return
+    for key in (*OWN, "test", "share", "epochs", "cap", "validation_cap", "objective"):
+        if get("tasks", name, key) is not None:
+            hint = "The task is a loss of other tasks' rows."
+            yield (*here, key), show(get("tasks", name, key)), "nothing beside `of`", hint
+    tasks = get("tasks")
+    with_rows = [str(other) for other in tasks if get("tasks", other, "of") is None]
+    for number, other in enumerate(of):
+        if isinstance(other, str) and other not in with_rows:
+            hint = did_you_mean(other, with_rows)
+            yield (
+                (*here, "of", str(number)),
+                show(other),
+                f"tasks with rows: {either(with_rows)}",
+                hint,
+            )
+    if not of:
+        yield (*here, "of"), "an empty list", f"tasks with rows: {either(with_rows)}", ""
+
+
 def _best(get: Get) -> Iterator[Finding]:
+    tasks = [task for task in get("tasks").values() if isinstance(task, dict)]
+    specs = [get("objective"), *(task.get("objective") for task in tasks)]
+    names = [
+        getattr(one, "name", one.get("name") if isinstance(one, dict) else one) for one in specs
+    ]
+    if any(name not in ("causal_lm", None) for name in names):
+        return  # an objective may have measures: `mtl.plugins.read` looks at them
     best, choices = get("evaluate", "best"), ["macro", "token", "worst", *get("tasks")]
     if best not in choices:
         yield ("evaluate", "best"), show(best), either(choices), did_you_mean(best, choices)
 
 
+def _scale(get: Get) -> Iterator[Finding]:
+    for pattern in get("optimizer", "scale"):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            hint = f"As one: {error}."
+            yield ("optimizer", "scale", pattern), show(pattern), "a regular expression", hint
+
+
 def _share(get: Get, name: str) -> Iterator[Finding]:
     shares = get("mix", "shares")
+    if get("tasks", name, "of") is not None:
+        return
     for key, mode in ("share", "explicit"), ("epochs", "epochs"):
         value = get("tasks", name, key)
         if shares == mode and value is None:
@@ -62,7 +111,7 @@ def _share(get: Get, name: str) -> Iterator[Finding]:
                 ("tasks", name, key),
                 "nothing",
                 "a number > 0",
-                f"With mix.shares: {mode} every task has {key}.",
+                f"With mix.shares: {mode} every task needs {key}.",
             )
         elif shares != mode and value is not None:
             yield (
@@ -145,6 +194,44 @@ def _offload(get: Get) -> Iterator[Finding]:
             )
 
 
+def _start(get: Get) -> Iterator[Finding]:
+    """At most one place says which weights to start from."""
+    name, adapter, origin = get("model", "name"), get("model", "adapter"), get("train", "from")
+    if adapter is not None and origin is not None:
+        hint = "Both say which weights to start from: keep one."
+        yield ("train", "from"), show(origin), "null beside model.adapter", hint
+    if adapter_folder(name) and (adapter is not None or origin is not None):
+        hint = "This folder is an adapter, which is weights to start from too."
+        yield ("model", "name"), show(name), "the base model", hint
+
+
+def _merge(get: Get) -> Iterator[Finding]:
+    adapter = get("model", "adapter")
+    if not (isinstance(adapter, dict) and adapter.get("merge")):
+        return
+    key, lora = ("model", "adapter", "merge"), get("model", "lora")
+    hint = "Or merge first: launch/export.py PATH OUT --merge, and then model.name: OUT."
+    if lora is not None:
+        yield key, "true", "false beside model.lora", hint
+    if get("model", "quantize") is not None:
+        yield key, "true", "false beside model.quantize", hint
+    if get("engine", "zero") == 3:
+        yield key, "true", "false at engine.zero 3", hint
+
+
+def _adapts(get: Get) -> bool:
+    """`Config.trains_adapter`, before there is a config."""
+    adapter = get("model", "adapter")
+    if isinstance(adapter, dict) and adapter.get("merge"):
+        return False
+    places = [get("model", "name"), get("train", "from") or ""]
+    return (
+        get("model", "lora") is not None
+        or adapter is not None
+        or any(map(adapter_folder, filter(None, places)))
+    )
+
+
 def _quantize(get: Get) -> Iterator[Finding]:
     kind, zero, precision = (
         get("model", "quantize"),
@@ -153,7 +240,7 @@ def _quantize(get: Get) -> Iterator[Finding]:
     )
     if kind is None:
         return
-    if get("model", "lora") is None:
+    if not _adapts(get):
         yield (
             ("model", "quantize"),
             kind,
@@ -162,8 +249,8 @@ def _quantize(get: Get) -> Iterator[Finding]:
         )
     if zero == 3:
         hint = (
-            "transformers loads a quantized model whole on every process: with zero 2 that "
-            "costs the same, and works."
+            "transformers loads a quantized model whole on every process, so zero 3 would save "
+            "nothing. Use zero 2."
         )
         yield ("model", "quantize"), kind, "null at engine.zero 3", hint
     if kind == "int8" and precision == "fp32":
@@ -178,8 +265,8 @@ def _quantize(get: Get) -> Iterator[Finding]:
 def _compile(get: Get) -> Iterator[Finding]:
     if get("model", "compile") and get("engine", "zero") == 3:
         hint = (
-            "DeepSpeed gathers each module's parameters in hooks, which would break the "
-            "compiled code apart at every one."
+            "DeepSpeed gathers each module's parameters in a hook, and every hook would interrupt "
+            "the compiled code."
         )
         yield ("model", "compile"), "true", "false at engine.zero 3", hint
 
@@ -188,8 +275,8 @@ def _kernel(get: Get) -> Iterator[Finding]:
     kernel = get("model", "loss_kernel")
     if kernel and get("engine", "zero") == 3:
         hint = (
-            "The kernel reads the head's weights by itself, which there are in parts: leave it "
-            "out, the head runs in slices."
+            "The kernel needs the head's whole weights, which ZeRO 3 partitions. Leave the key "
+            "out: the head then runs in slices."
         )
         yield ("model", "loss_kernel"), kernel, "null at engine.zero 3", hint
 
@@ -205,12 +292,12 @@ def _gram(get: Get) -> Iterator[Finding]:
             "all, last_layer, adapter or a regular expression",
             f"As one: {error}.",
         )
-    if params == "adapter" and get("model", "lora") is None:
+    if params == "adapter" and not _adapts(get):
         yield (
             ("gram", "params"),
             "adapter",
             "all, last_layer or a regular expression",
-            "There is no model.lora.",
+            "Adapters need model.lora, which is not given.",
         )
 
 
@@ -220,25 +307,28 @@ def _export(get: Get) -> Iterator[Finding]:
             ("export", "which"),
             "best",
             "last or none",
-            "With checkpoint.best: false the best one is not kept.",
+            "With checkpoint.best: false no best checkpoint is kept.",
         )
 
 
 RULES = (
     _length,
     _best,
+    _scale,
     _temperature,
     _lengths,
     _evaluation,
     _momentum,
     _offload,
+    _start,
+    _merge,
     _quantize,
     _compile,
     _kernel,
     _gram,
     _export,
 )
-TASK_RULES = (_name, _share)
+TASK_RULES = (_name, *(functools.partial(_own, key=key) for key in OWN), _of, _share)
 
 
 class _Broken(Exception):

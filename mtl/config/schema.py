@@ -7,6 +7,7 @@ mtl.config.reference`.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -14,10 +15,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PrivateAttr,
     Strict,
     StringConstraints,
     WithJsonSchema,
+    create_model,
     model_validator,
 )
 
@@ -48,8 +51,9 @@ Sources = Annotated[
         }
     ),
 ]
+OwnSources = Annotated[Sources | None, Wanted("a file, folder or hub name, or a list of them")]
 Held = Annotated[
-    int | float | Sources,
+    int | float | Sources | None,
     BeforeValidator(lambda value: _held(value)),
     Wanted("a file, folder or hub name, or a list of them, or a part of train such as 5%"),
     WithJsonSchema(
@@ -59,6 +63,7 @@ Held = Annotated[
                 {"type": "integer", "minimum": 1},
                 {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
                 {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "null"},
             ]
         }
     ),
@@ -121,6 +126,29 @@ class Spec(Section):
         return dict(self.__pydantic_extra__ or {})
 
 
+class AdapterSection(Section):
+    """A trained LoRA adapter. A path alone stands for `{path: ...}`."""
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: _or_text(schema))
+
+    wanted: ClassVar = "a path, or a mapping with path and merge"
+
+    path: TextPath
+    """A folder with an adapter_config.json, a checkpoint of a run (`RUN/checkpoints/step-...`), or
+    a hub name.
+    """
+    merge: bool = False
+    """false: training goes on in the adapter, whose settings are its own (a `model.lora` beside it
+    must have the same). true: it is added to the model's weights first, in fp32 (zero 0-2, without
+    `model.lora` and `model.quantize`).
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 def _or_text(schema: dict[str, Any]) -> None:
     mapping = dict(schema)
     schema.clear()
@@ -139,7 +167,9 @@ class LoraSection(Section):
     target_modules: Literal["all-linear"] | Names = "all-linear"
     """Modules that get an adapter: every linear one but the head, or those whose name ends so."""
     modules_to_save: Names = ()
-    """Modules that are trained whole and saved with the adapters."""
+    """Modules that are trained whole and saved with the adapters: those whose name ends so. New
+    tokens need the embedding and the head here. Where the model ties these two they stay tied.
+    """
     rslora: bool = False
     """Rank-stabilized scaling."""
     dora: bool = False
@@ -150,9 +180,13 @@ class ModelSection(Section):
     """The model and the precision it is trained in."""
 
     name: Text
-    """A folder, or a name on the hub."""
+    """A folder, or a name on the hub. An adapter's folder stands for its base model, and
+    `model.adapter` for the folder.
+    """
     revision: Text | None = None
     """Branch, tag or commit of a hub name; null: its main branch."""
+    loader: Spec = Spec(name="causal_lm")
+    """What makes the model: causal_lm, sequence_classification, or a function of yours."""
     allow_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     attention: Text | None = None
@@ -178,7 +212,9 @@ class ModelSection(Section):
     chat_template: TextPath | None = None
     """File with a Jinja template that replaces the tokenizer's; null: the tokenizer's own."""
     lora: LoraSection | None = None
-    """Adapters; null: every parameter is trained."""
+    """Adapters; null: every parameter is trained, or those of `model.adapter`."""
+    adapter: AdapterSection | None = None
+    """A trained adapter to start from; null: none."""
     quantize: Literal["nf4", "int8"] | None = None
     """How the frozen weights beside adapters are held (QLoRA; extra `qlora`): nf4: 4 bits, with
     double quantization, computed with in the training precision; int8: LLM.int8(). Linear modules
@@ -189,20 +225,29 @@ class ModelSection(Section):
 class TaskSection(Section):
     """A task: its rows and what its loss counts."""
 
-    train: Sources
+    train: OwnSources = None
     """Rows to train on: a JSONL, CSV, TSV or Parquet file, a pattern (`data/*.jsonl`), a folder
     written by `datasets.save_to_disk`, a hub name (`name`, `name:config`, `name:config:split`, the
     split also as `train[:10%]`), or a list of them.
     """
-    validation: Held
+    validation: Held = None
     """Rows whose loss is measured, named in the same way; or how many of the rows of `train` are
     held out for it: `5%`, or a number. Rows are chosen by a hash of their content, so copies stay
     together. With a percentage, rows that are added to `train` later move none.
     """
-    format: Spec
-    """What a row holds: messages, prompt_completion, text, alpaca, sharegpt, chat_rounds, or a
-    function of yours.
+    test: OwnSources = None
+    """Rows that `launch/evaluate.py` alone reads, never a training run, named as `train`."""
+    format: Spec | None = None
+    """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
+    or a function of yours.
     """
+    of: Names | None = None
+    """Other tasks, of whose rows this task is another loss (`loss`); in place of train, validation
+    and format."""
+    loss: Name | None = None
+    """The objective's loss that this task is (with `of`); null: the objective's first."""
+    objective: Spec | None = None
+    """What is minimized on these rows; null: the run's `objective`."""
     share: Positive | None = None
     """Share of the examples drawn, relative to the other tasks' (`mix.shares: explicit` only)."""
     epochs: Positive | None = None
@@ -256,11 +301,13 @@ class BatchSection(Section):
     """
 
 
-class TrainSection(Section):
+class _Train(Section):
     """How long to train: exactly one of steps and epochs."""
 
     steps: Count | None = None
-    """Optimizer steps."""
+    """Optimizer steps. A run that is resumed may have more than before, never fewer: from there on
+    its learning rate is that of a run of the new length (docs/cluster.md).
+    """
     epochs: Positive | None = None
     """Passes over all tasks' training rows together: steps = ceil(epochs * rows /
     batch.examples).
@@ -269,11 +316,25 @@ class TrainSection(Section):
     """Seed of the order of rows, of new parameters and of dropout."""
 
 
+_FROM = Field(
+    None,
+    description="Weights to start from, as a new run at step 0: a checkpoint of a run "
+    "(`RUN/checkpoints/step-...`), an exported model or an adapter; null: those of `model.name`, "
+    "which names tokenizer, and an adapter's base model, in any case.",
+)
+TrainSection = create_model(  # a class statement cannot have an attribute named `from`
+    "TrainSection", __base__=_Train, __doc__=_Train.__doc__, **{"from": (TextPath | None, _FROM)}
+)
+
+
 class OptimizerSection(Section):
     """The optimizer."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """The update rule."""
+    scale: dict[Text, Positive] = {}
+    """Factors on the learning rate, by a regular expression that is searched for in the parameters'
+    names; of several that match the first counts: `{classifier: 10.0}`."""
     lr: Positive = 1e-4
     """Learning rate at the schedule's highest point."""
     betas: Annotated[tuple[BelowOne, BelowOne], Strict(False)] = (0.9, 0.999)
@@ -458,11 +519,37 @@ class Config(Section):
         Spec(name="console"),
         Spec(name="jsonl"),
     )
-    """Where metrics go: console, jsonl, tensorboard, or classes of yours."""
+    """Where metrics go: console, jsonl, tensorboard; wandb, mlflow, trackio, comet_ml, clearml,
+    swanlab (each its package; `project:` and keywords of its own start); or classes of yours.
+    """
     cache: TextPath = "~/.cache/coba-mtl"
     """Folder of the encoded data."""
 
     _document: Document = PrivateAttr(default_factory=Document)
+
+    @property
+    def streams(self) -> dict[str, TaskSection]:
+        """The tasks that have rows of their own, in the order of the file."""
+        return {name: task for name, task in self.tasks.items() if task.of is None}
+
+    @property
+    def adapter(self) -> AdapterSection | None:
+        """The adapter that training starts from: `model.adapter`, or what `model.name` or
+        `train.from` is, where it is an adapter.
+        """
+        return self.model.adapter or next(
+            (
+                AdapterSection(path=path)
+                for path in (getattr(self.train, "from"), self.model.name)
+                if path and adapter_folder(path)
+            ),
+            None,
+        )
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether adapters are trained, and not every parameter."""
+        return bool(self.model.lora or (self.adapter and not self.adapter.merge))
 
     @property
     def document(self) -> Document:
@@ -496,6 +583,18 @@ class Config(Section):
         gives it again.
         """
         return plain(self)
+
+
+def model_folder(path: str) -> Path:
+    """The model's folder in a checkpoint of a run; of anything else, the path itself."""
+    folder = Path(path).expanduser()
+    return folder / "model" if (folder / "state.json").is_file() else folder
+
+
+def adapter_folder(path: str) -> Path | None:
+    """The folder of a PEFT adapter, where that is what stands at a path."""
+    folder = model_folder(path)
+    return folder if (folder / "adapter_config.json").is_file() else None
 
 
 def plain(value: Any) -> Any:

@@ -1,6 +1,4 @@
-"""The types of a pydantic model in words: what an error says is wanted, and what the docs say may
-stand at a key.
-"""
+"""The types of a pydantic model in words, for the "wanted" of errors and for the docs."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -16,11 +14,11 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Wanted(str):
-    """In a type's annotation: what it is called."""
+    """A type's name in words, given in its annotation."""
 
 
 def next_move(found: Any, declared: Any) -> str:
-    """What may help whoever wrote `found` where `declared` is wanted; often nothing."""
+    """A hint for a user who wrote `found` where `declared` is wanted; often empty."""
     options, kinds = _options(declared), _kinds(declared)
     if isinstance(found, str):
         if bool in kinds and found.lower() in ("yes", "no", "on", "off", "true", "false"):

@@ -3,17 +3,20 @@
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from mtl.data.collate import Micro, MicroBatch, collate, deal
+from mtl.data.collate import Micro, deal
 from mtl.data.encoded import Encoded, TaskData
+from mtl.data.examples import Batch, Examples, Piece
 from mtl.data.mix import Mix, permutation
+from mtl.data.next_token import NextToken
 
 
 class Layout:
-    """How examples become this rank's micro-batches; shared by training and validation.
+    """How the examples of one objective become this rank's micro-batches, in training and validation.
 
     Args:
         world, rank: data-parallel ranks, and which one this is.
@@ -21,6 +24,9 @@ class Layout:
         pad_id: fills what a mask or its own segment hides; any id will do.
         packed: several examples a row, isolated by position ids; else one, padded.
         row_length: most tokens of a packed row; None = `tokens`.
+        examples: from rows to a micro-batch; None: next-token prediction, stream s being task s.
+        streams: whose rows these are; None: all.
+        objective: the objective's number.
     """
 
     def __init__(
@@ -28,69 +34,113 @@ class Layout:
         world: int,
         rank: int,
         tokens: int,
-        pad_id: int,
+        pad_id: int = 0,
         packed: bool = False,
         row_length: int | None = None,
+        examples: Examples | None = None,
+        streams: Sequence[int] | None = None,
+        objective: int = 0,
     ):
         assert 0 <= rank < world
-        self.world, self.rank, self.tokens, self.pad_id, self.packed = (
-            world,
-            rank,
-            tokens,
-            pad_id,
-            packed,
-        )
+        self.world, self.rank, self.tokens, self.packed = world, rank, tokens, packed
         self.row_length = (row_length or tokens) if packed else None
+        self.examples = examples or NextToken(None, pad_id)
+        self.streams, self.objective = streams, objective
 
     def deal(
-        self, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray
+        self, splits: Sequence[Encoded], stream: np.ndarray, row: np.ndarray
     ) -> list[tuple[Micro, int]]:
-        """This rank's part of `collate.deal` of some examples; with each micro-batch the most
-        targets any rank has in it.
+        """This rank's part of `collate.deal` of those examples that are of this layout's streams.
+
+        With each micro-batch stands the largest count of the first loss that any rank has in it.
         """
-        pairs = list(zip(task.tolist(), row.tolist(), strict=True))
-        dealt = deal(
-            [int(splits[k].positions[n]) for k, n in pairs],
-            self.world,
-            self.tokens,
-            self.row_length,
-        )
-        targets = [int(splits[k].targets[n]) for k, n in pairs]
+        mine = range(len(stream))
+        if self.streams is not None:
+            mine = np.flatnonzero(np.isin(stream, self.streams)).tolist()
+        if self.streams is not None and not len(mine):
+            return []
+        pairs = [(int(stream[i]), int(row[i])) for i in mine]
+        lengths = [int(splits[s].positions[n]) for s, n in pairs]
+        dealt = deal(lengths, self.world, self.tokens, self.row_length)
+        targets = [int(splits[s].targets[n]) for s, n in pairs]
         most = [
             max(sum(targets[i] for row in micro for i in row) for micro in turn)
             for turn in zip(*dealt, strict=True)
         ]
-        return list(zip(dealt[self.rank], most, strict=True))
-
-    def by_task(
-        self, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray
-    ) -> list[list[MicroBatch]]:
-        """The same examples dealt task by task: K lists of this rank's micro-batches, each as long
-        on every rank.
-        """
-        apart = []
-        for k in range(len(splits)):
-            mine = np.flatnonzero(task == k)
-            dealt = self.deal(splits, task[mine], row[mine])
-            apart.append([self.collate(*micro, splits, task[mine], row[mine]) for micro in dealt])
-        return apart
+        numbered = [[[mine[i] for i in row] for row in micro] for micro in dealt[self.rank]]
+        return list(zip(numbered, most, strict=True))
 
     def collate(
-        self, micro: Micro, most: int, splits: Sequence[Encoded], task: np.ndarray, row: np.ndarray
-    ) -> MicroBatch:
-        """The micro-batch of examples whose task and row stand at the indices in `micro`."""
+        self,
+        micro: Micro,
+        most: int,
+        splits: Sequence[Encoded],
+        stream: np.ndarray,
+        row: np.ndarray,
+        key: str = "",
+    ) -> Batch:
+        """The micro-batch of examples whose stream and row stand at the indices in `micro`.
 
-        def piece(i: int) -> tuple[np.ndarray, np.ndarray, int]:
-            k, n = int(task[i]), int(row[i])
-            return splits[k].ids(n), splits[k].target(n), k
+        Args:
+            key: of this step's randomness; each row has its own.
+        """
 
-        return collate(
-            [[piece(i) for i in indices] for indices in micro],
-            self.pad_id,
-            self.packed,
-            most,
-            self.tokens,
-        )
+        def piece(s: int, n: int) -> Piece:
+            return Piece(s, splits[s].columns(n), f"{key}/{s}/{n}")
+
+        rows = [[piece(int(stream[i]), int(row[i])) for i in indices] for indices in micro]
+        is_dummy = not rows and not self.examples.makes_dummies
+        if is_dummy:
+            rows = [[piece(0 if self.streams is None else int(self.streams[0]), 0)]]
+        made = self.examples.collate(rows, packed=self.packed, most=most, tokens=self.tokens)
+        if is_dummy or self.objective:
+            made = replace(made, is_dummy=is_dummy, objective=self.objective)
+        return made
+
+
+class Layouts:
+    """The layouts of all objectives of a run: a global batch is dealt objective by objective.
+
+    So every rank runs the same sequence of forwards.
+    """
+
+    def __init__(self, each: Sequence[Layout]):
+        self.each = list(each)
+
+    def deal(
+        self, splits: Sequence[Encoded], stream: np.ndarray, row: np.ndarray
+    ) -> list[tuple[Layout, Micro, int]]:
+        """This rank's micro-batches of some examples, as indices: as many on every rank."""
+        return [
+            (layout, *dealt) for layout in self.each for dealt in layout.deal(splits, stream, row)
+        ]
+
+    def collate(
+        self,
+        dealt: Sequence[tuple[Layout, Micro, int]],
+        splits: Sequence[Encoded],
+        stream: np.ndarray,
+        row: np.ndarray,
+        key: str,
+    ) -> Iterator[Batch]:
+        """The dealt micro-batches, made one at a time."""
+        for layout, micro, most in dealt:
+            yield layout.collate(micro, most, splits, stream, row, key)
+
+    def by_stream(
+        self, splits: Sequence[Encoded], stream: np.ndarray, row: np.ndarray, key: str
+    ) -> list[list[Batch]]:
+        """The same examples dealt stream by stream: for each its micro-batches on this rank."""
+        apart = []
+        for s in range(len(splits)):
+            mine = np.flatnonzero(stream == s)
+            dealt = self.deal(splits, stream[mine], row[mine])
+            apart.append(list(self.collate(dealt, splits, stream[mine], row[mine], key)))
+        return apart
+
+
+def _layouts(given: Layout | Layouts) -> Layouts:
+    return given if isinstance(given, Layouts) else Layouts([given])
 
 
 class TrainBatches:
@@ -100,11 +150,13 @@ class TrainBatches:
     number. An error in the preparation is raised by the call for that step.
     """
 
-    def __init__(self, tasks: Sequence[TaskData], mix: Mix, layout: Layout, ahead: int = 2):
+    def __init__(
+        self, tasks: Sequence[TaskData], mix: Mix, layout: Layout | Layouts, ahead: int = 2
+    ):
         assert mix.names == [task.name for task in tasks] and mix.sizes == [
             len(task.train) for task in tasks
         ]
-        self.mix, self.layout, self.ahead = mix, layout, ahead
+        self.mix, self.layouts, self.ahead = mix, _layouts(layout), ahead
         self._splits = [task.train for task in tasks]
         # Not run on CUDA yet. A thread begins on device 0, where pinning would open a context for
         # every rank.
@@ -118,9 +170,9 @@ class TrainBatches:
         )
         # One worker: steps are made in order, and the mix's permutations are used by one thread.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=settle)
-        self._coming: dict[int, Future[list[MicroBatch]]] = {}
+        self._coming: dict[int, Future[list[Batch]]] = {}
 
-    def batch(self, step: int) -> list[MicroBatch]:
+    def batch(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (0 is the first): as many on every
         rank, at least one.
         """
@@ -132,24 +184,24 @@ class TrainBatches:
                 self._coming[n] = self._worker.submit(self.make, n)
         return self._coming.pop(step).result()
 
-    def by_task(self, step: int) -> list[list[MicroBatch]]:
-        """The examples of `batch(step)` task by task: K lists of this rank's micro-batches, each as
-        long on every rank.
-        """
-        return self._worker.submit(
-            lambda: self.layout.by_task(self._splits, *self.mix.batch(step))
-        ).result()
+    def by_stream(self, step: int) -> list[list[Batch]]:
+        """The examples of `batch(step)` stream by stream: for each its micro-batches on this rank."""
+        make = functools.partial(self.layouts.by_stream, self._splits)
+        return self._worker.submit(lambda: make(*self.mix.batch(step), self._key(step))).result()
 
     def close(self) -> None:
         """Stop the thread; what it prepared is forgotten."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def make(self, step: int) -> list[MicroBatch]:
+    def make(self, step: int) -> list[Batch]:
         """The micro-batches of `batch`, made now and on this thread."""
-        task, row = self.mix.batch(step)
-        dealt = self.layout.deal(self._splits, task, row)
-        micros = [self.layout.collate(*micro, self._splits, task, row) for micro in dealt]
+        stream, row = self.mix.batch(step)
+        dealt = self.layouts.deal(self._splits, stream, row)
+        micros = list(self.layouts.collate(dealt, self._splits, stream, row, self._key(step)))
         return [micro.pinned() for micro in micros] if self._pin else micros
+
+    def _key(self, step: int) -> str:
+        return f"{self.mix.seed}/train/{step}"
 
 
 class ValidationGroups:
@@ -180,7 +232,7 @@ class ValidationGroups:
         tasks: Sequence[TaskData],
         groups: int,
         seed: int,
-        layout: Layout,
+        layout: Layout | Layouts,
         examples: Sequence[int] | None = None,
     ):
         self.splits = [task.validation for task in tasks]
@@ -192,7 +244,7 @@ class ValidationGroups:
                 *(len(split) // (n or 1) for split, n in zip(self.splits, each, strict=True)),
             ),
         )
-        self.layout = layout
+        self.layouts, self._key = _layouts(layout), f"{seed}/validation"
         self._rows = [
             stratified(
                 split.targets, split.answers, self.groups, n, f"{seed}/{task.name}/validation"
@@ -200,7 +252,7 @@ class ValidationGroups:
             for task, split, n in zip(tasks, self.splits, each, strict=True)
         ]
         self.parts = self.groups + any(len(rows[self.groups]) for rows in self._rows)
-        self._dealt: dict[int, list[tuple[Micro, int]]] = {}
+        self._dealt: dict[int, list[tuple[Layout, Micro, int]]] = {}
 
     def rows(self, part: int) -> list[np.ndarray]:
         """K ascending int64 arrays: the rows of each task in group `part`, or, after the last
@@ -209,25 +261,20 @@ class ValidationGroups:
         assert 0 <= part < self.parts
         return [rows[part] for rows in self._rows]
 
-    def group(self, group: int) -> Iterator[MicroBatch]:
+    def group(self, group: int) -> Iterator[Batch]:
         """This rank's micro-batches of group `group` (or what is left over), made one at a time: as
         many on every rank, at least one.
 
         Over all ranks every row of the group stands in exactly one of them.
         """
-        task, row = self.examples(group)
-        if (
-            group not in self._dealt
-        ):  # the same every time, and the costly part where a group is large
-            self._dealt[group] = self.layout.deal(self.splits, task, row)
-        for micro in self._dealt[group]:
-            yield self.layout.collate(*micro, self.splits, task, row)
+        stream, row = self.examples(group)
+        if group not in self._dealt:  # the same every time, and the costly part of a large group
+            self._dealt[group] = self.layouts.deal(self.splits, stream, row)
+        yield from self.layouts.collate(self._dealt[group], self.splits, stream, row, self._key)
 
-    def by_task(self, group: int) -> list[list[MicroBatch]]:
-        """The examples of `group` task by task: K lists of this rank's micro-batches, each as long
-        on every rank.
-        """
-        return self.layout.by_task(self.splits, *self.examples(group))
+    def by_stream(self, group: int) -> list[list[Batch]]:
+        """The examples of `group` stream by stream: for each its micro-batches on this rank."""
+        return self.layouts.by_stream(self.splits, *self.examples(group), self._key)
 
     def examples(self, group: int) -> tuple[np.ndarray, np.ndarray]:
         """Task and row, (n,) int64 each, of the examples in group `group`."""
@@ -241,14 +288,28 @@ def stratified(
     """Row numbers of `groups` groups of `examples` rows each, and of the rows left over: ascending,
     groups + 1 arrays.
 
-    Args: targets, answers: (n,) each, how many target tokens a row has, and what they are
-        (`Encoded.answers`). examples: None deals out all rows. key: of the permutations.
+    Rows are sorted by `targets`, then `answers`, and cut into strata of neighbours, one for each
+    example of a group. Every group draws one row of every stratum.
+
+    Args:
+        targets, answers: (n,) each, how many target tokens a row has, and what they are
+            (`Encoded.answers`).
+        groups: at most n // examples where `examples` is given.
+        examples: rows of a group. None deals out all rows.
+        key: of the permutations.
+
+    Example: six rows for 2 groups of 2. Sorted by targets they are 1, 3, 5 (the short ones) and
+        0, 2, 4 (the long ones): two strata of three. Each group gets one short and one long row,
+        and one of each is left over.
+
+        >>> targets, answers = np.array([9, 1, 8, 2, 9, 1]), np.zeros(6)
+        >>> [rows.tolist() for rows in stratified(targets, answers, 2, 2, "a key")]
+        [[0, 5], [1, 2], [3, 4]]
     """
     n = len(targets)
     random = permutation(n, key)
-    order = random[
-        np.lexsort((answers[random], targets[random]))
-    ]  # rows alike in both in random order
+    # Through `random`, so that rows alike in both stand in random order.
+    order = random[np.lexsort((answers[random], targets[random]))]
     cuts = (
         range(groups, n, groups)
         if examples is None
@@ -256,9 +317,9 @@ def stratified(
     )
     found = np.empty(n, dtype=np.int64)
     for i, stratum in enumerate(np.split(order, list(cuts))):
-        drawn = permutation(
-            max(len(stratum), groups), f"{key}/{i}"
-        )  # [place]: what stands there in the stratum, or nothing
+        # [place]: the number of its row in the stratum; past the stratum's end, no row. The first
+        # `groups` places are the groups, the others are left over.
+        drawn = permutation(max(len(stratum), groups), f"{key}/{i}")
         places = np.flatnonzero(drawn < len(stratum))
         found[stratum[drawn[places]]] = places.clip(max=groups)
     return [np.flatnonzero(found == group) for group in range(groups + 1)]

@@ -11,25 +11,25 @@ import inspect
 import json
 import multiprocessing
 import os
-import re
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from mtl.config import Config
-from mtl.data.encode import Encoder, Note, Tokenized
-from mtl.data.encoded import SCHEMA, DataError, Encoded, Report, TaskData, record_batch
-from mtl.data.formats import Example, Format, RowProblem, Watched, without_nulls
+from mtl.data.encode import Encoder, Note, hash_of
+from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
+from mtl.data.examples import LOSS, Examples
+from mtl.data.examples import Row as EncodedRow
+from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
 from mtl.data.source import Row, Source, open_source, open_sources
 from mtl.data.turns import find_turns
@@ -41,7 +41,7 @@ NEWS = 10.0  # seconds between two signs of progress
 
 Notes = dict[str, int]  # what is worth saying of a row, and how often
 # a row's number, and what became of it
-Outcome = tuple[int, Tokenized | RowProblem | None, Notes]  # None: it is on the other side
+Outcome = tuple[int, EncodedRow | RowProblem | None, Notes]  # None: it is on the other side
 Side = tuple[float, bool]
 """Of rows that are split by their content, the fraction that is validation, and whether that is
 wanted.
@@ -50,7 +50,7 @@ wanted.
 
 def prepare(
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Examples],
     formats: Mapping[str, Format],
     say: Say = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> list[TaskData]:
@@ -60,23 +60,16 @@ def prepare(
     needed, and none should exist yet: its collectives would time out meanwhile.
 
     Args:
-        formats: each task's format, its keywords bound.
+        examples: how each stream's rows are encoded.
+        formats: each stream's format, its keywords bound.
         say: takes messages for people: what is encoded, and what is waited for.
 
-    Returns: the tasks in the order of `config.tasks`.
+    Returns: the streams in the order of `config.tasks`.
 
     Raises: DataError with every problem of every task.
     """
-    batch = config.batch
-    encoder = Encoder(tokenizer, batch.max_length, batch.too_long, batch.special_text)
-    if read := dates(tokenizer):
-        say(
-            f"the chat template reads today's date ({', '.join(read)}): rows are encoded again "
-            "when it changes, and a run does not resume on another day. Set model.chat_template to "
-            "one with a fixed date"
-        )
     root, problems, tasks = Path(config.cache).expanduser(), [], []
-    for name, task in config.tasks.items():
+    for name, task in config.streams.items():
         splits = []
         for split, names, cap in (
             ("train", task.train, task.cap),
@@ -91,9 +84,10 @@ def prepare(
                 ]
                 if side and isinstance(side[0], int):
                     side = (_nearest(sources, formats[name], side[0]), side[1])
+                label = f"{name} ({split})"
                 splits.append(
                     encode_split(
-                        root, sources, formats[name], encoder, cap, f"{name} ({split})", say, side
+                        root, sources, formats[name], examples[name], cap, label, say, side
                     )
                 )
             except DataError as error:
@@ -115,7 +109,7 @@ def encode_split(
     root: Path,
     sources: Sequence[Source],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     cap: int | None,
     label: str,
     say: Say,
@@ -129,9 +123,9 @@ def encode_split(
         falls on one side of a split; None = all.
 
     Raises: DataError if a source cannot be read, no row is left, or a row is too long and
-    `encoder.too_long` "error".
+    `too_long: error` holds.
     """
-    key = _key(sources, to_example, encoder, cap, side)
+    key = _key(sources, to_example, examples, cap, side)
     folder = root / key
     if not folder.exists():
 
@@ -141,16 +135,18 @@ def encode_split(
                 partial,
                 sources,
                 to_example,
-                encoder,
+                examples,
                 cap,
                 lambda text: progress(f"{label}: {text}"),
                 side,
             )
 
         build_once(folder, build, say)
-    split = Encoded.open(folder, [one.where for one in sources], key)
+    split = Encoded.open(
+        folder, [one.where for one in sources], key, examples.columns, examples.positions
+    )
     long = split.report.dropped.get("too long", 0)
-    if len(split) == 0 or encoder.too_long == "error" and long:
+    if len(split) == 0 or getattr(examples, "too_long", "drop") == "error" and long:
         found = (
             "no usable row"
             if len(split) == 0
@@ -164,7 +160,7 @@ def _write(
     folder: Path,
     sources: Sequence[Source],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     cap: int | None,
     progress: Say,
     side: Side | None = None,
@@ -173,13 +169,18 @@ def _write(
     at a time.
     """
     report, pending = Report(), []
+    columns, losses = examples.columns, len(getattr(examples, "losses", (LOSS,)))
+
+    def batch() -> pa.RecordBatch:
+        return record_batch(pending, columns, losses)
+
     # A thread says it, because a single row may take longer than the time between two signs.
     with (
         _signs(lambda: progress(f"{report.read:,} rows")),
         (folder / "rows.arrow").open("wb") as file,
-        pa.ipc.new_stream(file, SCHEMA) as writer,
+        pa.ipc.new_stream(file, schema(columns, losses)) as writer,
     ):
-        for s, number, result, notes in _outcomes(sources, to_example, encoder, cap, side):
+        for s, number, result, notes in _outcomes(sources, to_example, examples, cap, side):
             if report.kept == cap:
                 break
             if result is None:
@@ -191,14 +192,14 @@ def _write(
                 report.drop(s, number, result.reason, str(result))
             else:
                 report.kept += 1
-                report.tokens += len(result.ids)
-                report.targets += int(result.target.sum())
+                report.tokens += len(result.columns[next(iter(columns))])
+                report.targets += result.counts[0]
                 report.truncated += result.truncated
-                pending.append((result.ids, result.target, s, number))
+                pending.append((result, s, number))
             if len(pending) == CHUNK:
-                writer.write_batch(record_batch(pending))
+                writer.write_batch(batch())
                 pending.clear()
-        writer.write_batch(record_batch(pending))
+        writer.write_batch(batch())
     report.save(folder / "report.json")
 
 
@@ -223,10 +224,10 @@ def _signs(give: Callable[[], None]) -> Iterator[None]:
 def _outcomes(
     sources: Sequence[Source],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     cap: int | None,
     side: Side | None,
-) -> Iterator[tuple[int, int, Tokenized | RowProblem | None, Notes]]:
+) -> Iterator[tuple[int, int, EncodedRow | RowProblem | None, Notes]]:
     """(source, row number, what became of it, notes), in the order of the rows however many
     processes work.
     """
@@ -245,9 +246,9 @@ def _outcomes(
         for s, one in enumerate(sources):
             rows = one.rows()
             if pool is None:
-                results = ([_outcome(row, to_example, encoder, side)] for row in rows)
+                results = ([_outcome(row, to_example, examples, side)] for row in rows)
             else:
-                results = _ahead(pool, _chunks(rows), to_example, encoder, side, 2 * cores)
+                results = _ahead(pool, _chunks(rows), to_example, examples, side, 2 * cores)
             for outcomes in results:
                 yield from ((s, *outcome) for outcome in outcomes)
     finally:
@@ -271,7 +272,7 @@ def _ahead(
     pool: ProcessPoolExecutor,
     chunks: Iterator[list[Row]],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     side: Side | None,
     many: int,
 ) -> Iterator[list[Outcome]]:
@@ -279,22 +280,22 @@ def _ahead(
     first.
     """
     coming = deque(
-        pool.submit(_encode, chunk, to_example, encoder, side) for chunk in islice(chunks, many)
+        pool.submit(_encode, chunk, to_example, examples, side) for chunk in islice(chunks, many)
     )
     while coming:
         yield coming.popleft().result()
         coming.extend(
-            pool.submit(_encode, chunk, to_example, encoder, side) for chunk in islice(chunks, 1)
+            pool.submit(_encode, chunk, to_example, examples, side) for chunk in islice(chunks, 1)
         )
 
 
 def _encode(
-    rows: Iterable[Row], to_example: Format, encoder: Encoder, side: Side | None
+    rows: Iterable[Row], to_example: Format, examples: Examples, side: Side | None
 ) -> list[Outcome]:
-    return [_outcome(row, to_example, encoder, side) for row in rows]
+    return [_outcome(row, to_example, examples, side) for row in rows]
 
 
-def _outcome(row: Row, to_example: Format, encoder: Encoder, side: Side | None) -> Outcome:
+def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None) -> Outcome:
     notes: Notes = {}
 
     def note(text: str, times: int = 1) -> None:
@@ -304,14 +305,18 @@ def _outcome(row: Row, to_example: Format, encoder: Encoder, side: Side | None) 
     try:
         example = _example(row, to_example, note)
         other = side is not None and (_fraction(example) < side[0]) != side[1]
-        return row.number, None if other else encoder(example, note), {} if other else notes
+        if other:
+            return row.number, None, {}
+        # Notes are optional: the plainest `Examples` says nothing of rows that it keeps.
+        told = {"note": note} if getattr(examples, "notes", False) else {}
+        return row.number, examples.encode(example, **told), notes
     except RowProblem as problem:
         # Of a row that no format can read, nobody knows the side: training reports it.
         lost = side is not None and side[1] and example is None
         return row.number, None if lost else problem, {}
 
 
-def _example(row: Row, to_example: Format, note: Note) -> Example:
+def _example(row: Row, to_example: Format, note: Note) -> Any:
     if row.value is None:
         raise RowProblem("unreadable", row.problem)
     value = row.value
@@ -336,10 +341,15 @@ def _example(row: Row, to_example: Format, note: Note) -> Example:
     return example
 
 
-def _fraction(example: Example) -> float:
+def _fraction(example: Any) -> float:
     """A number in [0, 1) that follows an example's content, and nothing else: copies stand on the
     same side of a split, and rows that are appended move none.
     """
+    if type(example).__repr__ is object.__repr__:  # which names its place in memory
+        raise DataError(
+            f"found a {type(example).__name__} from the format, whose repr does not show what it "
+            "holds; wanted a dataclass, to hold out a part of the rows. Or name validation rows"
+        )
     digest = hashlib.blake2b(repr(example).encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
@@ -356,27 +366,27 @@ def _nearest(sources: Sequence[Source], to_example: Format, rows: int) -> float:
 
 
 def shared_rows(train: Encoded, validation: Encoded) -> int:
-    """How many rows of `validation` have the tokens and targets of a training row."""
+    """How many rows of `validation` have the columns (tokens and targets) of a training row."""
 
     def content(split: Encoded, i: int) -> bytes:
-        return split.ids(i).tobytes() + split.target(i).tobytes()
+        parts = [column.tobytes() for column in split.columns(i).values()]
+        digest = hashlib.blake2b(repr([len(part) for part in parts]).encode())
+        digest.update(b"".join(parts))
+        return digest.digest()
 
     def looks(split: Encoded) -> np.ndarray:
         return np.rec.fromarrays([split.lengths, split.targets, split.answers])
 
     # Rows that differ in what is at hand are not read.
     maybe = np.flatnonzero(np.isin(looks(train), looks(validation)))
-    seen = {hashlib.blake2b(content(train, i)).digest() for i in maybe.tolist()}
-    return sum(
-        bool(seen) and hashlib.blake2b(content(validation, i)).digest() in seen
-        for i in range(len(validation))
-    )
+    seen = {content(train, i) for i in maybe.tolist()}
+    return sum(bool(seen) and content(validation, i) in seen for i in range(len(validation)))
 
 
 def _key(
     sources: Sequence[Source],
     to_example: Format,
-    encoder: Encoder,
+    examples: Examples,
     cap: int | None,
     side: Side | None,
 ) -> str:
@@ -385,52 +395,24 @@ def _key(
     )  # of a partial, a spec.Maker
     identity = {
         "sources": [one.fingerprint() for one in sources],
-        "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "format": [function.__module__, function.__qualname__, getattr(to_example, "keywords", {})],
-        "length": [encoder.max_length, encoder.too_long == "truncate"],
+        "examples": [type(examples).__qualname__, examples.identity],
         "cap": cap,
         "side": side,
-        "special text": encoder.special_text,
         # The code itself instead of version numbers that someone would have to remember to raise.
         "code": [
             _module_hash(thing)
-            for thing in (function, open_source, RowProblem, Encoder, find_turns, Report)
+            for thing in (
+                *(function, open_source, RowProblem, Encoder, find_turns, Report),
+                type(examples),
+            )
         ],
     }
-    return _hash(json.dumps(identity, sort_keys=True, default=repr))
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal, of all that decides which ids a text gets: the tokenizer's own file, its
-    specials, its template.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
-    parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
-    parts += [datetime.now().strftime(one) for one in dates(tokenizer)]
-    return _hash(json.dumps(parts, sort_keys=True, default=repr))
-
-
-def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Formats of today's date that the chat template reads: what it renders changes with it."""
-    template = json.dumps(tokenizer.chat_template, ensure_ascii=False).replace(r"\"", '"')
-    calls = template.count("strftime_now")
-    formats = [one[1] for one in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1""", template)]
-    return sorted(formats) if len(formats) == calls else ["%Y-%m-%d"]
+    return hash_of(json.dumps(identity, sort_keys=True, default=repr))
 
 
 def _module_hash(thing: Callable[..., object]) -> str:
     try:
-        return _hash(inspect.getsource(sys.modules[thing.__module__]))
+        return hash_of(inspect.getsource(sys.modules[thing.__module__]))
     except (OSError, TypeError, KeyError):  # typed in at a prompt, or compiled
         return ""
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -7,17 +7,25 @@ do not depend on it.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import gcd, inf
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mtl.data.examples import Batch
+
 # Matrix products like positions in whole tiles: on AMX cores those of 530 positions take a quarter
 # longer than those of 544, and GPUs' tensor cores are alike. The first of these that costs few
 # positions.
 TILES = 32, 16, 8
+# What positions in other than whole tiles of 32 count for when cuts are compared: less than the
+# quarter above, since not all of a step is matrix products and not every machine has tiles.
+UNTILED = 1.06
+# Tokens of a row at which attention's dense L x L mask doubles a position's cost: rows of 256 take
+# an eighth longer than the shortest.
+DOUBLING = 2048
 
 Piece = tuple[np.ndarray, np.ndarray, int]  # ids (n,), target mask (n,) bool, task
 Row = list[int]  # indices of the examples that share a row
@@ -25,40 +33,35 @@ Micro = list[Row]
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """R rows of L token positions with T target tokens, the input of one forward on one rank."""
+class MicroBatch(Batch):
+    """R rows of L token positions with T target tokens, the input of one forward on one rank.
 
-    input_ids: (
-        Tensor  # (R, L) int64, each example's tokens but the last, which nothing is predicted from
-    )
-    position_ids: Tensor  # (R, L) int64, restart at 0 with each example
-    attention_mask: (
-        Tensor | None
-    )  # (R, L) int64, 1 = token, where rows are padded; None where they are packed
-    # (T,) int64, ascending flat positions (row * L + column) that predict a target: the one before
-    # the target token
+    Attributes:
+        input_ids: (R, L) int64, each example's tokens but the last, which predicts nothing.
+        position_ids: (R, L) int64, restart at 0 with each example.
+        attention_mask: (R, L) int64, 1 = token, where rows are padded; None where they are packed.
+        at: (T,) int64, ascending flat positions (row * L + column) that predict a target: each is
+            the position before the target token.
+        labels: (T,) int64, the ids to predict there.
+        task: (T,) int64, the task of each target.
+        most: the largest T of any rank's micro-batch of this forward.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
     at: Tensor
-    labels: Tensor  # (T,) int64, the ids to predict there
-    task: Tensor  # (T,) int64, the task of each target
-    most: int  # the largest T of any rank's micro-batch of this forward
+    labels: Tensor
+    task: Tensor
+    most: int
+
+    @property
+    def positions(self) -> int:
+        return self.input_ids.numel()
 
     def counts(self, k: int) -> Tensor:
         """(k,) int64: target tokens of each task."""
         return torch.bincount(self.task, minlength=k)
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """On a device; from pinned memory the copy goes on while the host does."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> "MicroBatch":
-        """In memory that an accelerator copies from by itself. Only where there is one."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        values = (getattr(self, field.name) for field in fields(self))
-        return MicroBatch(
-            *(change(value) if isinstance(value, Tensor) else value for value in values)
-        )
 
 
 def collate(
@@ -206,8 +209,8 @@ def _fill(
         mine = _ceil(count, world)
         each = _ceil(mine, _ceil(mine * size, tokens))  # rows of a micro-batch
         positions = each * widened(each, size, tokens)
-        slower = 1.06 if positions % TILES[0] else 1.0
-        return _ceil(mine, each) * positions * slower * (1 + size / 2048)
+        slower = UNTILED if positions % TILES[0] else 1.0
+        return _ceil(mine, each) * positions * slower * (1 + size / DOUBLING)
 
     if row_length == tokens:
         return packed(fewest)

@@ -1,13 +1,17 @@
 """Examples into token ids with a target mask."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
 from mtl.data.formats import REASONING, Completion, Example, Messages, RowProblem, Text
 from mtl.data.turns import find_turns
@@ -39,7 +43,10 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
 
     Raises: DataError if it cannot be loaded, or would run code that came with it.
     """
-    name = model.name
+    name = str(adapter_folder(model.name) or model.name)
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file() and not (adapter.parent / "tokenizer_config.json").is_file():
+        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(name).expanduser()) if Path(name).expanduser().exists() else name,
@@ -357,3 +364,33 @@ def _needed(ids: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """
     end = int(np.flatnonzero(target)[-1]) + 1
     return ids[:end], target[:end]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hexadecimal, of all that decides which ids a text gets: the tokenizer's own file, its
+    specials, its template.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
+    parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
+    parts += [datetime.now().strftime(one) for one in dates(tokenizer)]
+    return hash_of(json.dumps(parts, sort_keys=True, default=repr))
+
+
+def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Formats of today's date that the chat template reads: what it renders changes with it."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False).replace(r"\"", '"')
+    calls = template.count("strftime_now")
+    formats = [one[1] for one in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1""", template)]
+    return sorted(formats) if len(formats) == calls else ["%Y-%m-%d"]
+
+
+def hash_of(text: str) -> str:
+    """Hexadecimal, 32 digits."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

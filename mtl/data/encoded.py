@@ -3,25 +3,42 @@ source row.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-SCHEMA = pa.schema(
-    {
-        "ids": pa.list_(pa.int32()),
-        "target": pa.list_(
-            pa.uint8()
-        ),  # not bool, which Arrow packs to bits: a memory-mapped view is wanted
-        "targets": pa.int32(),
-        "answer": pa.int64(),
-        "source": pa.int32(),  # which of the split's sources
-        "row": pa.int64(),  # in it
-    }
-)
+from mtl.data.examples import Row
+
+Positions = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+
+NEXT_TOKEN: dict[str, pa.DataType] = {"ids": pa.int32(), "target": pa.uint8()}
+"""Columns of next-token prediction. Not bool, which Arrow packs to bits: views are wanted."""
+
+
+def next_token_positions(lengths: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(n,) int64: the last token of a row is only predicted."""
+    return lengths["ids"] - 1
+
+
+def schema(columns: Mapping[str, pa.DataType], losses: int = 1) -> pa.Schema:
+    """Of the file: the columns, then what the framework reads of every row."""
+    kinds = {name: pa.list_(kind) for name, kind in columns.items()}
+    more = {f"targets.{i}": pa.int32() for i in range(1, losses)}
+    return pa.schema(
+        {
+            **kinds,
+            "targets": pa.int32(),  # the count of the first loss
+            "answer": pa.int64(),
+            "source": pa.int32(),  # which of the split's sources
+            "row": pa.int64(),  # in it
+            **more,  # the counts of further losses
+        }
+    )
+
+
 EXAMPLES = 3  # dropped rows of each reason that a report shows
 
 
@@ -56,8 +73,8 @@ class Report:
         """
         lines = [
             (
-                f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, {self.targets:,} "
-                "of them targets"
+                f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, "
+                f"{self.targets:,} of them targets"
             )
         ]
         if self.truncated:
@@ -79,14 +96,17 @@ class Report:
 
 
 class Encoded:
-    """One split of one task, in memory or memory-mapped: n rows of token ids with a target mask
-    each.
+    """One split of one stream, in memory or memory-mapped: n rows of columns.
 
-    Attributes: lengths: (n,) int64, tokens of each row. positions: (n,) int64, what each row takes
-        in a forward: its last token is only predicted. targets: (n,) int64, target tokens of each
-        row, >= 1. answers: (n,) int64, each row's first three target ids as one number: the same
-        for the same label. fingerprint: hexadecimal; equal for equal content, encoded in the same
-        way. report: what became of the source's rows.
+    Attributes:
+        names: of the columns.
+        lengths: (n,) int64, elements of each row's first column: its tokens.
+        positions: (n,) int64, what each row takes in a forward.
+        counts: (n, L) int64, what each row counts for each of the objective's L losses.
+        targets: (n,) int64, the first of these: target tokens, >= 1 in next-token prediction.
+        answers: (n,) int64, the same number for the same answer (`examples.Row.answer`).
+        fingerprint: hexadecimal; equal for equal content, encoded in the same way.
+        report: what became of the source's rows.
     """
 
     def __init__(
@@ -95,25 +115,38 @@ class Encoded:
         places: Sequence[Callable[[int], str]],
         fingerprint: str,
         report: Report,
+        columns: Mapping[str, pa.DataType] = NEXT_TOKEN,
+        positions: Positions = next_token_positions,
     ):
-        self._table, self._places, self.fingerprint, self.report = (
-            table,
-            list(places),
-            fingerprint,
-            report,
+        self._table, self._places = table, list(places)
+        self.fingerprint, self.report = fingerprint, report
+        self.names = tuple(columns)
+        self._columns = {
+            name: _Ragged(table.column(name), kind.to_pandas_dtype())
+            for name, kind in columns.items()
+        }
+        lengths = {name: column.lengths for name, column in self._columns.items()}
+        self.lengths = lengths[self.names[0]]
+        self.positions = positions(lengths)
+        counted = [name for name in table.column_names if name.startswith("targets")]
+        self.counts = np.stack([table.column(name).to_numpy() for name in counted], 1).astype(
+            np.int64
         )
-        self._ids = _Ragged(table.column("ids"), np.int32)
-        self._target = _Ragged(table.column("target"), np.bool_)
-        self.lengths = self._ids.lengths
-        self.positions = self.lengths - 1
-        self.targets = table.column("targets").to_numpy().astype(np.int64)
+        self.targets = self.counts[:, 0]
         self.answers = table.column("answer").to_numpy()
 
     @staticmethod
-    def open(folder: Path, places: Sequence[Callable[[int], str]], fingerprint: str) -> "Encoded":
+    def open(
+        folder: Path,
+        places: Sequence[Callable[[int], str]],
+        fingerprint: str,
+        columns: Mapping[str, pa.DataType] = NEXT_TOKEN,
+        positions: Positions = next_token_positions,
+    ) -> "Encoded":
         """Memory-map `folder`; `places[s](r)` says where row r of source s stands.
 
-        Raises: DataError if the folder is damaged.
+        Raises:
+            DataError: the folder is damaged.
         """
         try:
             with (
@@ -129,36 +162,38 @@ class Encoded:
                 f"the encoded data in {folder} is damaged ({error}). Remove the folder: it is made "
                 "again"
             ) from error
-        return Encoded(table, places, fingerprint, report)
+        return Encoded(table, places, fingerprint, report, columns, positions)
 
     @staticmethod
     def of(rows: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "memory") -> "Encoded":
         """Rows (ids, target mask) given in code: for tests, and for data that is no file."""
-        kept = [
-            (np.asarray(ids, np.int32), np.asarray(target, np.uint8), 0, i)
-            for i, (ids, target) in enumerate(rows)
-        ]
-        table = pa.Table.from_batches([record_batch(kept)], SCHEMA)
-        report = Report(
-            len(kept),
-            len(kept),
-            sum(len(ids) for ids, *_ in kept),
-            sum(int(t.sum()) for _, t, *_ in kept),
-        )
+        kept = []
+        for i, (ids, target) in enumerate(rows):
+            ids, target = np.asarray(ids, np.int32), np.asarray(target, np.uint8)
+            row = Row({"ids": ids, "target": target}, (int(target.sum()),), answer(ids[target > 0]))
+            kept.append((row, 0, i))
+        table = pa.Table.from_batches([record_batch(kept)], schema(NEXT_TOKEN))
+        tokens = sum(len(row.columns["ids"]) for row, *_ in kept)
+        report = Report(len(kept), len(kept), tokens, sum(row.counts[0] for row, *_ in kept))
         return Encoded(table, [lambda row: f"{name}, row {row + 1}"], name, report)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def columns(self, i: int) -> dict[str, np.ndarray]:
+        """Row i: its 1-D arrays by name, read-only."""
+        return {name: column[i] for name, column in self._columns.items()}
+
     def ids(self, i: int) -> np.ndarray:
-        """(lengths[i],) int32, read-only."""
-        return self._ids[i]
+        """Of next-token prediction: (lengths[i],) int32, read-only."""
+        return self._columns["ids"][i]
 
     def target(self, i: int) -> np.ndarray:
-        """(lengths[i],) bool, read-only: token j is predicted (from position j - 1) and trained.
-        Element 0 is False.
+        """Of next-token prediction: (lengths[i],) bool, read-only.
+
+        Token j is predicted, from position j - 1, and trained. Element 0 is False.
         """
-        return self._target[i]
+        return self._columns["target"][i].view(np.bool_)
 
     def where(self, i: int) -> str:
         """The place of row i in its source: `file:line`, or `source, row n`."""
@@ -172,35 +207,36 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TaskData:
-    """One task: its name and its two splits, encoded."""
+    """One stream: the name of its task, and its two splits, encoded."""
 
     name: str
     train: Encoded
     validation: Encoded
 
 
-def record_batch(rows: Sequence[tuple[np.ndarray, np.ndarray, int, int]]) -> pa.RecordBatch:
-    """Rows (ids, target mask, source, row in the source) as Arrow."""
-    ids, target, source, row = zip(*rows, strict=True) if rows else ((), (), (), ())
-    offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
-    flat = pa.array(np.concatenate([np.empty(0, np.int32), *ids]).astype(np.int32))
-    mask = pa.array(np.concatenate([np.empty(0, np.uint8), *target]).astype(np.uint8))
+def record_batch(
+    rows: Sequence[tuple[Row, int, int]],
+    columns: Mapping[str, pa.DataType] = NEXT_TOKEN,
+    losses: int = 1,
+) -> pa.RecordBatch:
+    """(row, source, its number in the source) as Arrow."""
+    kept, source, number = zip(*rows, strict=True) if rows else ((), (), ())
+    arrays = []
+    for name, kind in columns.items():
+        values = [row.columns[name] for row in kept]
+        dtype = kind.to_pandas_dtype()
+        offsets = pa.array(np.cumsum([0, *map(len, values)]), pa.int32())
+        flat = pa.array(np.concatenate([np.empty(0, dtype), *values]).astype(dtype))
+        arrays.append(pa.ListArray.from_arrays(offsets, flat))
+    counts = [pa.array([row.counts[i] for row in kept], pa.int32()) for i in range(losses)]
+    answers = pa.array([row.answer for row in kept], pa.int64())
+    places = [pa.array(source, pa.int32()), pa.array(number, pa.int64())]
     return pa.RecordBatch.from_arrays(
-        [
-            pa.ListArray.from_arrays(offsets, flat),
-            pa.ListArray.from_arrays(offsets, mask),
-            pa.array([int(np.sum(t)) for t in target], pa.int32()),
-            pa.array(
-                [_answer(i[t.astype(bool)]) for i, t in zip(ids, target, strict=True)], pa.int64()
-            ),
-            pa.array(source, pa.int32()),
-            pa.array(row, pa.int64()),
-        ],
-        schema=SCHEMA,
+        [*arrays, counts[0], answers, *places, *counts[1:]], schema=schema(columns, losses)
     )
 
 
-def _answer(targets: np.ndarray) -> int:
+def answer(targets: np.ndarray) -> int:
     """The first three of some ids, 21 bits each, in the order of the ids."""
     padded = [*targets[:3].tolist(), 0, 0, 0]
     return padded[0] << 42 | padded[1] << 21 | padded[2]

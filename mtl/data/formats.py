@@ -16,6 +16,7 @@ FORMATS = {
     "messages": "mtl.data.formats:messages",
     "prompt_completion": "mtl.data.formats:prompt_completion",
     "text": "mtl.data.formats:text",
+    "labeled": "mtl.data.formats:labeled",
     "alpaca": "mtl.data.formats:alpaca",
     "sharegpt": "mtl.data.formats:sharegpt",
     "chat_rounds": "mtl.data.formats:chat_rounds",
@@ -57,7 +58,17 @@ class Text:
     text: str
 
 
-Example = Messages | Completion | Text
+@dataclass(frozen=True)
+class Labeled:
+    """A text, or a pair of texts, with the name of its label."""
+
+    text: str
+    label: str
+    pair: str | None = None
+    labels: Sequence[str] | None = None  # the names there are, in their order; None: as found
+
+
+Example = Messages | Completion | Text | Labeled
 Format = Callable[[Mapping[str, Any]], Example]
 
 
@@ -129,6 +140,30 @@ def prompt_completion(
 def text(row: Mapping[str, Any], *, text: str = "text") -> Text:
     """`{"text": "..."}`; the keyword renames the key."""
     return Text(_get(row, text, str))
+
+
+def labeled(
+    row: Mapping[str, Any],
+    *,
+    text: str = "text",
+    label: str = "label",
+    pair: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Labeled:
+    """`{"text": "...", "label": "..."}`, for a classifier; keywords rename the keys.
+
+    A label is text or a whole number. `pair` names the key of a second text. `labels` lists the
+    names in their order; without it they are those of the training rows, sorted.
+    """
+    found = row.get(label)
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        found = _get(row, label, str)
+    name = str(found).strip()
+    if labels is not None and name not in [str(each) for each in labels]:
+        known = ", ".join(map(str, labels))
+        raise RowProblem("unknown label", f"{label}: found {_show(found)}, wanted one of {known}")
+    second = None if pair is None else _get(row, pair, str)
+    return Labeled(_get(row, text, str), name, second, labels and tuple(map(str, labels)))
 
 
 def alpaca(

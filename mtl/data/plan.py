@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from mtl.config import Config
-from mtl.data.batches import Layout, ValidationGroups
+from mtl.data.batches import Layout, Layouts, ValidationGroups
 from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
+from mtl.data.examples import Examples
 from mtl.data.mix import Mix, shares_for, steps_for
 
 # Found with benchmarks/slopes.py and the clock, for 6 tasks and batches of 16 (docs/balancers.md).
@@ -19,7 +20,7 @@ READ = 24 / 16  # what a probe read there for each example of a batch
 
 def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
     """Which rows stand in which global batch."""
-    sizes, settings = [len(task.train) for task in tasks], config.tasks.values()
+    sizes, settings = [len(task.train) for task in tasks], config.streams.values()
     shares = shares_for(
         config.mix.shares,
         sizes,
@@ -38,7 +39,7 @@ def steps_of(config: Config, mix: Mix) -> int:
 
 
 def validation_groups_for(
-    config: Config, tasks: Sequence[TaskData], layout: Layout
+    config: Config, tasks: Sequence[TaskData], layout: Layout | Layouts
 ) -> ValidationGroups:
     """Which validation rows a probe reads. The published CoBa reads as many as a batch has, other
     ones at every step.
@@ -75,37 +76,41 @@ def probe_every(config: Config, groups: ValidationGroups) -> int:
     There a forward is a sixth of a step, and with LoRA, which saves the weights' gradients, a
     third. What error slopes have with so few probes: benchmarks/slopes.py.
     """
-    least = EVERY[config.model.lora is not None]
+    least = EVERY[config.trains_adapter]
     most = max(sum(len(rows) for rows in groups.rows(group)) for group in range(groups.groups))
     return config.evaluate.probe.every or max(
         least, round(least * most / (READ * config.batch.examples))
     )
 
 
-def layout_for(
+def layouts_for(
     config: Config,
     tasks: Sequence[TaskData],
+    examples: Sequence[Examples],
+    of: Sequence[int],
     world: int,
     rank: int,
-    pad_id: int,
     packed: bool,
     tokens: int,
-) -> Layout:
-    """How examples become micro-batches of `tokens` positions.
+) -> Layouts:
+    """How each objective's examples become micro-batches of `tokens` positions.
 
     Args:
-        packed: whether rows are packed (`batch.packing` and the model decide).
+        examples: of each objective.
+        of: (S,) the number of each stream's objective.
+        packed: whether rows are packed (`batch.packing` and the model decide), where examples can.
         tokens: `batch.tokens`, or that of evaluation.
     """
-    longest = max(
-        int(split.positions.max()) for task in tasks for split in (task.train, task.validation)
-    )
     dense_mask = not (config.model.attention or "").startswith("flash")
-    return Layout(
-        world,
-        rank,
-        tokens,
-        pad_id,
-        packed,
-        config.batch.row_length or row_length_for(longest, tokens, dense_mask),
-    )
+    found = []
+    for number, each in enumerate(examples):
+        streams = [s for s, mine in enumerate(of) if mine == number]
+        splits = [split for s in streams for split in (tasks[s].train, tasks[s].validation)]
+        longest = max(int(split.positions.max()) for split in splits)
+        row_length = config.batch.row_length or row_length_for(longest, tokens, dense_mask)
+        whose = None if len(examples) == 1 else streams
+        packs = packed and each.packs
+        found.append(
+            Layout(world, rank, tokens, 0, packs, row_length, each, streams=whose, objective=number)
+        )
+    return Layouts(found)

@@ -121,7 +121,8 @@ def open_source(name: str, split: str = "train") -> Source:
     ):
         try:
             return _hub(name, split)
-        except Exception as error:  # whatever `datasets` and the network raise, it is one more thing that was tried
+        except Exception as error:
+            # Whatever `datasets` and the network raise, it is one more thing that was tried.
             tried.append(f"the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
     raise DataError(f"nothing found under {name!r}, tried {' and '.join(tried)}. Wanted a {READ}")
 
@@ -135,12 +136,13 @@ class JsonLines(Source):
         self.name, self.path, self.size = name, path, path.stat().st_size
 
     def rows(self) -> Iterator[Row]:
-        number = 0
+        number = 0  # of the line that is read next
         try:
             with _open(self.path) as file:
-                for number, line in enumerate(file):
+                for line in file:
                     if line.strip():
                         yield _parsed(number, line)
+                    number += 1
         except (OSError, EOFError) as error:
             raise DataError(f"{self.where(number)}: {error}") from error
 

@@ -2,7 +2,7 @@
 identity.
 
 Tensors may live on any device. Under a GPU-only backend those on the CPU have a group of their own,
-gloo's: through NCCL each of them would wait for everything the device has been given to do.
+gloo's: through NCCL each would wait for all work that is queued on the device.
 """
 
 import hashlib
@@ -58,8 +58,8 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
 def leave() -> None:
     """Leave the process group, when all ranks are ready to. A collective.
 
-    A group that is still open when Python exits may abort the process: its threads run on while
-    what they use is taken down.
+    A group that is still open when Python exits may abort the process: its threads still run while
+    Python frees what they use.
     """
     global _host
     if active():
@@ -69,13 +69,14 @@ def leave() -> None:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Run `work` on this rank, then agree that it failed nowhere.
+    """Run `work` on this rank, then check that it failed on no rank.
 
     One rank's exception would leave the others waiting in their next collective until the group's
-    timeout; here it ends all of them, with its own text. `work` itself must not communicate.
+    timeout. Here it ends all of them, and each shows its text. `work` itself must not communicate.
 
-    Raises: RankError: on the ranks that did not fail, naming the rank that did and its error. The
-        failing rank raises its own.
+    Raises:
+        RankError: on the ranks that did not fail, naming the rank that did and its error. The
+            failing rank raises its own.
     """
     result, error = None, None
     try:
@@ -97,7 +98,7 @@ def on_first(work: Callable[[], T]) -> T:
     """Run `work` on rank 0; every rank gets its result, or its error. A collective; `work` itself
     must not communicate.
 
-    The result is pickled where there are more ranks than one: plain values and small arrays.
+    With several ranks the result is pickled: return plain values and small arrays.
 
     Raises:
         RankError: on the other ranks, with rank 0's error, which raises its own.
@@ -111,10 +112,10 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def same(text: str, what: str) -> None:
-    """Agree that every rank holds the same text. A collective.
+    """Check that every rank holds the same text. A collective.
 
     Raises:
-        ValueError: on the ranks that hold another one than rank 0; RankError on the others.
+        ValueError: on the ranks whose text differs from rank 0's; RankError on the others.
     """
     mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
     first = broadcast_(torch.tensor([mine]))
@@ -134,8 +135,8 @@ _host: tuple[object, dist.ProcessGroup] | None = (
 def open_host_group(timeout: timedelta | None = None) -> None:
     """Make the group for tensors on the CPU, where the backend has none. A collective.
 
-    Gloo finds its network interface by the host's name, which often is the loopback's: it follows
-    NCCL's choice where there is one.
+    Gloo finds its network interface by the host's name, which often means loopback. So we give it
+    the interface that `NCCL_SOCKET_IFNAME` names.
     """
     global _host
     wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")

@@ -1,6 +1,7 @@
-"""DeepSpeed's whole configuration, from ours. Every key that matters is written, because its
-defaults do not do what we mean: they clip gradients at 1.0 and accumulate them in the model's
-dtype.
+"""DeepSpeed's whole configuration, from ours.
+
+We write every key that matters, because DeepSpeed's defaults differ from what we mean: they clip
+gradients at 1.0 and accumulate them in the model's dtype.
 """
 
 import os
@@ -13,15 +14,16 @@ AUTO = "auto"
 
 
 def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
-    """The whole DeepSpeed configuration: ours, plus the user's `engine.deepspeed` where it says
-    something else.
+    """The whole DeepSpeed configuration: ours, and the further keys of the user's
+    `engine.deepspeed`.
 
     Args:
         world: data-parallel ranks.
         device_type: "cpu", "cuda" ...: what the run computes on.
 
-    Raises: ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides; both
-        places are named.
+    Raises:
+        ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides; both places
+            are named.
     """
     stage, offload, bf16 = (
         zero_stage(config),
@@ -35,9 +37,8 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
     }
     for ours, theirs in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         where = getattr(offload, ours)
-        zero[theirs] = {
-            "device": where
-        }  # "none" too, so that a user's own block that offloads is seen to differ
+        # "none" too, so that a user's own block that offloads is seen to differ.
+        zero[theirs] = {"device": where}
         if where != "none":
             zero[theirs]["pin_memory"] = device_type != "cpu"
             if where == "nvme":
@@ -64,8 +65,8 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
         "zero_optimization": zero,
     }
     if config.model.precision == "bf16_autocast":
-        # Empty: gradients are communicated in fp32; autocast is about the arithmetic of forward and
-        # backward only.
+        # Empty: gradients are communicated in fp32. Autocast changes only the arithmetic of forward
+        # and backward.
         ours["torch_autocast"]["lower_precision_safe_modules"] = []
     problems: list[str] = []
     merged = _merge(ours, dict(config.engine.deepspeed), ("engine", "deepspeed"), config, problems)
@@ -78,14 +79,14 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
 
 
 def zero_stage(config: Config) -> int:
-    """The ZeRO stage in force: bf16 weights with fp32 master weights and gradients do not exist at
-    stage 0, so 1 is used.
+    """The ZeRO stage in force. DeepSpeed has no bf16 weights with fp32 master weights and gradients
+    at stage 0, so we use 1 there.
     """
     return max(1, config.engine.zero) if config.model.precision == "bf16" else config.engine.zero
 
 
-# Which key of our YAML decides a key of DeepSpeed's, to name both in an error. What is not here,
-# this program itself decides.
+# Which key of our YAML decides a key of DeepSpeed's: an error names both. The program itself
+# decides what is not in this table.
 _DECIDED_BY = {
     "train_batch_size": "batch.examples",
     "train_micro_batch_size_per_gpu": "batch.tokens",
@@ -103,9 +104,9 @@ _DECIDED_BY = {
     "zero_optimization.offload_optimizer.nvme_path": "engine.offload.nvme_path",
     "zero_optimization.offload_param.nvme_path": "engine.offload.nvme_path",
 }
-# Blocks of DeepSpeed's that would act beside our own, and which of ours takes their place.
+# Blocks of DeepSpeed's that ours replace.
 _REPLACED_BY = {"optimizer": "optimizer", "scheduler": "schedule"}
-# Ours unless the user says otherwise: about speed and logs, not about what is computed.
+# The user may change these: they concern speed and logs, not what is computed.
 _FREE = {
     "zero_optimization.overlap_comm",
     "zero_optimization.contiguous_gradients",

@@ -1,12 +1,12 @@
 """The one door to DeepSpeed: forward, backward, step, save and load.
 
-Facts this file rests on (DeepSpeed 0.19.8; the tests measure them again):
+This file relies on these facts of DeepSpeed 0.19.8, which the tests measure again:
 
 - A varying number of micro-batches per step is exact with accumulation 1 in the configuration and
   the boundary set by hand before each backward. Forgetting it is silently wrong at ZeRO 1 and 2, so
   `backward` demands `last`.
-- `client_state` hands every rank rank 0's copy, and `latest` is written before the last barrier:
-neither is used.
+- `client_state` hands every rank rank 0's copy, and `latest` is written before the last barrier. We
+  use neither.
 """
 
 import ctypes
@@ -25,9 +25,8 @@ from zipfile import is_zipfile
 import torch
 
 if not torch.accelerator.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # before the import, which otherwise warns that it guesses
+    # Before the import, which otherwise warns that it guesses.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
@@ -44,8 +43,9 @@ def init_process_group(timeout_minutes: float) -> None:
     """Join the process group the launcher describes (deepspeed, torchrun; or alone, when started
     with plain python).
 
-    Args: timeout_minutes: how long a collective may wait. Nothing slow (tokenizing, downloading)
-        belongs after this call.
+    Args:
+        timeout_minutes: how long a collective may wait. Nothing slow (tokenizing, downloading)
+            belongs after this call.
     """
     for name, value in {
         "RANK": "0",
@@ -62,8 +62,8 @@ def init_process_group(timeout_minutes: float) -> None:
         _keep_freed_memory()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # An op for inference on CPUs that only `inference_all_reduce` calls: compiling it takes half a
-    # minute at the first start.
+    # Only `inference_all_reduce` calls this op, and compiling it takes half a minute at the first
+    # start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
@@ -72,11 +72,10 @@ def init_process_group(timeout_minutes: float) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """On the CPU, let glibc's malloc hand freed memory out again instead of returning it to the
-    system.
+    """On the CPU, let glibc's malloc reuse freed memory instead of returning it to the system.
 
-    A step frees and allocates gigabytes; the system zeroes each page it hands out, about half of a
-    small step's time.
+    A step frees and allocates gigabytes. The system zeroes each page that it hands out, which takes
+    about half of a small step's time.
     """
     with suppress(OSError, AttributeError):  # no glibc: nothing lost but time
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -90,8 +89,8 @@ def device() -> torch.device:
 
 
 def build_ops(config: Config, say: Callable[[str], None]) -> None:
-    """Compile what DeepSpeed needs for offloading to NVMe, where that is asked for: minutes, once
-    on a file system.
+    """Compile what DeepSpeed needs to offload to NVMe, where the config asks for that. It takes
+    minutes, once on a file system.
 
     Raises:
         ConfigError: it cannot be compiled on this machine.
@@ -110,8 +109,8 @@ def build_ops(config: Config, say: Callable[[str], None]) -> None:
     path, reason = ("engine", "offload", key), "no libaio, or no compiler"
     if builder.is_compatible(verbose=False):
         say(
-            "offloading to NVMe: loading DeepSpeed's async_io op; the first time on a machine it "
-            "is compiled, which takes minutes"
+            "offloading to NVMe: loading DeepSpeed's async_io op. The first time on a machine "
+            "this compiles it, which takes minutes"
         )
         try:
             builder.load(verbose=False)
@@ -119,21 +118,16 @@ def build_ops(config: Config, say: Callable[[str], None]) -> None:
         except (OSError, RuntimeError, ImportError) as e:
             reason = str(e).strip().splitlines()[-1]
     raise ConfigError(
-        [
-            config.error(
-                path, f"nvme, where DeepSpeed's async_io op cannot be had ({reason})", wanted
-            )
-        ]
+        [config.error(path, f"nvme, but DeepSpeed's async_io op does not build ({reason})", wanted)]
     )
 
 
 @contextmanager
 def loading(config: Config, world: int) -> Iterator[None]:
-    """Within this context `from_pretrained` builds the model partitioned over the ranks where ZeRO
-    3 wants it so.
+    """Within this context `from_pretrained` partitions the model over the ranks at ZeRO 3.
 
-    No rank ever holds the whole model. transformers finds the configuration through a weak
-    reference, hence the variable.
+    No rank ever holds the whole model. The variable keeps the configuration alive: transformers
+    holds only a weak reference.
     """
     if zero_stage(config) < 3:
         yield
@@ -150,12 +144,15 @@ def loading(config: Config, world: int) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within this context partitioned (ZeRO 3) parameters are whole on every rank. Read only. A
-    collective.
+def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+    """Within this context partitioned (ZeRO 3) parameters are whole on every rank. A collective.
+
+    Args:
+        modify: rank 0's changes are kept, on every rank; else none may be made.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+    rank = 0 if modify else None
+    with deepspeed.zero.GatheredParameters(partitioned, rank) if partitioned else nullcontext():
         yield
 
 
@@ -171,11 +168,14 @@ class Engine:
         model: the model; at ZeRO 3 built under `loading`.
         config: the run's configuration.
         optimizer: from a model to its torch optimizer.
-        say: takes what was decided otherwise than asked for.
+        say: takes messages for people about what differs from what was asked for.
 
-    Attributes: module: the bare model. Evaluation and per-task gradients go through it, never
-        through the engine's output. world: data-parallel ranks. device: where inputs go. frozen:
-        names of the parameters that are not trained.
+    Attributes:
+        module: the bare model. Evaluation and per-task gradients go through it, never through the
+            engine's output.
+        world: data-parallel ranks.
+        device: where inputs go.
+        frozen: names of the parameters that are not trained.
     """
 
     def __init__(
@@ -188,12 +188,12 @@ class Engine:
         self.world = comm.world()
         if zero_stage(config) != config.engine.zero:
             say(
-                f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: fp32 master weights "
-                "for bf16 start there"
+                f"engine.zero: {zero_stage(config)}, not {config.engine.zero}: DeepSpeed keeps "
+                "fp32 master weights for bf16 from that stage on"
             )
         if config.engine.offload.optimizer == "nvme":
             say(
-                "engine.offload.optimizer: nvme: such a run cannot be resumed, because DeepSpeed "
+                "engine.offload.optimizer: nvme: this run cannot be resumed, because DeepSpeed "
                 "does not read its state back"
             )
         built, names = optimizer(model), {id(p): n for n, p in model.named_parameters()}
@@ -216,7 +216,7 @@ class Engine:
             self._engine._config.gradient_clipping = (
                 0.0  # `step` clips: it has computed the norm already
             )
-            # Alone there is nothing to sum, and DeepSpeed would copy every gradient into buckets
+            # One process has nothing to sum, and DeepSpeed would copy every gradient into buckets
             # and back.
             self._engine.enable_backward_allreduce = self.world > 1
 
@@ -232,14 +232,14 @@ class Engine:
             return self.module(**inputs)
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """This rank's gradients of a loss computed with `evaluate`, whole, None = unused. The
-        engine's own are left alone.
+        """This rank's whole gradients of a loss computed with `evaluate`; None = unused. The
+        engine's own gradients stay as they are.
         """
         found = list(torch.autograd.grad(loss, parameters, allow_unused=True))
         offload = getattr(self._engine.optimizer, "parameter_offload", None)
         if offload is not None:
-            # ZeRO 3 releases a module's parameters when gradients reach its inputs, which those of
-            # a few parameters never do.
+            # ZeRO 3 releases a module's parameters when gradients reach its inputs. Gradients of a
+            # few parameters never get there.
             offload.release_backward_leftovers()
             offload.partition_all_parameters()
         return found
@@ -252,12 +252,12 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """Update the parameters with learning rate `lr`; not where the gradient is not finite.
+        """Update the parameters with learning rate `lr`, unless the gradient is not finite.
 
         Returns: the global gradient norm before clipping.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         if not self._stage:  # there DeepSpeed keeps no norm, and would step whatever the gradient
             trained = [p for p in self.module.parameters() if p.requires_grad]
             for p in trained:
@@ -281,8 +281,8 @@ class Engine:
         self._mode(False)
 
     def _mode(self, is_training: bool) -> None:
-        # The walk over LoRA's thousand modules takes 6 ms, and every step asks. At first parts are
-        # in unlike modes.
+        # Every step calls this, and the walk over LoRA's thousand modules takes 6 ms. At first some
+        # modules are in the other mode.
         if self._is_training is not is_training or self.module.training is not is_training:
             self._engine.train(is_training)
             self._is_training = is_training
@@ -305,9 +305,9 @@ class Engine:
         DeepSpeed unpickles its files without restriction; each is opened with `weights_only` first,
         so that a file that would run code is refused.
 
-        Raises: ValueError: a file is missing, holds anything but tensors and plain data, or is of
-            another model; or the optimizer's
-                state is offloaded to NVMe.
+        Raises:
+            ValueError: a file is missing, holds anything but tensors and plain data, or is of
+                another model; or the optimizer's state is offloaded to NVMe.
         """
         _refuse_nvme(self._engine, folder)
         comm.together(lambda: _refuse(folder, self.world if self._stage else 0))
@@ -370,8 +370,8 @@ class Engine:
         return state
 
     def _read_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
-        # Not DeepSpeed's strict load: it refuses a checkpoint without the frozen parameters. Not
-        # its lax one: that takes anything.
+        # DeepSpeed's strict load refuses a checkpoint without the frozen parameters, and its lax
+        # one takes anything. So we compare the names ourselves.
         missing, unexpected = dst.load_state_dict(src, strict=False)
         missing = sorted(set(missing) - set(self.frozen))
         if missing or unexpected:
@@ -391,15 +391,15 @@ _EXPECTED_GLOBALS = {
 
 
 def _refuse_nvme(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """DeepSpeed 0.19.8 loads such a checkpoint without an error, and the parameters are the base
-    model's.
+    """Raise ValueError for optimizer state on NVMe: DeepSpeed 0.19.8 loads such a checkpoint
+    without an error, but with the base model's parameters.
     """
     if engine.zero_nvme_offload_optimizer() or (folder / "offloaded_tensors").exists():
         raise ValueError(
             f"{folder}: DeepSpeed does not read back the optimizer's state from NVMe "
             "(engine.offload.optimizer: nvme), so this "
-            "run cannot be resumed. Start anew in another `output`, with cpu if it must be; the "
-            "checkpoint can still be exported."
+            "run cannot be resumed. Start a new run in another `output`, with cpu in place of "
+            "nvme. The checkpoint can still be exported."
         )
 
 
@@ -412,14 +412,13 @@ def _refuse(folder: Path, shards: int) -> None:
     if not files or found != shards:
         raise ValueError(
             f"{folder}: found {len(files)} DeepSpeed files (*.pt), {found} of them with optimizer "
-            f"state, wanted that of {shards} "
-            "processes: the checkpoint is not whole."
+            f"state, wanted that of {shards} processes: the checkpoint is not whole."
         )
     for file in files:
         if not is_zipfile(file):
             raise ValueError(
-                f"{file}: no file that torch.save writes (a zip archive); it may be damaged, and "
-                "is refused."
+                f"{file}: found no zip archive, which torch.save writes. The file may be damaged, "
+                "so it is refused."
             )
         foreign = sorted(
             set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _EXPECTED_GLOBALS

@@ -1,17 +1,19 @@
-"""The state of one ZeRO layout (ranks, stage) re-partitioned for another: works on the files
+"""Re-partition the state of one ZeRO layout (ranks, stage) for another. Works on the files that
 DeepSpeed writes, on every rank.
 
-DeepSpeed 0.19.8 has a universal checkpoint of its own for this. It holds AdamW's two moments and
-nothing else (SGD: KeyError 'exp_avg'), has a form for stage 3 that stages 1 and 2 cannot read and
-the reverse, none for stage 0, and at stage 3 loads the first parameter group's weight decay into
-all of them. What is needed is less: every file says which piece of which parameter it holds, so the
-new engine writes a checkpoint of its fresh state, its pieces are overwritten with the old values,
-and it is loaded as any other.
+Every file says which piece of which parameter it holds. So the new engine writes a checkpoint of
+its fresh state, we overwrite its pieces with the old values, and the engine loads it as any other.
+
+DeepSpeed 0.19.8 has a universal checkpoint for this, which does not suffice. It holds AdamW's two
+moments and nothing else (SGD: KeyError 'exp_avg'). Stages 1 and 2 cannot read its form for stage 3
+and the reverse; stage 0 has none. At stage 3 it loads the first parameter group's weight decay into
+all groups.
 """
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,32 +44,19 @@ class Piece:
 
 class Shard:
     """One rank's part of the optimizer's state and of the fp32 parameters, as DeepSpeed's file
-    holds it.
+    holds it: flat tensors, one a group and key.
     """
 
-    def __init__(
-        self, content: dict[str, Any], shapes: list[Mapping[str, Any]], rank: int, world: int
-    ):
+    def __init__(self, content: dict[str, Any]):
         held = content["optimizer_state_dict"]
         # Stages 1 and 2 save the parameters without the last rank's padding, but not the
         # optimizer's state.
-        self.padding = (
-            held["group_paddings"] if "zero_stage" in held and "group_paddings" in held else None
-        )
-        if (
-            "fp32_flat_groups" in held
-        ):  # stage 3: every parameter in equal parts, the last ones padded
+        self.padding = held.get("group_paddings") if "zero_stage" in held else None
+        if _is_stage_3(held):
             self.flat, self.state = held["fp32_flat_groups"], held["optimizer_state_dict"]["state"]
-            self.places = [list(_stage_3(group, rank, world)) for group in shapes]
-        else:  # stages 1 and 2: all parameters in a row, parted where a rank's share ends
-            self.flat, self.state = (
-                held["single_partition_of_fp32_groups"],
-                held["base_optimizer_state"]["state"],
-            )
-            self.places = [
-                [(n, None, p.numel, p.start) for n, p in group.items()]
-                for group in held["param_slice_mappings"]
-            ]
+        else:
+            self.flat = held["single_partition_of_fp32_groups"]
+            self.state = held["base_optimizer_state"]["state"]
 
     def tensors(self, group: int) -> dict[str, Tensor]:
         """The flat tensors of a group by key; scalars (AdamW's step) have no dimension."""
@@ -79,8 +68,10 @@ class Shard:
 class Files:
     """A checkpoint folder of DeepSpeed's, whatever its layout.
 
-    Args: folder: with its `*.pt` files, which the caller has found to hold no code. order: names of
-        the trained parameters as the torch optimizer has them; only stage 0 needs it.
+    Args:
+        folder: with its `*.pt` files, which the caller has found to hold no code.
+        order: names of the trained parameters as the torch optimizer has them; only stage 0 needs
+            it.
 
     Attributes:
         pieces: of each parameter, in the order of their starts, with the rank that holds them.
@@ -96,12 +87,20 @@ class Files:
         if not self.paths:
             self.whole = _open(folder / "mp_rank_00_model_states.pt")
             return
-        shapes = _shapes(folder)
+        shapes, world = _shapes(folder), len(self.paths)
+        before: Counter[str] = Counter()  # elements of a parameter that earlier ranks hold
         for rank, path in enumerate(self.paths):
-            shard = Shard(_open(path), shapes, rank, len(self.paths))
-            self.shards.append(shard)
-            for piece in self._pieces(shard):
+            content = _open(path)
+            self.shards.append(Shard(content))
+            held = content["optimizer_state_dict"]
+            places = (
+                _stage_3(shapes, rank, world)
+                if _is_stage_3(held)
+                else _stages_1_and_2(held["param_slice_mappings"], before)
+            )
+            for piece in places:
                 self.pieces.setdefault(piece.name, []).append((rank, piece))
+                before[piece.name] += piece.numel
 
     @property
     def names(self) -> set[str]:
@@ -109,7 +108,7 @@ class Files:
 
     @property
     def scalars(self) -> dict[str, Tensor]:
-        """What the optimizer holds once for a parameter, the same for all: AdamW's step."""
+        """The optimizer's scalars, the same for every parameter: AdamW's step."""
         states = self.shards[0].state if self.paths else self.whole["optimizer"]["state"]
         some = next(iter(states.values()), {})
         return {
@@ -135,17 +134,6 @@ class Files:
                     )
         return {key: torch.cat(some) for key, some in parts.items()}
 
-    def _pieces(self, shard: Shard) -> Iterator[Piece]:
-        for group, places in enumerate(shard.places):
-            for name, start, numel, offset in places:
-                before = self.pieces.get(name, [])
-                start = (
-                    before[-1][1].start + before[-1][1].numel
-                    if start is None and before
-                    else start or 0
-                )
-                yield Piece(name, start, numel, group, offset)
-
 
 @torch.no_grad()  # some of the tensors in the files are parameters
 def fill(
@@ -154,9 +142,10 @@ def fill(
     """Overwrite this rank's files in `target`, those of a fresh engine, with the state in `source`,
     of any layout.
 
-    Args: order: names of the trained parameters as the torch optimizer has them. aliases: every
-        trained parameter's name, those of tied ones included, to the name the optimizer knows it
-        by.
+    Args:
+        order: names of the trained parameters as the torch optimizer has them.
+        aliases: every trained parameter's name, those of tied ones included, to the name the
+            optimizer knows it by.
 
     Raises:
         ValueError: the two are of different models or optimizers.
@@ -170,7 +159,7 @@ def fill(
         )
     if new.paths:
         content = torch.load(new.paths[rank], map_location="cpu", weights_only=False)
-        shard = Shard(content, _shapes(target), rank, len(new.paths))
+        shard = Shard(content)
         for name, places in new.pieces.items():
             mine = [piece for owner, piece in places if owner == rank and piece.numel]
             values = old.read(name) if mine else {}
@@ -185,7 +174,9 @@ def fill(
                 shard.state[group] |= {key: value.clone() for key, value in old.scalars.items()}
         _save(content, new.paths[rank])
     model = target / "mp_rank_00_model_states.pt"
-    if rank == 0 and model.exists():  # stage 3 has no such file: its parameters are in the others
+    if (
+        rank == 0 and model.exists()
+    ):  # one file for all ranks; stage 3 has no such file: its parameters are in the others
         content = torch.load(model, map_location="cpu", weights_only=False)
         for alias, name in aliases.items():
             parameter = content["module"][alias]
@@ -216,16 +207,38 @@ def _flat(shard: Shard, group: int, key: str) -> Tensor:
     return state[key].view(-1)
 
 
-def _stage_3(
-    shapes: Mapping[str, Any], rank: int, world: int
-) -> Iterator[tuple[str, int, int, int]]:
-    """(name, start, numel, offset) of a group's parameters."""
-    offset = 0
-    for name, shape in shapes.items():
-        whole = math.prod(shape)
-        part = -(-whole // world)
-        yield name, min(rank * part, whole), max(0, min(part, whole - rank * part)), offset
-        offset += part
+def _is_stage_3(held: Mapping[str, Any]) -> bool:
+    return "fp32_flat_groups" in held
+
+
+def _stages_1_and_2(
+    groups: Sequence[Mapping[str, Any]], before: Mapping[str, int]
+) -> Iterator[Piece]:
+    """A rank's pieces. All parameters stand in a row, which is parted where a rank's share ends: so
+    a piece starts where that of the rank before ends.
+
+    Args: groups: of each group DeepSpeed's fragments by name, whose `start` is the offset in this
+        rank's flat tensor. before: elements of each parameter that the ranks before hold.
+    """
+    for group, fragments in enumerate(groups):
+        for name, fragment in fragments.items():
+            yield Piece(name, before.get(name, 0), fragment.numel, group, fragment.start)
+
+
+def _stage_3(groups: Sequence[Mapping[str, Any]], rank: int, world: int) -> Iterator[Piece]:
+    """A rank's pieces. Every parameter is cut into as many equal parts as there are ranks, the last
+    ones padded.
+
+    Args: groups: of each group the parameters' shapes by name.
+    """
+    for group, shapes in enumerate(groups):
+        offset = 0
+        for name, shape in shapes.items():
+            whole = math.prod(shape)
+            part = -(-whole // world)
+            start = min(rank * part, whole)
+            yield Piece(name, start, min(part, whole - start), group, offset)
+            offset += part
 
 
 def _shapes(folder: Path) -> list[Mapping[str, Any]]:
@@ -239,7 +252,7 @@ def _open(path: Path) -> dict[str, Any]:
 def _save(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
-    os.replace(temporary, path)  # other ranks read it meanwhile
+    os.replace(temporary, path)  # whole at any moment: other ranks may be reading it
 
 
 def _rank_of(path: Path) -> int:

@@ -2,10 +2,11 @@
 
 balance = Balance(CoBa(window=40, warmup=15), ["code", "math"])
 for batch in loader:
-    balance.begin(task, valid_loss=probe())                                # task of every target
-    token of this rank's batch losses = F.cross_entropy(logits, labels, reduction="none")
-    balance.loss(losses, task).backward()                                  # once for each
-    micro-batch optimizer.step() balance.end()
+    balance.begin(task, valid_loss=probe())  # the task of each target token of this rank
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    balance.loss(losses, task).backward()    # once for each micro-batch
+    optimizer.step()
+    balance.end()
 """
 
 from collections.abc import Sequence
@@ -35,9 +36,12 @@ class Balance:
         tasks: K names, in the order of every (K,) array; a task's number is its place here.
         loss_weight: (K,) factors on the balancer's weights.
 
-    Attributes: holder: the balancer with its state (`holder.explain`). weights: (K,) float64, those
-        of the newest step. losses: (K,) float64, nats per target token of the last complete step,
-        nan = absent; None before. step: complete steps.
+    Attributes:
+        holder: the balancer with its state (`holder.explain`).
+        weights: (K,) float64, those of the newest step.
+        losses: (K,) float64, nats per target token of the last complete step, nan = absent; None
+            before.
+        step: complete steps.
     """
 
     def __init__(
@@ -47,23 +51,25 @@ class Balance:
         self.weights = self.holder.weights
         self.losses: np.ndarray | None = None
         self.step = 0
+        self._present = np.ones(len(tasks), dtype=bool)
         self._tokens: Tensor | None = None  # (K,) of the step that is open
         self._sums: Tensor | None = None
 
     def begin(self, task: Tensor, **signals: Any) -> np.ndarray:
         """Open a step: count its target tokens over all ranks, and set its weights. A collective.
 
-        Args: task: (T,) int64, the task of each target token of all of this rank's micro-batches; T
-            may be 0. signals: what the balancer reads and only the caller can measure, as
-            `balancers.Signals` names it:
-                `valid_loss` (`valid_base`, `valid_group`), `gram` ... Steps where nothing was
-                measured leave it out. Rank 0's count.
+        Args:
+            task: (T,) int64, the task of each target token of all of this rank's micro-batches; T
+                may be 0.
+            signals: what the balancer reads and only the caller can measure, as `balancers.Signals`
+                names it: `valid_loss` (`valid_base`, `valid_group`), `gram` ... Steps where nothing
+                was measured leave it out. Rank 0's count.
 
         Returns: (K,) float64, the weights.
 
-        Raises: ValueError: a signal that the balancer reads is never given, or one it does not read
-            is; a step is still
-                open.
+        Raises:
+            ValueError: a signal that the balancer reads is never given, or one it does not read is;
+                a step is still open.
         """
         if self._tokens is not None:
             raise ValueError(
@@ -90,6 +96,7 @@ class Balance:
         ):
             weights.copy_(torch.from_numpy(self.holder.weights))
         self.weights = comm.broadcast_(weights).numpy()
+        self._present = tokens.cpu().numpy() > 0
         self._tokens, self._sums = tokens, torch.zeros(k, dtype=torch.float64, device=tokens.device)
         return self.weights
 
@@ -123,6 +130,15 @@ class Balance:
         self._tokens = self._sums = None
         self.step += 1
         return self.losses
+
+    @property
+    def present_weight(self) -> float:
+        """The sum of the weights of the tasks that have a target in the newest step.
+
+        The present tasks' weights are used as they are (mtl/losses/terms.py), so with weights that
+        sum to 1 this is what is left of the loss where a task is absent.
+        """
+        return float(self.weights[self._present].sum())
 
     @property
     def is_open(self) -> bool:
@@ -164,7 +180,7 @@ class Balance:
         self.losses = None if state["losses"] is None else state["losses"].numpy()
 
     def _check(self, signals: dict[str, Any]) -> None:
-        needs, name = self.holder.balancer.needs, type(self.holder.balancer).__name__
+        needs, name = self.holder.balancer.needs, self.holder.balancer.public().__name__
         read = {flag.name.lower() for flag in needs & ~MEASURED_HERE}
         read |= {"valid_base", "valid_group"} if Signal.VALID_LOSS in needs else set()
         if not signals.keys() <= read:

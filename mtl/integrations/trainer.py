@@ -3,9 +3,10 @@ either.
 
     class BalancedTrainer(Balanced, Trainer): ...
 
-    trainer = BalancedTrainer(model, args, train_dataset=rows, eval_dataset={"code": ..., "math":
-    ...}, data_collator=...,
-                              balancer=CoBa(window=40, warmup=15), tasks=["code", "math"])
+    trainer = BalancedTrainer(
+        model, args, train_dataset=rows, eval_dataset={"code": ..., "math": ...},
+        data_collator=..., balancer=CoBa(window=40, warmup=15), tasks=["code", "math"],
+    )
 
 The training rows have a column `task` (a name, or its place in `tasks`). Everything else is the
 Trainer's.
@@ -38,21 +39,24 @@ class Balanced:
 
     The loss of an optimizer step is `sum_k w_k loss_k` with loss_k in nats per target token over
     all its micro-batches on all ranks, whatever `average_tokens_across_devices` says. The Trainer's
-    logs get `<task>/loss` and `<task>/weight`.
+    logs get `<task>/loss` and `<task>/weight`, and `present_weight` where a task is absent.
 
-    Args: balancer: the rule. It may read token counts, training losses and validation losses.
-        tasks: K names. task_column: the training rows' column that says which. loss_weight: (K,)
-        factors on the balancer's weights. probe_every: optimizer steps between validation probes,
-        where the balancer reads any. They take the rows of
-            `eval_dataset`, which then is a mapping from each task's name to its rows.
+    Args:
+        balancer: the rule. It may read token counts, training losses and validation losses.
+        tasks: K names.
+        task_column: the training rows' column that says which.
+        loss_weight: (K,) factors on the balancer's weights.
+        probe_every: optimizer steps between validation probes, where the balancer reads any. They
+            take the rows of `eval_dataset`, which then is a mapping from each task's name to its
+            rows.
         probe_groups: groups of whole rows each task's validation rows are cut into; a probe reads
             one of them. All are read once before the first step, for their initial losses.
         others: what the Trainer takes, by name or by position.
 
-    Raises: ValueError: what cannot be weighed by task: a collator that moves or cuts tokens, a loss
-        function of one's own,
-            label smoothing, torch's DataParallel, tensor, context or sequence parallelism, a
-            balancer that reads gradients.
+    Raises:
+        ValueError: what cannot be weighed by task: a collator that moves or cuts tokens, a loss
+            function of your own, label smoothing, torch's DataParallel, tensor, context or
+            sequence parallelism, a balancer that reads gradients.
     """
 
     def __init__(
@@ -236,6 +240,8 @@ class Balanced:
             ):
                 logs |= {f"{name}/loss": float(loss)} if np.isfinite(loss) else {}
                 logs[f"{name}/weight"] = float(weight)
+            if not np.isfinite(self.balance.losses).all():  # a task is absent
+                logs["present_weight"] = self.balance.present_weight
         super().log(logs, *others, **more)
 
     # --- validation

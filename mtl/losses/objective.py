@@ -1,18 +1,86 @@
 """Objectives: from a model and a micro-batch to per-task terms.
 
-An objective is one callable, `objective(forward, batch, k) -> Terms`. It calls `forward(**inputs)`
-itself (once or more), because which inputs a model needs and which logits are worth computing
-belong to the objective. `forward` is the engine's in training and the bare module's in evaluation.
+An objective is one callable, `objective(forward, batch, k) -> Terms`: a function with its keywords,
+or an instance of a class. It calls `forward(**inputs)` itself, once: which inputs a model needs and
+which logits are worth computing belong to it. `forward` is the engine's in training and the bare
+module's in evaluation. It may have, as attributes:
+
+    losses      names of its losses; the first is that of a task with rows. Default: ("loss",)
+    unit        what is counted: losses are nats for each of these. Default: "target token"
+    examples    examples(book, tokenizer, config) -> Examples: how rows are encoded and collated.
+                Default: next-token prediction
+    measures    name -> Measure: what validation reports beside losses. Default: none
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from mtl.data.collate import MicroBatch
+import numpy as np
+
+from mtl.data.examples import LOSS, Batch
 from mtl.losses.terms import Terms
 
-OBJECTIVES = {"causal_lm": "mtl.losses.causal_lm:causal_lm"}
+OBJECTIVES = {
+    "causal_lm": "mtl.losses.causal_lm:causal_lm",
+    "classification": "mtl.losses.classification:Classification",
+}
 
 
 class Objective(Protocol):
-    def __call__(self, forward: Callable, batch: MicroBatch, k: int) -> Terms: ...
+    def __call__(self, forward: Callable, batch: Batch, k: int) -> Terms: ...
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What validation reports of a task beside its loss, from sums over all its examples.
+
+    Attributes:
+        value: from a task's (m,) float64 sums, `Terms.measures[name][task]` added up, to a number;
+            nan where the task has none.
+        highest: whether more is better.
+    """
+
+    value: Callable[[np.ndarray], float]
+    highest: bool = True
+
+
+def ratio(sums: np.ndarray) -> float:
+    """The first sum over the second: such as right answers over all."""
+    return float(sums[0] / sums[1]) if sums[1] else float("nan")
+
+
+def losses_of(objective: Any) -> tuple[str, ...]:
+    return tuple(getattr(_plain(objective), "losses", (LOSS,)))
+
+
+def unit_of(objective: Any) -> str:
+    return getattr(_plain(objective), "unit", "target token")
+
+
+def measures_of(objective: Any) -> Mapping[str, Measure]:
+    return getattr(_plain(objective), "measures", {})
+
+
+def maker_of_examples(objective: Any) -> Callable[..., Any] | None:
+    """`examples(book, tokenizer, config)` of the objective; None: next-token prediction."""
+    return getattr(_plain(objective), "examples", None)
+
+
+def _plain(objective: Any) -> Any:
+    return getattr(objective, "func", objective)  # a partial hides its function's attributes
+
+
+class Objectives:
+    """A run's objectives as one: each batch goes to its own."""
+
+    def __init__(self, each: Sequence[Objective]):
+        self.each = list(each)
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        return {name: one for each in self.each for name, one in measures_of(each).items()}
+
+    def __call__(self, forward: Callable, batch: Batch, k: int) -> Terms:
+        terms = self.each[batch.objective](forward, batch, k)
+        return terms.silenced() if batch.is_dummy else terms

@@ -5,6 +5,13 @@ For task k over one optimizer step (all ranks, all micro-batches), in nats per t
     loss_k = sum of the token losses of k / number of target tokens of k
     loss   = sum_k w_k loss_k + sum of the penalties
 
+Where a task has no target in the whole batch, the others keep their weights: the loss is then
+smaller by that task's part. Bringing the rest to the sum would give a task another weight by the
+company that it happens to be drawn with, which over many batches is another weighting than the
+balancer's; it has no meaning where a sum is 0 or carries meaning (uncertainty weighting). What is
+left of the sum is logged (`train/present_weight`). So it is in the trainer, in `Balance` and in
+`Balanced`, which all end here.
+
 A penalty belongs to no task and no balancer weighs it: a mixture of experts' router loss, say. It
 is a number of each micro-batch, not a sum over tokens, so it is averaged over micro-batches by
 their target tokens, and, unlike the tasks' losses, it depends on how the global batch was cut.
@@ -21,14 +28,24 @@ from torch import Tensor
 class Terms:
     """What one micro-batch on one rank contributes to the tasks' losses.
 
-    Attributes: sums: (K,) float32, differentiable; summed token losses per task, in nats. counts:
-        (K,) int64; target tokens per task. penalties: by name, scalars, differentiable, each times
-        its coefficient; the same names in every micro-batch.
+    Attributes:
+        sums: (K,) float32, differentiable; summed losses per task, in nats.
+        counts: (K,) int64; what each is divided by: target tokens, examples or pairs.
+        penalties: by name, scalars, differentiable, each times its coefficient.
+        measures: by name, (K, m), what validation adds up for `objective.Measure`; the same names in
+            every micro-batch of an objective. Training ignores them.
     """
 
     sums: Tensor
     counts: Tensor
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def silenced(self) -> "Terms":
+        """The same forward, counting nothing: of a batch that stands in for examples not there."""
+        penalties = {name: penalty * 0 for name, penalty in self.penalties.items()}
+        measures = {name: sums * 0 for name, sums in self.measures.items()}
+        return Terms(self.sums * 0, self.counts * 0, penalties, measures)
 
     @classmethod
     def by_task(

@@ -14,11 +14,11 @@ from mtl.models.structure import blocks
 
 
 def compile_blocks(model: nn.Module, config: Config) -> None:
-    """Have each block compiled at its first call. In place: the names of parameters stay what
-    checkpoints and exports know.
+    """Compile each block at its first call. In place, so parameters keep the names that checkpoints
+    and exports know.
 
-    Blocks, not the whole: one is compiled for all, and what differs between micro-batches, the
-    number of targets that the head sees and the shape of the mask, is settled outside of them.
+    We compile blocks and not the whole model: one compilation serves all blocks. What differs
+    between micro-batches (the head's number of targets, the mask's shape) stays outside of them.
 
     Raises:
         ModelError: there is no compiler, or nothing to compile.
@@ -26,18 +26,15 @@ def compile_blocks(model: nn.Module, config: Config) -> None:
     place = f"{config.where('model.compile')}: model.compile: found true, wanted"
     if device().type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ModelError(
-            f"{place} a C++ compiler to do it with. Install g++, name one in CXX, or leave the key "
-            "out."
+            f"{place} a C++ compiler as well. Install g++, name one in CXX, or leave the key out."
         )
     if device().type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ModelError(
-            f"{place} Triton to do it with. Run: pip install triton; or leave the key out."
-        )
+        raise ModelError(f"{place} Triton as well. Run: pip install triton; or leave the key out.")
     _, layers = blocks(model)
     if not len(layers):
         raise ModelError(
-            f"{place} a model with a list of blocks, which {type(model).__name__} has not. Leave "
-            "the key out."
+            f"{place} a model with a list of blocks; {type(model).__name__} has none. Leave the "
+            "key out."
         )
     for layer in layers:
         layer.compile(dynamic=True)

@@ -1,13 +1,17 @@
 """The model: loaded, checked, fitted to the tokenizer. Anything `AutoModelForCausalLM` loads."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
@@ -15,39 +19,70 @@ from mtl.config import Config, ConfigError
 from mtl.distributed import comm, engine
 from mtl.losses import head
 from mtl.models import accelerate, adapters, quantize
-from mtl.models.errors import ModelError
+from mtl.models.errors import MissingKernel, ModelError
 from mtl.models.structure import dtype_of
 
 
-def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+class Family(NamedTuple):
+    """A kind of model of transformers.
+
+    Attributes:
+        auto: the class that loads it.
+        causal: whether it predicts next tokens: its head then runs on target positions only.
+        settings: entries of its configuration that are set.
+        options: further keywords of `from_pretrained`.
+    """
+
+    auto: Any
+    causal: bool
+    settings: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = {}
+
+
+CAUSAL = Family(AutoModelForCausalLM, True)
+
+
+def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CAUSAL) -> nn.Module:
     """Load the base model in the training dtype, add the LoRA adapter and activation checkpointing
     where asked.
 
     At ZeRO 3 no rank holds the whole model. A collective there.
 
     Raises:
-        ModelError: the model cannot be had, or cannot be trained on target positions only.
+        ModelError: the model cannot be loaded, or cannot be trained on target positions only.
     """
     if comm.rank() > 0:
         transformers_logging.disable_progress_bar()
     with engine.loading(config, comm.world()):
         with _refusals(config):
+            settings = _configuration(config, family)
             quantization = quantize.settings(
                 config.model.quantize, config.model.precision, engine.device()
             )
-            model = AutoModelForCausalLM.from_pretrained(
-                _name(config), **_origin(config), **_settings(config), **quantization
+            name, origin = _origin(config)
+            merges = config.adapter is not None and config.adapter.merge
+            how = _settings(config) | ({"dtype": torch.float32} if merges else {})
+            model = family.auto.from_pretrained(
+                name, config=settings, **origin, **how, **quantization, **family.options
             )
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers adds what it finds
+            found, hint = repr(name), f"It is an adapter: set model.adapter: {name}."
+            raise ModelError(config.error("model.name", found, "its base model", hint))
+        if merges:
+            model = adapters.add_up(model, config)
         if config.model.quantize:
             quantize.settle(model)
         # Still within: PEFT and transformers gather what they read (DoRA's norms, rows of an
         # embedding) only if they know of ZeRO 3.
-        adapted = _adapt(model, config, tokenizer)
-        head.install(adapted, config.model.loss_kernel)
+        adapted = _adapt(model, config, tokenizer, family)
+        if family.causal:
+            head.install(adapted, config.model.loss_kernel)
         return adapted
 
 
-def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def skeleton(
+    config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CAUSAL
+) -> nn.Module:
     """What `load` gives, on the meta device: every parameter's name, shape and dtype, and no weight
     is read.
 
@@ -55,30 +90,43 @@ def skeleton(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         ModelError: as `load`.
     """
     with _refusals(config):
-        settings = AutoConfig.from_pretrained(_name(config), **_origin(config))
+        settings = _configuration(config, family)
         quantization = quantize.settings(
             config.model.quantize, config.model.precision, torch.device("meta")
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, **_settings(config))
+            model = family.auto.from_config(settings, **_settings(config))
             if quantization:
                 AutoHfQuantizer.from_config(**quantization, pre_quantized=False).preprocess_model(
                     model, device_map=None
                 )
             # PEFT gives adapters the base model's dtype, but not on the meta device.
-            return _adapt(model, config, tokenizer).to(dtype_of(config.model.precision))
+            return _adapt(model, config, tokenizer, family).to(dtype_of(config.model.precision))
 
 
-def _name(config: Config) -> str:
-    return os.path.expanduser(config.model.name)
+def _configuration(config: Config, family: Family) -> PretrainedConfig:
+    """The model's own configuration, with the family's settings."""
+    name, origin = _origin(config)
+    settings = AutoConfig.from_pretrained(name, **origin)
+    kinds = getattr(settings, "architectures", None) or []
+    if family.causal and kinds and all(k.endswith("ForSequenceClassification") for k in kinds):
+        raise ModelError(
+            f"{config.where('model.name')}: model.name: found {kinds[0]}, a classifier, wanted a "
+            "causal language model: its classifier would run on token positions. For a classifier: "
+            "model.loader: sequence_classification, objective: classification."
+        )
+    for key, value in family.settings.items():
+        setattr(settings, key, value)
+    return settings
 
 
-def _origin(config: Config) -> dict[str, Any]:
-    return {"revision": config.model.revision, "trust_remote_code": config.model.allow_remote_code}
+def _origin(config: Config) -> tuple[str, dict[str, Any]]:
+    name, revision = adapters.base_of(config)
+    return name, {"revision": revision, "trust_remote_code": config.model.allow_remote_code}
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    # dtype always: transformers takes the checkpoint's otherwise.
+    # Always give the dtype: otherwise transformers takes the checkpoint's.
     return {
         "dtype": dtype_of(config.model.precision),
         "attn_implementation": config.model.attention,
@@ -87,7 +135,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def _refusals(config: Config) -> Iterator[None]:
-    """Say in our words, with the switch that helps, why transformers does not give a model."""
+    """Turn transformers' refusals into ModelErrors that name the switch that helps."""
     m = config.model
     try:
         yield
@@ -97,31 +145,39 @@ def _refusals(config: Config) -> Iterator[None]:
         text, hint = " ".join(str(e).split()), ""
         if "trust_remote_code" in text:
             text, hint = (
-                "it runs code that comes with it.",
+                "it needs code that comes with it.",
                 "If you trust that code: model.allow_remote_code: true.",
             )
         elif "gated" in text:
             hint = "Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN."
+        if m.attention and ("attn_implementation" in text or "FlashAttention" in text):
+            missing = isinstance(e, ImportError)
+            wanted = "a kernel that is installed" if missing else "one that this model has"
+            kind = MissingKernel if missing else ModelError
+            raise kind(config.error("model.attention", m.attention, wanted, text)) from e
         raise ModelError(
             f"{config.where('model.name')}: model.name: {m.name!r} could not be loaded as a causal "
             f"language model: {text} {hint}"
         ) from e
 
 
-def _adapt(model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def _adapt(
+    model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase, family: Family
+) -> nn.Module:
     """The loaded model made ready to train: checked, fitted to the tokenizer, with adapters and
     checkpointing.
     """
     try:
-        head.decoder_of(model)
+        if family.causal:
+            head.decoder_of(model)
     except TypeError as e:
         raise ModelError(
             f"{config.where('model.name')}: model.name: {e}, so the head cannot run on target "
             "positions only. Use another model."
         ) from e
     _fit_embeddings(model, config, len(tokenizer))
-    if config.model.lora is not None:
-        model = adapters.add(model, config)
+    if config.trains_adapter:
+        model = adapters.add(model, config, "CAUSAL_LM" if family.causal else "SEQ_CLS")
     if config.model.loss_kernel:
         accelerate.look_for_liger(model, config)
     if config.model.activation_checkpointing:
@@ -145,17 +201,18 @@ def _fit_embeddings(model: nn.Module, config: Config, tokens: int) -> None:
     rows = engine.shape(table)[0]
     if tokens <= rows:
         return
-    trained = config.model.lora.modules_to_save if config.model.lora else None
-    name = next(
-        name for name, part in model.named_modules() if part is model.get_input_embeddings()
-    ).rpartition(".")[2]
-    if trained is not None and name not in trained:
-        raise ModelError(
-            f"{config.where('model.lora')}: model.lora.modules_to_save: found {list(trained)}, "
-            f"wanted {name} in it (and the head, "
-            f"where it is not tied): the tokenizer has {tokens:,} tokens, the model {rows:,}, and "
-            "new rows that are neither "
-            "trained nor saved with the adapter would be noise."
-        )
+    names = list(dict.fromkeys(map(adapters.last, adapters.tables(model))))
+    if config.trains_adapter:
+        settings = adapters.saved(config)
+        if not all(adapters.saves_tables(model, settings)):
+            raise ModelError(
+                config.error(
+                    "model.lora.modules_to_save",
+                    str(sorted(settings.modules_to_save or ())),
+                    f"{' and '.join(names)} in it, tied or not",
+                    f"The tokenizer has {tokens:,} tokens, the model {rows:,}: new rows that are "
+                    "neither trained nor saved with the adapter would be noise.",
+                )
+            )
     # New rows are drawn around the mean of the old ones; without weights there is none.
     model.resize_token_embeddings(tokens, mean_resizing=not table.is_meta)

@@ -1,5 +1,5 @@
-"""Whether a model keeps packed sequences apart. Measured at start-up, because some architectures
-leak without a word.
+"""Whether a model keeps packed sequences apart. We measure it at the start, because some
+architectures leak silently.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ LENGTHS = (5, 9, 7)
 # Relative to the largest logit. In bf16 the same sequence in another shape differs by rounding
 # alone (4 % in SmolLM2-135M), so this catches wrong positions only; leaks are caught by LEAK.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
-# The same shapes and kernels: another first sequence may change nothing at all, in any dtype.
+# Same shapes, same kernels: another first sequence must not change the later ones, in any dtype.
 LEAK = 1e-5
 
 
@@ -27,8 +27,8 @@ class Isolation:
     """How far packed logits are from where they should be, relative to the largest logit.
 
     Attributes:
-        apart: three sequences packed in one row against each in a row of its own.
-        leak: the later sequences' logits in a row whose first sequence has other tokens.
+        apart: three sequences packed in one row, against each in its own row.
+        leak: how the later sequences' logits change when the first sequence has other tokens.
         tolerance: what `apart` may be in the model's dtype.
     """
 
@@ -61,7 +61,7 @@ def measure(engine: Engine, vocabulary: int) -> Isolation:
     dtype = next(p.dtype for p in parameters if p.is_floating_point())
     if not all(
         p.is_floating_point() for p in parameters
-    ):  # quantized: products are in bf16, whatever the rest is in
+    ):  # quantized: products are in bf16, whatever the other weights are
         dtype = torch.bfloat16
     return Isolation(
         apart=float((packed - apart).abs().max() / scale),
@@ -81,7 +81,8 @@ def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str],
     if wanted is False:
         return False
     found = measure(engine, vocabulary)
-    # Ranks on unlike hardware may differ about a borderline case, and must not pack unlike.
+    # Ranks on different hardware may measure a borderline case differently, but all must decide
+    # alike.
     holds = not comm.sum_(torch.tensor([float(not found.holds)])).item()
     figures = (
         f"packed differs from apart by {found.apart:.1e}, leak {found.leak:.1e} (of the "
@@ -101,7 +102,7 @@ def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str],
 
 def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:
     """(sum of lengths, vocabulary) float32: the sequences packed into one row, without autocast."""
-    # Each with a last token more, which `collate` takes for what is only predicted.
+    # Each gets one more token at its end, because `collate` cuts off what is only predicted.
     row = [(np.append(ids, 0), np.zeros(len(ids) + 1, dtype=bool), 0) for ids in sequences]
     batch = collate([row], pad_id=0, packed=True).to(engine.device)
     logits = engine.module(

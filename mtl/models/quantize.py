@@ -18,15 +18,13 @@ STORED = {"nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 def settings(
     kind: str | None, precision: str, device: torch.device
 ) -> dict[str, BitsAndBytesConfig]:
-    """How `from_pretrained` is told to quantize. What is not quantized has the dtype that the
-    precision says.
+    """Keywords that make `from_pretrained` quantize. Other weights have the dtype of the precision.
 
-    Beside the frozen weights nothing is left of peft's `prepare_model_for_kbit_training` to do:
-    LoRA freezes, checkpointing is non-reentrant, and norms, embeddings and head are fp32 where the
-    precision is `bf16_autocast`.
+    We do not need peft's `prepare_model_for_kbit_training`: LoRA freezes the weights, checkpointing
+    is non-reentrant, and norms, embeddings and head are fp32 with `bf16_autocast`.
 
     Raises:
-        ModelError: bitsandbytes is not installed, or cannot do it on this device.
+        ModelError: bitsandbytes is not installed, or does not work on this device.
     """
     if kind is None:
         return {}
@@ -39,7 +37,7 @@ def settings(
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": dtype,
     }
-    # It says at every product that int8 takes its input in fp16.
+    # Otherwise it warns at every product that int8 takes its input in fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         import bitsandbytes
@@ -51,7 +49,7 @@ def settings(
             tried.to(device)(torch.zeros(1, 64, dtype=dtype, device=device))
     except (
         Exception
-    ) as e:  # of any kind: what a broken library or a missing kernel raises is not documented
+    ) as e:  # any: what a broken library or a missing kernel raises is not documented
         text = " ".join(f"{type(e).__name__}: {e}".split())[:500]
         raise ModelError(
             f"{needs}, which does not work on {device}: {text} Install one that does, or leave the "
@@ -76,15 +74,14 @@ def quantized(model: nn.Module) -> list[nn.Module]:
 
 
 def settle(model: nn.Module) -> None:
-    """Have bitsandbytes' modules train as the configuration says, and keep what they add out of
+    """Make bitsandbytes' modules train as the configuration says, and keep what they add out of
     checkpoints.
 
     - Their 4-bit module takes the dtype of its first input for computing, whatever it was told.
-    - On CPUs with AVX512-BF16 its first evaluation lays the weights out anew, for a kernel without
-      a gradient: from then on what is trained before it gets none, in silence (bitsandbytes
-      0.50.2).
-    - Scales are saved beside weights. They are the base model's as these are, and 100 MB for 7B
-    parameters.
+    - On CPUs with AVX512-BF16 its first evaluation rearranges the weights for a kernel without a
+      gradient. From then on earlier layers silently get no gradient (bitsandbytes 0.50.2).
+    - It saves scales beside the weights. Both belong to the base model, and scales take 100 MB for
+      7B parameters.
     """
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -100,8 +97,8 @@ def settle(model: nn.Module) -> None:
 
 
 def stored_bytes(model: nn.Module, kind: str | None) -> dict[str, float]:
-    """Bytes of an element of each quantized weight, by the parameter's name: a skeleton has its
-    shape from before.
+    """Bytes of an element of each quantized weight, by the parameter's name. A skeleton keeps the
+    shapes from before quantization.
     """
     if kind is None:
         return {}

@@ -1,12 +1,15 @@
 """A trained model on disk, as a Hugging Face folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models import adapters
+from mtl.models.files import as_umask_says
 
 SHARD = "5GB"  # the largest file of a saved model
 
@@ -15,11 +18,13 @@ def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
     """Write the model, or its adapter, as a Hugging Face folder of safetensors with its tokenizer.
     A collective.
 
-    Rank 0 writes. Every tensor's shape is checked: parameters that ZeRO 3 holds in parts have shape
-    (0,) unless gathered.
+    Rank 0 writes. Every tensor's shape is checked, because parameters that ZeRO 3 partitions have
+    shape (0,) until they are gathered.
     """
     is_adapter = adapters.is_adapted(trained.module)
     state = trained.state_dict(trainable_only=is_adapter)
+    if is_adapter:  # PEFT asks for each name of a tied table
+        state |= {name: state[other] for name, other in _aliases(trained.module) if other in state}
 
     def write() -> None:
         if comm.rank() == 0:
@@ -29,5 +34,14 @@ def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
             else:
                 trained.module.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
             tokenizer.save_pretrained(folder)
+            as_umask_says(folder)
 
     comm.together(write)
+
+
+def _aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Of parameters that have several names: each further one, and the first."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) != name:
+            yield name, known

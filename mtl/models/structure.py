@@ -1,4 +1,4 @@
-"""What is asked of a model's structure: its blocks, its dtype."""
+"""What others need to know of a model's structure: its blocks, its dtype."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def blocks(module: nn.Module) -> tuple[str, Sequence[nn.Module]]:
-    """The name of a model's longest list of blocks, and these; none where it has no list."""
+    """The name of a model's longest list of blocks, and the blocks; empty without a list."""
     lists = [
         (name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList)
     ]

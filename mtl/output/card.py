@@ -1,10 +1,12 @@
-"""The model card: what an exported model was trained on, how, and with what result. Read from the
-run's own files.
+"""The model card: what an exported model was trained on, how, and with what result. It is read from
+the run's files.
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 import mtl
 from mtl.config import dump
@@ -13,81 +15,86 @@ from mtl.config import dump
 def card(checkpoint: Path, *, adapter: bool) -> str:
     """The text of a README.md, with the hub's metadata on top.
 
-    Args: checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it
-        the card says less. adapter: whether PEFT loads the folder, rather than transformers.
+    Args:
+        checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it the
+            card says less.
+        adapter: whether PEFT loads the folder, rather than transformers.
     """
     run = checkpoint.parent.parent
-    step = (
-        int(checkpoint.name.rpartition("-")[2])
-        if checkpoint.name.rpartition("-")[2].isdigit()
-        else None
-    )
+    number = checkpoint.name.rpartition("-")[2]
+    step = int(number) if number.isdigit() else None
+    library = {"library_name": "peft" if adapter else "transformers"}
     record = _json(run / "run.json")
     if not record:
-        return _page(
-            {"library_name": "peft" if adapter else "transformers"},
-            [f"# {checkpoint.name}", "", _made(None, step)],
-        )
-    config = record["config"]
-    base, balancer = config["model"]["name"], config["balancer"]
-    method = balancer if isinstance(balancer, str) else balancer["name"]
-    metadata = {
-        "base_model": base,
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["coba-mtl", "multitask", method.rpartition(":")[2]],
+        return _page(library, [f"# {checkpoint.name}", "", _made(None, step)])
+    config, tasks, base = record["config"], record["tasks"], _base(checkpoint)
+    losses = _losses(run / "metrics.jsonl", list(tasks), step)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    sections = {
+        "Tasks": _tasks(tasks, losses),
+        "Use": _code("python", *(_USE_ADAPTER if adapter else _USE_MODEL)),
+        "Balancer": _yaml({"balancer": config["balancer"]}),
+        "Config": [
+            "<details><summary>The experiment, with defaults</summary>",
+            "",
+            *_yaml(config),
+            "",
+            "</details>",
+        ],
+        "Versions": [versions],
     }
-    kind = "full fine-tuning" if config["model"]["lora"] is None else "LoRA"
+    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, base, step)]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", *body]
+    return _page(_metadata(config, base, library), lines)
+
+
+def _metadata(config: dict[str, Any], base: str | None, library: dict[str, str]) -> dict[str, Any]:
+    base = base or config["model"]["name"]
+    return {
+        # The hub refuses a card whose base model is a folder.
+        "base_model": None if Path(base).expanduser().exists() else base,
+        **library,
+        "pipeline_tag": "text-generation",
+        "tags": ["coba-mtl", "multitask", _method(config).rpartition(":")[2]],
+    }
+
+
+def _summary(record: dict[str, Any], base: str | None, step: int | None) -> str:
+    config = record["config"]
+    kind = "LoRA" if base else "full fine-tuning"
     if config["model"].get("quantize"):
         kind = f"LoRA on {config['model']['quantize']} weights"
-    lines = [
-        f"# {run.name or checkpoint.name}",
-        "",
-        f"`{base}` fine-tuned ({kind}) on {len(record['tasks'])} tasks at once, their losses "
-        f"balanced by {method}. {_made(record, step)}",
-        "",
-        "## Tasks",
-        "",
-        *_tasks(record["tasks"], _losses(run / "metrics.jsonl", list(record["tasks"]), step)),
-        "",
-        "## Use",
-        "",
-        "```python",
-        *(_USE_ADAPTER if adapter else _USE_MODEL),
-        "```",
-        "",
-        "## Balancer",
-        "",
-        "```yaml",
-        dump({"balancer": balancer}).rstrip(),
-        "```",
-        "",
-        "## Config",
-        "",
-        "<details><summary>The experiment, with defaults</summary>",
-        "",
-        "```yaml",
-        dump(config).rstrip(),
-        "```",
-        "",
-        "</details>",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-    ]
-    return _page(metadata, lines)
+    return (
+        f"`{base or config['model']['name']}` fine-tuned ({kind}) on {len(record['tasks'])} tasks "
+        f"at once, their losses balanced by {_method(config)}. {_made(record, step)}"
+    )
+
+
+def _method(config: dict[str, Any]) -> str:
+    balancer = config["balancer"]
+    return balancer if isinstance(balancer, str) else balancer["name"]
+
+
+def _code(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```"]
+
+
+def _yaml(value: dict[str, Any]) -> list[str]:
+    return _code("yaml", dump(value).rstrip())
 
 
 _USE_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""".splitlines()
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")""".splitlines()
 _USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""".splitlines()
+model = AutoPeftModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")""".splitlines()
 
 
 def _made(record: dict[str, Any] | None, step: int | None) -> str:
@@ -100,10 +107,8 @@ def _made(record: dict[str, Any] | None, step: int | None) -> str:
 def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -> list[str]:
     """A table; losses in nats per target token."""
     lines = [
-        (
-            "| task | training rows | target tokens | validation rows | validation loss before | here "
-            "|"
-        ),
+        "| task | training rows | target tokens | validation rows "
+        "| validation loss before | here |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, splits in tasks.items():
@@ -138,8 +143,13 @@ def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[f
     }
 
 
+def _base(checkpoint: Path) -> str | None:
+    """The base model that an adapter names; of a whole model None."""
+    return _json(checkpoint / "model" / "adapter_config.json").get("base_model_name_or_path")
+
+
 def _page(metadata: dict[str, Any], lines: list[str]) -> str:
-    return "\n".join(["---", dump(metadata).rstrip(), "---", "", *lines]) + "\n"
+    return "\n".join(["---", ModelCardData(**metadata).to_yaml(), "---", "", *lines]) + "\n"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -6,17 +6,18 @@
       checkpoints/
         latest                     name of the newest complete checkpoint; written last
         step-00000120/
-          engine/                  DeepSpeed's shards: weights, optimizer model/
-          the model (or adapter) as a Hugging Face folder, for use right away state.json
-          step, best so far, balancer, identity, layout (processes and ZeRO stage) state.safetensors
-          the balancer's arrays, initial validation losses, last train losses
+          engine/                  DeepSpeed's shards: weights, optimizer
+          model/                   the model (or adapter) as a Hugging Face folder, ready for use
+          state.json               step, best so far, balancer, identity, layout (processes, ZeRO)
+          state.safetensors        the balancer's arrays, initial validation losses, last losses
       model/                       the exported model, at the end
 
-Data order, learning rate and randomness are functions of seed, step and rank: nothing of them is
+Data order, learning rate and randomness are functions of seed, step and rank, so none of them is
 saved.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from mtl.output.state import RunState
 
 FORMAT = 1
 SCRATCH = ".resharded"
+STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 
 class CheckpointError(ValueError):
@@ -60,11 +62,15 @@ def check_output(output: Path, resume: bool) -> None:
 class Checkpoints:
     """Checkpoints of one run.
 
-    Args: output: the run's folder. keep: how many of the newest checkpoints stay; the best one
-        stays beside them. identity: what a run must share with a checkpoint to go on from it
-        exactly: dotted name -> plain value. tokenizer: goes with every exported model. layout:
-        {"processes": ..., "zero": ...}: how the engine's state is partitioned. Another one is no
-        obstacle. say: takes what is done otherwise than asked for.
+    Args:
+        output: the run's folder.
+        keep: how many of the newest checkpoints stay; the best one stays beside them.
+        identity: dotted name to plain value: what a run must share with a checkpoint to go on from
+            it exactly.
+        tokenizer: goes with every exported model.
+        layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
+            of another layout is re-partitioned.
+        say: takes messages for people about what differs from what was asked for.
 
     Attributes:
         best: name of the best checkpoint's folder so far.
@@ -92,7 +98,7 @@ class Checkpoints:
         """
         name = f"step-{state.step:08d}"
         folder = self.folder / name
-        # A run killed while it wrote this very step may have left files, of other processes too.
+        # A run that was killed while it wrote this step may have left files of any process.
         comm.together(
             lambda: shutil.rmtree(folder, ignore_errors=True) if comm.rank() == 0 else None
         )
@@ -130,8 +136,9 @@ class Checkpoints:
         """Continue from the newest complete checkpoint; there must be one. A collective.
 
         Raises:
-            CheckpointError: it is of other tasks, data, batches or model. Nothing has been touched.
-            ValueError: it is of another balancer.
+            CheckpointError: it belongs to other tasks, data, batches or another model. Nothing has
+                been touched.
+            ValueError: it belongs to another balancer.
         """
         folder = self.latest()
         assert folder is not None, "ask latest() first"
@@ -156,14 +163,20 @@ class Checkpoints:
             shards = record["layout"]["processes"] if record["layout"]["zero"] else 0
             engine.reshard(folder / "engine", self.folder / SCRATCH, shards)
         self.best = record["best"]
+        before, now = record["identity"][STEPS], self.identity[STEPS]
+        if before != now:
+            self.say(
+                f"{folder.name} is of a run of {before:,} steps, which now has {now:,}: from here "
+                "on its learning rate is that of a run of this length"
+            )
         return RunState(
             **record["run"],
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
         )
 
     def check_beginning(self) -> None:
-        """Raise CheckpointError where a run that was stopped before its first checkpoint was
-        another one.
+        """Raise CheckpointError where the folder holds another run, stopped before its first
+        checkpoint.
         """
         beginning = self.output / "run.json"
         if beginning.is_file():
@@ -184,7 +197,7 @@ class Checkpoints:
             move = (
                 f"Write one of {others} into it."
                 if others
-                else "There is none: start anew in another `output:` folder."
+                else "There is none: start a new run in another `output:` folder."
             )
             raise CheckpointError(
                 f"{pointer}: found {folder.name}, wanted the name of a complete checkpoint: "
@@ -193,7 +206,7 @@ class Checkpoints:
         return folder
 
     def exported(self, which: str) -> Path:
-        """The checkpoint to export: "best" (the last one, where none was better than the start) or
+        """The checkpoint to export: "best" (where none beat the start, the last one) or
         "last".
         """
         return self.folder / self.best if which == "best" and self.best else self.latest()
@@ -207,6 +220,8 @@ class Checkpoints:
         differs = [
             k for k in sorted({*theirs, *self.identity}) if theirs.get(k) != self.identity.get(k)
         ]
+        if STEPS in differs and theirs.get(STEPS, math.inf) < self.identity[STEPS]:
+            differs.remove(STEPS)
         if differs:
             lines = "\n".join(
                 f"  {k}: checkpoint {theirs.get(k)!r}, now {self.identity.get(k)!r}"
@@ -220,7 +235,7 @@ class Checkpoints:
     def _point_and_prune(self, name: str) -> None:
         write_text(self.folder / "latest", name)
         folders = sorted(p.name for p in self.folder.glob("step-*"))
-        # What stands after this one was being written when a run was killed.
+        # A folder after this one was being written when a run was killed.
         kept = {self.best, *folders[: folders.index(name) + 1][-self.keep :]}
         for folder in folders:
             if folder not in kept:
@@ -231,7 +246,7 @@ class Checkpoints:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a whole file, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as f:

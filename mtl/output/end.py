@@ -17,7 +17,9 @@ def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]
     which = config.export.which
     if which != "none":
         source = checkpoints.exported(which)
-        print(
-            f"{which} model, of {source.name}: "
-            f"{export(source, checkpoints.output / 'model', config.export.dtype)}"
-        )
+        what = f"{which} model"
+        if which == "best" and checkpoints.best is None:
+            key = config.evaluate.best
+            what = f"no step was better than the start (by evaluate.best: {key}): last model"
+        made = export(source, checkpoints.output / "model", config.export.dtype)
+        print(f"{what}, of {source.name}: {made}")

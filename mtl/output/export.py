@@ -7,13 +7,19 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import mtl
+from mtl.models.files import as_umask_says
 from mtl.output import card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "adapter_config.json"
+# A wrong name, no token, a refusal; and no network, whose class is that of the hub's HTTP library.
+_HUB_ERRORS = (HFValidationError, LocalTokenNotFoundError, *HfHubHTTPError.__bases__)
 
 
 class ExportError(ValueError):
@@ -31,19 +37,20 @@ def export(
     """Write a checkpoint's model, or adapter, as a Hugging Face folder with tokenizer and model
     card.
 
-    The target appears whole or not at all; an older export is replaced, anything else is not.
+    The target appears whole or not at all. It replaces an older export, and nothing else.
 
     Args:
-        checkpoint: a folder `step-...` of a run.
+        checkpoint: a folder `step-...` of a run, or an adapter's.
         target: where to; its parent is made.
         dtype: "fp32", "bf16", or None: as trained.
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
 
-    Raises: ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or
-        `target` is something else.
+    Raises:
+        ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or `target`
+            is something else.
     """
-    source = checkpoint / "model"
+    source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / "model"
     is_adapter = (source / ADAPTER).is_file()
     if not is_adapter and not (source / "config.json").is_file():
         raise ExportError(
@@ -52,7 +59,8 @@ def export(
         )
     if merge and not is_adapter:
         raise ExportError(
-            f"{checkpoint}: found a whole model, wanted an adapter to merge. Leave merging out."
+            f"{checkpoint}: found a whole model, wanted an adapter to merge. Export it without "
+            "merging."
         )
     if (
         target.exists()
@@ -67,7 +75,7 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     if merge:
-        _merge(source, temporary, dtype, allow_remote_code)
+        whole(source, temporary, dtype, allow_remote_code)
     else:
         shutil.copytree(source, temporary)
         if dtype is not None:
@@ -75,9 +83,41 @@ def export(
     (temporary / "README.md").write_text(
         card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
     )
+    as_umask_says(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     return target
+
+
+def push(folder: Path, repo: str, *, public: bool = False) -> str:
+    """Upload an exported folder to a repository on the hub, which is made where there is none.
+
+    Args:
+        folder: what `export` wrote.
+        repo: `owner/name`, or `name` of whoever is logged in (`hf auth login`, or HF_TOKEN).
+        public: whether a new repository may be seen by everyone. One that exists stays as it is.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ExportError: the hub refuses.
+    """
+    api = HfApi()
+    try:
+        found = api.create_repo(repo, private=not public, exist_ok=True)
+        made = api.upload_folder(
+            repo_id=found.repo_id,
+            folder_path=folder,
+            commit_message=f"Upload a model made by coba-mtl {mtl.__version__}",
+        )
+    except _HUB_ERRORS as e:
+        text = " ".join(str(e).split())[:500]
+        raise ExportError(
+            f"--push {repo}: the hub refused {folder}: {text} The folder is written; log in with "
+            "`hf auth login` or set HF_TOKEN, and try again."
+        ) from e
+    return made.commit_url
 
 
 def _cast(folder: Path, dtype: str) -> None:
@@ -94,7 +134,7 @@ def _cast(folder: Path, dtype: str) -> None:
         ("model.safetensors.index.json", ("metadata", "total_size")),
     ):
         path = folder / name
-        if path.exists():  # an adapter has no config, a small model no index
+        if path.exists():  # an adapter has no config, and a small model no index
             content = json.loads(path.read_text(encoding="utf-8"))
             inner = content
             for key in keys[:-1]:
@@ -105,7 +145,12 @@ def _cast(folder: Path, dtype: str) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _merge(source: Path, target: Path, dtype: str | None, allow_remote_code: bool) -> None:
+def whole(source: Path, target: Path, dtype: str | None, allow_remote_code: bool) -> None:
+    """Write an adapter's base with the adapter added, as `export` does.
+
+    Raises:
+        ModelError: the base model cannot be had.
+    """
     from mtl.models import (
         adapters,
         save,

@@ -1,4 +1,4 @@
-"""What a run is made of: written down before its first step, and compared when it goes on."""
+"""What a run is made of: recorded before its first step, and compared when it resumes."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 
 from mtl.config import Config
 from mtl.data.encoded import TaskData
-from mtl.output.checkpoint import FORMAT
+from mtl.output.checkpoint import FORMAT, STEPS
 
 PACKAGES = (
     "torch",
@@ -23,9 +23,26 @@ PACKAGES = (
 )
 # What the exact continuation of a run depends on. The balancer checks its own settings and tasks.
 DECIDES = (
-    "model.name", "model.revision", "model.precision", "model.lora", "model.quantize", "objective", "mix", "batch.examples",
-    "train", "optimizer", "schedule", "evaluate.every", "evaluate.best", "evaluate.probe", "evaluate.patience", "gram",
-)  # fmt: skip
+    "model.name",
+    "model.revision",
+    "model.loader",
+    "model.adapter",
+    "model.precision",
+    "model.lora",
+    "model.quantize",
+    "objective",
+    "mix",
+    "batch.examples",
+    "train.seed",
+    "train.from",
+    "optimizer",
+    "schedule",
+    "evaluate.every",
+    "evaluate.best",
+    "evaluate.probe",
+    "evaluate.patience",
+    "gram",
+)
 
 
 def record(
@@ -58,7 +75,7 @@ def record(
     }
 
 
-def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
+def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any]:
     """Name to plain value: what a checkpoint and the run that goes on from it must share."""
     resolved = config.resolved()
     same: dict[str, Any] = {}
@@ -72,7 +89,11 @@ def identity(config: Config, tasks: list[TaskData]) -> dict[str, Any]:
             same[f"tasks.{task.name}.{key}"] = resolved["tasks"][task.name][key]
         same[f"tasks.{task.name}.train (content)"] = task.train.fingerprint
         same[f"tasks.{task.name}.validation (content)"] = task.validation.fingerprint
-    return {"tasks": [task.name for task in tasks], **same}
+    for name, task in resolved["tasks"].items():
+        for key in ("of", "loss", "objective"):
+            if task[key] is not None:
+                same[f"tasks.{name}.{key}"] = task[key]
+    return {"tasks": list(config.tasks), STEPS: steps, **same}
 
 
 def _git_revision() -> str | None:
@@ -90,4 +111,4 @@ def _git_revision() -> str | None:
             command, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the versions above still tell
+        return None  # not a checkout, or no git: the versions are recorded all the same

@@ -3,6 +3,8 @@ README.
 """
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +32,63 @@ class History:
     weights: np.ndarray
 
 
+def histories(outputs: Sequence[Path]) -> dict[str, History]:
+    """The curves of runs of the same tasks, by what their paths do not share.
+
+    Raises:
+        ValueError: a folder that is no run or is given twice; runs of unlike tasks.
+    """
+    names = _names(outputs)
+    found = {name: read(output) for name, output in zip(names, outputs, strict=True)}
+    (first, known), *others = found.items()
+    for name, history in others:
+        if set(history.tasks) != set(known.tasks):
+            raise ValueError(
+                f"{name}: found a run of {', '.join(history.tasks)}, wanted one of the tasks of "
+                f"{first}, {', '.join(known.tasks)}. Report runs of unlike tasks apart."
+            )
+    return found
+
+
+def _names(outputs: Sequence[Path]) -> list[str]:
+    """Each path without the folders that all of them begin and end with: s0/run s1/run -> s0 s1."""
+    paths = [Path(os.path.abspath(output)).parts for output in outputs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise ValueError(f"{outputs[i]}: found this run twice, wanted it once.")
+    if len(paths) == 1:
+        return [paths[0][-1]]
+    start = _shared(paths)
+    end = _shared([path[start:][::-1] for path in paths])
+    if any(len(path) == start + end for path in paths):  # one path begins, or ends, with another
+        start, end = start - 1, 0
+    return ["/".join(path[start : len(path) - end]) for path in paths]
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many parts all paths begin with."""
+    count = 0
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        count += 1
+    return count
+
+
 def read(output: Path) -> History:
-    """Raises ValueError where the run has no metrics yet."""
+    """Raises ValueError where the run has no metrics yet, or a line that is no JSON."""
     path = Path(output) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted the folder of a run (its `output:`).")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as e:
+            raise ValueError(
+                f"{path}:{number}: found a torn line ({e}), wanted a JSON object. The run was cut "
+                "off there: its next --resume repairs the file; or remove the line."
+            ) from e
     evals = [r for r in records if "eval/macro" in r]
     trains = [r for r in records if "train/loss" in r]
     if not evals:
@@ -105,13 +158,13 @@ def figure(runs: dict[str, History], path: Path) -> None:
         from matplotlib import pyplot as plt
     except ImportError as e:
         raise ValueError("matplotlib is not installed: pip install 'coba-mtl[plot]'.") from e
-    tasks = next(iter(runs.values())).tasks
     fig, axes = plt.subplots(
         2, len(runs), figsize=(4.6 * len(runs), 6), sharex=True, sharey="row", squeeze=False
     )
     for column, (name, history) in enumerate(runs.items()):
         ratios = history.eval_losses / history.eval_losses[0]
-        for k, task in enumerate(tasks):
+        for task in next(iter(runs.values())).tasks:  # in one order, so in the same colours
+            k = history.tasks.index(task)
             (line,) = axes[0, column].plot(history.eval_steps, ratios[:, k], label=task)
             best = int(ratios[:, k].argmin())
             axes[0, column].plot(

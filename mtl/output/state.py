@@ -1,4 +1,4 @@
-"""Where a run is: everything but weights, optimizer and balancer that its next step depends on."""
+"""Where a run stands."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,22 @@ import numpy as np
 
 @dataclass
 class RunState:
-    """Where a run is. Everything but weights, optimizer and balancer that the next step depends on.
+    """Everything that a run's next step depends on, but weights, optimizer and balancer.
 
-    Attributes: step: optimizer updates completed. target_tokens: target tokens trained on. best:
-        {"step": ..., "value": ...} of the validation loss that picks the best checkpoint.
-        evaluated: step of the last full validation pass; -1 before the first. metrics_bytes: length
-        of metrics.jsonl, to cut it back on resume. base_sums, base_tokens: (K, G) float64, the full
-        pass at step 0. train_loss: (K,) float64, nats per target token of the last update.
+    Attributes:
+        step: optimizer updates completed.
+        target_tokens: target tokens trained on.
+        best: {"step": ..., "value": ...} of the validation loss that picks the best checkpoint.
+        evaluated: step of the last full validation pass; -1 before the first.
+        metrics_bytes: length of metrics.jsonl, to cut it back on resume.
+        base_sums, base_tokens: (K, G) float64, the full pass at step 0.
+        train_loss: (K,) float64, nats per target token of the last update.
         replay_loss: (K,) float64, the same examples once more after it, where the balancer asks.
-        weights: (K,) float64, those of the last update. lowest: (K,) float64, the lowest loss on a
-        full pass so far, nats per target token. stalled: (K,) float64, full passes since. held:
-        (K,) float64, the part of all weights at which a task that is done is held; nan = not held.
+        weights: (K,) float64, those of the last update.
+        lowest: (K,) float64, the lowest loss on a full pass so far, nats per target token.
+        stalled: (K,) float64, full passes since.
+        held: (K,) float64, the part of all weights at which a task that is done is held; nan = not
+            held.
     """
 
     step: int = 0

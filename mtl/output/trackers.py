@@ -1,17 +1,19 @@
-"""Where numbers go. A tracker is a class with `log`, `say` and `close`; only rank 0 has any.
+"""Where numbers go. A tracker is a class with `log`, `say` and `close`. Only rank 0 has trackers.
 
 Tags: `train/<task>/loss`, `train/<task>/weight`, `eval/<task>/loss`, `eval/macro`,
 `<balancer>/<task>/slope` ... Losses are nats per target token. Everything logged under step t was
 measured at the parameters after t optimizer updates.
 """
 
+import importlib.util
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -19,6 +21,10 @@ TRACKERS = {
     "console": "mtl.output.trackers:Console",
     "jsonl": "mtl.output.trackers:Jsonl",
     "tensorboard": "mtl.output.trackers:TensorBoard",
+    **{
+        name: f"mtl.output.trackers:{name}"
+        for name in ("wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")
+    },
 }
 
 
@@ -108,9 +114,9 @@ class TensorBoard:
             raise ValueError(
                 "trackers: tensorboard is not installed: pip install 'coba-mtl[tensorboard]'."
             ) from e
-        # Events after `start` are of the run that was cut off there. Those at it stay, or its
-        # validation would be lost: a resumed run does not repeat it. The training events of that
-        # step then stand twice, with the same numbers.
+        # Events after `start` belong to the run that was stopped, so they go. Events at `start`
+        # stay: a resumed run does not repeat the validation of that step. Its training events then
+        # appear twice, with the same numbers.
         self.writer = SummaryWriter(
             str(output / "tensorboard"), purge_step=start + 1 if start else 0
         )
@@ -126,6 +132,73 @@ class TensorBoard:
         self.writer.close()
 
 
+class Library:
+    """Another library's tracker, through `accelerate.tracking`. The run's configuration goes along.
+
+    Args:
+        library: its name in accelerate, which is that of its package.
+        naming: the keyword by which it takes the run's name; None where it has none.
+        project: the project, or experiment, that the run belongs to.
+        keywords: go to the library's own start (`wandb.init` and the like).
+
+    Raises:
+        ValueError: the library is not installed.
+    """
+
+    def __init__(
+        self,
+        library: str,
+        naming: str | None,
+        output: Path,
+        steps: int,
+        start: int = 0,
+        project: str = "coba-mtl",
+        **keywords: Any,
+    ):
+        if importlib.util.find_spec(library) is None:
+            package = library.replace("_", "-")
+            raise ValueError(f"trackers: {library} is not installed: pip install {package}.")
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # accelerate's logger wants it; it takes the process group that there is
+        named = {naming: Path(output).resolve().name} if naming else {}
+        self.tracker = LOGGER_TYPE_TO_CLASS[library](project, **{**named, **keywords})
+        self.tracker.start()
+        record = Path(output) / "run.json"
+        if record.is_file():
+            config = json.loads(record.read_text(encoding="utf-8"))["config"]
+            self.tracker.store_init_configuration(dict(_flat(config)))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {tag: float(value) for tag, value in values.items() if math.isfinite(value)}
+        self.tracker.log(finite, step=step)
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.tracker.finish()
+
+
+wandb = partial(Library, "wandb", "name")
+mlflow = partial(Library, "mlflow", "run_name")
+trackio = partial(Library, "trackio", "name")
+comet_ml = partial(Library, "comet_ml", None)
+clearml = partial(Library, "clearml", "task_name")
+swanlab = partial(Library, "swanlab", "experiment_name")
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """{"model": {"name": "x"}} -> ("model.name", "x"); what is no plain value as its text."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            plain = value is None or isinstance(value, bool | int | float | str)
+            yield f"{above}{key}", value if plain else json.dumps(value)
+
+
 def metrics_bytes(output: Path) -> int:
     """Length of metrics.jsonl now."""
     path = output / "metrics.jsonl"
@@ -133,9 +206,7 @@ def metrics_bytes(output: Path) -> int:
 
 
 def truncate_metrics(output: Path, length: int) -> None:
-    """Cut metrics.jsonl back to what a checkpoint knew of it, so that no step stands in it
-    twice.
-    """
+    """Cut metrics.jsonl back to its length at the checkpoint, so that no step appears twice."""
     if metrics_bytes(output) > length:
         os.truncate(output / "metrics.jsonl", length)
 

@@ -5,18 +5,19 @@ probe p reads group p mod G of every task, and the full pass reads everything. S
 step 0 gives each group's initial loss, and slopes can be fitted within groups.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mtl.data.batches import ValidationGroups
-from mtl.data.collate import MicroBatch
+from mtl.data.examples import Batch
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
-from mtl.losses.objective import Objective
+from mtl.losses.objective import Measure, Objective
 from mtl.train.step import GlobalBatch
 
 # micro-batches made before their forwards: ranks agree that none failed to, and all need not fit in
@@ -26,12 +27,17 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Summed token losses (nats) and target tokens, (K, parts of the validation) float64 each, over
-    all ranks.
+    """What a pass over validation rows found, over all ranks.
+
+    Attributes:
+        sums: (K, parts of the validation rows) float64, summed losses in nats.
+        tokens: as many, what they are divided by: target tokens, or examples.
+        measures: name -> (K, m) float64, what the objective added up.
     """
 
     sums: np.ndarray
     tokens: np.ndarray
+    measures: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def losses(self) -> np.ndarray:
@@ -43,10 +49,8 @@ class ValidationResult:
         with np.errstate(invalid="ignore"):
             return self.sums[:, g] / self.tokens[:, g]
 
-    def summary(self, names: list[str]) -> dict[str, float]:
-        """Every loss a run may be judged by: each task's, their mean (macro), the token mean
-        (token) and the worst.
-        """
+    def summary(self, names: Sequence[str]) -> dict[str, float]:
+        """The losses a run may be judged by: each task's, their mean, the token mean, the worst."""
         losses = self.losses
         return {
             **dict(zip(names, losses.tolist(), strict=True)),
@@ -54,6 +58,17 @@ class ValidationResult:
             "token": float(self.sums.sum() / self.tokens.sum()),
             "worst": float(losses.max()),
         }
+
+    def measured(self, names: Sequence[str], kinds: Mapping[str, Measure]) -> dict[str, float]:
+        """`task/name` of every measure a task has, and `name`: its mean over these tasks."""
+        found: dict[str, float] = {}
+        for name, sums in self.measures.items():
+            each = {task: kinds[name].value(row) for task, row in zip(names, sums, strict=True)}
+            each = {task: value for task, value in each.items() if not np.isnan(value)}
+            found |= {f"{task}/{name}": value for task, value in each.items()}
+            if each:
+                found[name] = float(np.mean(list(each.values())))
+        return found
 
 
 def full_pass(
@@ -80,19 +95,23 @@ def _pass(
     k: int,
 ) -> ValidationResult:
     totals = torch.zeros(2, k, len(groups), dtype=torch.float64, device=engine.device)
+    measures: dict[str, Tensor] = {}
     engine.eval()
     with torch.no_grad():
         for column, group in enumerate(groups):
             coming = validation.group(group)
-            some: list[MicroBatch] | None = None
+            some: list[Batch] | None = None
             while some is None or len(some) == AT_ONCE:
                 some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023 (called at once)
                 for micro in some:
                     terms = objective(engine.evaluate, micro.to(engine.device), k)
                     totals[0, :, column] += terms.sums
                     totals[1, :, column] += terms.counts
+                    for name, sums in terms.measures.items():
+                        measures[name] = measures.get(name, 0.0) + sums.double()
     sums, tokens = comm.sum_(totals).cpu().numpy()
-    return ValidationResult(sums, tokens)
+    added = {name: comm.sum_(measures[name]).cpu().numpy() for name in sorted(measures)}
+    return ValidationResult(sums, tokens, added)
 
 
 def replay(engine: Engine, objective: Objective, batch: GlobalBatch, k: int) -> np.ndarray:

@@ -85,28 +85,38 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     if state.base_sums is None:
         state.base_sums, state.base_tokens = validation.sums, validation.tokens
     summary = validation.summary(run.names)
+    measured = validation.measured(run.names, run.objective.measures)
     values = {f"eval/{name}/loss": summary[name] for name in run.names}
     values |= {f"eval/{what}": summary[what] for what in ("macro", "token", "worst")}
+    values |= {f"eval/{what}": value for what, value in measured.items()}
     _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
     if run.patience:
         for text in run.patience.observe(state, validation.losses, run.names):
             _say(run, f"step {state.step}/{run.steps}  {text}")
-
-    key = run.config.evaluate.best
-    if not np.isfinite(summary[key]):
-        raise ValueError(
-            f"validation at step {state.step}: {key} (evaluate.best) is {summary[key]}: {summary}"
-        )
-    if state.best is None or summary[key] < state.best["value"]:
-        state.best = {"step": state.step, "value": summary[key]}
+    _judge(run, state, summary | measured)
     return validation
+
+
+def _judge(run: Run, state: RunState, summary: dict[str, float]) -> None:
+    """Put into the state whether this pass is the best so far, by `evaluate.best`."""
+    key = run.config.evaluate.best
+    value = summary.get(key, np.nan)
+    if not np.isfinite(value):
+        raise ValueError(
+            f"validation at step {state.step}: {key} (evaluate.best) is {value}: {summary}"
+        )
+    kind = run.objective.measures.get(key.rpartition("/")[2])
+    sign = -1 if kind is not None and kind.highest else 1
+    if state.best is None or sign * value < sign * state.best["value"]:
+        state.best = {"step": state.step, "value": value}
 
 
 def _train_values(
     names: list[str], weights: np.ndarray, report: StepReport, batch: GlobalBatch, holder: Holder
 ) -> dict[str, float]:
     present = ~np.isnan(report.losses)
-    values = {
+    values = {} if present.all() else {"train/present_weight": float(weights[present].sum())}
+    values |= {
         "train/loss": float(
             (weights * report.losses)[present].sum() + sum(report.penalties.values())
         )
@@ -118,7 +128,7 @@ def _train_values(
         values[f"train/{name}/tokens"] = int(batch.tokens[i])
     values["train/positions"] = batch.positions
     values["train/grad_norm"] = report.grad_norm
-    method = type(holder.balancer).__name__.lower()
+    method = holder.balancer.public().__name__.lower()
     for what, array in holder.explain.items():
         if np.ndim(array) == 0:
             values[f"{method}/{what}"] = float(array)

@@ -1,36 +1,56 @@
 """The torch optimizer of a model, as `optimizer:` of the YAML says."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from mtl.config import Config
+from mtl.config import Config, ConfigError
 from mtl.distributed.engine import shape
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters: matrices decay; vectors (norms, biases) do not, as is usual."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if len(shape(p)) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if len(shape(p)) < 2], "weight_decay": 0.0},
+def parameter_groups(
+    model: nn.Module, weight_decay: float, scale: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Trainable parameters: matrices decay; vectors (norms, biases) do not, as is usual.
+
+    Args:
+        scale: factors on the learning rate, by a regular expression that is searched for in the
+            names; of several that match the first counts.
+
+    Raises:
+        ValueError: an expression matches no trainable parameter.
+    """
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    unmatched = [x for x in scale or () if not any(re.search(x, name) for name in trainable)]
+    if unmatched:
+        some = ", ".join(list(trainable)[-3:])
+        raise ValueError(
+            f"found {unmatched[0]!r}, which matches no trainable parameter, wanted an expression "
+            f"for names such as {some}"
+        )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in trainable.items():
+        factor = next((f for x, f in (scale or {}).items() if re.search(x, name)), 1.0)
+        decay = weight_decay if len(shape(p)) >= 2 else 0.0
+        groups.setdefault((-decay, factor), []).append(p)
+    return [
+        {"params": params, "weight_decay": -decay, "scale": factor}
+        for (decay, factor), params in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return (
-        [group for group in groups if group["params"]]
-        if weight_decay
-        else [{"params": trainable, "weight_decay": 0.0}]
-    )
 
 
 def optimizer(config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """A function from a model to its torch optimizer, as `optimizer:` says. The learning rate is
-    set at each step.
-    """
+    """A function from a model to its torch optimizer. The learning rate is set at each step."""
     o = config.optimizer
 
     def build(model: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, o.weight_decay)
+        try:
+            groups = parameter_groups(model, o.weight_decay, o.scale)
+        except ValueError as error:
+            place = config.where("optimizer.scale")
+            raise ConfigError([f"{place}: optimizer.scale: {error}"]) from error
         if o.name == "sgd":
             return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
         # Fused: one pass over memory instead of a dozen with a temporary each.

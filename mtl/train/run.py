@@ -8,8 +8,9 @@ from torch import nn
 from balancers import Holder
 from mtl.config import Config
 from mtl.data.batches import TrainBatches, ValidationGroups
+from mtl.data.examples import Book
 from mtl.distributed.engine import Engine
-from mtl.losses.objective import Objective
+from mtl.losses.objective import Objectives
 from mtl.output.checkpoint import Checkpoints
 from mtl.output.trackers import Tracker
 from mtl.train.patience import Patience
@@ -21,6 +22,8 @@ class Run:
 
     Attributes:
         names: the K tasks, in the order of every (K,) array.
+        book: which task each loss of each stream's rows counts for.
+        objective: the run's objectives as one.
         steps: optimizer updates in the whole run.
         differentiated: what gradients are taken by, where the balancer reads their products.
         probe_every: optimizer steps between the probes that a balancer reads.
@@ -29,9 +32,10 @@ class Run:
 
     config: Config
     names: list[str]
+    book: Book
     steps: int
     engine: Engine
-    objective: Objective
+    objective: Objectives
     holder: Holder
     batches: TrainBatches
     validation: ValidationGroups

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl.data.collate import MicroBatch
+from mtl.data.examples import Batch
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.losses.objective import Objective
@@ -28,7 +28,7 @@ class GlobalBatch:
         positions: token positions computed over all ranks, padding included.
     """
 
-    micros: list[MicroBatch]
+    micros: list[Batch]
     tokens: Tensor
     positions: int
 
@@ -47,13 +47,13 @@ class StepReport:
     penalties: dict[str, float]
 
 
-def fetch(micros: Callable[[], list[MicroBatch]], k: int) -> GlobalBatch:
+def fetch(micros: Callable[[], list[Batch]], k: int) -> GlobalBatch:
     """Make this rank's micro-batches, agree that no rank failed to, and count target tokens. A
     collective.
     """
     mine = comm.together(micros)
     count = torch.stack([micro.counts(k) for micro in mine]).sum(0)
-    positions = torch.tensor([sum(micro.input_ids.numel() for micro in mine)])
+    positions = torch.tensor([sum(micro.positions for micro in mine)])
     tokens, positions = comm.sum_(torch.cat([count, positions])).split([k, 1])
     return GlobalBatch(mine, tokens, int(positions))
 
@@ -68,36 +68,43 @@ def train_step(
 ) -> StepReport:
     """Update the parameters once. A collective.
 
-    The loss is sum_k w_k * (summed token losses of k) / (target tokens of k), sums and counts over
-    all ranks and micro-batches, so the update does not depend on how the global batch was cut.
+    The loss is sum_k w_k * (summed losses of k) / (count of k), sums and counts over all ranks and
+    micro-batches. So the update does not depend on how the global batch was cut.
 
-    Args: engine: the model and its optimizer. objective: from a micro-batch to per-task terms.
-        batch: this rank's part of the global batch. weights: (K,) float64, the tasks' weights for
-        the whole global batch, the same on every rank. lr: this update's learning rate. names: the
-        K tasks' names, for errors.
+    Args:
+        engine: the model and its optimizer.
+        objective: from a micro-batch to per-task terms.
+        batch: this rank's part of the global batch.
+        weights: (K,) float64, the tasks' weights for the whole global batch, alike on every rank.
+        lr: this update's learning rate.
+        names: the K tasks' names, for errors.
 
     Raises:
         NonFinite: on every rank, for a loss or a gradient. The parameters are as they were.
+        ValueError: on every rank: an objective counted something else than its batch announced.
     """
     k, last = len(names), len(batch.micros) - 1
     tokens, weights = batch.tokens.to(engine.device), torch.as_tensor(weights).to(engine.device)
-    totals: Tensor | float = 0.0
+    totals = torch.zeros(2, k, dtype=torch.float64, device=engine.device)  # sums, counts
+    penalties: dict[str, Tensor] = {}
     engine.train()
     for i, micro in enumerate(batch.micros):
         terms = objective(engine.forward, micro.to(engine.device), k)
         engine.backward(combine(terms, weights, tokens, engine.world), last=i == last)
+        totals += torch.stack([terms.sums.detach().double(), terms.counts.double()])
         count = terms.counts.sum()
-        mine = [
-            torch.where(count > 0, penalty.detach() * count, 0.0)
-            for penalty in terms.penalties.values()
-        ]
-        totals += torch.cat([terms.sums.detach(), *(x[None] for x in mine)]).double()
-    found = comm.sum_(totals).cpu()
+        for name, penalty in terms.penalties.items():
+            mine = torch.where(count > 0, penalty.detach() * count, 0.0).double()
+            penalties[name] = penalties.get(name, 0.0) + mine
+    flat = torch.cat([totals.flatten(), *(value[None] for value in penalties.values())])
+    found = comm.sum_(flat).cpu()
+    _agree(found[k : 2 * k], batch.tokens, names)
     losses = (found[:k] / batch.tokens).numpy()  # 0/0 = nan: absent
-    penalties = dict(zip(terms.penalties, (found[k:] / batch.tokens.sum()).tolist(), strict=True))
+    means = (found[2 * k :] / batch.tokens.sum()).tolist()
+    penalized = dict(zip(penalties, means, strict=True))
 
     seen = [(n, x) for n, x, c in zip(names, losses, batch.tokens, strict=True) if c]
-    bad = [f"{n} ({x})" for n, x in (*seen, *penalties.items()) if not np.isfinite(x)]
+    bad = [f"{n} ({x})" for n, x in (*seen, *penalized.items()) if not np.isfinite(x)]
     if bad:
         raise NonFinite(
             f"the loss of {', '.join(bad)} is not finite. The parameters were not updated. "
@@ -108,7 +115,17 @@ def train_step(
         raise NonFinite(
             f"the gradient norm is {grad_norm}. The parameters were not updated. {_ADVICE}"
         )
-    return StepReport(losses, grad_norm, penalties)
+    return StepReport(losses, grad_norm, penalized)
+
+
+def _agree(counted: Tensor, announced: Tensor, names: list[str]) -> None:
+    """The sums were divided by what the batches announced: the objective must have counted that."""
+    for name, found, wanted in zip(names, counted.tolist(), announced.tolist(), strict=True):
+        if found != wanted:
+            raise ValueError(
+                f"{name}: the objective counted {found:,.0f}, its batches announced {wanted:,}. "
+                "Let Terms.counts and the batch's counts(k) agree. The parameters were not updated."
+            )
 
 
 _ADVICE = (

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from balancers import Signal, Signals
-from mtl.data.collate import MicroBatch
+from mtl.data.examples import Batch
 from mtl.distributed import comm
 from mtl.output.state import RunState
 from mtl.train import evaluate, gram
@@ -76,21 +76,24 @@ def measure(
 
 
 def _products(run: Run, step: int, group: int) -> dict[str, np.ndarray]:
-    """The Gramian of batch `step`'s gradients, and that of a validation group's with them, as the
-    balancer needs.
-    """
+    """The Gramian of batch `step`'s gradients, and that of a validation group's with them."""
 
-    def gradients(make: Callable[[int], list[list[MicroBatch]]], number: int) -> Tensor:
-        tasks = comm.together(lambda: make(number))
+    def gradients(make: Callable[[int], list[list[Batch]]], number: int) -> Tensor:
+        streams = comm.together(lambda: make(number))
+        # A task that is another loss of others' rows reads their batches: a forward for each task.
+        tasks = [
+            [micro for stream in run.book.reads(task) for micro in streams[stream]]
+            for task in range(len(run.names))
+        ]
         return gram.gradients(run.engine, run.objective, tasks, run.differentiated)
 
     found = {}
     seed_step(run.config.train.seed, step)
     run.engine.train()
-    ours = gradients(run.batches.by_task, step)
+    ours = gradients(run.batches.by_stream, step)
     if Signal.GRAM in run.holder.balancer.needs:
         found["gram"] = gram.products(ours, ours)
     if Signal.VALID_GRAM in run.holder.balancer.needs:
         run.engine.eval()
-        found["valid_gram"] = gram.products(gradients(run.validation.by_task, group), ours)
+        found["valid_gram"] = gram.products(gradients(run.validation.by_stream, group), ours)
     return found

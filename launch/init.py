@@ -1,0 +1,41 @@
+"""A starter YAML from data files: `python launch/init.py data/code.train.jsonl --out x.yaml`.
+
+Formats are recognised by the rows, tasks are named by the files. Pairs are found by their names
+(code.train.jsonl, code.valid.jsonl); a validation file beside a training file need not be named.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
+    sys.path.insert(0, str(ROOT))
+
+from mtl import process
+from mtl.check.starter import starter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet")
+    parser.add_argument("--out", type=Path, help="file to write; the terminal where left out")
+    args = parser.parse_args()
+    text = starter(args.files)
+    if args.out is None:
+        print(text, end="")
+        return
+    try:
+        with args.out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(
+            f"{args.out}: found a file, wanted a new name. Nothing was changed."
+        ) from None
+    print(f"written: {args.out}; next: mtl check --config {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(process.exit_code(main))

@@ -1,0 +1,169 @@
+"""What an objective trains on: how a format's example becomes arrays, and arrays a micro-batch.
+
+A **stream** has rows: a task of the YAML with `train` and `validation`. A **task** is a loss that
+the balancer weighs: usually a stream's own; with `of`, another loss of other streams' rows.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+LOSS = "loss"  # the loss of an objective that has no other
+
+
+@dataclass(frozen=True)
+class Book:
+    """Which task each loss of each stream's rows counts for.
+
+    Attributes:
+        tasks: the K tasks' names, in the order of every (K,) array.
+        streams: the S tasks with rows of their own, in the same order.
+        number: loss -> (S,) int64, the task that this loss of stream s counts for; -1: none.
+    """
+
+    tasks: tuple[str, ...]
+    streams: tuple[str, ...]
+    number: Mapping[str, np.ndarray]
+
+    @classmethod
+    def plain(cls, names: Sequence[str], loss: str = LOSS) -> Self:
+        """Every stream is one task of its own name."""
+        return cls(tuple(names), tuple(names), {loss: np.arange(len(names))})
+
+    def task(self, loss: str, stream: int) -> int:
+        """The task that this loss of the stream's rows counts for; -1: none."""
+        return int(self.number[loss][stream]) if loss in self.number else -1
+
+    def reads(self, task: int) -> list[int]:
+        """The streams whose rows this task's loss is of."""
+        found = np.zeros(len(self.streams), dtype=bool)
+        for numbers in self.number.values():
+            found |= numbers == task
+        return np.flatnonzero(found).tolist()
+
+
+class Row(NamedTuple):
+    """An encoded example.
+
+    Attributes:
+        columns: 1-D arrays by name.
+        counts: for each loss of the objective, what its sum is divided by: its target tokens, or 1.
+        answer: equal for equal answers, so that validation groups get each in proportion; 0: none.
+        truncated: whether it was cut at `batch.max_length`.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    counts: tuple[int, ...]
+    answer: int = 0
+    truncated: bool = False
+
+
+class Piece(NamedTuple):
+    """An encoded row, as it stands in a batch.
+
+    Attributes:
+        stream: its number.
+        columns: 1-D arrays by name, read-only views of the cache.
+        key: of its randomness. In training it names seed, step, stream and row; in validation seed,
+            stream and row, so that every probe sees the same.
+    """
+
+    stream: int
+    columns: Mapping[str, np.ndarray]
+    key: str = ""
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A fresh generator for this row in this step: randomness without a state to save."""
+        digest = hashlib.blake2b(self.key.encode(), digest_size=16).digest()
+        return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch: the input of one forward on one rank. A dataclass of tensors derives from it.
+
+    Attributes:
+        objective: the number of the objective that it is for, in the order of the run's.
+        is_dummy: whether it stands in for examples that this rank has not; it counts nothing.
+    """
+
+    objective: int = 0
+    is_dummy: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Token positions computed, padding included."""
+        raise NotImplementedError
+
+    def counts(self, k: int) -> Tensor:
+        """(k,) int64, what `Terms.counts` of it will be; zeros for a dummy."""
+        raise NotImplementedError
+
+    def to(self, device: Any) -> Self:
+        """On a device; from pinned memory the copy goes on while the host does."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """In memory that an accelerator copies from by itself. Only where there is one."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        return type(self)(**changed)
+
+
+class Examples(Protocol):
+    """How a format's example becomes arrays, and arrays a micro-batch. Made once a process.
+
+    Attributes:
+        packs: whether several pieces may share a row, none seeing another.
+        makes_dummies: whether `collate` of no rows gives a batch without targets. Where it does not, a
+            rank without an example runs another one's row, whose terms are silenced.
+        columns: Arrow's type of an element, for each column of a row.
+        identity: JSON-able: all that decides how an example is encoded. It keys the cache.
+
+    It may have `notes = True`: then `encode` gets `note=` too, a function of (text, times) that
+    takes what is worth saying of a row that is kept. The report adds it up over the rows.
+    """
+
+    packs: ClassVar[bool]
+    makes_dummies: ClassVar[bool]
+    columns: ClassVar[Mapping[str, pa.DataType]]
+    identity: Any
+
+    def encode(self, example: Any) -> Row:
+        """The example's arrays.
+
+        Raises:
+            RowProblem: it cannot be used.
+        """
+
+    def positions(self, lengths: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(n,) int64: what each of n rows takes in a forward, from the lengths of its columns."""
+
+    def collate(
+        self, rows: Sequence[Sequence[Piece]], *, packed: bool, most: int, tokens: int
+    ) -> Batch:
+        """The micro-batch of rows of pieces: one piece a row unless `packed`.
+
+        Args:
+            most: the largest count of the first loss that any rank has in this forward.
+            tokens: the most positions there may be, padding included.
+        """
+
+    def show(self, columns: Mapping[str, np.ndarray], color: bool) -> str:
+        """A row as the model reads it, its targets marked: for `check`."""
+
+    def settle(self, splits: Mapping[int, tuple[Any, Any]]) -> None:
+        """Learn what only all rows tell, such as label names. Called once, before the first batch.
+
+        Args:
+            splits: stream -> its (train, validation) `Encoded`.
+        """

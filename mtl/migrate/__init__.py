@@ -1,0 +1,1 @@
+"""From other trainers' configurations and data to ours."""

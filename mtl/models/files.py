@@ -1,0 +1,16 @@
+"""Files of a saved model."""
+
+from pathlib import Path
+
+
+def as_umask_says(folder: Path) -> None:
+    """Give every file of a folder the mode that a new one gets: safetensors makes them 0600,
+    whatever the umask, and who shares the folder cannot read the weights.
+    """
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

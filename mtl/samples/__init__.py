@@ -1,0 +1,1 @@
+"""Sample models and data, made out of packages so that no model hub is needed."""

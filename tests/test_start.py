@@ -1,0 +1,232 @@
+"""Adapters and where a run starts from: nothing of a tied table, a trained adapter or a checkpoint is lost without a word."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import runs
+import torch
+import toys
+from test_models import more_tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mtl.output.export import export
+
+# PEFT 0.21 reads a property that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+SHORT = ["train.steps=4", "evaluate.every=100", "balancer=Equal", "schedule.name=constant"]
+LORA = "model.lora={r: 4, alpha: 8}"
+
+
+def tied(folder: Path) -> Path:
+    """The toy run with a tied model and three tokens more than it has."""
+    yaml = more_tokens(folder)
+    toys.tiny_llama(tie_word_embeddings=True).save_pretrained(folder / "model")
+    return yaml
+
+
+def newest(output: Path) -> Path:
+    return output / "checkpoints" / (output / "checkpoints" / "latest").read_text()
+
+
+def losses(output: Path) -> list[float]:
+    return [line["train/loss"] for line in runs.metrics(output) if "train/loss" in line]
+
+
+def prose_loss(model: torch.nn.Module, folder: Path) -> float:
+    """nats per target token of the validation texts, as `eval/prose/loss`."""
+    tokenizer, total, count = AutoTokenizer.from_pretrained(folder / "model"), 0.0, 0
+    for line in (folder / "prose.validation.jsonl").read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"])["input_ids"]
+        ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return total / count
+
+
+# Tied tables
+
+
+@pytest.mark.parametrize("named", [[], ["embed_tokens"], ["lm_head"]])
+def test_new_tokens_of_a_tied_model_need_embedding_and_head(tmp_path, named):
+    yaml = tied(tmp_path)
+    ended = runs.train(yaml, *SHORT, f"model.lora={{r: 2, modules_to_save: {json.dumps(named)}}}")
+    assert ended.codes == [1]
+    wanted = "wanted embed_tokens and lm_head in it, tied or not"
+    assert f"model.lora.modules_to_save: found {named}, {wanted}" in ended.err
+
+
+@pytest.mark.parametrize("zero, world", [(2, 1), (3, 2)])
+def test_adapter_merged_model_and_log_of_a_tied_model_agree(tmp_path, zero, world):
+    yaml = tied(tmp_path)
+    both = "model.lora={r: 2, modules_to_save: [embed_tokens, lm_head]}"
+    settings = ["train.steps=60", "evaluate.every=60", "optimizer.lr=0.02", f"engine.zero={zero}"]
+    runs.train(yaml, both, "balancer=Equal", *settings, world=world).well()
+    checkpoint = newest(tmp_path / "run")
+    merged = AutoModelForCausalLM.from_pretrained(
+        export(checkpoint, tmp_path / "merged", merge=True)
+    )
+    apart = peft.AutoPeftModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "adapter"))
+    logged = runs.metrics(tmp_path / "run")[-1]["eval/prose/loss"]
+    assert prose_loss(merged, tmp_path) == pytest.approx(logged, rel=1e-5)
+    assert prose_loss(apart, tmp_path) == pytest.approx(logged, rel=1e-5)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert sorted(settings["modules_to_save"]) == ["embed_tokens", "lm_head"]
+    tokenizer = toys.tokenizer()
+    ids = tokenizer("abc =", return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    answer = tokenizer(" abc", return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    with torch.no_grad():
+        ends = merged(torch.cat([ids, answer], 1)).logits[0, -1].log_softmax(-1)
+    assert ends[tokenizer.eos_token_id] > -2.5, "the end of an answer is learned"
+
+
+def test_half_of_a_tied_table_is_refused(tmp_path):
+    yaml = runs.write(tmp_path)
+    toys.tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    ended = runs.train(yaml, *SHORT, "model.lora={modules_to_save: [embed_tokens]}")
+    assert ended.codes == [1]
+    assert "wanted both or none of embed_tokens and lm_head. This model ties them" in ended.err
+    ended = runs.train(yaml, *SHORT, "model.lora={target_modules: [q_proj, lm_head]}")
+    assert ended.codes == [1]
+    assert "model.lora.target_modules.1: found 'lm_head', wanted another module." in ended.err
+
+
+# Names that match nothing
+
+
+def test_each_name_that_matches_nothing_is_said(tmp_path):
+    yaml = runs.write(tmp_path)
+    names = "model.lora={target_modules: [q_proj, vproj], modules_to_save: [lm_haed, head]}"
+    ended = runs.train(yaml, *SHORT, names)
+    assert ended.codes == [1]
+    for text in (
+        "model.lora.target_modules.1: found 'vproj', wanted the name of a module, or its end; ",
+        "Did you mean v_proj?",
+        "model.lora.modules_to_save.0: found 'lm_haed'",
+        "model.lora.modules_to_save.1: found 'head'",  # PEFT takes any ending
+    ):
+        assert text in ended.err, ended.err
+    assert ended.err.count("Did you mean lm_head?") == 2
+
+
+# Adapters to start from
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> Path:
+    """A LoRA run of 4 steps on the toy model; the folder of its YAML."""
+    yaml = runs.write(tmp_path_factory.mktemp("first"))
+    runs.train(yaml, *SHORT, LORA, "optimizer.lr=0.01").well()
+    return yaml.parent
+
+
+def started(output: Path) -> float:
+    return next(line["eval/macro"] for line in runs.metrics(output) if "eval/macro" in line)
+
+
+def ended_at(output: Path) -> float:
+    return [line["eval/macro"] for line in runs.metrics(output) if "eval/macro" in line][-1]
+
+
+@pytest.mark.parametrize("zero, world", [(0, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["model.name={}/run/model"],
+        ["model.name={}/run/model", LORA],
+        ["model.adapter={}/run/model"],
+        ["model.adapter={}/run/model", LORA],
+        ["train.from={}/run/checkpoints/step-00000004"],
+    ],
+    ids=["name", "name, lora", "adapter", "adapter, lora", "from"],
+)
+def test_training_goes_on_in_an_adapter(first, tmp_path, how, zero, world):
+    if zero != 2 and "adapter" not in how[0]:
+        pytest.skip("the same code")
+    how = [one.format(first) if "lora" not in one else one for one in how]
+    settings = [*how, f"engine.zero={zero}", f"output={tmp_path}/run"]
+    runs.train(first / "x.yaml", *SHORT, *settings, world=world).well()
+    assert started(tmp_path / "run") == pytest.approx(ended_at(first / "run"), rel=1e-6)
+    assert ended_at(tmp_path / "run") < started(tmp_path / "run")
+    out = tmp_path / "run" / "model"
+    found = json.loads((out / "adapter_config.json").read_text())
+    assert found["base_model_name_or_path"] == f"{first}/model" and found["r"] == 4
+    apart = peft.AutoPeftModelForCausalLM.from_pretrained(out)
+    assert prose_loss(apart, first) == pytest.approx(
+        runs.metrics(tmp_path / "run")[-1]["eval/prose/loss"], rel=1e-5
+    )
+
+
+def test_an_adapter_that_is_merged_first(first, tmp_path):
+    merge = f"model.adapter={{path: {first}/run/model, merge: true}}"
+    runs.train(first / "x.yaml", *SHORT, merge, f"output={tmp_path}/run").well()
+    assert started(tmp_path / "run") == pytest.approx(ended_at(first / "run"), rel=1e-6)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    before = toys.tiny_llama().state_dict()
+    assert all(not torch.equal(t, before[n]) for n, t in whole.state_dict().items()), "all trained"
+    assert prose_loss(whole, first) == pytest.approx(
+        runs.metrics(tmp_path / "run")[-1]["eval/prose/loss"], rel=1e-5
+    )
+
+
+def test_an_adapter_with_new_tokens_goes_on(tmp_path):
+    yaml = tied(tmp_path)
+    both = "model.lora={r: 2, modules_to_save: [embed_tokens, lm_head]}"
+    runs.train(yaml, *SHORT, both, "optimizer.lr=0.01").well()
+    for zero, world in ((2, 1), (3, 2)):
+        again = [f"engine.zero={zero}", f"output={tmp_path}/again-{zero}"]
+        runs.train(yaml, *SHORT, f"model.name={tmp_path}/run/model", *again, world=world).well()
+        found = started(tmp_path / f"again-{zero}")
+        assert found == pytest.approx(ended_at(tmp_path / "run"), rel=1e-6)
+    merge = f"model.adapter={{path: {tmp_path}/run/model, merge: true}}"
+    runs.train(yaml, *SHORT, merge, f"output={tmp_path}/merged").well()
+    assert started(tmp_path / "merged") == pytest.approx(ended_at(tmp_path / "run"), rel=1e-6)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(first, tmp_path):
+    for settings, text in (
+        (["model.lora={r: 8, alpha: 8}"], "model.lora.r: found 8, wanted 4, as in the adapter"),
+        (["model.lora={r: 4}"], "model.lora.alpha: found 32.0, wanted 8.0, as in the adapter"),
+        (
+            ["model.lora={r: 4, alpha: 8, target_modules: [q_proj]}"],
+            "wanted an adapter of this model with these settings",
+        ),
+        ([f"train.from={first}/run/model"], "Both say which weights to start from"),
+        ([f"model.name={first}/run/model"], "wanted the base model"),
+    ):
+        ended = runs.train(
+            first / "x.yaml", *SHORT, f"model.adapter={first}/run/model", *settings,
+            f"output={tmp_path}/run",
+        )  # fmt: skip
+        assert ended.codes == [1] and text in ended.err, ended.err
+    toys.tiny_llama(hidden_size=32).save_pretrained(tmp_path / "other")
+    other = [f"model.adapter={first}/run/model", f"output={tmp_path}/run"]
+    toys.tokenizer().save_pretrained(tmp_path / "other")
+    ended = runs.train(first / "x.yaml", *SHORT, *other, f"model.name={tmp_path}/other")
+    assert ended.codes == [1] and "wanted an adapter of this model" in ended.err, ended.err
+    ended = runs.train(first / "x.yaml", *SHORT, f"model.adapter={tmp_path}/x", other[1])
+    assert "model.adapter.path: found" in ended.err and "Traceback" not in ended.err, ended.err
+
+
+# Weights of a checkpoint
+
+
+@pytest.mark.parametrize("which", ["checkpoints/step-00000004", "model"])
+def test_a_new_run_starts_from_the_weights_of_a_whole_model(tmp_path, which):
+    yaml = runs.write(tmp_path)
+    runs.train(yaml, *SHORT).well()
+    start, output = f"train.from={tmp_path}/run/{which}", f"output={tmp_path}/next"
+    runs.train(yaml, *SHORT, start, LORA, output).well()
+    assert started(tmp_path / "next") == pytest.approx(ended_at(tmp_path / "run"), rel=1e-6)
+    assert len(losses(tmp_path / "next")) == 4, "at step 0"
+    apart = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "next" / "model")
+    assert prose_loss(apart, tmp_path) == pytest.approx(
+        runs.metrics(tmp_path / "next")[-1]["eval/prose/loss"], rel=1e-5
+    )
+    ended = runs.train(yaml, *SHORT, f"train.from={tmp_path}", f"output={tmp_path}/none")
+    assert ended.codes == [1]
+    assert "wanted a checkpoint of a run, an exported model or an adapter" in ended.err
