@@ -32,6 +32,7 @@ from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
 from mtl.losses.objective import maker_of_examples
 from mtl.models import packing
+from mtl.models.loaders import LOADERS
 from mtl.output import provenance, trackers
 from mtl.output.checkpoint import Checkpoints, write_json
 from mtl.output.state import RunState
@@ -188,11 +189,18 @@ def build(
             identity=identity,
             tokenizer=data.tokenizer,
             layout={"processes": comm.world(), "zero": zero_stage(config)},
+            loader=_own_loader(config),
             say=say,
         ),
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
     )
+
+
+def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:
+    """Name and keywords of a loader that is not built in."""
+    spec = config.model.loader
+    return None if spec.name in LOADERS else (spec.name, spec.keywords)
 
 
 def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:

@@ -49,7 +49,11 @@ def strike() -> None:
 PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "batch": (TrainBatches, "make", lambda batches, step: step == int(STEP)),
     "shards": (Engine, "save", lambda engine, folder: _is_due(folder.parent.name)),
-    "model": (checkpoint, "save", lambda trained, tokenizer, folder: _is_due(folder.parent.name)),
+    "model": (
+        checkpoint,
+        "save",
+        lambda trained, tokenizer, folder, loader: _is_due(folder.parent.name),
+    ),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
     "prune": (shutil, "rmtree", lambda path, **_: _is_pointed_at(path.parent / "latest")),
 }

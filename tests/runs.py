@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "launch" / "train.py"
 TIMEOUT = 240  # seconds
+ALLOWED = ("outside", "three")  # packages whose code the YAML may name
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
@@ -90,11 +91,18 @@ class Ended:
 
 
 def train(
-    yaml: Path, *overrides: str, world: int = 1, resume: bool = False, **environment: str
+    yaml: Path,
+    *overrides: str,
+    world: int = 1,
+    resume: bool = False,
+    allow: Sequence[str] = ALLOWED,
+    **environment: str,
 ) -> Ended:
-    """Run the program on `world` forked processes that form a group. A rank that is killed takes the others with it."""
+    """Run the program in the YAML's folder, on `world` forked processes that form a group. A rank that is killed takes
+    the others with it.
+    """
     job = {
-        "arguments": arguments(yaml, overrides, resume),
+        "arguments": arguments(yaml, overrides, resume, allow),
         "world": world,
         "port": free_port(),
         "environment": environment,
@@ -153,18 +161,12 @@ def launch(
     return Ended([process.returncode], out.read_text(), err.read_text(), time.monotonic() - began)
 
 
-def arguments(yaml: Path, overrides: Sequence[str], resume: bool) -> list[str]:
+def arguments(
+    yaml: Path, overrides: Sequence[str], resume: bool, allow: Sequence[str] = ALLOWED
+) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
-    return [
-        "--config",
-        str(yaml),
-        "--allow-code",
-        "outside",
-        "--allow-code",
-        "three",
-        *sets,
-        *["--resume"] * resume,
-    ]
+    allowed = [part for package in allow for part in ("--allow-code", package)]
+    return ["--config", str(yaml), *allowed, *sets, *["--resume"] * resume]
 
 
 def free_port() -> int:
@@ -250,6 +252,7 @@ def _fork(rank: int, job: dict[str, Any]) -> int:
             **{name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), **job["environment"],
         }  # fmt: skip
+        os.chdir(job["folder"])
         sys.argv = [str(PROGRAM), *job["arguments"]]
         runpy.run_path(str(PROGRAM), run_name="__main__")
     except SystemExit as e:

@@ -41,8 +41,10 @@ class Piece:
     @cached_property
     def deltas(self) -> Tensor:
         """(K, ...) in `wide`: the task vectors, each sub-model minus the base."""
-        base = self.base.to(self.wide)
-        return torch.stack([model.to(self.wide).sub_(base) for model in self.models])
+        found = self.base.new_empty((self.k, *self.base.shape), dtype=self.wide)
+        for delta, model in zip(found, self.models, strict=True):
+            delta.copy_(model).sub_(self.base)
+        return found
 
     @property
     def flat(self) -> Tensor:
@@ -51,8 +53,11 @@ class Piece:
 
     def mix(self, weights: Sequence[float]) -> Tensor:
         """(...) in `wide`: the base and the weighted sum of the deltas."""
-        total = self.base.to(self.wide)
-        return total + torch.tensordot(self.deltas.new_tensor(weights), self.deltas, dims=1)
+        base = self.base.to(self.wide)
+        total = base.clone()
+        for weight, model in zip(weights, self.models, strict=True):  # one delta in memory
+            total.add_(model.to(self.wide, copy=True).sub_(base), alpha=weight)
+        return total
 
     def generator(self, unit: str | None = None) -> torch.Generator:
         """Random numbers of this tensor, or of a unit that several tensors share.

@@ -77,13 +77,16 @@ def _draw(piece: Piece, granularity: str, random: torch.Generator) -> Tensor:
 
 def _choice(u: Tensor, p: Sequence[float], among: Sequence[Tensor] | None = None) -> Tensor:
     """uint8 like u: which sub-model each number in [0, 1) means, by the cumulated p."""
-    zero = torch.zeros_like(u)
-    parts = [zero + each if among is None else among[i] * each for i, each in enumerate(p)]
-    total = sum(parts, zero)
-    below, index = zero, torch.zeros_like(u, dtype=torch.uint8)
-    for part in parts[:-1]:
-        below = below + part
-        index += u * total >= below
+    # One number, or one for each unit: float32 in both cases, so that they round alike.
+    share = [torch.tensor(each, dtype=u.dtype) for each in p]
+    zero = u.new_zeros(u.shape if among is not None else ())
+    total, below, index = zero, zero, torch.zeros_like(u, dtype=torch.uint8)
+    for i, each in enumerate(share):
+        total = total + (each if among is None else among[i] * each)
+    scaled = u * total
+    for i, each in enumerate(share[:-1]):
+        below = below + (each if among is None else among[i] * each)
+        index += scaled >= below
     if among is not None:  # rounding at the upper end must not choose one that is not among them
         for i, allowed in enumerate(among):
             index = torch.where(_pick(among, index) | ~allowed, index, i).to(torch.uint8)

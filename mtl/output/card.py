@@ -31,8 +31,8 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
     losses = _losses(run / "metrics.jsonl", list(tasks), step)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     sections = {
-        "Tasks": _tasks(tasks, losses),
-        "Use": _code("python", *(_USE_ADAPTER if adapter else _USE_MODEL)),
+        "Tasks": _tasks(tasks, losses, _unit(config)),
+        "Use": _code("python", *_use(config, adapter)),
         "Balancer": _yaml({"balancer": config["balancer"]}),
         "Config": [
             "<details><summary>The experiment, with defaults</summary>",
@@ -55,7 +55,7 @@ def _metadata(config: dict[str, Any], base: str | None, library: dict[str, str])
         # The hub refuses a card whose base model is a folder.
         "base_model": None if Path(base).expanduser().exists() else base,
         **library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES.get(_loader(config)),
         "tags": ["coba-mtl", "multitask", _method(config).rpartition(":")[2]],
     }
 
@@ -84,6 +84,34 @@ def _yaml(value: dict[str, Any]) -> list[str]:
     return _code("yaml", dump(value).rstrip())
 
 
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+}
+
+
+def _loader(config: dict[str, Any]) -> str:
+    loader = config["model"].get("loader", "causal_lm")
+    return loader if isinstance(loader, str) else loader["name"]
+
+
+def _use(config: dict[str, Any], adapter: bool) -> list[str]:
+    """Lines of Python that open the folder."""
+    loader = _loader(config)
+    if loader == "causal_lm":
+        return _USE_ADAPTER if adapter else _USE_MODEL
+    if loader == "sequence_classification" and not adapter:
+        return [line.replace("CausalLM", "SequenceClassification") for line in _USE_MODEL]
+    allowed = "" if loader in _PIPELINES else f", allow_code=[{loader.partition('.')[0]!r}]"
+    return [
+        "import mtl",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = mtl.load("."{allowed})',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+    ]
+
+
 _USE_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,8 +132,17 @@ def _made(record: dict[str, Any] | None, step: int | None) -> str:
     )
 
 
-def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -> list[str]:
-    """A table; losses in nats per target token."""
+def _unit(config: dict[str, Any]) -> str:
+    objective = config.get("objective", "causal_lm")
+    name = objective if isinstance(objective, str) else objective["name"]
+    units = {"causal_lm": "nats per target token", "classification": "nats per example"}
+    return units.get(name, f"those of `{name}`")
+
+
+def _tasks(
+    tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]], unit: str
+) -> list[str]:
+    """A table; losses in their unit."""
     lines = [
         "| task | training rows | target tokens | validation rows "
         "| validation loss before | here |",
@@ -121,7 +158,7 @@ def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -
         )
     measured = {at for _, _, at in losses.values()}
     note = f" They were measured at step {measured.pop():,}." if measured else ""
-    return [*lines, "", f"Losses are in nats per target token.{note}"]
+    return [*lines, "", f"Losses are {unit}.{note}"]
 
 
 def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[float, float, int]]:

@@ -70,6 +70,7 @@ class Checkpoints:
         tokenizer: goes with every exported model.
         layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
             of another layout is re-partitioned.
+        loader: name and keywords of the model's loader, where it is not built in.
         say: takes messages for people about what differs from what was asked for.
 
     Attributes:
@@ -81,6 +82,7 @@ class Checkpoints:
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     layout: dict[str, int]
+    loader: tuple[str, dict[str, Any]] | None = None
     say: Callable[[str], None] = lambda text: None
     best: str | None = field(default=None, init=False)
 
@@ -103,7 +105,7 @@ class Checkpoints:
             lambda: shutil.rmtree(folder, ignore_errors=True) if comm.rank() == 0 else None
         )
         engine.save(folder / "engine")
-        save(engine, self.tokenizer, folder / "model")
+        save(engine, self.tokenizer, folder / "model", self.loader)
         self.best = name if is_best else self.best
 
         def write() -> None:

@@ -62,6 +62,11 @@ def export(
             f"{checkpoint}: found a whole model, wanted an adapter to merge. Export it without "
             "merging."
         )
+    if merge and (kind := _task_type(source)) not in (None, "CAUSAL_LM"):
+        raise ExportError(
+            f"{checkpoint}: found an adapter of type {kind}, wanted one of a causal language model "
+            "to merge. Export it without merging."
+        )
     if (
         target.exists()
         and any(target.iterdir())
@@ -87,6 +92,10 @@ def export(
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     return target
+
+
+def _task_type(adapter: Path) -> str | None:
+    return json.loads((adapter / ADAPTER).read_text(encoding="utf-8")).get("task_type")
 
 
 def push(folder: Path, repo: str, *, public: bool = False) -> str:
