@@ -5,6 +5,7 @@ it.
 mtl.config.reference`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -51,6 +52,33 @@ Sources = Annotated[
     ),
 ]
 OwnSources = Annotated[Sources | None, Wanted("a file, folder or hub name, or a list of them")]
+Held = Annotated[
+    int | float | Sources | None,
+    BeforeValidator(lambda value: _held(value)),
+    Wanted("a file, folder or hub name, or a list of them, or a part of train such as 5%"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+def _held(value: Any) -> Any:
+    """A percentage as a fraction; fractions and counts are taken too."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value)):
+        value = float(match[1]) / 100
+    if isinstance(value, float) and not 0 < value < 1 or isinstance(value, int) and value < 1:
+        raise ValueError("found a part that is none, or all")
+    return (value,) if isinstance(value, str) else value
+
+
 DeepSpeed = Annotated[
     dict[str, Any],
     Wanted("a mapping, or the path of a JSON file"),
@@ -198,13 +226,17 @@ class TaskSection(Section):
     """A task: its rows and what its loss counts."""
 
     train: OwnSources = None
-    """Rows to train on: a JSONL or Parquet file, a folder written by `datasets.save_to_disk`, a hub
-    name (`name`, `name:config`, `name:config:split`), or a list of them.
+    """Rows to train on: a JSONL, CSV, TSV or Parquet file, a pattern (`data/*.jsonl`), a folder
+    written by `datasets.save_to_disk`, a hub name (`name`, `name:config`, `name:config:split`, the
+    split also as `train[:10%]`), or a list of them.
     """
-    validation: OwnSources = None
-    """Rows whose loss is measured, named in the same way."""
+    validation: Held = None
+    """Rows whose loss is measured, named in the same way; or how many of the rows of `train` are
+    held out for it: `5%`, or a number. Rows are chosen by a hash of their content, so copies stay
+    together. With a percentage, rows that are added to `train` later move none.
+    """
     test: OwnSources = None
-    """Rows that `launch/evaluate.py` alone reads, never a training run, named in the same way."""
+    """Rows that `launch/evaluate.py` alone reads, never a training run, named as `train`."""
     format: Spec | None = None
     """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
     or a function of yours.
@@ -254,6 +286,10 @@ class BatchSection(Section):
     """Tokens of the longest example."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to an example above max_length."""
+    special_text: Literal["keep", "refuse"] = "keep"
+    """What happens to a row whose texts have a special token's text in them, such as `</s>`: keep
+    it, where it becomes that token, which the log counts; or refuse the row.
+    """
     packing: Literal["auto"] | bool = "auto"
     """Several examples in one row, none seeing another; auto: where the model is found to keep them
     apart.
