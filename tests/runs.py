@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "launch" / "train.py"
 TIMEOUT = 240  # seconds
+ALLOWED = ("outside", "three")  # packages whose code the YAML may name
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
@@ -94,15 +95,17 @@ def train(
     *overrides: str,
     world: int = 1,
     resume: bool | int = False,
+    allow: Sequence[str] = ALLOWED,
     last: Sequence[str] = (),
     **environment: str,
 ) -> Ended:
-    """Run the program on `world` forked processes that form a group. A rank that is killed takes the others with it.
+    """Run the program in the YAML's folder, on `world` forked processes that form a group. A rank that is killed takes
+    the others with it.
 
     last: further arguments of the last rank alone.
     """
     job = {
-        "arguments": arguments(yaml, overrides, resume),
+        "arguments": arguments(yaml, overrides, resume, allow),
         "last": list(last),
         "world": world,
         "port": free_port(),
@@ -162,11 +165,13 @@ def launch(
     return Ended([process.returncode], out.read_text(), err.read_text(), time.monotonic() - began)
 
 
-def arguments(yaml: Path, overrides: Sequence[str], resume: bool | int) -> list[str]:
+def arguments(
+    yaml: Path, overrides: Sequence[str], resume: bool | int, allow: Sequence[str] = ALLOWED
+) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
-    codes = [part for name in ("outside", "three") for part in ("--allow-code", name)]
+    allowed = [part for package in allow for part in ("--allow-code", package)]
     going_on = [] if resume is False else ["--resume"] if resume is True else [f"--resume={resume}"]
-    return ["--config", str(yaml), *codes, *sets, *going_on]
+    return ["--config", str(yaml), *allowed, *sets, *going_on]
 
 
 def free_port() -> int:
@@ -252,6 +257,7 @@ def _fork(rank: int, job: dict[str, Any]) -> int:
             **{name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), **job["environment"],
         }  # fmt: skip
+        os.chdir(job["folder"])
         more = job["last"] if rank == job["world"] - 1 else []
         sys.argv = [str(PROGRAM), *job["arguments"], *more]
         runpy.run_path(str(PROGRAM), run_name="__main__")

@@ -374,3 +374,25 @@ def test_too_few_rows_are_an_error_that_names_the_task(tmp_path, monkeypatch):
         pass
     with pytest.raises(BuildError, match="doc2code: found 0 training and 0 validation rows"):
         quickstart.build_data(tmp_path, tmp_path)
+
+
+def test_labels_are_those_of_the_sources():
+    assert [row.data for row in tasks.labeled_glosses(SYNSETS.replace(" 03 n", " 05 n"))] == [
+        {"text": "a friendly animal", "label": "animal"},
+        {"text": "a sausage in a roll", "label": "animal"},
+    ]
+    assert list(tasks.labeled_glosses(SYNSETS)) == [], "03 is none of the ten"
+
+    def sample(question: str, answer: str) -> str:
+        return json.dumps({"input": [{"content": question}], "ideal": answer}) + "\n"
+
+    ask = "What is the SOC Code for the job title '{}'"
+    groups = [("baker", "Food"), ("cook", "Food"), ("roofer", "Roofs"), ("chef", "Food")]
+    lines = "".join(sample(ask.format(title), group) for title, group in groups)
+    assert [row.data for row in tasks.labeled_titles(lines, least=2)] == [
+        {"text": title, "label": "Food"} for title in ("baker", "cook", "chef")
+    ]
+    headline = "man walks dog through the park"
+    assert [row.data for row in tasks.labeled_headlines(sample(headline, "1"))] == [
+        {"text": headline, "label": "yes"}
+    ]

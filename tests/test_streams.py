@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import toys
 from distributed import run_distributed
+from huggingface_hub import ModelCard
 from test_equivalence import Expose
 from transformers import (
     AutoModelForCausalLM,
@@ -21,11 +22,13 @@ from transformers import (
     BertForSequenceClassification,
 )
 
+import mtl
 from mtl import build, plugins
 from mtl.config import ConfigError
 from mtl.data.examples import Piece
 from mtl.distributed import comm, engine
 from mtl.losses.classification import macro_f1
+from mtl.output.export import ExportError, export
 from mtl.train import gram
 from mtl.train.optimizer import parameter_groups
 from mtl.train.step import fetch, train_step
@@ -315,8 +318,23 @@ def test_a_classifier_trains_and_its_export_is_transformers_own(bert):
     best = int(np.argmax(values))
     state = json.loads(next((bert / "labels/checkpoints").glob("step-*/state.json")).read_text())
     assert state["run"]["best"]["value"] == pytest.approx(values[best])
-    made = AutoModelForSequenceClassification.from_pretrained(bert / "labels/model")
-    assert made.config.id2label[0] == "a: no"
+    made = mtl.load(bert / "labels/model")
+    assert type(made) is BertForSequenceClassification and made.config.id2label[0] == "a: no"
+    card = ModelCard((bert / "labels/model/README.md").read_text())
+    assert card.data.pipeline_tag == "text-classification"
+    assert "AutoModelForSequenceClassification.from_pretrained" in card.text
+    assert "nats per example" in card.text
+
+
+def test_an_adapter_of_a_classifier_opens_with_its_labels(bert):
+    yaml = yaml_of(bert, LABELS.replace("fp32}}", "fp32, lora: {{target_modules: [query]}}}}", 1))
+    settings = ["train.steps=1", "evaluate.every=1", f"output={bert}/adapter", "optimizer.scale={}"]
+    runs.train(yaml, *settings).well()
+    made = mtl.load(bert / "adapter/model")
+    assert made.config.num_labels == 5 and made.config.id2label[4] == "b: maybe"
+    checkpoint = next((bert / "adapter/checkpoints").glob("step-*"))
+    with pytest.raises(ExportError, match="found an adapter of type SEQ_CLS"):
+        export(checkpoint, bert / "merged", merge=True)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def estimate(
     rank = _Rank(config, stage, world, _parameters(model, config))
     return [
         *_held(rank),
+        *_averaged(rank),
         *_offloading(rank),
         *_half_gradients(rank),
         *_communication(rank),
@@ -133,6 +134,18 @@ def _held(rank: _Rank) -> list[Part]:
     ]
 
 
+def _averaged(rank: _Rank) -> list[Part]:
+    """The average of the trained weights, and what measuring it takes."""
+    given = rank.config.average
+    if given is None:
+        return []
+    held = given.last or 1
+    copies = held + (held > 1)  # their mean, while it is measured
+    place = given.device or _where(rank.config.engine.offload.optimizer)
+    note = f"{copies} x {rank.trained:,} in fp32{_over(rank.share(1))}"
+    return [Part("average", 4 * copies * rank.trained / rank.share(1), place, note=note)]
+
+
 def _offloading(rank: _Rank) -> list[Part]:
     """What an optimizer on the host needs to be fed."""
     place = _where(rank.config.engine.offload.optimizer)
@@ -175,6 +188,9 @@ def _communication(rank: _Rank) -> list[Part]:
 
 
 def _activations(config: Config, model: nn.Module, positions: int, targets: int) -> list[Part]:
+    if not hasattr(model, "config"):
+        note = "unknown: the model has no configuration of transformers'"
+        return [Part("activations", 0, rough=True, note=note)]
     settings: PretrainedConfig = model.config.get_text_config()
     size = 4 if config.model.precision == "fp32" else 2
     hidden, layers, vocabulary = (

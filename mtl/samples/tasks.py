@@ -4,11 +4,11 @@ import ast
 import json
 import re
 import sysconfig
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtl.samples.rows import Row, between, completion, words
+from mtl.samples.rows import Row, between, completion, labeled, words
 
 
 def standard_library() -> Iterator[tuple[str, bytes]]:
@@ -115,31 +115,67 @@ def chats(samples: str) -> Iterator[tuple[str, str]]:
         yield sample["input"][-1]["content"].strip(), sample["ideal"].strip()
 
 
-def headlines(samples: str) -> Iterator[Row]:
-    """A headline -> yes or no, as chat messages; the source says 1 or 0."""
+def sarcasm(samples: str) -> Iterator[tuple[str, str]]:
+    """(headline, whether it is sarcastic: yes or no); the source says 1 or 0."""
     for headline, answer in chats(samples):
         if between(20, headline, 120):
-            system = "Is this headline sarcastic? Answer yes or no."
-            turns = {
-                "system": system,
-                "user": headline,
-                "assistant": {"1": "yes", "0": "no"}[answer],
-            }
-            messages = [{"role": role, "content": content} for role, content in turns.items()]
-            yield Row(words(headline), words(headline), {"messages": messages})
+            yield headline, {"1": "yes", "0": "no"}[answer]
 
 
-def occupations(samples: str) -> Iterator[Row]:
-    """A job title -> its occupation group; titles with several groups are left out."""
+def headlines(samples: str) -> Iterator[Row]:
+    """A headline -> yes or no, as chat messages."""
+    for headline, answer in sarcasm(samples):
+        system = "Is this headline sarcastic? Answer yes or no."
+        turns = {"system": system, "user": headline, "assistant": answer}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        yield Row(words(headline), words(headline), {"messages": messages})
+
+
+def labeled_headlines(samples: str) -> Iterator[Row]:
+    """A headline with the label yes or no."""
+    return (labeled(*pair) for pair in sarcasm(samples))
+
+
+def titles(samples: str) -> Iterator[tuple[str, str]]:
+    """(job title, its occupation group); titles with several groups are left out."""
     groups = defaultdict(set)
     for question, answer in chats(samples):
         title = question.removeprefix("What is the SOC Code for the job title").strip(" '")
         groups[title].add(answer)
     for title, (answer, *others) in groups.items():
         if not others and between(3, title, 60) and between(3, answer, 80):
-            yield completion(
-                words(title), f"Occupation group of the job title '{title}':", f" {answer}"
-            )
+            yield title, answer
+
+
+def occupations(samples: str) -> Iterator[Row]:
+    """A job title -> its occupation group."""
+    for title, answer in titles(samples):
+        prompt = f"Occupation group of the job title '{title}':"
+        yield completion(words(title), prompt, f" {answer}")
+
+
+def labeled_titles(samples: str, least: int = 8) -> Iterator[Row]:
+    """A job title labeled with its occupation group, of groups with `least` titles or more."""
+    found = list(titles(samples))
+    sizes = Counter(group for _, group in found)
+    return (labeled(title, group) for title, group in found if sizes[group] >= least)
+
+
+# Ten of the lexicographer files that WordNet keeps its nouns in, by their numbers.
+KINDS = {
+    "04": "act", "05": "animal", "06": "artifact", "09": "cognition", "10": "communication",
+    "13": "food", "18": "person", "20": "plant", "26": "state", "27": "substance",
+}  # fmt: skip
+
+
+def labeled_glosses(data: str) -> Iterator[Row]:
+    """The first gloss of a WordNet noun, labeled with the lexicographer file that it stands in."""
+    for line in data.splitlines():
+        synset, _, gloss = line.partition(" | ")
+        kind, gloss = KINDS.get(synset[9:11]), gloss.split(";")[0].strip()
+        is_instance = " @i " in synset
+        if kind and not line.startswith(" ") and not is_instance and between(12, gloss, 110):
+            yield labeled(gloss, kind)
 
 
 def sums(samples: str) -> Iterator[Row]:
