@@ -1,6 +1,7 @@
 """What a run keeps beside its checkpoints: every task's best model, and the average of its weights."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +90,20 @@ def test_killed_and_resumed_the_bests_are_the_same(yaml, each, where):
     runs.train(yaml, OURS, *EACH, f"output={output}", resume=True).well()
     assert runs.contents(output / "bests") == runs.contents(at_once / "bests")
     assert state_of(output)["bests"] == state_of(at_once)["bests"]
+
+
+def test_gone_back_to_a_step_whose_best_was_replaced_since(yaml, each):
+    """At step 6 chat is at its best; step 8 has taken its place. Going on from 6 finds 8 again."""
+    output = yaml.parent / "back"
+    shutil.copytree(each, output)
+    then = json.loads((each / "checkpoints" / "step-00000006" / "state.json").read_text())
+    lost = f"step-{then['run']['bests']['chat']['step']:08d}"
+    assert not (each / "bests" / lost).exists()
+    more = ["checkpoint.every=2", "checkpoint.keep=9", f"output={output}"]
+    ended = runs.train(yaml, OURS, *EACH, *more, resume=6).well()
+    assert f"bests/{lost}, a task's best model so far, is gone" in ended.err
+    assert state_of(output)["bests"] == state_of(each)["bests"]
+    assert runs.contents(output / "bests") == runs.contents(each / "bests")
 
 
 def test_with_lora_a_best_is_an_adapter(yaml):
