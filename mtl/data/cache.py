@@ -347,7 +347,7 @@ def _fraction(example: Any) -> float:
     """
     if type(example).__repr__ is object.__repr__:  # which names its place in memory
         raise DataError(
-            f"found a {type(example).__name__} from the format, whose repr does not show what it "
+            f"found {type(example).__name__} from the format, whose repr does not show what it "
             "holds; wanted a dataclass, to hold out a part of the rows. Or name validation rows"
         )
     digest = hashlib.blake2b(repr(example).encode(), digest_size=8).digest()

@@ -124,10 +124,7 @@ class Encoder:
         self._opening = next(
             (full[:i] for i in range(len(full)) if full[i : i + len(bare)] == bare), []
         )
-        added = tokenizer.added_tokens_decoder.values()
-        self._specials = _any_of(
-            {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
-        )
+        self._specials = special_texts(tokenizer)
         # No token stands for more characters than its own text has (a byte-level one: bytes).
         self._widest = max(map(len, tokenizer.get_vocab()), default=1)
 
@@ -151,14 +148,7 @@ class Encoder:
         return self._limited(np.array(ids, dtype=np.int32), np.array(target, dtype=bool))
 
     def _look(self, texts: Iterable[str], note: Note) -> None:
-        """Text of special tokens in the data becomes these tokens: an answer may end too early."""
-        found = sorted({match[0] for text in texts for match in self._specials.finditer(text)})
-        if found and self.special_text == "refuse":
-            raise RowProblem(
-                "special token", f"found the text of {found[0]}, which the model reads as a token"
-            )
-        for token in found:
-            note(f"rows with the text of {token} in them, which becomes that token", 1)
+        look_for(self._specials, texts, self.special_text, note)
 
     def _bare(self, text: str) -> str:
         """Without the eos at its end, which an answer may bring along."""
@@ -347,10 +337,35 @@ class Encoder:
         return self.tokenizer.eos_token_id
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of some texts; nothing, where there are none."""
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds the tokenizer's special tokens, the longest first; nothing, where there are none."""
+    added = tokenizer.added_tokens_decoder.values()
+    texts = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     longest = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+
+def look_for(
+    specials: re.Pattern[str],
+    texts: Iterable[str],
+    policy: Literal["keep", "refuse"],
+    note: Note,
+) -> None:
+    """Text of special tokens in the data becomes these tokens: an answer may end too early.
+
+    Args:
+        policy: `batch.special_text`.
+
+    Raises:
+        RowProblem: such a text is found, and the policy is "refuse".
+    """
+    found = sorted({match[0] for text in texts for match in specials.finditer(text)})
+    if found and policy == "refuse":
+        raise RowProblem(
+            "special token", f"found the text of {found[0]}, which the model reads as a token"
+        )
+    for token in found:
+        note(f"rows with the text of {token} in them, which becomes that token", 1)
 
 
 def _texts(example: Messages) -> Iterator[str]:
