@@ -30,9 +30,11 @@ class Messages:
     """A conversation for the chat template. Every assistant turn is a target, its end-of-turn token
     included, but those in `context`.
 
-    Attributes: messages: role, content, and whatever else the template reads (tool_calls, name
-        ...). tools: JSON schemas of functions. context: numbers (from 0) of assistant turns that
-        are no targets. may_drop: of LEFT_OUT, what the template may leave out.
+    Attributes:
+        messages: role, content, and whatever else the template reads (tool_calls, name ...).
+        tools: JSON schemas of functions.
+        context: numbers (from 0) of assistant turns that are no targets.
+        may_drop: of LEFT_OUT, what the template may leave out.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -98,8 +100,10 @@ def messages(
     Content is text, or a list of text parts, which are joined. `weight: 0` or `train: false` makes
     a turn of the assistant context. `arguments` of `tool_calls` are an object or its JSON.
 
-    Args: messages, tools, system: keys of the row. roles: further names of roles, and which of
-        ROLES each is. may_drop: of LEFT_OUT, what the chat template may leave out of a row.
+    Args:
+        messages, tools, system: keys of the row.
+        roles: further names of roles, and which of ROLES each is.
+        may_drop: of LEFT_OUT, what the chat template may leave out of a row.
     """
     said = _get(row, messages, list)
     if row.get(system):
