@@ -330,9 +330,7 @@ class Engine:
         """
         _refuse_nvme(self._engine, folder)
         comm.together(lambda: _refuse(folder, shards))
-        comm.together(
-            lambda: shutil.rmtree(scratch, ignore_errors=True) if comm.rank() == 0 else None
-        )
+        comm.on_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
         self.save(scratch / "engine")
         comm.barrier()
         known = {id(p): name for name, p in self.module.named_parameters()}
@@ -343,7 +341,7 @@ class Engine:
         )
         self.load(scratch / "engine")
         comm.barrier()  # none still reads
-        comm.together(lambda: shutil.rmtree(scratch) if comm.rank() == 0 else None)
+        comm.on_first(lambda: shutil.rmtree(scratch))
 
     def state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
         """The whole parameters and persistent buffers, on the CPU of rank 0 (elsewhere empty). A
