@@ -67,7 +67,7 @@ def test_the_printed_files_train(folder, ended):
 
 def test_the_tracker_has_the_numbers_of_the_log_and_resumes(folder, ended):
     path = folder / "runs/stars/validation.csv"
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     logged = {
         (line["step"], tag): value
         for line in runs.metrics(folder / "runs/stars")
@@ -78,7 +78,7 @@ def test_the_tracker_has_the_numbers_of_the_log_and_resumes(folder, ended):
     name = {"__name__": "mine.tracker"}
     exec(FILES["mine/tracker.py"], name)
     name["Csv"](output=path.parent, steps=12, start=6)
-    kept = list(csv.DictReader(path.open()))
+    kept = list(csv.DictReader(path.read_text().splitlines()))
     assert kept == [row for row in rows if int(row["step"]) <= 6]
 
 
@@ -112,4 +112,5 @@ def test_the_page_checks_too(folder, monkeypatch, capsys):
     code = process.exit_code(program["main"])
     out, err = capsys.readouterr()
     assert code == 0 and "nothing stands in the way of a run" in out, out + err
+    assert "not known: the module has no `config`" in out
     assert re.search(r"[ab]{10} -> 0\.\d\d", out), out

@@ -175,6 +175,9 @@ def _communication(rank: _Rank) -> list[Part]:
 
 
 def _activations(config: Config, model: nn.Module, positions: int, targets: int) -> list[Part]:
+    if not isinstance(getattr(model, "config", None), PretrainedConfig):
+        note = "not known: the module has no `config` of transformers that says its sizes"
+        return [Part("activations", 0, rough=True, note=note)]
     settings: PretrainedConfig = model.config.get_text_config()
     size = 4 if config.model.precision == "fp32" else 2
     hidden, layers, vocabulary = (
