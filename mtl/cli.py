@@ -14,7 +14,9 @@ from pathlib import Path
 import mtl
 from mtl import process
 
-PROGRAMS = ("init", "check", "train", "export", "report", "migrate_mftcoder")
+PROGRAMS = (
+    "init", "check", "train", "evaluate", "export", "merge", "report", "migrate_mftcoder"
+)  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -21,9 +21,9 @@ FLOORS = {
     "mtl.losses": 3,
     "mtl.distributed": 4,
     "mtl.models": 5, "mtl.integrations": 5,
-    "mtl.output": 6, "mtl.check": 6,
+    "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
     "mtl.train": 7,
-    "mtl.plugins": 8, "mtl.build": 8,
+    "mtl.plugins": 8, "mtl.build": 8, "mtl.evaluation": 8,
     "launch": 9, "mtl.cli": 9,
     "mtl": 0,  # the package itself: its version
 }  # fmt: skip

@@ -59,7 +59,7 @@ def _of(get: Get, name: str) -> Iterator[Finding]:
     of, here = get("tasks", name, "of"), ("tasks", name)
     if of is None:
         return
-    for key in (*OWN, "share", "epochs", "cap", "validation_cap", "objective"):
+    for key in (*OWN, "test", "share", "epochs", "cap", "validation_cap", "objective"):
         if get("tasks", name, key) is not None:
             hint = "The task is a loss of other tasks' rows."
             yield (*here, key), show(get("tasks", name, key)), "nothing beside `of`", hint
@@ -81,11 +81,10 @@ def _of(get: Get, name: str) -> Iterator[Finding]:
 def _best(get: Get) -> Iterator[Finding]:
     tasks = [task for task in get("tasks").values() if isinstance(task, dict)]
     specs = [get("objective"), *(task.get("objective") for task in tasks)]
-    names = {
-        spec.get("name") if isinstance(spec, dict) else getattr(spec, "name", spec)
-        for spec in specs
-    }
-    if not names <= {"causal_lm", None}:
+    names = [
+        getattr(one, "name", one.get("name") if isinstance(one, dict) else one) for one in specs
+    ]
+    if any(name not in ("causal_lm", None) for name in names):
         return  # an objective may have measures: `mtl.plugins.read` looks at them
     best, choices = get("evaluate", "best"), ["macro", "token", "worst", *get("tasks")]
     if best not in choices:

@@ -203,9 +203,11 @@ class TaskSection(Section):
     """
     validation: OwnSources = None
     """Rows whose loss is measured, named in the same way."""
+    test: OwnSources = None
+    """Rows that `launch/evaluate.py` alone reads, never a training run, named in the same way."""
     format: Spec | None = None
-    """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds, or a
-    function of yours.
+    """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
+    or a function of yours.
     """
     of: Names | None = None
     """Other tasks, of whose rows this task is another loss (`loss`); in place of train, validation

@@ -108,6 +108,19 @@ def resolve(
     return _Found(config.get(path), keys, kind, allow_code, config.document).made()
 
 
+def resolve_in(
+    document: Document, path: str, kind: Kind, allow_code: Collection[str] = ()
+) -> Callable[..., Any]:
+    """`resolve` of a spec that stands in a document of its own, such as a command line's.
+
+    Raises:
+        ConfigError: everything that is wrong with it, a line each.
+    """
+    keys = document.keys(path)
+    spec = Spec.model_validate(functools.reduce(child, keys, document.data))
+    return _Found(spec, keys, kind, allow_code, document).made()
+
+
 def check(
     kinds: Mapping[str, Kind], allow_code: Collection[str] = ()
 ) -> Callable[[Document], list[Problem]]:
@@ -219,7 +232,7 @@ class _Found:
             self._fail(f"{dotted}, of type {type(target).__name__}", "a class or a function")
         if base and isinstance(target, type) and not issubclass(target, base):
             self._fail(
-                f"{dotted}, which is no {base.__name__}",
+                f"{dotted}, which is not a {base.__name__}",
                 f"a subclass of {base.__module__}.{base.__qualname__}",
             )
         return target

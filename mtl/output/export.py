@@ -80,7 +80,7 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     if merge:
-        _merge(source, temporary, dtype, allow_remote_code)
+        whole(source, temporary, dtype, allow_remote_code)
     else:
         shutil.copytree(source, temporary)
         if dtype is not None:
@@ -154,7 +154,12 @@ def _cast(folder: Path, dtype: str) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _merge(source: Path, target: Path, dtype: str | None, allow_remote_code: bool) -> None:
+def whole(source: Path, target: Path, dtype: str | None, allow_remote_code: bool) -> None:
+    """Write an adapter's base with the adapter added, as `export` does.
+
+    Raises:
+        ModelError: the base model cannot be had.
+    """
     from mtl.models import (
         adapters,
         save,

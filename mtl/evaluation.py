@@ -1,0 +1,178 @@
+"""Per-task losses of model folders on an experiment's rows, without an engine or an optimizer.
+
+Every rank holds the whole model in the YAML's precision and reads its part of the rows.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mtl import build, plugins
+from mtl.build import Data
+from mtl.config import Config, ConfigError
+from mtl.data.batches import ValidationGroups
+from mtl.data.cache import encode_split
+from mtl.data.encoded import DataError, TaskData
+from mtl.data.plan import layouts_for
+from mtl.data.source import open_source
+from mtl.distributed import comm
+from mtl.distributed.engine import device
+from mtl.losses import head
+from mtl.models import adapters, packing
+from mtl.models.structure import dtype_of
+from mtl.train.evaluate import ValidationResult, full_pass
+
+Say = Callable[[str], None]
+Split = Literal["validation", "test"]
+Evaluate = Callable[[Path], ValidationResult]
+
+
+@dataclass
+class Bare:
+    """A model as the full pass asks for it: an `Engine` that cannot train."""
+
+    module: nn.Module
+    device: torch.device
+    autocast: bool = False
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def evaluate(self, **inputs: Any) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module(**inputs)
+
+
+def rows(config: Config, split: Split, allow_code: Collection[str] = ()) -> Data:
+    """Every stream's rows of a split, encoded or from the cache. Call it before there is a process
+    group, as `build.encode`.
+
+    Raises:
+        ConfigError: a task has no such rows.
+        DataError: they cannot be used.
+    """
+    missing = [name for name, task in config.streams.items() if getattr(task, split) is None]
+    if missing:
+        raise ConfigError(
+            config.error(("tasks", name, split), "nothing", "rows to evaluate on")
+            for name in missing
+        )
+    data = build.encode(config, allow_code, _say)  # labels and the like are those of training
+    if split == "validation":
+        return replace(
+            data, tasks=[TaskData(t.name, t.validation, t.validation) for t in data.tasks]
+        )
+    root, found = Path(config.cache).expanduser(), []
+    for s, (name, form) in enumerate(plugins.formats(config, allow_code).items()):
+        examples, label = data.examples[data.goals.of[s]], f"{name} ({split})"
+        try:
+            sources = [open_source(one, split) for one in config.tasks[name].test]
+            encoded = encode_split(root, sources, form, examples, None, label, _say)
+        except DataError as e:
+            where = config.where(("tasks", name, split))
+            raise DataError(f"{where}: tasks.{name}.{split}: {e}") from e
+        found.append(TaskData(name, encoded, encoded))
+    return replace(data, tasks=found)
+
+
+def evaluator(
+    config: Config,
+    data: Data,
+    *,
+    halves: bool = False,
+    allow_code: Collection[str] = (),
+    say: Say = lambda text: None,
+) -> Evaluate:
+    """From a folder (a model, or an adapter) to its losses on `rows`.
+
+    Args:
+        halves: divide every task's rows into two alike halves, groups 0 and 1 of the result: one to
+            choose by, one to report. They are the same for every model and world size.
+
+    Raises:
+        ConfigError: a task has one row only and `halves` is asked for.
+    """
+    tasks, goals = data.tasks, data.goals
+    single = [task.name for task in tasks if halves and len(task.validation) < 2]
+    if single:
+        found, wanted = "one row", "two or more: half of them choose, half report"
+        raise ConfigError(
+            config.error(("tasks", name, "validation"), found, wanted) for name in single
+        )
+    packed: dict[type, bool] = {}  # measured once for an architecture
+
+    def evaluate(folder: Path) -> ValidationResult:
+        module = _load(config, folder, data, allow_code)
+        model = Bare(module, device(), config.model.precision == "bf16_autocast")
+        kind = type(module)
+        if kind not in packed:
+            can = any(one.packs for one in data.examples)
+            packed[kind] = can and packing.decide(config, model, len(data.tokenizer), say)
+        tokens = config.evaluate.tokens or config.batch.tokens
+        ranks = comm.world(), comm.rank()
+        layouts = layouts_for(config, tasks, data.examples, goals.of, *ranks, packed[kind], tokens)
+        groups = ValidationGroups(tasks, 2 if halves else 1, config.train.seed, layouts)
+        return full_pass(model, goals.as_one, groups, len(config.tasks))
+
+    return evaluate
+
+
+def halves(path: str, allow_code: Collection[str] = ()) -> tuple[Evaluate, list[str]]:
+    """For `launch/merge.py`: an evaluator on the two halves of a YAML's validation rows, and the
+    tasks' names.
+
+    Raises:
+        ConfigError, DataError: everything that is wrong.
+    """
+    config = plugins.read(path, allow_code=allow_code)
+    tasks = rows(config, "validation", allow_code)
+    return evaluator(config, tasks, halves=True, allow_code=allow_code), list(config.tasks)
+
+
+def table(losses: Mapping[str, ValidationResult], names: list[str]) -> list[list[str]]:
+    """A row a model, a column a task, then their mean (macro) and that over tokens (token)."""
+    head = ["nats per target token", *names, "macro", "token"]
+    summaries = {name: one.summary(names) for name, one in losses.items()}
+    return [head, *([name, *(f"{s[k]:.4f}" for k in head[1:])] for name, s in summaries.items())]
+
+
+def record(losses: Mapping[str, ValidationResult], names: list[str], split: Split) -> str:
+    """The same as JSON, with target tokens."""
+    models = {
+        name: {
+            "losses": one.summary(names),
+            "tokens": dict(zip(names, one.tokens.sum(1).tolist(), strict=True)),
+        }
+        for name, one in losses.items()
+    }
+    return json.dumps({"split": split, "unit": "nats per target token", "models": models}, indent=2)
+
+
+def _load(config: Config, folder: Path, data: Data, allow_code: Collection[str]) -> nn.Module:
+    if (folder / "adapter_config.json").is_file():
+        quantize, precision = config.model.quantize, config.model.precision
+        remote = config.model.allow_remote_code
+        model, _ = adapters.merge(folder, remote, quantize, precision)
+        model = model.to(dtype_of(config.model.precision))
+        head.install(model, None)
+        return model.to(device())
+    plain = {"name": str(folder), "revision": None, "lora": None, "quantize": None, "adapter": None}
+    plain |= {"activation_checkpointing": False, "compile": False}
+    changes = {
+        "model": config.model.model_copy(update=plain),
+        "engine": config.engine.model_copy(update={"zero": 0}),
+        "train": config.train.model_copy(update={"from": None}),
+    }
+    loader = plugins.loader(config, allow_code)
+    here = config.model_copy(update=changes)
+    return loader(here, data.tokenizer, data.examples, empty=False).to(device())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
