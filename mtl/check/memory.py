@@ -175,13 +175,8 @@ def _communication(rank: _Rank) -> list[Part]:
 
 
 def _activations(config: Config, model: nn.Module, positions: int, targets: int) -> list[Part]:
-<<<<<<< HEAD
     if not isinstance(getattr(model, "config", None), PretrainedConfig):
-        note = "not known: the module has no `config` of transformers that says its sizes"
-=======
-    if not hasattr(model, "config"):
         note = "unknown: the model has no configuration of transformers'"
->>>>>>> main
         return [Part("activations", 0, rough=True, note=note)]
     settings: PretrainedConfig = model.config.get_text_config()
     size = 4 if config.model.precision == "fp32" else 2
