@@ -25,6 +25,7 @@ def main() -> None:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder step-... of a run")
     add("out", type=Path, metavar="OUT", help="folder to write; an earlier export is replaced")
     add("--merge", action="store_true", help="add the adapter to its base model, write the whole")
+    add("--average", action="store_true", help="the averaged weights, of a run with `average:`")
     add("--dtype", choices=["fp32", "bf16"], help="of the parameters; as trained where left out")
     add("--allow-remote-code", action="store_true", help="the base model's code may run (--merge)")
     add("--push", metavar="REPO", help="upload the folder to this hub repository, made private")
@@ -40,6 +41,7 @@ def main() -> None:
         args.dtype,
         merge=args.merge,
         allow_remote_code=args.allow_remote_code,
+        weights="average" if args.average else "model",
     )
     print(f"{'merged model' if args.merge else 'model'}, of {args.checkpoint.name}: {out}")
     if args.push:

@@ -22,7 +22,7 @@ from mtl.config import Config, ConfigError
 from mtl.config.spec import resolve
 from mtl.data.batches import Layouts, TrainBatches
 from mtl.data.cache import prepare
-from mtl.data.encode import Encoder, load_tokenizer
+from mtl.data.encode import Encoder, dates, load_tokenizer
 from mtl.data.encoded import TaskData
 from mtl.data.examples import Book, Examples
 from mtl.data.next_token import NextToken
@@ -37,6 +37,7 @@ from mtl.output import provenance, trackers
 from mtl.output.checkpoint import Checkpoints, write_json
 from mtl.output.state import RunState
 from mtl.train import gram
+from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.run import Run
 
@@ -59,13 +60,17 @@ class Data:
     examples: Sequence[Examples] = ()
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def say_once(text: str) -> None:
     """Print a message for people, on rank 0 alone."""
     if comm.rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        _tell(text)
 
 
-def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = None) -> Data:
+def encode(config: Config, allow_code: Collection[str] = (), say: Say = _tell) -> Data:
     """Tokenize every task, or read what the cache has. Call it before there is a process group:
     collectives would time out.
 
@@ -73,6 +78,12 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = N
         DataError: every problem of every task.
     """
     tokenizer = load_tokenizer(config.model, config.where("model.name"))
+    if read := dates(tokenizer):
+        say(
+            f"the chat template reads today's date ({', '.join(read)}): rows are encoded again "
+            "when it changes, and a run does not resume on another day. Set model.chat_template to "
+            "one with a fixed date"
+        )
     goals = plugins.objectives(config, allow_code)
     examples = [_examples(one, goals.book, tokenizer, config) for one in goals.each]
     if config.batch.packing is True and not all(one.packs for one in examples):
@@ -80,7 +91,7 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say | None = N
         raise ConfigError([config.error("batch.packing", found, "auto or false")])
     formats = plugins.formats(config, allow_code)
     of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
-    tasks = prepare(config, of_stream, formats, **({"say": say} if say else {}))
+    tasks = prepare(config, of_stream, formats, say)
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
@@ -94,7 +105,8 @@ def _examples(
     make = maker_of_examples(objective)
     if make is not None:
         return make(book, tokenizer, config)
-    encoder = Encoder(tokenizer, config.batch.max_length, config.batch.too_long)
+    batch = config.batch
+    encoder = Encoder(tokenizer, batch.max_length, batch.too_long, batch.special_text)
     return NextToken(book, tokenizer.pad_token_id or 0, encoder)
 
 
@@ -183,6 +195,7 @@ def build(
         ),
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
+        average=config.average and Average(engine, config.average),
     )
 
 
@@ -208,7 +221,7 @@ def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:
         else f"--resume: no complete checkpoint in {run.checkpoints.output}; starting at step 0"
     )
     if found:
-        return run.checkpoints.load(run.engine, run.holder)
+        return run.checkpoints.load(run.engine, run.holder, run.average)
     comm.together(run.checkpoints.check_beginning)
     return RunState()
 

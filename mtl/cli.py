@@ -15,7 +15,8 @@ import mtl
 from mtl import process
 
 PROGRAMS = (
-    "init", "check", "train", "evaluate", "export", "merge", "report", "migrate_mftcoder"
+    "init", "check", "train", "evaluate", "export", "merge", "report", "replicas",
+    "migrate_mftcoder",
 )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
         lambda trained, tokenizer, folder, loader: _is_due(folder.parent.name),
     ),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
+    "best": (Path, "rename", lambda path, target: path.name == f".step-{int(STEP):08d}.tmp"),
     "prune": (shutil, "rmtree", lambda path, **_: _is_pointed_at(path.parent / "latest")),
 }
 

@@ -104,6 +104,21 @@ def test_nan_is_a_number():
     assert math.isnan(Document("key: .nan").data["key"])
 
 
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [("5%", 0.05), ("12.5 %", 0.125), ("0.05", 0.05), ("12", 12), ("a", ("a",)), ("[a]", ("a",))],
+)
+def test_validation_is_rows_or_a_part_of_the_training_rows(value, held):
+    config = parse(MINIMAL, "x.yaml", ["tasks.define.validation=" + value])
+    assert config.tasks["define"].validation == held
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "150%", "0%", "1.5", "true", "[]"])
+def test_a_part_of_the_training_rows_is_some_of_them(value):
+    with pytest.raises(ConfigError, match="wanted a file, .* or a part of train such as 5%"):
+        parse(MINIMAL, "x.yaml", ["tasks.define.validation=" + value])
+
+
 def test_merge_keys_and_anchors_keep_their_lines_and_share_nothing():
     document = Document(
         "base: &b {x: 1, y: [1]}\nmore: &m {y: 2, z: 3}\na:\n  <<: *b\n  x: 5\nc: {<<: [*b, *m]}\nd: *b\n"
@@ -292,7 +307,7 @@ def test_a_config_cannot_be_changed():
         (
             "bath: {}",
             "bath: found an unknown key, wanted model, tasks, mix, batch, train, optimizer, schedule, balancer, "
-            "gram, objective, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
+            "gram, objective, average, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
         ),
         (
             "mix: {lr: 1}",
@@ -401,7 +416,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "checkpoint: {best: false}",
-            "export.which: found best, wanted last or none. With checkpoint.best: false no best checkpoint is kept.",
+            "export.which: found best, wanted last, average or none. With checkpoint.best: false no best checkpoint is kept.",
         ),
     ],
 )
@@ -426,7 +441,7 @@ def test_one_wrong_line(line, error):
         ),
         (
             "a: {train: a, format: text}",
-            "tasks.a.validation: found nothing, wanted a file, folder or hub name, or a list of them.",
+            "tasks.a.validation: found nothing, wanted a file, folder or hub name, or a list of them, or a part of train such as 5%.",
         ),
         (
             "a: {train: [], validation: b, format: text}",
@@ -504,7 +519,7 @@ evaluate: {best: marco}
         "activation_checkpointing, compile, loss_kernel, chat_template, lora, adapter or quantize. Did you mean name?",
         "x.yaml:1: output: found nothing, wanted a path.",
         "x.yaml:1: train: found neither steps nor epochs, wanted one of them. For instance train: {steps: 1000}.",
-        "x.yaml:3: tasks.define.validation: found nothing, wanted a file, folder or hub name, or a list of them.",
+        "x.yaml:3: tasks.define.validation: found nothing, wanted a file, folder or hub name, or a list of them, or a part of train such as 5%.",
         "x.yaml:5: tasks.define.train: found the key a second time (first: x.yaml:4), wanted it once.",
         "x.yaml:6: tasks.define.format.name: found nothing, wanted a name.",
         "x.yaml:7: tasks.define.share: found 1, wanted nothing. It has no meaning with mix.shares: equal.",
@@ -582,7 +597,7 @@ def test_overrides():
     [
         (
             "train.stepz=1",
-            "train.stepz: found an unknown key, wanted steps, epochs, seed or from. Did you mean steps?",
+            "train.stepz: found an unknown key, wanted steps, epochs, seed, order or from. Did you mean steps?",
         ),
         (
             "train.steps=[1",

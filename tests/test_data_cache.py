@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from functools import partial
@@ -19,14 +20,15 @@ import pyarrow.parquet
 import pytest
 from toys import CHAT, tokenizer, write_tasks
 
+from mtl import build
 from mtl.config import parse
 from mtl.data import cache, formats, lock, source
 from mtl.data.cache import encode_split, prepare
-from mtl.data.encode import Encoder
+from mtl.data.encode import Encoder, dates, tokenizer_fingerprint
 from mtl.data.encoded import DataError, Encoded
 from mtl.data.lock import Owner, build_once
 from mtl.data.next_token import NextToken
-from mtl.data.source import open_source
+from mtl.data.source import open_source, open_sources
 
 TOK = tokenizer()
 ROWS = [{"text": "abc"}, {"text": "de"}]
@@ -108,14 +110,47 @@ def test_a_hub_name_goes_through_datasets(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for name in ("owner/name", "name:config", "name:config:part", "name::part"):
-        assert [row.value for row in open_source(name, split="validation").rows()] == ROWS
+    for name in ("owner/name", "name:config", "name:config:part", "name::part", "o/n::a[:10%]+b"):
+        (found,) = open_sources(name, split="validation")
+        assert [row.value for row in found.rows()] == ROWS
     assert asked == [
         ("owner/name", None, {"split": "validation"}),
         ("name", "config", {"split": "validation"}),
         ("name", "config", {"split": "part"}),
         ("name", None, {"split": "part"}),
+        ("o/n", None, {"split": "a[:10%]+b"}),
     ]
+
+
+def test_delimited_files_are_text(tmp_path):
+    long = "x" * 200_000
+    lines = ["\ufeffprompt,completion", '"a, ""b""\nc",007', "", "d,", "e", f"f,{long}"]
+    name = write(tmp_path / "a.csv", *lines)
+    rows = list(open_source(name).rows())
+    assert [row.value for row in rows] == [
+        {"prompt": 'a, "b"\nc', "completion": "007"},
+        {"prompt": "d", "completion": ""},
+        None,
+        {"prompt": "f", "completion": long},
+    ]
+    assert rows[2].problem == "found 1 values up to line 6, wanted 2: prompt, completion"
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b"text\tid\na,b\t1\n"))
+    assert values(str(tmp_path / "a.tsv.gz")) == [{"text": "a,b", "id": "1"}]
+    with pytest.raises(DataError, match="b.csv:1: found a column twice in a, a"):
+        values(write(tmp_path / "b.csv", "a,a", "1,2"))
+
+
+def test_a_pattern_is_every_file_that_it_matches(tmp_path):
+    for name in ("b", "a", "in/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", json.dumps({"text": name}))
+    found = [one.name for one in open_sources(f"{tmp_path}/*.jsonl")]
+    assert found == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    assert len(open_sources(f"{tmp_path}/**/*.jsonl")) == 3
+    with pytest.raises(DataError, match=r"found no file that matches .*\*.parquet"):
+        open_sources(f"{tmp_path}/*.parquet")
+    write(tmp_path / "d[1].jsonl", json.dumps(ROWS[0]))  # a name that is there is no pattern
+    assert len(open_sources(f"{tmp_path}/d[1].jsonl")) == 1
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
@@ -126,12 +161,14 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
     write(tmp_path / "bad.parquet", "no")
     write(tmp_path / "bad.json", "[1,")
-    write(tmp_path / "a.csv", "a")
+    write(tmp_path / "a.xlsx", "a")
+    write(tmp_path / "bad.csv", "a,b", '"x')
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "empty").mkdir()
     for name, text in {
         "gone.jsonl": "nothing found under '.*gone.jsonl', tried the file or folder /.*gone.jsonl. Wanted a .jsonl",
-        "a.csv": "found the file .*a.csv, wanted a .jsonl",
+        "a.xlsx": "found the file .*a.xlsx, wanted a .jsonl",
+        "bad.csv": "bad.csv, row 1: not readable as CSV",
         "splits": "found a folder of splits, wanted one of them: .*splits/train",
         "empty": "found the folder .*empty with nothing in it",
         "pipe.jsonl": "found the stream .*streaming is not supported",
@@ -338,6 +375,132 @@ def test_processes_give_what_one_gives(tmp_path, monkeypatch):
     assert one.read_bytes() == two.read_bytes()
 
 
+def read_both(tmp_path, rows, form, template=None, **keywords):
+    """The rows from JSONL and from Parquet, encoded."""
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    encoder = Encoder(tokenizer(template=template), 4000)
+    return [
+        encode(tmp_path / "cache", one, form=partial(form, **keywords), encoder=encoder)
+        for one in (name, str(tmp_path / "a.parquet"))
+    ]
+
+
+TOOL_CHAT = (
+    "{% if tools %}<|start|>system\n{{ tools | tojson }}<|end|>\n{% endif %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for t in m.tool_calls or [] %}({{ t.function.name }} {{ t.function.arguments | tojson }})"
+    "{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", ["tools", "functions"])
+def test_nulls_that_arrow_fills_in_are_no_tokens(tmp_path, tools):
+    schemas = [
+        {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}},
+        {"name": "add", "parameters": {"properties": {"a": {"type": "n"}, "b": {"type": "n"}}}},
+    ]
+    rows = []
+    for name, arguments in (("weather", {"city": "Oslo"}), ("add", {"a": 2, "b": 5})):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        said = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "4"},
+        ]
+        rows.append({"messages": said, tools: schemas})
+    one, two = read_both(tmp_path, rows, formats.messages, TOOL_CHAT, tools=tools)
+    assert [one.ids(i).tolist() for i in (0, 1)] == [two.ids(i).tolist() for i in (0, 1)]
+    assert b"null" not in bytes(two.ids(0).astype(np.uint8))
+    assert "null" not in TOK.decode(two.ids(0)) and '(weather {"city": "Oslo"})' in TOK.decode(
+        two.ids(0)
+    )
+
+
+def test_a_null_that_a_row_of_jsonl_has_stays(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"x": None}}}
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    name = write(tmp_path / "a.jsonl", json.dumps({"messages": said}))
+    encoder = Encoder(tokenizer(template=TOOL_CHAT), 400)
+    split = encode(tmp_path / "cache", name, form=formats.messages, encoder=encoder)
+    assert '(f {"x": null})' in TOK.decode(split.ids(0))
+
+
+def test_what_nothing_reads_is_said_once_with_a_count(tmp_path):
+    rounds = [
+        {"role": "human", "content": "a", "chat_round_id": 0},
+        {"role": "bot", "content": "b", "chat_round_id": 1},
+    ]
+    rows = [{"id": i, "chat_rounds": rounds} for i in range(3)] + [{"chat_rounds": rounds}]
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, rows), '{"id": 1}')
+    encoder = Encoder(TOK, 400)
+    split = encode(tmp_path / "cache", name, form=formats.chat_rounds, encoder=encoder)
+    assert split.problems()[1:3] == [
+        "rows with the key chat_rounds[].chat_round_id, which nothing reads: 4",
+        "rows with the key id, which nothing reads: 3",
+    ]
+
+    def everything(row):
+        return formats.Text(str({**row}))
+
+    assert encode(tmp_path / "cache", name, form=everything, encoder=encoder).report.notes == {}
+
+
+def test_equal_keys_are_said(tmp_path):
+    lines = ['{"text": "a", "text": "b"}', '{"text": "c"}']
+    said = "rows with the key text twice, of which the last counts"
+    for name in (
+        write(tmp_path / "a.jsonl", *lines),
+        write(tmp_path / "a.json", f"[{', '.join(lines)}]"),
+    ):
+        split = encode(tmp_path / "cache", name)
+        assert split.report.notes == {said: 1} and TOK.decode(split.ids(0)) == "b<|end|>"
+
+
+def test_a_long_row_gives_signs_while_it_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "NEWS", 0.01)
+    signs, enough = [], threading.Event()
+
+    def progress(text):
+        signs.append(text)
+        enough.set()
+
+    def slow(row):
+        assert enough.wait(60)
+        return formats.Text(row["text"])
+
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    cache._write(
+        tmp_path, [open_source(name)], slow, NextToken(None, 0, Encoder(TOK, 20)), None, progress
+    )
+    assert signs[0] == "0 rows"
+
+
+def test_long_rows_make_short_chunks():
+    rows = [source.Row(i, {}, size=3 * 2**20) for i in range(5)] + [source.Row(5, {})] * 300
+    assert [len(chunk) for chunk in cache._chunks(iter(rows))] == [2, 2, 256, 45]
+
+
+def test_a_date_in_the_template_is_part_of_the_key_and_is_said(tmp_path, monkeypatch):
+    def prints(call):
+        made = tokenizer(
+            template=CHAT + "{% if false %}{{ strftime_now(" + call + ") }}{% endif %}"
+        )
+        return [tokenizer_fingerprint(made) for _ in range(2)], made
+
+    (one, two), _ = prints("'%Y'")
+    assert one == two
+    (one, two), made = prints('"%f"')
+    assert one != two and dates(made) == ["%f"]
+    assert dates(prints("what")[1]) == ["%Y-%m-%d"] and dates(TOK) == []
+    said, tasks = [], write_tasks(tmp_path / "data")
+    monkeypatch.setattr(build, "load_tokenizer", lambda model, where: prints("'%Y'")[1])
+    build.encode(config(tmp_path, tasks), say=said.append)
+    assert [text for text in said if "reads today's date (%Y)" in text] == said[:1]
+
+
 # prepare
 
 
@@ -403,6 +566,54 @@ def test_prepare_reports_every_problem_of_every_task(tmp_path):
     )
     assert "tasks.two.train" not in text
     assert text.count("x.yaml:") == 3
+
+
+def held_out(tmp_path, rows, part, **task) -> tuple[list[str], list[str], list[str]]:
+    """Texts of training and validation rows, and what was said."""
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    said, tasks = [], {"a": {"train": name, "validation": part, "format": "text", **task}}
+    (made,) = prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), said.append)
+    return *(
+        [TOK.decode(split.ids(i)[:-1]) for i in range(len(split))]
+        for split in (made.train, made.validation)
+    ), said
+
+
+def test_a_part_of_the_training_rows_is_held_out(tmp_path):
+    rows = [{"text": f"row {i}", "id": i} for i in range(400)]
+    train, valid, _ = held_out(tmp_path, rows, "25%")
+    assert sorted(train + valid) == sorted(row["text"] for row in rows)
+    assert 70 < len(valid) < 130 and not {*train} & {*valid}
+    # Copies stand together, whatever nothing reads of them, and appended rows move none.
+    more = [*rows, *({**row, "id": 1000} for row in rows), {"text": "new"}]
+    later, held, said = held_out(tmp_path, more, "25%")
+    assert {*train} <= {*later} and {*valid} <= {*held} and not {*later} & {*held}
+    assert len(held) - 2 * len(valid) in (0, 1) and not any("are among" in one for one in said)
+
+
+def test_a_number_of_the_training_rows_is_held_out(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(50)]
+    train, valid, _ = held_out(tmp_path, [*rows, {"texts": ""}], 7)
+    assert len(valid) == 7 and len(train) == 43 and not {*train} & {*valid}
+    with pytest.raises(DataError, match="found 50 usable rows, wanted more than validation: 50"):
+        held_out(tmp_path, rows, 50)
+
+
+def test_unreadable_rows_are_reported_once_beside_a_part(tmp_path):
+    name = write(tmp_path / "a.jsonl", *[f'{{"text": "{i}"}}' for i in range(40)], "oops")
+    tasks = {"a": {"train": name, "validation": "50%", "format": "text"}}
+    (made,) = prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), lambda text: None)
+    assert made.train.report.dropped == {"unreadable": 1}
+    assert made.validation.report.dropped == {}
+
+
+def test_rows_on_both_sides_are_said(tmp_path):
+    one = write(tmp_path / "one.jsonl", '{"text": "a"}', '{"text": "b"}', '{"text": "c"}')
+    two = write(tmp_path / "two.jsonl", '{"text": "b"}', '{"text": "d"}')
+    said = []
+    tasks = {"a": {"train": one, "validation": two, "format": "text"}}
+    prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), said.append)
+    assert said[-1].startswith("a: 1 of 2 validation rows are among the training rows")
 
 
 # The lock

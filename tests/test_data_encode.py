@@ -1,9 +1,11 @@
 """Formats and encoding: which tokens an example becomes, and exactly which of them are trained."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from toys import CHAT, END, GENERATION_CHAT, START, tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -74,61 +76,12 @@ def test_nothing_is_kept_behind_the_last_target():
     assert made.truncated and made.ids.tolist() == Encoder(TOK, 48)(asked).ids.tolist()
 
 
-def test_generation_tags_and_prefixes_agree():
-    assert marked(Encoder(TAGGED, 200), TALK) == TALK_MARKED
-
-
-@settings(deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=6)),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_generation_tags_and_prefixes_agree_on_any_conversation(pairs):
-    talk = turns(("user", "x"), *pairs, ("assistant", "y"))
-    one, two = (Encoder(tok, 2000)(talk) for tok in (TOK, TAGGED))
-    assert one.ids.tolist() == two.ids.tolist() and one.target.tolist() == two.target.tolist()
-
-
 def test_the_end_of_a_turn_without_eos_is_the_end_of_its_text():
     plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}<assistant>{% endif %}"
     assert marked(
         Encoder(tokenizer(template=plain), 99), turns(("user", "a"), ("assistant", "b"))
     ) == ("<user>a\n<assistant>[b\n]")
-
-
-def test_a_template_that_rewrites_earlier_turns_shows_the_turn():
-    rewriting = CHAT.replace(
-        "{{ message.content }}",
-        "{{ message.content if loop.last else message.content.split('</think>')[-1] }}",
-    )
-    encoder = Encoder(tokenizer(template=rewriting), 999)
-    once = turns(("user", "a"), ("assistant", "<think>hm</think>b"))
-    assert marked(encoder, once).endswith(f"[<think>hm</think>b{END}]")
-    with pytest.raises(
-        RowProblem, match=r"changes turn 2 \(assistant\) once more turns follow: .*think.* against"
-    ) as e:
-        encoder(
-            Messages(
-                [
-                    *once.messages,
-                    {"role": "user", "content": "c"},
-                    {"role": "assistant", "content": "d"},
-                ]
-            )
-        )
-    assert e.value.reason == "template"
-
-
-def test_a_generation_prompt_that_is_not_how_a_turn_begins():
-    odd = CHAT.replace("<|start|>assistant\n{% endif", "<|start|>assistant\nOh: {% endif")
-    with pytest.raises(
-        RowProblem, match=r"generation prompt is not how turn 2 \(assistant\) begins: .*Oh: "
-    ):
-        Encoder(tokenizer(template=odd), 99)(turns(("user", "a"), ("assistant", "b")))
 
 
 def test_a_template_that_refuses_a_row():
@@ -218,6 +171,7 @@ def words_with_bos() -> PreTrainedTokenizerFast:
             merges=[("a", "b")],
         )
     )
+    backend.decoder = decoders.Fuse()
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 4)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
@@ -256,6 +210,159 @@ def test_formats_that_are_listed_are_there():
     for dotted in FORMATS.values():
         module, name = dotted.split(":")
         assert module == formats.__name__ and callable(getattr(formats, name))
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
+def test_arguments_of_calls_are_objects(arguments):
+    function = {"name": "weather", "arguments": arguments}
+    for call in ({"id": "c1", "type": "function", "function": function}, function):
+        said = [{"role": "user", "content": "w"}, {"role": "assistant", "tool_calls": [call]}]
+        made = formats.messages({"messages": said}).messages[1]["tool_calls"][0]
+        assert made.get("function", made)["arguments"] == {"city": "Oslo"}
+        assert made.get("id") == call.get("id")
+    value = json.dumps(function)
+    said = [{"from": "human", "value": "w"}, {"from": "function_call", "value": value}]
+    call = formats.sharegpt({"conversations": said}).messages[1]["tool_calls"][0]
+    assert call == {"type": "function", "function": {**function, "arguments": {"city": "Oslo"}}}
+
+
+@pytest.mark.parametrize("arguments", ["Oslo", "[1]", '"x"'])
+def test_arguments_that_are_no_object_are_refused(arguments):
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    said = [{"role": "user", "content": "w"}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(RowProblem, match="messages, turn 2: tool_calls, arguments: found"):
+        formats.messages({"messages": said})
+
+
+def test_parts_of_text_are_joined_and_others_refused():
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": ["he", "llo"]}]
+    assert formats.messages({"messages": said}) == turns(
+        ("user", "Say hello"), ("assistant", "hello")
+    )
+    parts.append({"type": "image_url", "image_url": {"url": "x"}})
+    with pytest.raises(RowProblem, match="messages, turn 1: content: found the part .*wanted text"):
+        formats.messages({"messages": said})
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_turn_may_be_context(mark):
+    said = [("user", "a"), ("assistant", "5"), ("user", "sure?"), ("assistant", "4")]
+    made = [{"role": role, "content": text} for role, text in said]
+    made[1] |= mark
+    made[3] |= {key: 1 for key in mark}
+    chat = formats.messages({"messages": made})
+    assert chat == Messages(turns(*said).messages, context=frozenset([1]))
+    assert marked(Encoder(TOK, 200), chat).endswith(
+        f"5{END}\n{START}user\nsure?{END}\n{START}assistant\n[4{END}]"
+    )
+    with pytest.raises(RowProblem, match="every turn of the assistant is context"):
+        formats.messages({"messages": made[:2]})
+    with pytest.raises(RowProblem, match="turn 2: weight: found 0.5, wanted 0 or 1"):
+        formats.messages({"messages": [made[0], {**made[3], "weight": 0.5}]})
+
+
+def test_a_system_text_beside_the_turns_is_the_first():
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bonjour"}]
+    first = ("system", "In French.")
+    assert formats.messages({"system": "In French.", "messages": said}) == turns(
+        first, ("user", "hello"), ("assistant", "bonjour")
+    )
+    with pytest.raises(RowProblem, match="found system and a system turn in messages"):
+        said = turns(first, ("user", "a"), ("assistant", "b")).messages
+        formats.messages({"system": "In French.", "messages": said})
+
+
+@pytest.mark.parametrize("role", ["tool_call", "Assistant"])
+def test_roles_are_checked(role):
+    said = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    with pytest.raises(RowProblem, match=f"turn 2: found the role '{role}', wanted one of system,"):
+        formats.messages({"messages": said})
+    assert formats.messages({"messages": said}, roles={role: "assistant"}) == turns(
+        ("user", "a"), ("assistant", "b")
+    )
+
+
+def test_an_empty_turn_of_the_assistant_is_refused_as_an_empty_completion_is():
+    said = [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
+    made = [{"role": role, "content": text} for role, text in said]
+    with pytest.raises(RowProblem, match=r"turn 2 \(assistant\) is empty") as problem:
+        formats.messages({"messages": made})
+    assert problem.value.reason == "no target"
+    made[1]["weight"] = 0
+    assert marked(Encoder(TOK, 200), formats.messages({"messages": made})).endswith(f"[c{END}]")
+
+
+def test_conversational_prompt_and_completion():
+    row = {
+        "prompt": [{"role": role, "content": text} for role, text in (*TALK_PAIRS, ("user", "c"))],
+        "completion": [{"role": "assistant", "content": "d"}],
+    }
+    chat = formats.prompt_completion(row)
+    assert chat.context == {1} and marked(Encoder(TOK, 200), chat).count("[") == 1
+    assert marked(Encoder(TOK, 200), chat).endswith(f"[d{END}]")
+    with pytest.raises(RowProblem, match="completion: found 'd', wanted a list"):
+        formats.prompt_completion({**row, "completion": "d"})
+
+
+TALK_PAIRS = (("user", "a"), ("assistant", "b"))
+
+
+def test_generation_tags_may_leave_out_the_end_of_a_turn():
+    tagged = GENERATION_CHAT.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
+    assert marked(Encoder(tokenizer(template=tagged), 200), TALK) == TALK_MARKED
+
+
+@pytest.mark.parametrize("example", [Completion("2+2 =", f" 4{END}"), Text(f"abc{END}")])
+def test_an_eos_at_the_end_gets_no_second_one(example):
+    said = {}
+    made = Encoder(TOK, 99, special_text="refuse")(example, lambda text, n: said.update({text: n}))
+    assert made.ids.tolist().count(TOK.eos_token_id) == 1 and not said
+
+
+def test_the_text_of_a_special_token_inside_data_is_said_or_refused():
+    said = {}
+    examples = (
+        Completion(f"a{END}", "b"),
+        Text(f"a{END}b"),
+        turns(("user", f"a{END}"), ("assistant", "b")),
+    )
+    for example in examples:
+        Encoder(TOK, 99)(example, lambda text, n: said.update({text: said.get(text, 0) + n}))
+        with pytest.raises(RowProblem, match=r"found the text of <\|end\|>") as problem:
+            Encoder(TOK, 99, special_text="refuse")(example)
+        assert problem.value.reason == "special token"
+    assert said == {f"rows with the text of {END} in them, which becomes that token": 3}
+
+
+def test_keys_of_turns_that_no_template_reads_are_said():
+    chat = turns(("user", "a"), ("assistant", "b"))
+    chat.messages[0]["id"], chat.messages[1]["id"] = 1, 2
+    said = {}
+    Encoder(TOK, 99)(chat, lambda text, n: said.update({text: n}))
+    assert said == {"rows whose turns have the key id, which nothing reads": 1}
+
+
+def llama2() -> PreTrainedTokenizerFast:
+    """Puts U+2581 before every text and in the place of every space, as Llama 2's does."""
+    letters = ["\u2581", *"abcd:", "\u2581a", "\u2581b", ":b", "</s>", "\n"]
+    merges = [("\u2581", "a"), ("\u2581", "b"), (":", "b")]
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(letters)}, merges))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def test_no_space_comes_between_prompt_and_completion():
+    encoder = Encoder(llama2(), 99)
+    for prompt, completion in (("ab:", "bc"), ("ab:", " bc"), ("d", "c"), ("a ", "b")):
+        ids, target, _ = encoder(Completion(prompt, completion))
+        assert encoder.tokenizer.decode(ids[:-1]) == prompt + completion
+        assert ids[~target].tolist() == encoder.tokenizer(prompt)["input_ids"]
 
 
 def test_messages_drops_what_arrow_fills_in():

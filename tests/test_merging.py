@@ -407,10 +407,11 @@ def test_a_run_gives_base_and_models(models, tmp_path):
     assert [path.parent.name for path in found] == ["step-00000020", "step-00000030"]
     with pytest.raises(MergeError, match="checkpoint.bests: each"):
         merging.found(None, [], run, None)
-    (run / "bests").mkdir()
-    for task, name in (("copy", "a"), ("chat", "a"), ("prose", "c")):
-        (run / "bests" / task).symlink_to(models / name)
-    assert sources.bests(run) == [(models / "a").resolve(), (models / "c").resolve()]
+    for name, step in (("a", 10), ("c", 30), ("b", 20)):
+        (run / "bests").mkdir(exist_ok=True)
+        (run / "bests" / f"step-{step:08d}").symlink_to(models / name)
+    (run / "bests" / ".step-00000040.tmp").mkdir()  # of a run that was killed
+    assert [path.name[-2:] for path in sources.bests(run)] == ["10", "20", "30"]
     with pytest.raises(MergeError, match="wanted FIRST:LAST"):
         merging.found(None, [], run, "15-30")
 

@@ -34,11 +34,10 @@ def newest(output: Path) -> Path:
 def assert_same(one: Path, other: Path) -> None:
     """Two runs left the same numbers: every logged line, every tensor of the last checkpoint and the exported model."""
     assert runs.untimed(one) == runs.untimed(other)
-    for file in (
-        "model/*.safetensors",
-        "checkpoints/step-00000012/model/*.safetensors",
-        "checkpoints/step-00000012/state.safetensors",
-    ):
+    last = "checkpoints/step-00000012"
+    averages = ["average.safetensors", "average/*.safetensors"] * (one / last / "average").is_dir()
+    inside = [f"{last}/{x}" for x in ("model/*.safetensors", "state.safetensors", *averages)]
+    for file in ("model/*.safetensors", *inside):
         tensors = [load_file(next(run.glob(file))) for run in (one, other)]
         assert tensors[0].keys() == tensors[1].keys() and tensors[0]
         for name, tensor in tensors[0].items():
@@ -64,6 +63,13 @@ CASES = {
     "LoRA, ZeRO 2": (2, ["engine.zero=2", *LORA, *BETWEEN], 5),
     "LoRA, ZeRO 3": (2, ["engine.zero=3", *LORA, *READ], 6),
     "bf16, ZeRO 2": (2, ["engine.zero=2", "model.precision=bf16", *READ], 6),
+    "average, ZeRO 3": (2, ["engine.zero=3", "average.decay=0.9", *BETWEEN], 5),
+    "average of the last, bf16, ZeRO 2": (
+        2,
+        ["engine.zero=2", "model.precision=bf16", "average.last=2", "checkpoint.bests=each"],
+        6,
+    ),
+    "average, LoRA": (1, [*LORA, "engine.zero=1", "average.device=cpu", *BETWEEN], 5),
     "one process, ZeRO 0, weight decay": (1, ["engine.zero=0", "optimizer.weight_decay=0.1"], 6),
 }
 

@@ -54,6 +54,7 @@ def estimate(
     rank = _Rank(config, stage, world, _parameters(model, config))
     return [
         *_held(rank),
+        *_averaged(rank),
         *_offloading(rank),
         *_half_gradients(rank),
         *_communication(rank),
@@ -131,6 +132,18 @@ def _held(rank: _Rank) -> list[Part]:
             note=f"{' and '.join(copies) or 'no state'}{_over(rank.share(1))}",
         ),
     ]
+
+
+def _averaged(rank: _Rank) -> list[Part]:
+    """The average of the trained weights, and what measuring it takes."""
+    given = rank.config.average
+    if given is None:
+        return []
+    held = given.last or 1
+    copies = held + (held > 1)  # their mean, while it is measured
+    place = given.device or _where(rank.config.engine.offload.optimizer)
+    note = f"{copies} x {rank.trained:,} in fp32{_over(rank.share(1))}"
+    return [Part("average", 4 * copies * rank.trained / rank.share(1), place, note=note)]
 
 
 def _offloading(rank: _Rank) -> list[Part]:

@@ -301,12 +301,40 @@ def _gram(get: Get) -> Iterator[Finding]:
         )
 
 
+def _average(get: Get) -> Iterator[Finding]:
+    if get("average") is None:
+        return
+    if get("average", "last") is not None:
+        for key, default in ("decay", 0.999), ("warmup", 10), ("every", 1):
+            if (value := get("average", key)) != default:
+                hint = "It has no meaning with average.last, which is updated at every full pass."
+                yield ("average", key), show(value), "nothing", hint
+    if get("engine", "offload", "optimizer") == "nvme":
+        hint = "The fp32 weights it averages are not in memory there."
+        yield ("average",), "an average", "null with engine.offload.optimizer: nvme", hint
+
+
+def _order(get: Get) -> Iterator[Finding]:
+    if get("train", "order") is None:
+        return
+    replica, of = get("train", "order", "replica"), get("train", "order", "of")
+    if replica >= of:
+        yield (
+            ("train", "order", "replica"),
+            show(replica),
+            f"0 to {of - 1}",
+            f"Replicas are counted from 0, and there are {of} (train.order.of).",
+        )
+
+
 def _export(get: Get) -> Iterator[Finding]:
+    if get("export", "which") == "average" and get("average") is None:
+        yield ("export", "which"), "average", "best, last or none", "There is no `average:`."
     if get("export", "which") == "best" and not get("checkpoint", "best"):
         yield (
             ("export", "which"),
             "best",
-            "last or none",
+            "last, average or none",
             "With checkpoint.best: false no best checkpoint is kept.",
         )
 
@@ -326,6 +354,8 @@ RULES = (
     _compile,
     _kernel,
     _gram,
+    _average,
+    _order,
     _export,
 )
 TASK_RULES = (_name, *(functools.partial(_own, key=key) for key in OWN), _of, _share)

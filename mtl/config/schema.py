@@ -5,6 +5,7 @@ it.
 mtl.config.reference`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -51,6 +52,33 @@ Sources = Annotated[
     ),
 ]
 OwnSources = Annotated[Sources | None, Wanted("a file, folder or hub name, or a list of them")]
+Held = Annotated[
+    int | float | Sources | None,
+    BeforeValidator(lambda value: _held(value)),
+    Wanted("a file, folder or hub name, or a list of them, or a part of train such as 5%"),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+def _held(value: Any) -> Any:
+    """A percentage as a fraction; fractions and counts are taken too."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value)):
+        value = float(match[1]) / 100
+    if isinstance(value, float) and not 0 < value < 1 or isinstance(value, int) and value < 1:
+        raise ValueError("found a part that is none, or all")
+    return (value,) if isinstance(value, str) else value
+
+
 DeepSpeed = Annotated[
     dict[str, Any],
     Wanted("a mapping, or the path of a JSON file"),
@@ -198,13 +226,17 @@ class TaskSection(Section):
     """A task: its rows and what its loss counts."""
 
     train: OwnSources = None
-    """Rows to train on: a JSONL or Parquet file, a folder written by `datasets.save_to_disk`, a hub
-    name (`name`, `name:config`, `name:config:split`), or a list of them.
+    """Rows to train on: a JSONL, CSV, TSV or Parquet file, a pattern (`data/*.jsonl`), a folder
+    written by `datasets.save_to_disk`, a hub name (`name`, `name:config`, `name:config:split`, the
+    split also as `train[:10%]`), or a list of them.
     """
-    validation: OwnSources = None
-    """Rows whose loss is measured, named in the same way."""
+    validation: Held = None
+    """Rows whose loss is measured, named in the same way; or how many of the rows of `train` are
+    held out for it: `5%`, or a number. Rows are chosen by a hash of their content, so copies stay
+    together. With a percentage, rows that are added to `train` later move none.
+    """
     test: OwnSources = None
-    """Rows that `launch/evaluate.py` alone reads, never a training run, named in the same way."""
+    """Rows that `launch/evaluate.py` alone reads, never a training run, named as `train`."""
     format: Spec | None = None
     """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
     or a function of yours.
@@ -254,6 +286,10 @@ class BatchSection(Section):
     """Tokens of the longest example."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to an example above max_length."""
+    special_text: Literal["keep", "refuse"] = "keep"
+    """What happens to a row whose texts have a special token's text in them, such as `</s>`: keep
+    it, where it becomes that token, which the log counts; or refuse the row.
+    """
     packing: Literal["auto"] | bool = "auto"
     """Several examples in one row, none seeing another; auto: where the model is found to keep them
     apart.
@@ -262,6 +298,24 @@ class BatchSection(Section):
     """The most token positions of a packed row; null: chosen from the attention kernel and the
     longest example. Rows are as long, up to this, as leaves least padding; one a micro-batch where
     it equals `tokens`.
+    """
+
+
+class OrderSection(Section):
+    """One of several runs that differ in the order of the rows only, to be merged."""
+
+    scheme: Literal["rotate", "shuffle", "batch"]
+    """rotate: each task's order is begun replica / of of its rows later, so that every row is early
+    in exactly one replica. shuffle: each task's rows in an order of the replica's own. batch: whole
+    batches in an order of its own, each of the same rows.
+    """
+    replica: Annotated[int, Ge(0)]
+    """Which replica this is, from 0."""
+    of: Count
+    """Replicas in all."""
+    epochs: Literal["first", "all"] = "first"
+    """Where the order differs: in the first pass over the rows (rotate, shuffle: of each task;
+    batch: of all tasks together), or in every one.
     """
 
 
@@ -278,6 +332,8 @@ class _Train(Section):
     """
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of the order of rows, of new parameters and of dropout."""
+    order: OrderSection | None = None
+    """Which replica of the order of rows this is; null: the one order."""
 
 
 _FROM = Field(
@@ -369,6 +425,28 @@ class PatienceSection(Section):
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
 
 
+class AverageSection(Section):
+    """An average of the trained weights, measured beside them at every full pass, as
+    `eval/average/...`; it may be the best checkpoint. fp32, 4 bytes a trained parameter; divided by
+    the processes from zero 1 on.
+    """
+
+    decay: BelowOne = 0.999
+    """The exponential average keeps this part of itself at each of its updates."""
+    warmup: Count = 10
+    """The n-th update (from 0) keeps (1 + n) / (warmup + n) at most, so that the start is forgotten
+    soon; 1: none.
+    """
+    every: Count = 1
+    """Optimizer steps between its updates."""
+    last: Count | None = None
+    """In place of an exponential average the mean of the weights at so many last full passes, each
+    of which is held; null: exponential.
+    """
+    device: Literal["cpu"] | None = None
+    """cpu: held in the host's memory; null: beside the optimizer's state."""
+
+
 class EvaluateSection(Section):
     """Validation."""
 
@@ -397,13 +475,20 @@ class CheckpointSection(Section):
     """Checkpoints kept, the newest ones."""
     best: bool = True
     """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
+    bests: Literal["each"] | None = None
+    """each: every task's best model is kept besides, weights only, in the output's
+    `bests/step-...`; tasks with the same step share one. null: none.
+    """
 
 
 class ExportSection(Section):
     """The Hugging Face folder written at the end."""
 
-    which: Literal["best", "last", "none"] = "best"
-    """The checkpoint that is exported."""
+    which: Literal["best", "last", "average", "none"] = "best"
+    """What is exported. best: the checkpoint with the lowest `evaluate.best` loss, its trained or
+    its averaged weights, whichever had it; last: the last one; average: that one's averaged
+    weights.
+    """
     dtype: Literal["fp32", "bf16"] | None = None
     """Type of the exported parameters; null: as trained."""
 
@@ -469,6 +554,8 @@ class Config(Section):
     """What is minimized. `causal_lm`: cross-entropy; `router_loss: 0.02` adds a mixture of experts'
     load balancing loss.
     """
+    average: AverageSection | None = None
+    """An average of the trained weights beside them; null: none."""
     evaluate: EvaluateSection = EvaluateSection()
     """Validation."""
     checkpoint: CheckpointSection = CheckpointSection()

@@ -6,35 +6,46 @@ code that encodes. It holds `rows.arrow` (Arrow's stream format, a row an exampl
 `datasets.Dataset.from_file` reads it too) and `report.json`.
 """
 
+import hashlib
 import inspect
 import json
 import multiprocessing
 import os
 import sys
-import time
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from mtl.config import Config
-from mtl.data.encode import Encoder, hash_of
+from mtl.data.encode import Encoder, Note, hash_of
 from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
 from mtl.data.examples import LOSS, Examples
 from mtl.data.examples import Row as EncodedRow
-from mtl.data.formats import Format, RowProblem
+from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
-from mtl.data.source import Row, Source, open_source
+from mtl.data.source import Row, Source, open_source, open_sources
+from mtl.data.turns import find_turns
 
 CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
+LONG = 2**22  # bytes of rows above which a chunk has no more
 PARALLEL = 2**25  # bytes of source above which starting processes, seconds each, is worth it
 NEWS = 10.0  # seconds between two signs of progress
 
-Outcome = tuple[int, EncodedRow | RowProblem]  # a row's number, and what became of it
+Notes = dict[str, int]  # what is worth saying of a row, and how often
+# a row's number, and what became of it
+Outcome = tuple[int, EncodedRow | RowProblem | None, Notes]  # None: it is on the other side
+Side = tuple[float, bool]
+"""Of rows that are split by their content, the fraction that is validation, and whether that is
+wanted.
+"""
 
 
 def prepare(
@@ -53,9 +64,11 @@ def prepare(
         formats: each stream's format, its keywords bound.
         say: takes messages for people: what is encoded, and what is waited for.
 
-    Returns: the streams in the order of `config.tasks`.
+    Returns:
+        the streams in the order of `config.tasks`.
 
-    Raises: DataError with every problem of every task.
+    Raises:
+        DataError: every problem of every task.
     """
     root, problems, tasks = Path(config.cache).expanduser(), [], []
     for name, task in config.streams.items():
@@ -65,16 +78,29 @@ def prepare(
             ("validation", task.validation, task.validation_cap),
         ):
             try:
-                sources = [open_source(one, split) for one in names]
+                side = None
+                if not isinstance(task.validation, tuple):
+                    names, side = task.train, (task.validation, split == "validation")
+                sources = [
+                    one for each in names for one in open_sources(each, "train" if side else split)
+                ]
+                if side and isinstance(side[0], int):
+                    side = (_nearest(sources, formats[name], side[0]), side[1])
+                label = f"{name} ({split})"
                 splits.append(
                     encode_split(
-                        root, sources, formats[name], examples[name], cap, f"{name} ({split})", say
+                        root, sources, formats[name], examples[name], cap, label, say, side
                     )
                 )
             except DataError as error:
                 problems.append(
                     f"{config.where(('tasks', name, split))}: tasks.{name}.{split}: {error}"
                 )
+        if len(splits) == 2 and (shared := shared_rows(*splits)):
+            say(
+                f"{name}: {shared:,} of {len(splits[1]):,} validation rows are among the training "
+                "rows: their loss says little about new rows"
+            )
         tasks.append((name, splits))
     if problems:
         raise DataError("\n".join(problems))
@@ -89,17 +115,22 @@ def encode_split(
     cap: int | None,
     label: str,
     say: Say,
+    side: Side | None = None,
 ) -> Encoded:
     """The rows of `sources`, one source after the other, encoded; from the cache under `root` if it
     has them.
 
-    Args: cap: keep the first so many usable rows, in the order of the sources, and read no further;
-        None = all. label: what to call it in messages.
+    Args:
+        cap: keep the first so many usable rows, in the order of the sources, and read no further;
+            None = all.
+        label: what to call it in messages.
+        side: keep those rows only whose content falls on one side of a split; None = all.
 
-    Raises: DataError if a source cannot be read, no row is left, or a row is too long and
-    `too_long: error` holds.
+    Raises:
+        DataError: a source cannot be read, no row is left, or a row is too long and `too_long:
+            error` holds.
     """
-    key = _key(sources, to_example, examples, cap)
+    key = _key(sources, to_example, examples, cap, side)
     folder = root / key
     if not folder.exists():
 
@@ -112,6 +143,7 @@ def encode_split(
                 examples,
                 cap,
                 lambda text: progress(f"{label}: {text}"),
+                side,
             )
 
         build_once(folder, build, say)
@@ -136,24 +168,31 @@ def _write(
     examples: Examples,
     cap: int | None,
     progress: Say,
+    side: Side | None = None,
 ) -> None:
     """Encode into `rows.arrow` and `report.json`; no more than a few chunks of rows are in memory
     at a time.
     """
-    report, pending, told = Report(), [], time.monotonic()
+    report, pending = Report(), []
     columns, losses = examples.columns, len(getattr(examples, "losses", (LOSS,)))
 
     def batch() -> pa.RecordBatch:
         return record_batch(pending, columns, losses)
 
-    def writing(file: Any) -> Any:
-        return pa.ipc.new_stream(file, schema(columns, losses))
-
-    with (folder / "rows.arrow").open("wb") as file, writing(file) as writer:
-        for s, number, result in _outcomes(sources, to_example, examples, cap):
+    # A thread says it, because a single row may take longer than the time between two signs.
+    with (
+        _signs(lambda: progress(f"{report.read:,} rows")),
+        (folder / "rows.arrow").open("wb") as file,
+        pa.ipc.new_stream(file, schema(columns, losses)) as writer,
+    ):
+        for s, number, result, notes in _outcomes(sources, to_example, examples, cap, side):
             if report.kept == cap:
                 break
+            if result is None:
+                continue
             report.read += 1
+            for text, times in notes.items():
+                report.notes[text] = report.notes.get(text, 0) + times
             if isinstance(result, RowProblem):
                 report.drop(s, number, result.reason, str(result))
             else:
@@ -165,18 +204,37 @@ def _write(
             if len(pending) == CHUNK:
                 writer.write_batch(batch())
                 pending.clear()
-            if time.monotonic() - told > NEWS:
-                told = time.monotonic()
-                progress(f"{report.read:,} rows")
         writer.write_batch(batch())
     report.save(folder / "report.json")
 
 
+@contextmanager
+def _signs(give: Callable[[], None]) -> Iterator[None]:
+    """Calls `give` every NEWS seconds until the block ends."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(NEWS):
+            give()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _outcomes(
-    sources: Sequence[Source], to_example: Format, examples: Examples, cap: int | None
-) -> Iterator[tuple[int, int, EncodedRow | RowProblem]]:
-    """(source, row number, what became of it), in the order of the rows however many processes
-    work.
+    sources: Sequence[Source],
+    to_example: Format,
+    examples: Examples,
+    cap: int | None,
+    side: Side | None,
+) -> Iterator[tuple[int, int, EncodedRow | RowProblem | None, Notes]]:
+    """(source, row number, what became of it, notes), in the order of the rows however many
+    processes work.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -192,16 +250,27 @@ def _outcomes(
     try:
         for s, one in enumerate(sources):
             rows = one.rows()
-            chunks = iter(lambda rows=rows: list(islice(rows, CHUNK)), [])
             if pool is None:
-                results = (_encode(chunk, to_example, examples) for chunk in chunks)
+                results = ([_outcome(row, to_example, examples, side)] for row in rows)
             else:
-                results = _ahead(pool, chunks, to_example, examples, 2 * cores)
+                results = _ahead(pool, _chunks(rows), to_example, examples, side, 2 * cores)
             for outcomes in results:
-                yield from ((s, number, result) for number, result in outcomes)
+                yield from ((s, *outcome) for outcome in outcomes)
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Up to CHUNK rows, fewer of long ones."""
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK or sum(one.size for one in chunk) > LONG:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def _ahead(
@@ -209,43 +278,123 @@ def _ahead(
     chunks: Iterator[list[Row]],
     to_example: Format,
     examples: Examples,
+    side: Side | None,
     many: int,
 ) -> Iterator[list[Outcome]]:
     """Results in order, `many` chunks being under way: Executor.map would read the whole source
     first.
     """
     coming = deque(
-        pool.submit(_encode, chunk, to_example, examples) for chunk in islice(chunks, many)
+        pool.submit(_encode, chunk, to_example, examples, side) for chunk in islice(chunks, many)
     )
     while coming:
         yield coming.popleft().result()
         coming.extend(
-            pool.submit(_encode, chunk, to_example, examples) for chunk in islice(chunks, 1)
+            pool.submit(_encode, chunk, to_example, examples, side) for chunk in islice(chunks, 1)
         )
 
 
-def _encode(rows: Sequence[Row], to_example: Format, examples: Examples) -> list[Outcome]:
-    return [(row.number, _encode_row(row, to_example, examples)) for row in rows]
+def _encode(
+    rows: Iterable[Row], to_example: Format, examples: Examples, side: Side | None
+) -> list[Outcome]:
+    return [_outcome(row, to_example, examples, side) for row in rows]
 
 
-def _encode_row(row: Row, to_example: Format, examples: Examples) -> EncodedRow | RowProblem:
-    if row.value is None:
-        return RowProblem("unreadable", row.problem)
+def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None) -> Outcome:
+    notes: Notes = {}
+
+    def note(text: str, times: int = 1) -> None:
+        notes[text] = notes.get(text, 0) + times
+
+    example = None
     try:
-        example = to_example(row.value)
+        example = _example(row, to_example, note)
+        other = side is not None and (_fraction(example) < side[0]) != side[1]
+        if other:
+            return row.number, None, {}
+        # Notes are optional: the plainest `Examples` says nothing of rows that it keeps.
+        told = {"note": note} if getattr(examples, "notes", False) else {}
+        return row.number, examples.encode(example, **told), notes
     except RowProblem as problem:
-        return problem
+        # Of a row that no format can read, nobody knows the side: training reports it.
+        lost = side is not None and side[1] and example is None
+        return row.number, None if lost else problem, {}
+
+
+def _example(row: Row, to_example: Format, note: Note) -> Any:
+    if row.value is None:
+        raise RowProblem("unreadable", row.problem)
+    value = row.value
+    if row.columnar:
+        renamed = getattr(to_example, "keywords", {}).get("tools")
+        value = without_nulls(value, {"tools", "tool_calls", renamed})
+    watched = Watched(value)
+    try:
+        example = to_example(watched)
+    except RowProblem:
+        raise
     except (
         Exception
     ) as error:  # a format of the user's own: one row it cannot take must not end the run
-        return RowProblem("bad value", f"the format raises {type(error).__name__}: {error}")
-    try:
-        return examples.encode(example)
-    except RowProblem as problem:
-        return problem
+        raise RowProblem(
+            "bad value", f"the format raises {type(error).__name__}: {error}"
+        ) from error
+    if row.note:
+        note(row.note, 1)
+    for key in sorted(watched.unread()):
+        note(f"rows with the key {key}, which nothing reads", 1)
+    return example
 
 
-def _key(sources: Sequence[Source], to_example: Format, examples: Examples, cap: int | None) -> str:
+def _fraction(example: Any) -> float:
+    """A number in [0, 1) that follows an example's content, and nothing else: copies stand on the
+    same side of a split, and rows that are appended move none.
+    """
+    if type(example).__repr__ is object.__repr__:  # which names its place in memory
+        raise DataError(
+            f"found a {type(example).__name__} from the format, whose repr does not show what it "
+            "holds; wanted a dataclass, to hold out a part of the rows. Or name validation rows"
+        )
+    digest = hashlib.blake2b(repr(example).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def _nearest(sources: Sequence[Source], to_example: Format, rows: int) -> float:
+    """The fraction below which at least so many rows stand."""
+    found = []
+    for row in (row for one in sources for row in one.rows()):
+        with suppress(RowProblem):
+            found.append(_fraction(_example(row, to_example, lambda text, times: None)))
+    if len(found) <= rows:
+        raise DataError(f"found {len(found):,} usable rows, wanted more than validation: {rows:,}")
+    return sorted(found)[rows - 1] + 2**-53
+
+
+def shared_rows(train: Encoded, validation: Encoded) -> int:
+    """How many rows of `validation` have the columns (tokens and targets) of a training row."""
+
+    def content(split: Encoded, i: int) -> bytes:
+        parts = [column.tobytes() for column in split.columns(i).values()]
+        digest = hashlib.blake2b(repr([len(part) for part in parts]).encode())
+        digest.update(b"".join(parts))
+        return digest.digest()
+
+    def looks(split: Encoded) -> np.ndarray:
+        return np.rec.fromarrays([split.lengths, split.targets, split.answers])
+
+    # Rows that differ in what is at hand are not read.
+    maybe = np.flatnonzero(np.isin(looks(train), looks(validation)))
+    seen = {content(train, i) for i in maybe.tolist()}
+    return sum(bool(seen) and content(validation, i) in seen for i in range(len(validation)))
+
+
+def _key(
+    sources: Sequence[Source],
+    to_example: Format,
+    examples: Examples,
+    cap: int | None,
+    side: Side | None,
+) -> str:
     function = getattr(
         to_example, "func", getattr(to_example, "target", to_example)
     )  # of a partial, a spec.Maker
@@ -254,10 +403,14 @@ def _key(sources: Sequence[Source], to_example: Format, examples: Examples, cap:
         "format": [function.__module__, function.__qualname__, getattr(to_example, "keywords", {})],
         "examples": [type(examples).__qualname__, examples.identity],
         "cap": cap,
+        "side": side,
         # The code itself instead of version numbers that someone would have to remember to raise.
         "code": [
             _module_hash(thing)
-            for thing in (function, open_source, RowProblem, Encoder, Report, type(examples))
+            for thing in (
+                *(function, open_source, RowProblem, Encoder, find_turns, Report),
+                type(examples),
+            )
         ],
     }
     return hash_of(json.dumps(identity, sort_keys=True, default=repr))

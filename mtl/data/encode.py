@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,11 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
-from mtl.data.formats import Completion, Example, Messages, RowProblem, Text
+from mtl.data.formats import REASONING, Completion, Example, Messages, RowProblem, Text
+from mtl.data.turns import find_turns
 
 QUIET = {
     "verbose": False
 }  # no warning about a text above the model's length: what happens to it is batch.too_long's
+SLACK = 64  # tokens before a cut text's end that the cut may have changed
+READ = {"role", "content", "tool_calls", *REASONING}  # keys of a turn that are seen to otherwise
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -37,7 +41,8 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
         model: the config's section.
         where: file and line of its name, for errors.
 
-    Raises: DataError if it cannot be loaded, or would run code that came with it.
+    Raises:
+        DataError: it cannot be loaded, or would run code that came with it.
     """
     name = str(adapter_folder(model.name) or model.name)
     adapter = Path(name) / "adapter_config.json"
@@ -81,22 +86,34 @@ class Tokenized(NamedTuple):
     truncated: bool  # whether it was truncated
 
 
+Note = Callable[[str, int], None]
+"""Takes what is worth saying of a row that is kept, and how many times it holds: texts are added up
+over the rows.
+"""
+
+
 class Encoder:
     """Calls take an Example and return its Tokenized.
 
     Messages: the chat template's text. Targets are the assistant's turns with their end-of-turn
-    token: by generation tags where the template has them, else by the difference of prefixes
-    (`_by_prefix`). Completion: the tokenizer's opening tokens (bos), prompt, completion, eos;
-    targets are completion and eos. The two texts are tokenized together where that starts with the
-    prompt's own tokens, else each by itself: either way the completion follows exactly the tokens
-    that the prompt has when the model is used. Text: opening tokens, text, eos; all are targets but
-    the very first token.
+    token, found in one rendering (`find_turns`), or what the template's generation tags enclose and
+    the end-of-turn token. Completion: the tokenizer's opening tokens (bos), prompt, completion,
+    eos; targets are completion and eos. The two texts are tokenized together where that starts with
+    the prompt's own tokens, else each by itself: either way the completion follows exactly the
+    tokens that the prompt has when the model is used. Text: opening tokens, text, eos; all are
+    targets but the very first token.
 
-    Args: tokenizer: of the model. Needs an eos token for Completion and Text, a chat template for
-        Messages. max_length: most tokens of an example. too_long: what happens to a longer one:
-        "truncate" it at the end, or (drop, error) raise a RowProblem.
+    Args:
+        tokenizer: of the model. Needs an eos token for Completion and Text, a chat template for
+            Messages.
+        max_length: most tokens of an example.
+        too_long: what happens to a longer one: "truncate" it at the end, or (drop, error) raise a
+            RowProblem.
+        special_text: what happens to text of a special token inside the data: "keep" it as that
+            token, or "refuse" the row.
 
-    Raises: RowProblem for an example that cannot be used; DataError where no example could.
+    Raises:
+        RowProblem for an example that cannot be used; DataError where no example could.
     """
 
     def __init__(
@@ -104,22 +121,33 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         too_long: Literal["drop", "truncate", "error"] = "drop",
+        special_text: Literal["keep", "refuse"] = "keep",
     ):
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
+        self.special_text = special_text
         bare = self._ids("a")
         full = tokenizer("a")["input_ids"]
         self._opening = next(
             (full[:i] for i in range(len(full)) if full[i : i + len(bare)] == bare), []
         )
+        added = tokenizer.added_tokens_decoder.values()
+        self._specials = _any_of(
+            {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+        )
+        # No token stands for more characters than its own text has (a byte-level one: bytes).
+        self._widest = max(map(len, tokenizer.get_vocab()), default=1)
 
-    def __call__(self, example: Example) -> Tokenized:
+    def __call__(self, example: Example, note: Note = lambda text, times: None) -> Tokenized:
         match example:
             case Messages():
-                ids, target = self._messages(example)
+                self._look(_texts(example), note)
+                ids, target = self._messages(example, note)
             case Completion(prompt, completion):
+                self._look([prompt, self._bare(completion)], note)
                 ids, target = self._completion(prompt, completion)
             case Text(text):
-                ids = [*self._opening, *self._ids(text), self._eos()]
+                self._look([self._bare(text)], note)
+                ids = [*self._opening, *self._ended(self._ids(self._bounded(text)))]
                 target = [True] * len(ids) if text else [False]
             case _:
                 raise RowProblem(
@@ -127,6 +155,41 @@ class Encoder:
                     f"found a {type(example).__name__} from the format, wanted an Example",
                 )
         return self._limited(np.array(ids, dtype=np.int32), np.array(target, dtype=bool))
+
+    def _look(self, texts: Iterable[str], note: Note) -> None:
+        """Text of special tokens in the data becomes these tokens: an answer may end too early."""
+        found = sorted({match[0] for text in texts for match in self._specials.finditer(text)})
+        if found and self.special_text == "refuse":
+            raise RowProblem(
+                "special token", f"found the text of {found[0]}, which the model reads as a token"
+            )
+        for token in found:
+            note(f"rows with the text of {token} in them, which becomes that token", 1)
+
+    def _bare(self, text: str) -> str:
+        """Without the eos at its end, which an answer may bring along."""
+        return text.removesuffix(self.tokenizer.eos_token or "\0")
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids[-1:] == [self._eos()] else [*ids, self._eos()]
+
+    def _bounded(self, text: str, needed: int | None = None) -> str:
+        """The text, or of a text that has too many tokens whatever they are, what is looked at.
+
+        Tokenizing takes a second a megabyte or more, and a row may have many of them. needed:
+        characters up to the last target; None: all.
+        """
+        most = self.max_length * self._widest
+        needed = len(text) if needed is None else needed
+        if needed <= most:
+            return text if len(text) <= 2 * most else text[: needed + most]
+        if self.too_long != "truncate":
+            raise RowProblem(
+                "too long",
+                f"found {needed:,} characters, which are more than batch.max_length = "
+                f"{self.max_length} tokens",
+            )
+        return text[: most + self._widest * SLACK]
 
     def _limited(self, ids: np.ndarray, target: np.ndarray) -> Tokenized:
         target[:1] = False  # nothing stands before the first token
@@ -153,14 +216,35 @@ class Encoder:
     def _completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
         if not completion:
             raise RowProblem("no target", "the completion is empty")
-        before, both = self._ids(prompt), self._ids(prompt + completion)
+        whole = self._bounded(prompt + completion)
+        prompt, completion = whole[: len(prompt)], whole[len(prompt) :]
+        before, both = self._ids(prompt), self._ids(whole)
         if both[: len(before)] != before:
-            both = before + self._ids(completion)
-        ids = [*self._opening, *both, self._eos()]
+            both = self._joined(before, completion, both)
+        ids = [*self._opening, *self._ended(both)]
         start = len(self._opening) + len(before)
         return ids, [i >= start for i in range(len(ids))]
 
-    def _messages(self, example: Messages) -> tuple[list[int], list[bool]]:
+    def _joined(self, before: list[int], completion: str, both: list[int]) -> list[int]:
+        """The prompt's own tokens, then the completion's, with the text that both have together.
+
+        Tokenizers that put a space before every text (Llama 2's) put one before a completion that
+        is tokenized by itself. They do not behind a character that is cut off again.
+        """
+        wanted = self._decode(both)
+        for lead in ("", "\n", "=", "a", "0"):
+            led, joined = self._ids(lead), self._ids(lead + completion)
+            if joined[: len(led)] == led:
+                made = before + joined[len(led) :]
+                if self._decode(made) == wanted:
+                    return made
+        raise RowProblem(
+            "boundary",
+            "the tokenizer joins the end of the prompt and the start of the completion "
+            f"({wanted[:60]!r}...): begin the completion with a space or a line break",
+        )
+
+    def _messages(self, example: Messages, note: Note) -> tuple[list[int], list[bool]]:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "found a tokenizer without a chat template, wanted one: chat formats need it. Name "
@@ -175,63 +259,75 @@ class Encoder:
                     "template",
                     f"found {key}, which the chat template does not read; set model.chat_template",
                 )
-        if GENERATION_TAG.search(template):
-            made = self._render(
-                example, len(example.messages), return_dict=True, return_assistant_tokens_mask=True
+        for key in sorted({key for turn in example.messages for key in turn} - READ):
+            if not re.search(rf"\b{re.escape(key)}\b", template):
+                note(f"rows whose turns have the key {key}, which nothing reads", 1)
+        text, spans, unreasoned = find_turns(
+            example, self._text, self.tokenizer.eos_token or "", self._specials
+        )
+        if unreasoned:
+            note("turns that the chat template renders without their reasoning", unreasoned)
+        spans = [span for span in spans if span.turn not in example.context]
+        if not spans:
+            raise RowProblem("no target", "the chat template leaves out every turn to train on")
+        text = self._bounded(text, spans[-1].stop)
+        if spans[0].start >= len(text):
+            raise RowProblem(
+                "no target", f"cut at {self.max_length} tokens, which leaves no target"
             )
-            return made["input_ids"], [bool(one) for one in made["assistant_masks"]]
-        return self._by_prefix(example)
-
-    def _by_prefix(self, example: Messages) -> tuple[list[int], list[bool]]:
-        """Targets by rendering what comes before an assistant turn, and that with the turn: the
-        difference is target.
-
-        Holds only if both are how the whole conversation begins, which is checked, id by id. A turn
-        ends with its last eos token if it has one: what templates put behind it (a newline) is
-        never generated.
-        """
-        whole = self._render(example, len(example.messages))
-        target = [False] * len(whole)
-        for i, message in enumerate(example.messages):
-            if message["role"] != "assistant":
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"found the tokenizer {type(self.tokenizer).__name__}, which does not say which "
+                "characters its tokens stand for; wanted a fast one for chat formats"
+            )
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **QUIET)
+        ids, target = coded["input_ids"], [False] * len(coded["input_ids"])
+        begin, end = np.array(coded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        tagged = GENERATION_TAG.search(template) and self._tagged(example)
+        for turn, start, stop in spans:
+            if start >= len(text):  # it has been cut off
+                break
+            # The first token that reaches into the turn, and the first that begins behind it.
+            i, j = int(np.searchsorted(end, start, "right")), int(np.searchsorted(begin, stop))
+            if stop <= len(text):
+                self._verify(ids[i:j], text[start:stop], turn)
+            if not tagged:
+                target[i:j] = [True] * (j - i)
                 continue
-            turn = f"turn {i + 1} (assistant)"
-            if i == 0:
-                raise RowProblem(
-                    "template",
-                    f"{turn} is the first: there is no prompt that a template could render",
-                )
-            with_turn = self._render(example, i + 1) if i + 1 < len(example.messages) else whole
-            past = self._render(example, i, add_generation_prompt=True)
-            if whole[: len(with_turn)] != with_turn:
-                raise RowProblem(
-                    "template",
-                    f"the chat template changes {turn} once more turns follow: "
-                    f"{self._differ(with_turn, whole)}. Use a "
-                    "template with {% generation %} tags (model.chat_template), or split the "
-                    "conversation",
-                )
-            if with_turn[: len(past)] != past:
-                raise RowProblem(
-                    "template",
-                    f"the chat template's generation prompt is not how {turn} begins: "
-                    f"{self._differ(past, with_turn)}. "
-                    "Use a template with {% generation %} tags (model.chat_template)",
-                )
-            added = with_turn[len(past) :]
-            ends = [j for j, token in enumerate(added, 1) if token == self.tokenizer.eos_token_id]
-            end = len(past) + (ends[-1] if ends else len(added))
-            target[len(past) : end] = [True] * (end - len(past))
-        return whole, target
+            inside = tagged[i:j]
+            if any(inside) and ids[j - 1] in self.tokenizer.all_special_ids:
+                inside = [*inside[:-1], True]  # tags may leave out the end of the turn
+            target[i:j] = inside
+        return ids, target
 
-    def _render(self, example: Messages, turns: int, **options: Any) -> Any:
-        options = {"return_dict": False, **options}
+    def _tagged(self, example: Messages) -> list[bool]:
+        """What the template's generation tags enclose."""
+        made = self._render(example, return_dict=True, return_assistant_tokens_mask=True)
+        return [bool(one) for one in made["assistant_masks"]]
+
+    def _verify(self, ids: list[int], text: str, turn: int) -> None:
+        """That the targets are the turn's text: white space aside, which some tokenizers keep to
+        themselves at the start of a text, and as far as the tokenizer keeps texts at all.
+        """
+        found = "".join(self._decode(ids).split())
+        if found != "".join(text.split()) and found != "".join(
+            self._decode(self._ids(text)).split()
+        ):
+            raise RowProblem(
+                "template",
+                f"the tokens of turn {turn + 1} (assistant) are not its text: found "
+                f"{self._decode(ids)[:60]!r}, wanted {text[:60]!r}. A token reaches over its start "
+                "or its end; set model.chat_template",
+            )
+
+    def _text(self, example: Messages, prompt: bool = False) -> str:
+        return self._render(example, tokenize=False, add_generation_prompt=prompt)
+
+    def _render(self, example: Messages, **options: Any) -> Any:
+        options = {"return_dict": False, "tokenizer_kwargs": QUIET, **options}
         try:
             return self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in example.messages[:turns]],
-                tools=example.tools,
-                tokenizer_kwargs=QUIET,
-                **options,
+                [dict(turn) for turn in example.messages], tools=example.tools, **options
             )
         except (
             Exception
@@ -240,14 +336,10 @@ class Encoder:
                 "template", f"the chat template: {type(error).__name__}: {error}"
             ) from error
 
-    def _differ(self, one: Sequence[int], other: Sequence[int]) -> str:
-        """The surroundings of the place where two renderings part."""
-        at = next(
-            (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-            min(len(one), len(other)),
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        shown = (self.tokenizer.decode(ids[max(0, at - 8) : at + 16]) for ids in (one, other))
-        return " against ".join(map(repr, shown))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **QUIET)["input_ids"]
@@ -259,6 +351,17 @@ class Encoder:
                 "there"
             )
         return self.tokenizer.eos_token_id
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of some texts; nothing, where there are none."""
+    longest = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+
+def _texts(example: Messages) -> Iterator[str]:
+    for turn in example.messages:
+        yield from (turn[key] for key in ("content", *REASONING) if isinstance(turn.get(key), str))
 
 
 def _needed(ids: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -282,7 +385,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
+    parts += [datetime.now().strftime(one) for one in dates(tokenizer)]
     return hash_of(json.dumps(parts, sort_keys=True, default=repr))
+
+
+def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Formats of today's date that the chat template reads: what it renders changes with it."""
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False).replace(r"\"", '"')
+    calls = template.count("strftime_now")
+    formats = [one[1] for one in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1""", template)]
+    return sorted(formats) if len(formats) == calls else ["%Y-%m-%d"]
 
 
 def hash_of(text: str) -> str:

@@ -59,6 +59,7 @@ class Report:
     shown: dict[str, list[tuple[int, int, str]]] = field(
         default_factory=dict
     )  # reason -> first (source, row, text)
+    notes: dict[str, int] = field(default_factory=dict)  # what is said of kept rows -> how often
 
     def drop(self, source: int, row: int, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -78,6 +79,7 @@ class Report:
         ]
         if self.truncated:
             lines.append(f"{_rows(self.truncated)} truncated")
+        lines += [f"{text}: {count:,}" for text, count in sorted(self.notes.items())]
         for reason, count in sorted(self.dropped.items()):
             lines.append(f"{_rows(count)} dropped: {reason}")
             lines += [f"  {where(source, row)}: {text}" for source, row, text in self.shown[reason]]

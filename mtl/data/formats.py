@@ -7,8 +7,9 @@ It raises RowProblem for a row it cannot use, which is then counted and reported
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 FORMATS = {
@@ -21,17 +22,25 @@ FORMATS = {
     "chat_rounds": "mtl.data.formats:chat_rounds",
 }
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, by model family
+
 
 @dataclass(frozen=True)
 class Messages:
     """A conversation for the chat template. Every assistant turn is a target, its end-of-turn token
-    included.
+    included, but those in `context`.
+
+    Attributes:
+        messages: role, content, and whatever else the template reads (tool_calls, name ...).
+        tools: JSON schemas of functions.
+        context: numbers (from 0) of assistant turns that are no targets.
+        may_drop: of LEFT_OUT, what the template may leave out.
     """
 
-    messages: Sequence[
-        Mapping[str, Any]
-    ]  # role, content, and whatever else the template reads (tool_calls, name ...)
-    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas of functions
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    context: frozenset[int] = field(default=frozenset())
+    may_drop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,24 +86,59 @@ class RowProblem(ValueError):
 
 
 def messages(
-    row: Mapping[str, Any], *, messages: str = "messages", tools: str = "tools"
+    row: Mapping[str, Any],
+    *,
+    messages: str = "messages",
+    tools: str = "tools",
+    system: str = "system",
+    roles: Mapping[str, str] | None = None,
+    may_drop: Sequence[str] = (),
 ) -> Messages:
-    """`{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}`; keywords rename
-    the keys.
+    """`{"messages": [{"role": "user", "content": "..."}, ...]}` and, where present, `tools`,
+    `system` (the first turn).
+
+    Content is text, or a list of text parts, which are joined. `weight: 0` or `train: false` makes
+    a turn of the assistant context. `arguments` of `tool_calls` are an object or its JSON.
+
+    Args:
+        messages, tools, system: keys of the row.
+        roles: further names of roles, and which of ROLES each is.
+        may_drop: of LEFT_OUT, what the chat template may leave out of a row.
     """
-    turns = [_without_none(turn, messages) for turn in _get(row, messages, list)]
-    for i, turn in enumerate(turns, 1):
-        _get(turn, "role", str, f"{messages}, turn {i}: ")
-        if "tool_calls" not in turn:
-            _get(turn, "content", (str, list), f"{messages}, turn {i}: ")
-    return _conversation(turns, _tools(row, tools))
+    said = _get(row, messages, list)
+    if row.get(system):
+        first = {"role": "system", "content": _get(row, system, str)}
+        if said and isinstance(said[0], Mapping) and said[0].get("role") == "system":
+            raise RowProblem(
+                "bad value", f"found {system} and a system turn in {messages}, wanted one of them"
+            )
+        turns, context = _turns(said, messages, roles)
+        turns, context = [first, *turns], frozenset(i + 1 for i in context)
+    else:
+        turns, context = _turns(said, messages, roles)
+    return _conversation(turns, _tools(row, tools), context, may_drop)
 
 
 def prompt_completion(
-    row: Mapping[str, Any], *, prompt: str = "prompt", completion: str = "completion"
-) -> Completion:
-    """`{"prompt": "...", "completion": "..."}`; keywords rename the keys."""
-    return Completion(_get(row, prompt, str), _get(row, completion, str))
+    row: Mapping[str, Any],
+    *,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    tools: str = "tools",
+    may_drop: Sequence[str] = (),
+) -> Completion | Messages:
+    """`{"prompt": "...", "completion": "..."}`, two texts, or two lists of messages (TRL's
+    conversational form): then the completion's turns of the assistant are the targets. Keywords
+    rename the keys; `may_drop` as in `messages`.
+    """
+    if not isinstance(row.get(prompt), list):
+        return Completion(_get(row, prompt, str), _get(row, completion, str))
+    before, _ = _turns(_get(row, prompt, list), prompt)
+    after, context = _turns(_get(row, completion, list), completion)
+    context = {len(before) + i for i in context} | {
+        i for i, turn in enumerate(before) if turn["role"] == "assistant"
+    }
+    return _conversation([*before, *after], _tools(row, tools), frozenset(context), may_drop)
 
 
 def text(row: Mapping[str, Any], *, text: str = "text") -> Text:
@@ -135,6 +179,7 @@ def alpaca(
     system: str = "system",
     history: str = "history",
     separator: str = "\n",
+    may_drop: Sequence[str] = (),
 ) -> Messages:
     """`{"instruction", "output"}` and, where present, `input`, `system`, `history` (pairs of
     earlier turns), as a chat.
@@ -154,7 +199,9 @@ def alpaca(
             )
         turns += [("user", pair[0]), ("assistant", pair[1])]
     turns += [("user", separator.join(said)), ("assistant", _get(row, output, str))]
-    return _conversation([{"role": role, "content": content} for role, content in turns])
+    return _conversation(
+        [{"role": role, "content": content} for role, content in turns], may_drop=may_drop
+    )
 
 
 def sharegpt(
@@ -165,41 +212,49 @@ def sharegpt(
     content: str = "value",
     system: str = "system",
     tools: str = "tools",
+    may_drop: Sequence[str] = (),
 ) -> Messages:
     """`{"conversations": [{"from": "human" | "gpt" ..., "value": "..."}, ...]}` and, where present,
     `system`, `tools`.
 
     A `function_call` turn is the assistant's: JSON of `{"name", "arguments"}`, or of a list of
-    them.
+    them. `weight`, `train` and `may_drop` as in `messages`.
     """
     turns: list[Mapping[str, Any]] = []
+    context = set()
     if row.get(system):
         turns.append({"role": "system", "content": _get(row, system, str)})
     for i, turn in enumerate(_get(row, conversations, list), 1):
         at = f"{conversations}, turn {i}: "
-        said = _get(_without_none(turn, conversations), content, str, at)
+        said = _get(_object(turn, conversations), content, str, at)
+        if not _trained(turn, at):
+            context.add(len(turns))
         if turn.get(role) == "function_call":
             turns.append({"role": "assistant", "content": "", "tool_calls": _calls(said, at)})
         else:
             turns.append(
                 {"role": _role(_get(turn, role, str, at), SHAREGPT_ROLES, at), "content": said}
             )
-    return _conversation(turns, _tools(row, tools))
+    return _conversation(turns, _tools(row, tools), context, may_drop)
 
 
-def chat_rounds(row: Mapping[str, Any], *, chat_rounds: str = "chat_rounds") -> Messages:
+def chat_rounds(
+    row: Mapping[str, Any], *, chat_rounds: str = "chat_rounds", may_drop: Sequence[str] = ()
+) -> Messages:
     """MFTCoder's `{"chat_rounds": [{"role": "system" | "human" | "bot", "content": "..."}, ...]}`,
-    in list order.
+    in list order; `may_drop` as in `messages`.
     """
     turns = []
     for i, turn in enumerate(_get(row, chat_rounds, list), 1):
         at = f"{chat_rounds}, turn {i}: "
-        turn = _without_none(turn, chat_rounds)
+        turn = _object(turn, chat_rounds)
         role, content = _get(turn, "role", str, at), _get(turn, "content", str, at)
         turns.append({"role": _role(role, MFTCODER_ROLES, at), "content": content})
-    return _conversation(turns)
+    return _conversation(turns, may_drop=may_drop)
 
 
+LEFT_OUT = ("reasoning", "system", "user", "tool", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MFTCODER_ROLES = {
     "system": "system",
     "human": "user",
@@ -215,13 +270,144 @@ SHAREGPT_ROLES = {
 }
 
 
+def _turns(
+    said: Sequence[Any], key: str, roles: Mapping[str, str] | None = None
+) -> tuple[list[Mapping[str, Any]], frozenset[int]]:
+    """OpenAI's turns as the template gets them, and the numbers of those that are context."""
+    turns, context = [], set()
+    for i, given in enumerate(said):
+        at = f"{key}, turn {i + 1}: "
+        # Arrow gives every turn every key; what a turn does not have is None.
+        turn = {name: value for name, value in _object(given, key).items() if value is not None}
+        turn["role"] = _role(
+            _get(turn, "role", str, at),
+            {**dict(zip(ROLES, ROLES, strict=True)), **(roles or {})},
+            at,
+        )
+        if not _trained(turn, at):
+            context.add(i)
+        turn.pop("weight", None), turn.pop("train", None)
+        if calls := turn.pop("tool_calls", None):
+            turn["tool_calls"] = _objects(calls, f"{at}tool_calls")
+        else:
+            _get(turn, "content", (str, list), at)
+        if isinstance(turn.get("content"), list):
+            turn["content"] = "".join(_part(part, at) for part in turn["content"])
+        turns.append(turn)
+    return turns, frozenset(context)
+
+
+def _trained(turn: Mapping[str, Any], at: str) -> bool:
+    """OpenAI's `weight` (0 or 1), axolotl's and others' `train`."""
+    for key, wanted in (("weight", "0 or 1"), ("train", "true or false")):
+        value = turn.get(key)
+        if value is not None and value not in (0, 1):
+            raise RowProblem("bad value", f"{at}{key}: found {_show(value)}, wanted {wanted}")
+    return turn.get("weight") != 0 and turn.get("train") in (None, 1)
+
+
+def _part(part: Any, at: str) -> str:
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if not isinstance(text, str) or part.get("type", "text") != "text":
+        raise RowProblem("bad value", f"{at}content: found the part {_show(part)}, wanted text")
+    return text
+
+
 def _conversation(
-    turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    turns: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    context: Collection[int] = (),
+    may_drop: Sequence[str] = (),
 ) -> Messages:
-    if all(turn["role"] != "assistant" for turn in turns):
+    targets = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not targets:
         roles = ", ".join(turn["role"] for turn in turns) or "no turns"
         raise RowProblem("no target", f"found {roles}, wanted at least one turn of the assistant")
-    return Messages(turns, tools)
+    context = frozenset(context).intersection(targets)
+    if len(context) == len(targets):
+        raise RowProblem("no target", "every turn of the assistant is context (weight 0, train)")
+    for i in targets:
+        texts = (turns[i].get(key) or "" for key in ("content", *REASONING))
+        if i not in context and not turns[i].get("tool_calls") and not "".join(texts).strip():
+            raise RowProblem("no target", f"turn {i + 1} (assistant) is empty")
+    may_drop = (may_drop,) if isinstance(may_drop, str) else tuple(may_drop)
+    if unknown := [one for one in may_drop if one not in LEFT_OUT]:
+        raise ValueError(f"may_drop: found {unknown[0]!r}, wanted some of {', '.join(LEFT_OUT)}")
+    return Messages(turns, tools, context, may_drop)
+
+
+class Watched(dict):
+    """A row, or an object within, that knows which of its keys have been read."""
+
+    def __init__(self, row: Mapping[str, Any]):
+        self._read: set[str] = set()
+        super().__init__(
+            (key, [_watched(one) for one in value] if isinstance(value, list) else value)
+            for key, value in row.items()
+        )
+
+    def unread(self) -> set[str]:
+        """Keys that have not been read, a turn's as `conversations[].id`. An object of which no key
+        was read has been handed on as it is.
+        """
+        keys = set(super().keys()) - self._read
+        for key in self._read & set(super().keys()):
+            value = super().__getitem__(key)
+            for one in value if isinstance(value, list) else ():
+                if isinstance(one, Watched) and one._read:
+                    keys |= {f"{key}[].{inner}" for inner in one.unread()}
+        return keys
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._read.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._read.update(super().keys())
+        return super().keys()
+
+    def values(self) -> Any:
+        self._read.update(super().keys())
+        return super().values()
+
+    def items(self) -> Any:
+        self._read.update(super().keys())
+        return super().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {key: deepcopy(value, memo) for key, value in self.items()}
+
+    def __reduce__(self) -> Any:
+        return dict, (list(self.items()),)
+
+
+def _watched(turn: Any) -> Any:
+    return Watched(turn) if isinstance(turn, dict) else turn
+
+
+def without_nulls(row: Any, keys: Collection[str], inside: bool = False) -> Any:
+    """A row without the nulls that Arrow puts where an object of a column lacks a key that others
+    have: at every depth below `keys`.
+    """
+    if isinstance(row, list):
+        return [without_nulls(one, keys, inside) for one in row]
+    if not isinstance(row, dict):
+        return row
+    return {
+        key: without_nulls(value, keys, inside or key in keys)
+        for key, value in row.items()
+        if not (inside and value is None)
+    }
 
 
 def _get(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], at: str = "") -> Any:
@@ -237,11 +423,10 @@ def _get(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], at: st
     return value
 
 
-def _without_none(turn: Any, key: str) -> Mapping[str, Any]:
-    """Arrow gives every turn every key; what a turn does not have is None."""
+def _object(turn: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(turn, Mapping):
         raise RowProblem("bad value", f"{key}: found the turn {_show(turn)}, wanted an object")
-    return {name: value for name, value in turn.items() if value is not None}
+    return turn
 
 
 def _role(name: str, roles: Mapping[str, str], at: str) -> str:
@@ -271,7 +456,28 @@ def _calls(said: str, at: str) -> list[Mapping[str, Any]]:
         raise RowProblem(
             "bad value", f'{at}found {_show(found)}, wanted {{"name": ..., "arguments": ...}}'
         )
-    return [{"type": "function", "function": call} for call in calls]
+    return _objects([{"type": "function", "function": call} for call in calls], at.rstrip(": "))
+
+
+def _objects(calls: Any, at: str) -> list[Mapping[str, Any]]:
+    """Calls with their `arguments` as objects: a template that writes `arguments | tojson` would
+    quote a text a second time.
+    """
+    if not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise RowProblem("bad value", f"{at}: found {_show(calls)}, wanted a list of calls")
+    made = []
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            arguments = _json(function["arguments"], f"{at}, arguments")
+            if not isinstance(arguments, dict):
+                raise RowProblem(
+                    "bad value", f"{at}, arguments: found {_show(arguments)}, wanted an object"
+                )
+            function = {**function, "arguments": arguments}
+            call = {**call, "function": function} if "function" in call else function
+        made.append(call)
+    return made
 
 
 def _json(text: str, at: str) -> Any:

@@ -5,11 +5,14 @@ Two independent parts. *Which task* is the next example from: the divisor method
 Sainte-Lague), where draw j of task k stands at time (2j + 1) / (2 s_k) and all draws are taken in
 the order of time. *Which row* of the task is its draw j: element j mod n_k of a permutation keyed
 by (seed, task, epoch j // n_k). Neither knows the world size.
+
+Replicas of a run (`Order`) differ in the second part alone, or in the order of whole batches.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -17,16 +20,47 @@ import numpy as np
 Share = int | float | Fraction
 
 
+@dataclass(frozen=True)
+class Order:
+    """Which of `of` replicas of an order this is (Ju et al. 2024, arXiv 2410.03743, train one model
+    each and merge them).
+
+    Args:
+        scheme: "rotate": place p of n -> (p + replica * n // of) mod n, so that the replicas' first
+            n / of places are a partition of the rows. "shuffle": the permutation's key has the
+            replica in it. "batch": whole batches change places within each window.
+        replica: 0 .. of - 1.
+        epochs: "first": only each task's first epoch (batch: the first window) differs; "all".
+        window: batches that change places among themselves ("batch" only), >= 1.
+        steps: batches in the run ("batch" only): no window goes beyond, or replicas would differ in
+            their rows.
+    """
+
+    scheme: str
+    replica: int
+    of: int
+    epochs: str = "first"
+    window: int = 1
+    steps: int = 1
+
+    def concerns(self, epoch: int) -> bool:
+        return epoch == 0 or self.epochs == "all"
+
+
 class Mix:
     """The endless sequence of global batches over K tasks.
 
-    Args: names: the tasks. A task's name is part of the key of its row order, its place in the list
-        is not. sizes: (K,) training rows of each task, >= 1. shares: (K,) positive numbers, up to a
-        common factor the tasks' parts of all draws: see `shares_for`. After any
-            M draws a task's count differs from `share * M` by at most (1 + share * (K - 2)) / 2,
-            the share in 0..1. With `shares == sizes` the first sum(sizes) draws are every row once.
+    Args:
+        names: the tasks. A task's name is part of the key of its row order, its place in the list
+            is not.
+        sizes: (K,) training rows of each task, >= 1.
+        shares: (K,) positive numbers, up to a common factor the tasks' parts of all draws: see
+            `shares_for`. After any M draws a task's count differs from `share * M` by at most (1 +
+            share * (K - 2)) / 2, the share in 0..1. With `shares == sizes` the first sum(sizes)
+            draws are every row once.
         examples: examples in a global batch, B.
         seed: keys every permutation.
+        order: the replica; None: the one order.
     """
 
     def __init__(
@@ -36,6 +70,7 @@ class Mix:
         shares: Sequence[Share],
         examples: int,
         seed: int,
+        order: Order | None = None,
     ):
         if not len(names) == len(sizes) == len(shares) > 0:
             raise ValueError(
@@ -52,7 +87,7 @@ class Mix:
         if examples < 1:
             raise ValueError(f"found {examples} examples in a batch, wanted at least 1")
         self.names, self.sizes = list(names), [int(n) for n in sizes]
-        self.examples, self.seed = int(examples), int(seed)
+        self.examples, self.seed, self.order = int(examples), int(seed), order
         self._shares = _integers(shares)
         self._orders: dict[
             int, tuple[int, np.ndarray]
@@ -65,7 +100,9 @@ class Mix:
         return np.array([share / total for share in self._shares])
 
     def drawn(self, step: int) -> np.ndarray:
-        """(K,) int64: examples drawn from each task by the first `step` batches."""
+        """(K,) int64: examples drawn from each task by the first `step` batches; with order batch
+        by those at the ends of its windows.
+        """
         counts, draws = self._draws(step * self.examples, step * self.examples)
         assert not draws
         return np.array(counts, dtype=np.int64)
@@ -74,6 +111,7 @@ class Mix:
         """The tasks (B,) and rows (B,) of global batch `step` (0 is the first), int64, in the order
         they are drawn.
         """
+        step = self._place(step)
         _, draws = self._draws(step * self.examples, (step + 1) * self.examples)
         rows = [self._row(k, j) for k, j in draws]
         return np.array([k for k, _ in draws], dtype=np.int64), np.array(rows, dtype=np.int64)
@@ -104,13 +142,32 @@ class Mix:
         return low, [(k, j) for _, k, j in draws[skip : stop - sum(low) + skip]]
 
     def _row(self, k: int, j: int) -> int:
-        epoch, place = divmod(j, self.sizes[k])
+        n, order, replica = self.sizes[k], self.order, ""
+        epoch, place = divmod(j, n)
+        if order and order.concerns(epoch):
+            if order.scheme == "rotate":
+                place = (place + order.replica * n // order.of) % n
+            elif order.scheme == "shuffle":
+                replica = f"/replica {order.replica}"
         if self._orders.get(k, (None,))[0] != epoch:
             self._orders[k] = (
                 epoch,
-                permutation(self.sizes[k], f"{self.seed}/{self.names[k]}/{epoch}"),
+                permutation(n, f"{self.seed}/{self.names[k]}/{epoch}{replica}"),
             )
         return int(self._orders[k][1][place])
+
+    def _place(self, step: int) -> int:
+        """Which batch of the one order stands at `step`."""
+        order = self.order
+        if order is None or order.scheme != "batch" or step >= order.steps:
+            return step
+        epoch, place = divmod(step, order.window)
+        if not order.concerns(epoch):
+            return step
+        start = epoch * order.window
+        size = min(order.window, order.steps - start)
+        key = f"{self.seed}/batches/{epoch}/replica {order.replica}"
+        return start + int(permutation(size, key)[place])
 
 
 def shares_for(
@@ -128,7 +185,8 @@ def shares_for(
     arXiv 1907.05019, section 3). `epochs`: n_k e_k, so that the tasks have passed e_k times when
     all sum(n_k e_k) draws are done.
 
-    Raises: ValueError for an unknown kind, or a number that is missing or not positive.
+    Raises:
+        ValueError: an unknown kind, or a number that is missing or not positive.
     """
 
     def given(key: str, values: Sequence[float | None] | None) -> list[Fraction]:

@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mtl.data.collate import MicroBatch, collate
-from mtl.data.encode import Encoder, tokenizer_fingerprint
+from mtl.data.encode import Encoder, Note, tokenizer_fingerprint
 from mtl.data.encoded import NEXT_TOKEN, answer, next_token_positions
 from mtl.data.examples import LOSS, Book, Piece, Row
 from mtl.data.marks import marked
@@ -27,6 +27,7 @@ class NextToken:
 
     packs = True
     makes_dummies = True
+    notes = True
     columns = NEXT_TOKEN
 
     def __init__(self, book: Book | None, pad_id: int, encoder: Encoder | None = None):
@@ -46,10 +47,11 @@ class NextToken:
         return {
             "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
             "length": [encoder.max_length, encoder.too_long == "truncate"],
+            "special text": encoder.special_text,
         }
 
-    def encode(self, example: Any) -> Row:
-        ids, target, truncated = self.encoder(example)
+    def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
+        ids, target, truncated = self.encoder(example, note)
         columns = {"ids": ids, "target": target.astype(np.uint8)}
         return Row(columns, (int(target.sum()),), answer(ids[target]), truncated)
 

@@ -7,7 +7,7 @@ from mtl.data.batches import Layout, Layouts, ValidationGroups
 from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
 from mtl.data.examples import Examples
-from mtl.data.mix import Mix, shares_for, steps_for
+from mtl.data.mix import Mix, Order, shares_for, steps_for
 
 # Found with benchmarks/slopes.py and the clock, for 6 tasks and batches of 16 (docs/balancers.md).
 PROBED = 1.25  # examples that a probe reads for each that a batch has
@@ -28,9 +28,13 @@ def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
         share=[task.share for task in settings],
         epochs=[task.epochs for task in settings],
     )
-    return Mix(
-        [task.name for task in tasks], sizes, shares, config.batch.examples, config.train.seed
+    examples, train = config.batch.examples, config.train
+    order = train.order and Order(
+        **dict(train.order),
+        window=steps_for(1, sizes, examples),
+        steps=train.steps or steps_for(train.epochs, sizes, examples),
     )
+    return Mix([task.name for task in tasks], sizes, shares, examples, train.seed, order)
 
 
 def steps_of(config: Config, mix: Mix) -> int:

@@ -5,8 +5,11 @@ A row that cannot be read is handed on as a problem, with its place, and never e
 its file. A source that cannot be read at all is a DataError.
 """
 
+import csv
+import glob
 import gzip
 import hashlib
+import io
 import json
 import re
 from abc import ABC, abstractmethod
@@ -21,11 +24,14 @@ from mtl.data.encoded import DataError
 
 WHOLE = 2**26  # bytes up to which a file's fingerprint reads all of it: a tenth of a second
 BLOCKS, BLOCK = 64, 2**16  # beyond: so many blocks of so many bytes, evenly spaced
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+# name:config:split, the split as `datasets` takes it: train[:10%], train+test
+HUB_NAME = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.+:%\[\]-]*))?)?"
+)
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READ = (
-    ".jsonl, .json (each also .gz) or .parquet file, a folder written by "
-    "datasets.save_to_disk, "
-    "or a hub name"
+    ".jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder written by "
+    "datasets.save_to_disk, or a hub name"
 )
 
 
@@ -37,6 +43,9 @@ class Row(NamedTuple):
     number: int
     value: Mapping[str, Any] | None
     problem: str = ""
+    note: str = ""  # what is worth saying of a row that can be read
+    size: int = 0  # bytes, where that is known
+    columnar: bool = False  # whether null stands where an object lacks a key that others have
 
 
 class Source(ABC):
@@ -67,11 +76,25 @@ class Source(ABC):
         return f"{self.name}, row {number + 1}"
 
 
+def open_sources(name: str, split: str = "train") -> list[Source]:
+    """What `name` is, as `open_source`; of a pattern (`data/*.jsonl`, `**` for folders within)
+    every file that it matches, sorted.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not glob.has_magic(name) or HUB_NAME.fullmatch(name):
+        return [open_source(name, split)]
+    found = sorted(one for one in glob.glob(str(path), recursive=True) if Path(one).is_file())
+    if not found:
+        raise DataError(f"found no file that matches {path.absolute()}, wanted a {READ}")
+    return [open_source(one, split) for one in found]
+
+
 def open_source(name: str, split: str = "train") -> Source:
     """Find out what `name` is: a file, a folder, or `dataset[:config[:split]]` on the hub (`split`
     if it names none).
 
-    Raises: DataError saying what was looked for.
+    Raises:
+        DataError: what was looked for.
     """
     path = Path(name).expanduser()
     if "://" in name or path.exists() and not (path.is_file() or path.is_dir()):
@@ -88,11 +111,15 @@ def open_source(name: str, split: str = "train") -> Source:
                 return JsonLines(name, path)
             case [".json"]:
                 return JsonArray(name, path) if _begins(path, b"[") else JsonLines(name, path)
+            case [".csv" | ".tsv" as suffix]:
+                return Delimited(name, path, DELIMITERS[suffix])
             case [".parquet"] if path.suffix.lower() != ".gz":
                 return Parquet(name, path)
         raise DataError(f"found the file {name}, wanted a {READ}")
     tried = [f"the file or folder {path.absolute()}"]
-    if HUB_NAME.fullmatch(name) and not re.search(r"\.(jsonl?|ndjson|parquet|gz|csv|txt)$", name):
+    if HUB_NAME.fullmatch(name) and not re.search(
+        r"\.(jsonl?|ndjson|parquet|gz|csv|tsv|txt)$", name
+    ):
         try:
             return _hub(name, split)
         except Exception as error:
@@ -138,11 +165,51 @@ class JsonArray(Source):
     def rows(self) -> Iterator[Row]:
         try:
             with _open(self.path) as file:
-                values = json.loads(file.read().decode("utf-8-sig"))
+                values, twice = _load(file.read().decode("utf-8-sig"))
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: not a JSON array: {error}") from error
         for number, value in enumerate(values):
-            yield _checked(number, value)
+            # Which row has a key twice is not known here: the first one says it for the file.
+            yield _checked(number, value, twice if number == 0 else "")
+
+    def fingerprint(self) -> str:
+        return _file_fingerprint(self.path)
+
+
+class Delimited(Source):
+    """A CSV or TSV file with a line of column names, UTF-8: every value is text, as it stands
+    there. A text in double quotes may go over several lines.
+    """
+
+    def __init__(self, name: str, path: Path, delimiter: str):
+        self.name, self.path, self.size = name, path, path.stat().st_size
+        self._delimiter = delimiter
+
+    def rows(self) -> Iterator[Row]:
+        csv.field_size_limit(2**31 - 1)  # the default refuses texts above 128 KiB
+        number = 0
+        try:
+            with (
+                _open(self.path) as file,
+                io.TextIOWrapper(file, "utf-8-sig", newline="") as lines,
+            ):
+                reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
+                names = next(reader, [])
+                if len(set(names)) < len(names):
+                    raise DataError(f"{self.name}:1: found a column twice in {', '.join(names)}")
+                for values in reader:
+                    if len(values) == len(names):
+                        yield Row(number, dict(zip(names, values, strict=True)))
+                    elif values:
+                        yield Row(
+                            number,
+                            None,
+                            f"found {len(values)} values up to line {reader.line_num}, wanted "
+                            f"{len(names)}: {', '.join(names)}",
+                        )
+                    number += 1
+        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{self.where(number)}: not readable as CSV: {error}") from error
 
     def fingerprint(self) -> str:
         return _file_fingerprint(self.path)
@@ -160,7 +227,7 @@ class Parquet(Source):
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 for batch in file.iter_batches(batch_size=1024):
                     for value in batch.to_pylist():
-                        yield Row(number, value)
+                        yield Row(number, value, columnar=True)
                         number += 1
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.where(number)}: not readable as Parquet: {error}") from error
@@ -178,7 +245,7 @@ class Table(Source):
 
     def rows(self) -> Iterator[Row]:
         for number, value in enumerate(self._dataset):
-            yield Row(number, value)
+            yield Row(number, value, columnar=True)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -213,16 +280,15 @@ def _folder(name: str, path: Path) -> Source:
 def _hub(name: str, split: str) -> Source:
     from datasets import load_dataset
 
-    dataset, config, named = [*name.split(":"), "", ""][:3]
-    found = load_dataset(dataset, config or None, split=named or split)
-    return Table(
-        f"{dataset}:{config}:{named or split}".replace("::", ":"), found, found._fingerprint
-    )
+    dataset, config, named = HUB_NAME.fullmatch(name).group("name", "config", "split")
+    config, named = config or "", named or split
+    found = load_dataset(dataset, config or None, split=named)
+    return Table(f"{dataset}:{config}:{named}".replace("::", ":"), found, found._fingerprint)
 
 
 def _parsed(number: int, line: bytes) -> Row:
     try:
-        value = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+        value, twice = _load(line.decode("utf-8-sig" if number == 0 else "utf-8"))
     except UnicodeDecodeError as error:
         return Row(
             number,
@@ -232,17 +298,34 @@ def _parsed(number: int, line: bytes) -> Row:
         )
     except (ValueError, RecursionError) as error:
         return Row(number, None, f"not JSON: {error}")
-    return _checked(number, value)
+    return _checked(number, value, twice)._replace(size=len(line))
 
 
-def _checked(number: int, value: Any) -> Row:
+def _load(text: str) -> tuple[Any, str]:
+    """The JSON, in which the last of equal keys counts, and what to say of such keys."""
+    twice: set[str] = set()
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.update(key for key in value if keys.count(key) > 1)
+        return value
+
+    value = json.loads(text, object_pairs_hook=made)
+    if not twice:
+        return value, ""
+    return value, f"rows with the key {', '.join(sorted(twice))} twice, of which the last counts"
+
+
+def _checked(number: int, value: Any, note: str = "") -> Row:
     if not isinstance(value, dict):
         return Row(number, None, f"found a JSON {type(value).__name__}, wanted an object")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return Row(number, None, r"not Unicode: half of a surrogate pair (\ud800 ... \udfff)")
-    return Row(number, value)
+    return Row(number, value, note=note)
 
 
 def _open(path: Path) -> Any:

@@ -254,7 +254,8 @@ class Engine:
     def step(self, lr: float) -> float:
         """Update the parameters with learning rate `lr`, unless the gradient is not finite.
 
-        Returns: the global gradient norm before clipping.
+        Returns:
+            the global gradient norm before clipping.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)

@@ -65,7 +65,8 @@ class Balance:
                 names it: `valid_loss` (`valid_base`, `valid_group`), `gram` ... Steps where nothing
                 was measured leave it out. Rank 0's count.
 
-        Returns: (K,) float64, the weights.
+        Returns:
+            (K,) float64, the weights.
 
         Raises:
             ValueError: a signal that the balancer reads is never given, or one it does not read is;

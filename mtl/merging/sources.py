@@ -41,9 +41,8 @@ def of_run(run: Path, steps: tuple[int, int] | None) -> tuple[str, list[Path]]:
 
 
 def bests(run: Path) -> list[Path]:
-    """Each task's best model, a folder that several tasks share once: RUN/bests/TASK."""
-    folders = sorted(path for path in (run / "bests").glob("*") if path.is_dir())
-    return list(dict.fromkeys(path.resolve() for path in folders))
+    """Each task's best model, a folder that several tasks share once: RUN/bests/step-*."""
+    return sorted(path for path in (run / "bests").glob("step-*") if path.is_dir())
 
 
 def checkpoints(run: Path, first: int, last: int) -> list[Path]:

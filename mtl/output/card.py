@@ -12,13 +12,14 @@ import mtl
 from mtl.config import dump
 
 
-def card(checkpoint: Path, *, adapter: bool) -> str:
+def card(checkpoint: Path, *, adapter: bool, weights: str = "model") -> str:
     """The text of a README.md, with the hub's metadata on top.
 
     Args:
         checkpoint: a folder `step-...` in the `checkpoints` of a run. Without the run around it the
             card says less.
         adapter: whether PEFT loads the folder, rather than transformers.
+        weights: "model", or "average": the losses are those of the averaged weights.
     """
     run = checkpoint.parent.parent
     number = checkpoint.name.rpartition("-")[2]
@@ -28,7 +29,7 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
     if not record:
         return _page(library, [f"# {checkpoint.name}", "", _made(None, step)])
     config, tasks, base = record["config"], record["tasks"], _base(checkpoint)
-    losses = _losses(run / "metrics.jsonl", list(tasks), step)
+    losses = _losses(run / "metrics.jsonl", list(tasks), step, weights)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     sections = {
         "Tasks": _tasks(tasks, losses, _unit(config)),
@@ -43,7 +44,7 @@ def card(checkpoint: Path, *, adapter: bool) -> str:
         ],
         "Versions": [versions],
     }
-    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, base, step)]
+    lines = [f"# {run.name or checkpoint.name}", "", _summary(record, base, step, weights)]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
     return _page(_metadata(config, base, library), lines)
@@ -60,14 +61,15 @@ def _metadata(config: dict[str, Any], base: str | None, library: dict[str, str])
     }
 
 
-def _summary(record: dict[str, Any], base: str | None, step: int | None) -> str:
+def _summary(record: dict[str, Any], base: str | None, step: int | None, weights: str) -> str:
     config = record["config"]
     kind = "LoRA" if base else "full fine-tuning"
     if config["model"].get("quantize"):
         kind = f"LoRA on {config['model']['quantize']} weights"
+    averaged = ", its weights averaged along the run" if weights == "average" else ""
     return (
         f"`{base or config['model']['name']}` fine-tuned ({kind}) on {len(record['tasks'])} tasks "
-        f"at once, their losses balanced by {_method(config)}. {_made(record, step)}"
+        f"at once, their losses balanced by {_method(config)}{averaged}. {_made(record, step)}"
     )
 
 
@@ -161,7 +163,9 @@ def _tasks(
     return [*lines, "", f"Losses are {unit}.{note}"]
 
 
-def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[float, float, int]]:
+def _losses(
+    path: Path, tasks: list[str], step: int | None, weights: str
+) -> dict[str, tuple[float, float, int]]:
     """Per task its validation loss on the first pass, on the last one up to `step`, and that one's
     step.
     """
@@ -172,11 +176,12 @@ def _losses(path: Path, tasks: list[str], step: int | None) -> dict[str, tuple[f
     if not passes:
         return {}
     first, last = passes[0], passes[-1]
-    tags = {name: f"eval/{name}/loss" for name in tasks}
+    within = "eval/average" if weights == "average" else "eval"
+    tags = {name: (f"eval/{name}/loss", f"{within}/{name}/loss") for name in tasks}
     return {
-        name: (first[tag], last[tag], last["step"])
-        for name, tag in tags.items()
-        if tag in first and tag in last
+        name: (first[before], last[here], last["step"])
+        for name, (before, here) in tags.items()
+        if before in first and here in last
     }
 
 

@@ -8,8 +8,11 @@
         step-00000120/
           engine/                  DeepSpeed's shards: weights, optimizer
           model/                   the model (or adapter) as a Hugging Face folder, ready for use
+          average/                 the same with the averaged weights, where `average:` asks
+          average.safetensors      what they go on from, in fp32
           state.json               step, best so far, balancer, identity, layout (processes, ZeRO)
           state.safetensors        the balancer's arrays, initial validation losses, last losses
+      bests/step-00000080/         a task's best model, weights only, where `checkpoint.bests` asks
       model/                       the exported model, at the end
 
 Data order, learning rate and randomness are functions of seed, step and rank, so none of them is
@@ -20,10 +23,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -33,10 +37,12 @@ from balancers import Holder
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models.save import save
+from mtl.output import bests
 from mtl.output.state import RunState
 
 FORMAT = 1
 SCRATCH = ".resharded"
+AVERAGE_FILE = "average.safetensors"
 STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 
@@ -58,6 +64,16 @@ def check_output(output: Path, resume: bool) -> None:
         )
 
 
+class Averaged(Protocol):
+    """What is averaged beside the trained weights; `mtl.train.average` has it."""
+
+    def save(self, file: Path) -> None: ...
+
+    def load(self, file: Path) -> None: ...
+
+    def swapped(self) -> AbstractContextManager[None]: ...
+
+
 @dataclass
 class Checkpoints:
     """Checkpoints of one run.
@@ -75,6 +91,8 @@ class Checkpoints:
 
     Attributes:
         best: name of the best checkpoint's folder so far.
+        best_weights: which folder in it is meant, "model" or "average".
+        named: folders of `bests` that the newest checkpoint names.
     """
 
     output: Path
@@ -85,13 +103,21 @@ class Checkpoints:
     loader: tuple[str, dict[str, Any]] | None = None
     say: Callable[[str], None] = lambda text: None
     best: str | None = field(default=None, init=False)
+    best_weights: str = field(default="model", init=False)
+    named: set[str] = field(default_factory=set, init=False)
 
     @property
     def folder(self) -> Path:
         return self.output / "checkpoints"
 
     def save(
-        self, engine: Engine, holder: Holder, state: RunState, *, is_best: bool = False
+        self,
+        engine: Engine,
+        holder: Holder,
+        state: RunState,
+        *,
+        is_best: bool = False,
+        average: Averaged | None = None,
     ) -> Path:
         """Write a checkpoint, point `latest` at it, then remove what is no longer kept. A
         collective.
@@ -106,7 +132,12 @@ class Checkpoints:
         )
         engine.save(folder / "engine")
         save(engine, self.tokenizer, folder / "model", self.loader)
-        self.best = name if is_best else self.best
+        if average is not None:
+            average.save(folder / AVERAGE_FILE)
+            with average.swapped():
+                save(engine, self.tokenizer, folder / "average", self.loader)
+        if is_best:
+            self.best, self.best_weights = name, state.best.get("weights", "model")
 
         def write() -> None:
             if comm.rank() == 0:
@@ -124,6 +155,7 @@ class Checkpoints:
                     "format": FORMAT,
                     "run": plain,
                     "best": self.best,
+                    "best_weights": self.best_weights,
                     "balancer": held["meta"],
                     "identity": self.identity,
                 }
@@ -132,9 +164,26 @@ class Checkpoints:
 
         comm.together(write)  # every shard is on disk when this returns
         comm.together(lambda: self._point_and_prune(name) if comm.rank() == 0 else None)
+        self.named = bests.named(state)
+        comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
         return folder
 
-    def load(self, engine: Engine, holder: Holder) -> RunState:
+    def save_bests(
+        self, engine: Engine, state: RunState, names: Sequence[str], losses: np.ndarray
+    ) -> list[str]:
+        """Keep the model for the tasks that the (K,) losses of a full pass show at their best;
+        returns these. A collective.
+
+        What the newest checkpoint names stays beside it: a killed run goes on from there.
+        """
+        better = bests.observe(state, names, losses)
+        if better and state.step:
+            folder = self.output / "bests"
+            bests.write(engine, self.tokenizer, folder, state.step, self.loader)
+            comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
+        return better
+
+    def load(self, engine: Engine, holder: Holder, average: Averaged | None = None) -> RunState:
         """Continue from the newest complete checkpoint; there must be one. A collective.
 
         Raises:
@@ -164,17 +213,21 @@ class Checkpoints:
             )
             shards = record["layout"]["processes"] if record["layout"]["zero"] else 0
             engine.reshard(folder / "engine", self.folder / SCRATCH, shards)
-        self.best = record["best"]
+        if average is not None:
+            average.load(folder / AVERAGE_FILE)
+        self.best, self.best_weights = record["best"], record.get("best_weights", "model")
         before, now = record["identity"][STEPS], self.identity[STEPS]
         if before != now:
             self.say(
                 f"{folder.name} is of a run of {before:,} steps, which now has {now:,}: from here "
                 "on its learning rate is that of a run of this length"
             )
-        return RunState(
+        state = RunState(
             **record["run"],
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
         )
+        self.named = bests.named(state)
+        return state
 
     def check_beginning(self) -> None:
         """Raise CheckpointError where the folder holds another run, stopped before its first
@@ -207,11 +260,13 @@ class Checkpoints:
             )
         return folder
 
-    def exported(self, which: str) -> Path:
-        """The checkpoint to export: "best" (where none beat the start, the last one) or
-        "last".
+    def exported(self, which: str) -> tuple[Path, str]:
+        """The checkpoint to export and which of its weights, "model" or "average": for "best"
+        (where none beat the start, the last one), "last", or "average" (the last one's).
         """
-        return self.folder / self.best if which == "best" and self.best else self.latest()
+        if which == "best" and self.best:
+            return self.folder / self.best, self.best_weights
+        return self.latest(), "average" if which == "average" else "model"
 
     def _check(self, record: dict, folder: Path) -> None:
         if record["format"] != FORMAT:
@@ -233,6 +288,9 @@ class Checkpoints:
                 f"{folder} cannot be continued: the run has changed.\n{lines}\n"
                 "Put these back as they were, or start a new run in another `output:` folder."
             )
+
+    def _prune_bests(self, state: RunState) -> None:
+        bests.prune(self.output / "bests", bests.named(state) | self.named)
 
     def _point_and_prune(self, name: str) -> None:
         write_text(self.folder / "latest", name)

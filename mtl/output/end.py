@@ -16,10 +16,12 @@ def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]
     print(report.table(report.read(checkpoints.output)), flush=True)
     which = config.export.which
     if which != "none":
-        source = checkpoints.exported(which)
+        source, weights = checkpoints.exported(which)
         what = f"{which} model"
         if which == "best" and checkpoints.best is None:
             key = config.evaluate.best
             what = f"no step was better than the start (by evaluate.best: {key}): last model"
-        made = export(source, checkpoints.output / "model", config.export.dtype)
-        print(f"{what}, of {source.name}: {made}")
+        target, dtype = checkpoints.output / "model", config.export.dtype
+        made = export(source, target, dtype, weights=weights)
+        averaged = ", averaged weights" if weights == "average" else ""
+        print(f"{what}, of {source.name}{averaged}: {made}")

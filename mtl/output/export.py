@@ -33,6 +33,7 @@ def export(
     *,
     merge: bool = False,
     allow_remote_code: bool = False,
+    weights: str = "model",
 ) -> Path:
     """Write a checkpoint's model, or adapter, as a Hugging Face folder with tokenizer and model
     card.
@@ -45,16 +46,17 @@ def export(
         dtype: "fp32", "bf16", or None: as trained.
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
+        weights: "model", the trained ones, or "average" (`average:` of the YAML).
 
     Raises:
         ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or `target`
             is something else.
     """
-    source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / "model"
+    source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / weights
     is_adapter = (source / ADAPTER).is_file()
     if not is_adapter and not (source / "config.json").is_file():
         raise ExportError(
-            f"{checkpoint}: found no model in it; wanted a checkpoint's folder, such as "
+            f"{checkpoint}: found no {weights} in it; wanted a checkpoint's folder, such as "
             "RUN/checkpoints/step-00000120."
         )
     if merge and not is_adapter:
@@ -86,7 +88,7 @@ def export(
         if dtype is not None:
             _cast(temporary, dtype)
     (temporary / "README.md").write_text(
-        card.card(checkpoint, adapter=is_adapter and not merge), encoding="utf-8"
+        card.card(checkpoint, adapter=is_adapter and not merge, weights=weights), encoding="utf-8"
     )
     as_umask_says(temporary)
     shutil.rmtree(target, ignore_errors=True)

@@ -35,6 +35,7 @@ DECIDES = (
     "batch.examples",
     "train.seed",
     "train.from",
+    "train.order",
     "optimizer",
     "schedule",
     "evaluate.every",
@@ -42,6 +43,7 @@ DECIDES = (
     "evaluate.probe",
     "evaluate.patience",
     "gram",
+    "average",
 )
 
 
@@ -84,6 +86,9 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
         for key in path.split("."):
             value = value[key]
         same[path] = value
+    order = same["train.order"]
+    if order is not None and order["scheme"] == "batch":  # its last window ends where the run does
+        same["train.order"] = {**order, "steps": steps}
     for task in tasks:
         for key in ("share", "epochs"):
             same[f"tasks.{task.name}.{key}"] = resolved["tasks"][task.name][key]

@@ -4,12 +4,14 @@ README.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+TASK_LOSS = re.compile(r"eval/[^/]+/loss")
 PARTS = 5  # of a run, over which a task's weight is averaged in the table
 
 
@@ -93,7 +95,7 @@ def read(output: Path) -> History:
     trains = [r for r in records if "train/loss" in r]
     if not evals:
         raise ValueError(f"{path}: no validation pass in it yet.")
-    tasks = [tag[5:-5] for tag in evals[0] if tag.startswith("eval/") and tag.endswith("/loss")]
+    tasks = [tag[5:-5] for tag in evals[0] if TASK_LOSS.fullmatch(tag)]
     return History(
         tasks,
         np.array([r["step"] for r in evals]),

@@ -12,7 +12,10 @@ class RunState:
     Attributes:
         step: optimizer updates completed.
         target_tokens: target tokens trained on.
-        best: {"step": ..., "value": ...} of the validation loss that picks the best checkpoint.
+        best: {"step": ..., "value": ...} of what picks the best checkpoint (`evaluate.best`), and
+            {"weights": "average"} where the averaged weights have it.
+        bests: the same of every task's own loss, by its name, where `checkpoint.bests` asks.
+        averaged: updates of `average:`.
         evaluated: step of the last full validation pass; -1 before the first.
         metrics_bytes: length of metrics.jsonl, to cut it back on resume.
         base_sums, base_tokens: (K, G) float64, the full pass at step 0.
@@ -29,6 +32,8 @@ class RunState:
     target_tokens: int = 0
     best: dict[str, float] | None = None
     evaluated: int = -1
+    bests: dict[str, dict[str, float]] | None = None
+    averaged: int = 0
     metrics_bytes: int = 0
     base_sums: np.ndarray | None = None
     base_tokens: np.ndarray | None = None

@@ -1,8 +1,8 @@
 """Where numbers go. A tracker is a class with `log`, `say` and `close`. Only rank 0 has trackers.
 
 Tags: `train/<task>/loss`, `train/<task>/weight`, `eval/<task>/loss`, `eval/macro`,
-`<balancer>/<task>/slope` ... Losses are nats per target token. Everything logged under step t was
-measured at the parameters after t optimizer updates.
+`eval/average/<task>/loss`, `<balancer>/<task>/slope` ... Losses are nats per target token.
+Everything logged under step t was measured at the parameters after t optimizer updates.
 """
 
 import importlib.util
@@ -54,11 +54,13 @@ class Console:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        averaged = "eval/average/macro"
         if "eval/macro" in values:
             tasks = [f"{t} {values[f'eval/{t}/loss']:.3f}" for t in _tasks(values, "eval", "loss")]
             self.say(
                 f"step {step}/{self.steps}  validation: macro {values['eval/macro']:.4f} | "
                 + ", ".join(tasks)
+                + (f" | averaged weights: {values[averaged]:.4f}" if averaged in values else "")
             )
         if "train/loss" not in values:
             return
@@ -215,5 +217,5 @@ def _tasks(values: Mapping[str, float], group: str, what: str) -> list[str]:
     return [
         tag[len(group) + 1 : -len(what) - 1]
         for tag in values
-        if tag.startswith(f"{group}/") and tag.endswith(f"/{what}")
+        if tag.startswith(f"{group}/") and tag.endswith(f"/{what}") and tag.count("/") == 2
     ]

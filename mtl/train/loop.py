@@ -41,6 +41,8 @@ def train(run: Run, state: RunState) -> RunState:
         lr = _lr(config, t, run.steps)
         report = train_step(run.engine, run.objective, batch, weights, lr, names)
         state.step, state.train_loss = t + 1, report.losses
+        if run.average:
+            run.average.after_update(state)
         state.target_tokens += int(batch.tokens.sum())
         if Signal.REPLAY_LOSS in run.holder.balancer.needs:
             seed_step(config.train.seed, t)
@@ -80,35 +82,64 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     group's initial loss.
     """
     began = time.monotonic()
-    validation = evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+
+    def full_pass() -> ValidationResult:
+        return evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+
+    validation = full_pass()
     state.evaluated = state.step
     if state.base_sums is None:
         state.base_sums, state.base_tokens = validation.sums, validation.tokens
-    summary = validation.summary(run.names)
-    measured = validation.measured(run.names, run.objective.measures)
-    values = {f"eval/{name}/loss": summary[name] for name in run.names}
-    values |= {f"eval/{what}": summary[what] for what in ("macro", "token", "worst")}
-    values |= {f"eval/{what}": value for what, value in measured.items()}
+    passes = {"model": validation}
+    if run.average:
+        run.average.at_pass(state)
+        passes["average"] = run.average.measure(state, validation, full_pass)
+    found = {weights: _found(run, one) for weights, one in passes.items()}
+    values = _eval_values("eval", found["model"], run.names)
+    if run.average:
+        values |= _eval_values("eval/average", found["average"], run.names)
     _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
     if run.patience:
         for text in run.patience.observe(state, validation.losses, run.names):
             _say(run, f"step {state.step}/{run.steps}  {text}")
-    _judge(run, state, summary | measured)
+    _judge(run, state, found)
+    if run.config.checkpoint.bests:
+        better = run.checkpoints.save_bests(run.engine, state, run.names, validation.losses)
+        if better and state.step:
+            _say(run, f"step {state.step}/{run.steps}  kept the best of {', '.join(better)}")
     return validation
 
 
-def _judge(run: Run, state: RunState, summary: dict[str, float]) -> None:
-    """Put into the state whether this pass is the best so far, by `evaluate.best`."""
+def _found(run: Run, validation: ValidationResult) -> dict[str, float]:
+    """Everything that a run may be judged by: losses and measures."""
+    measured = validation.measured(run.names, run.objective.measures)
+    return validation.summary(run.names) | measured
+
+
+def _eval_values(group: str, found: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """What is logged of a pass: a task's loss under `<group>/<task>/loss`."""
+    return {f"{group}/{what}{'/loss' * (what in names)}": value for what, value in found.items()}
+
+
+def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Put into the state whether this pass is the best so far, by `evaluate.best`.
+
+    Args:
+        found: what was measured with the trained weights ("model"), and with their average.
+    """
     key = run.config.evaluate.best
-    value = summary.get(key, np.nan)
-    if not np.isfinite(value):
-        raise ValueError(
-            f"validation at step {state.step}: {key} (evaluate.best) is {value}: {summary}"
-        )
     kind = run.objective.measures.get(key.rpartition("/")[2])
     sign = -1 if kind is not None and kind.highest else 1
-    if state.best is None or sign * value < sign * state.best["value"]:
-        state.best = {"step": state.step, "value": value}
+    for weights, values in found.items():
+        value = values.get(key, np.nan)
+        if not np.isfinite(value):
+            raise ValueError(
+                f"validation at step {state.step}: {key} (evaluate.best) is {value}: {values}"
+            )
+        if state.best is None or sign * value < sign * state.best["value"]:
+            state.best = {"step": state.step, "value": value}
+            if weights != "model":
+                state.best["weights"] = weights
 
 
 def _train_values(
@@ -147,9 +178,12 @@ def _log(run: Run, step: int, values: Mapping[str, float]) -> None:
 def _save(run: Run, state: RunState, is_best: bool) -> None:
     began = time.monotonic()
     state.metrics_bytes = trackers.metrics_bytes(run.checkpoints.output)
-    folder = run.checkpoints.save(run.engine, run.holder, state, is_best=is_best)
+    folder = run.checkpoints.save(
+        run.engine, run.holder, state, is_best=is_best, average=run.average
+    )
     best = (
-        f", the best so far ({run.config.evaluate.best} {state.best['value']:.4f})"
+        f", the best so far ({run.config.evaluate.best} {state.best['value']:.4f}"
+        f"{', averaged weights' if 'weights' in state.best else ''})"
         if is_best
         else ""
     )

@@ -13,6 +13,7 @@ from mtl.distributed.engine import Engine
 from mtl.losses.objective import Objectives
 from mtl.output.checkpoint import Checkpoints
 from mtl.output.trackers import Tracker
+from mtl.train.average import Average
 from mtl.train.patience import Patience
 
 
@@ -28,6 +29,7 @@ class Run:
         differentiated: what gradients are taken by, where the balancer reads their products.
         probe_every: optimizer steps between the probes that a balancer reads.
         trackers: empty on every rank but 0.
+        average: of the trained weights, where the config asks.
     """
 
     config: Config
@@ -43,6 +45,7 @@ class Run:
     differentiated: Sequence[nn.Parameter] = ()
     probe_every: int = 1
     trackers: Sequence[Tracker] = ()
+    average: Average | None = None
 
     @property
     def patience(self) -> Patience | None:

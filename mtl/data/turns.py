@@ -1,0 +1,295 @@
+"""Where the turns of a conversation stand in the text that a chat template renders of it.
+
+The template is somebody else's program: it strips, merges, reorders and drops. So the conversation
+is rendered twice, as it is and with marks of private-use characters in its contents. Where both
+agree but for the marks, the marks say which characters came from which turn.
+"""
+
+import operator
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import reduce
+from os.path import commonprefix
+from typing import Any, NamedTuple, Protocol
+
+from mtl.data.formats import REASONING, Messages, RowProblem
+
+PRIVATE = range(0xF0000, 0xFFF00, 12)  # 12 characters each, to which no standard gives a meaning
+# Templates ask whether a content begins or ends with a tag such as <think>: marks stand inside.
+OPENING = re.compile(r"\s*(?:<[^<>\n]{1,40}>\s*)*")
+ENDING = re.compile(r"(?:\s*<[^<>\n]{1,40}>)*\s*\Z")
+NEAR = 200  # characters from a content's end within which such tags are looked for
+
+
+class Render(Protocol):
+    """The template's text of an example, with the generation prompt or without."""
+
+    def __call__(self, example: Messages, prompt: bool = False) -> str: ...
+
+
+class Span(NamedTuple):
+    """What the model is to generate in a turn of the assistant."""
+
+    turn: int  # from 0
+    start: int  # in characters of the text
+    stop: int
+
+
+class Turns(NamedTuple):
+    """A rendered conversation.
+
+    Attributes:
+        text: the rendering.
+        spans: of the assistant's turns, `Messages.context` included.
+        unreasoned: how many turns before the last question stand there without their reasoning, as
+            in templates that show a model none of its earlier thoughts.
+    """
+
+    text: str
+    spans: list[Span]
+    unreasoned: int
+
+
+def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern[str]) -> Turns:
+    """Each assistant turn from where the generation prompt ends to where the template ends the turn
+    (its last eos, if it has one: what stands behind it is never generated).
+
+    Where a template begins a turn otherwise than its generation prompt says, or ends an earlier
+    turn otherwise than the last one, the turn begins behind what both share, and ends with the
+    first of `specials`. Costs two renderings, and a short one for every kind of turn.
+
+    Raises:
+        RowProblem: the template leaves out what `example.may_drop` does not name, or where the
+            turns cannot be told apart.
+    """
+    text = render(example)
+    marks = _Marks(text)
+    plain, found = marks.found(render(marks.put(example)))
+    if plain != text:
+        at = len(commonprefix([plain, text]))
+        raise RowProblem(
+            "template",
+            "the chat template renders otherwise what only has a mark in it: found "
+            f"{text[max(0, at - 20) : at + 20]!r} and {plain[max(0, at - 20) : at + 20]!r}, "
+            "so its turns cannot be found. Set model.chat_template",
+        )
+    unreasoned = _left_out(example, marks.pieces, {mark for _, mark in found})
+    places = [place for place, _ in found]
+    of: dict[int, list[int]] = {}  # turn -> its marks, as numbers into `found`
+    for number, (_, mark) in enumerate(found):
+        of.setdefault(marks.pieces[mark // 2].turn, []).append(number)
+    kinds: dict[Any, str] = {}  # what stands behind a kind of turn
+    spans = []
+    for i, turn in enumerate(example.messages):
+        if turn["role"] != "assistant" or i not in of:
+            continue
+        name, first, last = f"turn {i + 1} (assistant)", of[i][0], of[i][-1]
+        if i == 0:
+            raise RowProblem(
+                "template", f"{name} is the first: there is no prompt that a template could render"
+            )
+        if last - first + 1 != len(of[i]) or len({found[n][1] for n in of[i]}) != len(of[i]):
+            raise RowProblem("template", f"the chat template renders {name} in several places")
+        before, after = places[first - 1] if first else 0, [*places[last + 1 : last + 2], len(text)]
+        start = _start(text[before : places[first]], _head(example, i, render, kinds), specials)
+        if start is None:
+            raise RowProblem(
+                "template",
+                f"the chat template's generation prompt is not how {name} begins: found "
+                f"{text[before : places[first]][-60:]!r}. Set model.chat_template",
+            )
+        rest = text[places[last] : after[0]]
+        is_end = i + 1 == len(example.messages)
+        closing = rest if is_end else _closing(example, i, render, kinds)
+        stop = _stop(rest, closing, eos, specials)
+        spans.append(Span(i, before + start, places[last] + stop))
+    return Turns(text, spans, unreasoned)
+
+
+def _start(scaffold: str, head: str, specials: re.Pattern[str]) -> int | None:
+    """How much of what stands between two contents comes before the turn itself."""
+    if scaffold.startswith(head):
+        return len(head)
+    shared = commonprefix([scaffold, head])
+    ends = [m.end() for m in specials.finditer(shared)]
+    ends += [m.end() for m in re.finditer(r"\s", shared)]
+    return max(ends, default=None)
+
+
+def _stop(rest: str, closing: str | None, eos: str, specials: re.Pattern[str]) -> int:
+    """How much of what stands behind a turn's content is its closing."""
+    if closing is not None and rest.startswith(closing):
+        at = closing.rfind(eos) if eos else -1
+        return at + len(eos) if at >= 0 else len(closing)
+    end = specials.search(rest)
+    return end.end() if end else len(commonprefix([rest, closing or ""]))
+
+
+def _head(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -> str:
+    """What stands between the content before turn i and what is generated: where a prompt ends."""
+    start = i - 1
+    while start > 0 and not any(_pieces(example.messages[start])):
+        start -= 1
+    key = None
+    if not any(turn.get("tool_calls") for turn in example.messages[start:i]):
+        key = tuple((turn["role"], _trailing(turn)) for turn in example.messages[start:i])
+    if key is None or key not in kinds:
+        kinds[key] = _behind(replace(example, messages=example.messages[:i]), render, prompt=True)
+    return kinds[key]
+
+
+def _closing(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -> str | None:
+    """What the template puts behind the content of turn i, were it the last one."""
+    turn = example.messages[i]
+    key = None if turn.get("tool_calls") else ("closing", _trailing(turn))
+    if key is None or key not in kinds:
+        question = {"role": "user", "content": "x"}
+        try:
+            kinds[key] = _behind(replace(example, messages=[question, turn]), render)
+        except RowProblem:  # the template wants more before such a turn
+            return None
+    return kinds[key]
+
+
+def _behind(example: Messages, render: Render, prompt: bool = False) -> str:
+    """The text behind the last content."""
+    marks = _Marks("")
+    plain, found = marks.found(render(marks.put(example), prompt=prompt))
+    return plain[found[-1][0] if found else 0 :]
+
+
+class _Piece(NamedTuple):
+    """A text of a turn: where it is, and which of its characters the marks enclose."""
+
+    path: tuple[str | int, ...]
+    kind: str  # reasoning, content, call
+    start: int
+    stop: int
+
+
+class _Shown(NamedTuple):
+    turn: int
+    kind: str
+    text: str
+
+
+class _Marks:
+    """Puts marks into the contents of an example, and finds them in what is rendered of it."""
+
+    def __init__(self, text: str):
+        used = set(text)
+        base = next(b for b in PRIVATE if used.isdisjoint(map(chr, range(b, b + 12))))
+        first, last, self._open, self._close = map(chr, (base, base + 9, base + 10, base + 11))
+        self._hide = {ord("0") + d: base + d for d in range(10)}
+        self._show = {base + d: ord("0") + d for d in range(10)}
+        self._mark = re.compile(f"{self._open}([{first}-{last}]+){self._close}")
+        self.pieces: list[_Shown] = []  # piece n has the marks 2 n and 2 n + 1
+
+    def put(self, example: Messages) -> Messages:
+        turns = []
+        for i, turn in enumerate(example.messages):
+            turn = deepcopy(dict(turn))
+            inserts: list[tuple[_Piece, int]] = []
+            for piece in _pieces(turn):
+                text = reduce(operator.getitem, piece.path, turn)
+                inserts.append((piece, len(self.pieces)))
+                self.pieces.append(_Shown(i, piece.kind, text[piece.start : piece.stop]))
+            for piece, n in reversed(inserts):  # from the end, so that places stay as they are
+                *above, key = piece.path
+                inside = reduce(operator.getitem, above, turn)
+                text = inside[key]
+                inside[key] = "".join(
+                    (
+                        text[: piece.start],
+                        self._text(2 * n),
+                        text[piece.start : piece.stop],
+                        self._text(2 * n + 1),
+                        text[piece.stop :],
+                    )
+                )
+            turns.append(turn)
+        return replace(example, messages=turns)
+
+    def found(self, text: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text without marks, and the marks in it: (place, number), in order."""
+        plain, marks, end, length = [], [], 0, 0
+        for match in self._mark.finditer(text):
+            plain.append(text[end : match.start()])
+            length += match.start() - end
+            end = match.end()
+            marks.append((length, int(match[1].translate(self._show))))
+        return "".join([*plain, text[end:]]), marks
+
+    def _text(self, number: int) -> str:
+        return self._open + str(number).translate(self._hide) + self._close
+
+
+def _pieces(turn: Mapping[str, Any]) -> Iterator[_Piece]:
+    """The texts of a turn that a template shows, without the space and the tags at their ends."""
+    for key in REASONING:
+        if isinstance(turn.get(key), str) and turn[key].strip():
+            yield _inner((key,), "reasoning", turn[key], 0)
+            break  # transformers gives it the other names
+    content = turn.get("content")
+    if isinstance(content, str):
+        head, end, _ = (
+            content.rpartition("</think>") if turn["role"] == "assistant" else ("", "", "")
+        )
+        if head.replace("<think>", "").strip():
+            yield _inner(("content",), "reasoning", head, 0)
+        if content[len(head) + len(end) :].strip():
+            yield _inner(("content",), "content", content, len(head) + len(end))
+    for k, call in enumerate(turn.get("tool_calls") or ()):
+        inside = "function" in call
+        name = (call["function"] if inside else call).get("name")
+        if isinstance(name, str) and name:
+            path = ("tool_calls", k, "function", "name") if inside else ("tool_calls", k, "name")
+            yield _Piece(path, "call", 0, len(name))
+
+
+def _inner(path: tuple[str | int, ...], kind: str, text: str, begin: int) -> _Piece:
+    start = OPENING.match(text, begin).end()
+    stop = len(text) - len(_ending(text))
+    if start >= stop:  # it has nothing but tags
+        start = begin + len(text[begin:]) - len(text[begin:].lstrip())
+        stop = len(text.rstrip())
+    return _Piece(path, kind, start, stop)
+
+
+def _ending(text: str) -> str:
+    space = len(text.rstrip())
+    near = text[max(0, space - NEAR) : space]
+    return near[ENDING.search(near).start() :] + text[space:]
+
+
+def _trailing(turn: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a turn decides what stands behind its last mark, calls left aside."""
+    *_, last = [None, *_pieces(turn)]
+    if last is None:
+        return ("nothing",)
+    return last.kind, reduce(operator.getitem, last.path, turn)[last.stop :]
+
+
+def _left_out(example: Messages, pieces: Sequence[_Shown], found: Collection[int]) -> int:
+    """Count the thoughts that are left out before the last question; refuse what else is."""
+    asked = max((i for i, t in enumerate(example.messages) if t["role"] == "user"), default=-1)
+    unreasoned = 0
+    for n, (i, kind, text) in enumerate(pieces):
+        if 2 * n in found and 2 * n + 1 in found:
+            continue
+        role = example.messages[i]["role"]
+        name = "reasoning" if kind == "reasoning" else "system" if role == "developer" else role
+        if kind == "reasoning" and i < asked:
+            unreasoned += 1
+        elif name not in example.may_drop:
+            whose = "the reasoning" if kind == "reasoning" else "text"
+            shown = repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
+            raise RowProblem(
+                "template",
+                f"the chat template leaves out {whose} of turn {i + 1} ({role}): {shown}. Set "
+                "model.chat_template, or allow it with "
+                f"format: {{name: ..., may_drop: [{name}]}}",
+            )
+    return unreasoned

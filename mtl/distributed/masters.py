@@ -1,0 +1,112 @@
+"""The trained weights in fp32, as this rank holds them: what a run averages, and how they get into
+the module.
+
+ZeRO 0: the parameters themselves, whole on every rank. ZeRO 1-3: this rank's part of the master
+weights, which is cut from each parameter's flat values. Rests on DeepSpeed 0.19.8's `_hp_mapping`
+(ZeRO 1, 2), `fp32_partitioned_groups_flat` (ZeRO 3), and what its own step does after them.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from mtl.distributed import comm
+from mtl.distributed.engine import Engine, shape
+
+
+def local(engine: Engine) -> dict[str, Tensor]:
+    """Name to this rank's part, flat fp32 views: what is written into them is trained on.
+
+    Names without a part here are absent. At ZeRO 1-3 call `publish` after a change.
+    """
+    return {name: values for name, (values, _) in _fragments(engine).items()}
+
+
+def publish(engine: Engine) -> None:
+    """Make the module's parameters what the master weights are. A collective."""
+    if not engine._stage:
+        return
+    optimizer = engine._engine.optimizer
+    if engine._stage < 3:
+        optimizer.update_lp_params()
+        return
+    # What a forward left gathered would stay what it was.
+    optimizer.parameter_offload.partition_all_parameters()
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if persistent := optimizer.persistent_parameters:
+        persistent[0].all_gather(persistent)
+    optimizer.invalidate_secondary_tensor()
+
+
+def exchange(engine: Engine, others: Mapping[str, Tensor]) -> None:
+    """Swap the contents of the trained weights and of `others`, as `local` names them. A
+    collective.
+
+    Twice is as if never, bit for bit. Memory: one parameter's part more.
+    """
+    for name, mine in local(engine).items():
+        kept = mine.to(others[name].device, copy=True)
+        mine.copy_(others[name])
+        others[name].copy_(kept)
+    publish(engine)
+
+
+def whole(engine: Engine, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every rank's `parts`, named and cut as those of `local`, put together: fp32, on the CPU of
+    rank 0 (elsewhere empty). A collective.
+    """
+    fragments, found = _fragments(engine), {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        size = shape(parameter).numel()
+        values = torch.zeros(size, dtype=torch.float32, device=engine.device)
+        if name in fragments:
+            start = fragments[name][1]
+            part = parts[name][: max(0, size - start)]  # beyond it ZeRO 3 pads
+            values[start : start + len(part)] = part.to(engine.device)
+        if engine._stage:
+            comm.sum_(values)
+        if comm.rank() == 0:
+            found[name] = values.cpu().view(shape(parameter))
+    return found
+
+
+def cut(engine: Engine, read: Callable[[str], Tensor], device: str | None) -> dict[str, Tensor]:
+    """This rank's parts of whole tensors: what `whole` put together, for any number of processes
+    and any stage.
+
+    Args:
+        read: from a parameter's name to the whole tensor, fp32 on the CPU.
+        device: where the parts go; None: beside the trained weights.
+    """
+    parts = {}
+    for name, (values, start) in _fragments(engine).items():
+        part = torch.zeros_like(values, device=device)
+        given = read(name).reshape(-1)[start : start + len(values)]
+        part[: len(given)] = given.to(part.device)
+        parts[name] = part
+    return parts
+
+
+def _fragments(engine: Engine) -> dict[str, tuple[Tensor, int]]:
+    """Name to this rank's values, and where they begin in the flat parameter."""
+    found = {}
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if not engine._stage:
+            found[name] = p.detach().view(-1), 0
+        elif engine._stage == 3:
+            values, _ = engine._engine.optimizer._get_fp32_opt_state_partition(
+                p, release_swap_buffers=True
+            )
+            found[name] = values.detach(), len(values) * comm.rank()
+        elif p._hp_mapping is not None:
+            found[name] = (
+                p._hp_mapping.hp_fragment.detach(),
+                p._hp_mapping.lp_fragment_address.start,
+            )
+    return found

@@ -1,0 +1,84 @@
+"""Every task's best model of a run, weights only: `bests/step-00000040` in its folder.
+
+Which task names which step stands in the state (`RunState.bests`), and so in every checkpoint's
+`state.json`. Tasks that share a step share a folder.
+"""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mtl.distributed import comm
+from mtl.distributed.engine import Engine
+from mtl.models.save import save
+from mtl.output.state import RunState
+
+
+def observe(state: RunState, names: Sequence[str], losses: np.ndarray) -> list[str]:
+    """Take the (K,) losses of a full pass into `state`. Returns the tasks that are at their best.
+
+    A task's best may be the model at step 0. That is the base model, and no folder is kept of it.
+    """
+    before = state.bests or {}
+    better = {
+        name: {"step": state.step, "value": float(loss)}
+        for name, loss in zip(names, losses, strict=True)
+        if name not in before or loss < before[name]["value"]
+    }
+    state.bests = before | better
+    return list(better)
+
+
+def named(state: RunState) -> set[str]:
+    """The folders that a state names."""
+    steps = {int(best["step"]) for best in (state.bests or {}).values()}
+    return {folder_name(step) for step in steps - {0}}
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    step: int,
+    loader: tuple[str, dict[str, Any]] | None = None,
+) -> None:
+    """Write the model, or its adapter, as the best of step `step`: whole or not at all. A
+    collective.
+
+    Args:
+        folder: `bests` of the run.
+        loader: as `save` takes it.
+    """
+    target = folder / folder_name(step)
+    temporary = target.with_name(f".{target.name}.tmp")
+
+    def begin() -> None:
+        if comm.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def end() -> None:
+        if comm.rank() == 0:
+            # Of a run that was killed after it: the checkpoint it goes on from does not name it.
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+
+    comm.together(begin)
+    save(engine, tokenizer, temporary, loader)
+    comm.together(end)
+
+
+def prune(folder: Path, kept: Iterable[str]) -> None:
+    """Remove every folder that is not named, and what a killed run left half. On rank 0."""
+    wanted = set(kept)
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*.tmp")]:
+        if path.name not in wanted:
+            shutil.rmtree(path)

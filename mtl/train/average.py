@@ -1,0 +1,128 @@
+"""An average of the trained weights along the run, beside the weights that are trained.
+
+Exponential, after every `every` updates:  a <- d a + (1 - d) w,  a = the weights at the start,
+d = min(decay, (1 + n) / (warmup + n)) at the average's n-th update, n = 0, 1 ... (Polyak and
+Juditsky 1992; the warm-up is TensorFlow's `ExponentialMovingAverage`). Or the mean of the weights
+at the last so many full validation passes (Izmailov et al. 2018, arXiv 1803.05407).
+
+fp32, of this rank's part of the master weights (at ZeRO 0: of the parameters, on every rank).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtl.config.schema import AverageSection
+from mtl.distributed import comm, masters
+from mtl.distributed.engine import Engine
+from mtl.output.state import RunState
+from mtl.train.evaluate import ValidationResult
+
+
+@dataclass
+class Average:
+    """The average of one run. How often it has been updated is in the state: `averaged`.
+
+    Attributes:
+        copies: what is averaged, by parameter, flat fp32: the exponential average alone, or the
+            weights at the last passes, oldest first.
+    """
+
+    engine: Engine
+    settings: AverageSection
+    copies: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.settings.last is None:
+            self.copies = [self._copy()]
+
+    def after_update(self, state: RunState) -> None:
+        """Take the weights of update `state.step` into an exponential average."""
+        given = self.settings
+        if given.last is not None or state.step % given.every:
+            return
+        n = state.averaged
+        rate = 1 - min(given.decay, (1 + n) / (given.warmup + n))
+        for name, weights in masters.local(self.engine).items():
+            mine = self.copies[0][name]
+            mine.lerp_(weights.to(mine.device), rate)
+        state.averaged += 1
+
+    def at_pass(self, state: RunState) -> None:
+        """Take the weights at a full pass into a mean of the last ones; not those of the start."""
+        if self.settings.last is None or state.step == 0:
+            return
+        while len(self.copies) >= self.settings.last:
+            self.copies.pop(0)
+        self.copies.append(self._copy())
+        state.averaged += 1
+
+    def measure(
+        self, state: RunState, raw: ValidationResult, full_pass: Callable[[], ValidationResult]
+    ) -> ValidationResult:
+        """The full pass with the averaged weights, `raw` where they are the trained ones still. A
+        collective.
+        """
+        if not state.averaged:
+            return raw
+        with self.swapped():
+            return full_pass()
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within this context the module has the averaged weights; after it the trained ones again,
+        bit for bit. A collective.
+        """
+        if not self.copies:
+            yield
+            return
+        mean = self.copies[0] if len(self.copies) == 1 else self._mean()
+        masters.exchange(self.engine, mean)
+        yield  # not in a `finally`: after an error the ranks are not together any more
+        masters.exchange(self.engine, mean)
+
+    def save(self, file: Path) -> None:
+        """Write all that is averaged, whole and by name, so that any number of processes reads it.
+        A collective.
+        """
+        found: dict[str, Tensor] = {}
+        for i, copy in enumerate(self.copies):
+            parts = masters.whole(self.engine, copy)
+            found |= {f"{i}.{name}": values for name, values in parts.items()}
+        comm.together(lambda: save_file(found, file) if comm.rank() == 0 else None)
+
+    def load(self, file: Path) -> None:
+        """Go on from what `save` wrote. A collective."""
+
+        def read() -> list[dict[str, Tensor]]:
+            with safe_open(file, framework="pt") as stored:
+                count = 1 + max((int(key.partition(".")[0]) for key in stored.keys()), default=-1)
+                return [
+                    masters.cut(
+                        self.engine,
+                        lambda name, i=i: stored.get_tensor(f"{i}.{name}"),
+                        self.settings.device,
+                    )
+                    for i in range(count)
+                ]
+
+        self.copies = comm.together(read)
+
+    def _copy(self) -> dict[str, Tensor]:
+        device = self.settings.device
+        now = masters.local(self.engine)
+        return {name: w.to(device or w.device, copy=True) for name, w in now.items()}
+
+    def _mean(self) -> dict[str, Tensor]:
+        first, *rest = self.copies
+        mean = {name: values.clone() for name, values in first.items()}
+        for name, values in mean.items():
+            for other in rest:
+                values += other[name]
+            values /= len(self.copies)
+        return mean
