@@ -20,6 +20,7 @@ FORMATS = {
     "alpaca": "mtl.data.formats:alpaca",
     "sharegpt": "mtl.data.formats:sharegpt",
     "chat_rounds": "mtl.data.formats:chat_rounds",
+    "preference": "mtl.data.preference:preference",
 }
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, by model family
@@ -70,7 +71,21 @@ class Labeled:
     labels: Sequence[str] | None = None  # the names there are, in their order; None: as found
 
 
-Example = Messages | Completion | Text | Labeled
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, the better one first: examples that differ in their answers alone.
+
+    Attributes:
+        chosen, rejected: two Completions of one prompt, or two Messages of the same first turns.
+        shared: turns of the prompt; 0 for Completions.
+    """
+
+    chosen: "Messages | Completion"
+    rejected: "Messages | Completion"
+    shared: int = 0
+
+
+Example = Messages | Completion | Text | Labeled | Preference
 Format = Callable[[Mapping[str, Any]], Example]
 
 
