@@ -487,6 +487,15 @@ def test_only_the_last_answer_is_a_target(folder):
     )
 
 
+def test_special_text_is_said_once_or_refused(folder):
+    said: list[tuple[str, int]] = []
+    pair = preference({"prompt": "u<|end|>", "chosen": "good", "rejected": "bad"})
+    examples(folder).encode(pair, lambda text, times: said.append((text, times)))
+    assert said == [("rows with the text of <|end|> in them, which becomes that token", 1)]
+    with pytest.raises(RowProblem, match=r"chosen: found the text of <\|end\|>"):
+        examples(folder, "batch.special_text=refuse").encode(pair)
+
+
 def test_sides_that_a_cut_makes_equal_are_refused(folder):
     one = examples(folder, "batch.max_length=12", "batch.too_long=truncate")
     pair = preference({"prompt": "u", "chosen": "aaaaaaaaaaaaaaa", "rejected": "aaaaaaaaaaaab"})

@@ -29,7 +29,7 @@ from torch import Tensor
 from mtl.config import Config, ConfigError
 from mtl.config.words import did_you_mean, either
 from mtl.data.collate import MicroBatch, collate
-from mtl.data.encode import Encoder, tokenizer_fingerprint
+from mtl.data.encode import Encoder, Note, tokenizer_fingerprint
 from mtl.data.encoded import answer
 from mtl.data.examples import LOSS, Book, Piece, Row
 from mtl.data.formats import Messages, RowProblem
@@ -76,6 +76,7 @@ class PairExamples:
 
     packs = True
     makes_dummies = False
+    notes = True
     losses = (LOSS, SFT)
     columns: Mapping[str, pa.DataType] = {
         "chosen": pa.int32(), "rejected": pa.int32(),
@@ -88,28 +89,34 @@ class PairExamples:
         if 2 * (self.max_length - 1) > config.batch.tokens:
             wanted = f"half of batch.tokens, {config.batch.tokens}, at most: a pair has two sides"
             raise ConfigError([config.error("batch.max_length", str(self.max_length), wanted)])
-        self.encoder = Encoder(tokenizer, self.max_length, self.too_long)
+        self.special_text = config.batch.special_text
+        self.encoder = Encoder(tokenizer, self.max_length, self.too_long, self.special_text)
         self.pad_id = tokenizer.pad_token_id or 0
         self.gathers = config.engine.zero == 3
 
     @property
     def identity(self) -> Any:
         length = [self.max_length, self.too_long == "truncate"]
-        return [tokenizer_fingerprint(self.tokenizer), length]
+        return [tokenizer_fingerprint(self.tokenizer), length, self.special_text]
 
-    def encode(self, example: Any) -> Row:
+    def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
         if not isinstance(example, Pair):
             found = type(example).__name__
             raise RowProblem("bad value", f"found a {found}, wanted a pair (format: preference)")
         columns: dict[str, np.ndarray] = {}
         truncated = False
+        said: dict[str, int] = {}  # once a row, though both sides have the prompt
         for name in ("chosen", "rejected"):
             try:
-                ids, target, cut = self._side(getattr(example, name), example.shared)
+                ids, target, cut = self._side(
+                    getattr(example, name), example.shared, said.__setitem__
+                )
             except RowProblem as problem:
                 raise RowProblem(problem.reason, f"{name}: {problem}") from problem
             columns |= {name: ids, f"{name}_target": target.astype(np.uint8)}
             truncated |= cut
+        for text, times in said.items():
+            note(text, times)
         if np.array_equal(columns["chosen"], columns["rejected"]):
             found = f"found both sides alike in {len(columns['chosen'])} tokens"
             raise RowProblem("equal sides", f"{found}, wanted two answers")
@@ -117,9 +124,9 @@ class PairExamples:
         counts = 1, int(target.sum())
         return Row(columns, counts, answer(columns["chosen"][target]), truncated)
 
-    def _side(self, example: Any, shared: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _side(self, example: Any, shared: int, note: Note) -> tuple[np.ndarray, np.ndarray, bool]:
         """Its tokens, of which those of the turns after the first `shared` are targets."""
-        ids, target, cut = self.encoder(example)
+        ids, target, cut = self.encoder(example, note)
         prompt = getattr(example, "messages", [])[:shared]
         if any(turn["role"] == "assistant" for turn in prompt):
             before = self.encoder(Messages(prompt, example.tools)).ids
