@@ -41,7 +41,8 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
         model: the config's section.
         where: file and line of its name, for errors.
 
-    Raises: DataError if it cannot be loaded, or would run code that came with it.
+    Raises:
+        DataError: it cannot be loaded, or would run code that came with it.
     """
     name = str(adapter_folder(model.name) or model.name)
     adapter = Path(name) / "adapter_config.json"
@@ -102,12 +103,17 @@ class Encoder:
     tokens that the prompt has when the model is used. Text: opening tokens, text, eos; all are
     targets but the very first token.
 
-    Args: tokenizer: of the model. Needs an eos token for Completion and Text, a chat template for
-        Messages. max_length: most tokens of an example. too_long: what happens to a longer one:
-        "truncate" it at the end, or (drop, error) raise a RowProblem. special_text: what happens to
-        text of a special token inside the data: "keep" it as that token, or "refuse" the row.
+    Args:
+        tokenizer: of the model. Needs an eos token for Completion and Text, a chat template for
+            Messages.
+        max_length: most tokens of an example.
+        too_long: what happens to a longer one: "truncate" it at the end, or (drop, error) raise a
+            RowProblem.
+        special_text: what happens to text of a special token inside the data: "keep" it as that
+            token, or "refuse" the row.
 
-    Raises: RowProblem for an example that cannot be used; DataError where no example could.
+    Raises:
+        RowProblem for an example that cannot be used; DataError where no example could.
     """
 
     def __init__(

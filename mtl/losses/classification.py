@@ -163,7 +163,7 @@ class LabelExamples:
 
 
 class Classification:
-    """Cross-entropy over a task's labels, in nats per example; accuracy and macro-F1 as measures."""
+    """Cross-entropy over a task's labels, nats per example; measures accuracy and macro-F1."""
 
     losses = (LOSS,)
     unit = "example"
