@@ -16,7 +16,7 @@ CONFIG ?= configs/quickstart.yaml
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify test test-all figure bench constraints clean
+.PHONY: train quickstart classify test test-all figure attack bench constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -37,6 +37,9 @@ test-all: $(VENV)/with-test
 figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs that there are
 	$(BIN)/python launch/report.py $(wildcard runs/quickstart runs/quickstart-equal runs/quickstart-tokens) \
 	    --figure docs/quickstart.png
+
+attack: $(VENV)/with-test  # 10,000 mutated configs; CI runs a short form
+	PYTHONPATH=tests $(BIN)/python tests/attack_config.py 10000 $(ARGS)
 
 bench: quickstart $(PEERS)/installed  # ARGS="--groups 'packed fp32'" for a part
 	$(BIN)/python benchmarks/bench.py --peer-python $(PEERS)/bin/python $(ARGS)

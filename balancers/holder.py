@@ -1,11 +1,11 @@
 """A balancer with its state, its tasks' names and checks around both."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from balancers.protocol import Array, Balancer, Signals, describe
+from balancers.protocol import Array, Balancer, Signals, State, describe
 
 
 class Holder:
@@ -61,17 +61,10 @@ class Holder:
     def update(self, signals: Signals) -> Array:
         """The weights (K,) float64 for the global batch about to be trained on."""
         signals.check(self.tasks)
-        state, weights, explain = self.balancer.update(self._state, signals)
-        # numpy makes a scalar of `array + 1` where the array is 0-d; a checkpoint holds arrays.
-        self._state = {name: np.asarray(each) for name, each in state.items()}
+        returned = self.balancer.update(self._state, signals)
+        state, weights, explain = self._parts(returned, signals.step)
         self._check(weights, signals.step)
-        odd = [name for name, each in self._state.items() if each.dtype == object]
-        if odd:
-            raise ValueError(
-                f"{self._meta['method']} at step {signals.step}: found objects in the state at "
-                f"{odd}, wanted numpy "
-                f"arrays of numbers, so that a checkpoint can hold them"
-            )
+        self._state = state
         self.weights, self.explain = self._apply_loss_weight(weights), explain
         return self.weights
 
@@ -101,9 +94,7 @@ class Holder:
                 "saved, or start a new run"
             )
         current, arrays = self.state_dict()["arrays"], saved["arrays"]
-        found, wanted = (
-            {name: array.dtype.name for name, array in each.items()} for each in (arrays, current)
-        )
+        found, wanted = _layout(arrays), _layout(current)
         if found != wanted:
             raise ValueError(
                 f"the saved state of {meta['method']} cannot be read: found arrays {found}, wanted "
@@ -119,6 +110,50 @@ class Holder:
         product = weights * self.loss_weight
         total, wanted = product.sum(), weights.sum()
         return product * (wanted / total) if min(total, wanted) > 0 else product
+
+    def _parts(self, returned: Any, step: int) -> tuple[State, Any, dict[str, Array]]:
+        """What an update returned, with the state and the reasons checked: a checkpoint must hold
+        the one, a log the other.
+        """
+        at, k = f"{self._meta['method']} at step {step}", len(self.tasks)
+        parts = returned if isinstance(returned, tuple) else (returned,)
+        if (
+            len(parts) != 3
+            or not isinstance(parts[0], Mapping)
+            or not isinstance(parts[2], Mapping)
+        ):
+            found = ", ".join(type(part).__name__ for part in parts)
+            raise ValueError(
+                f"{at}: update returned ({found}), wanted a tuple (state, weights, explain): a "
+                "dict of arrays, an array, a dict of arrays"
+            )
+        # array + 1 is no array if it is 0-d
+        state, explain = (
+            {name: np.asarray(each) for name, each in part.items()} for part in parts[::2]
+        )
+        found, wanted = _layout(state), _layout(self._state)
+        if found != wanted:
+            both = [
+                f"{n!r}: {found.get(n, 'absent')}, before {wanted.get(n, 'absent')}"
+                for n in sorted({*found, *wanted}, key=str)
+                if found.get(n) != wanted.get(n)
+            ]
+            raise ValueError(
+                f"{at}: found another state than before ({'; '.join(both)}), wanted arrays of "
+                "numbers with the names, dtypes and shapes (but for the first axis) of init, so "
+                "that a run can go on from a checkpoint"
+            )
+        for name, each in explain.items():
+            if (
+                not isinstance(name, str)
+                or each.dtype.kind not in "biuf"
+                or each.shape not in ((), (k,))
+            ):
+                raise ValueError(
+                    f"{at}: found explain[{name!r}] of {each.dtype} {each.shape}, wanted text to "
+                    f"numbers of () or ({k},)"
+                )
+        return state, parts[1], explain
 
     def _check(self, weights: Array, step: int) -> None:
         name, k = self._meta["method"], len(self.tasks)
@@ -146,3 +181,11 @@ class Holder:
                 "1 (or declare "
                 f"sums_to_one = False in the class if their scale carries meaning)"
             )
+
+
+def _layout(state: State) -> dict[str, str]:
+    """Each array's dtype and shape. The first axis of two or one may grow: buffers do."""
+    return {
+        name: f"{each.dtype.name} ({', '.join(['n', *map(str, each.shape[1:])][: each.ndim])})"
+        for name, each in state.items()
+    }

@@ -22,7 +22,9 @@ def arguments() -> argparse.Namespace:
     )
     options(parser)
     add = parser.add_argument
-    add("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
+    going_on = "go on from the newest checkpoint in `output`, or from that of a step"
+    step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
+    add("--resume", help=going_on, **step)
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
     return parser.parse_args()
 
@@ -34,25 +36,35 @@ def main() -> None:
 
     from mtl import build, plugins
     from mtl.distributed import comm, engine
+    from mtl.output import lock
     from mtl.output.checkpoint import check_output
-    from mtl.output.end import finish
+    from mtl.output.end import close, finish
     from mtl.train.loop import train
 
     config = plugins.read(args.config, args.set, args.allow_code)
-    check_output(Path(config.output).expanduser(), args.resume)
+    output, is_resumed = Path(config.output).expanduser(), args.resume is not False
+    check_output(output, is_resumed)
 
     # Slow and without a process group, whose collectives would time out meanwhile.
     engine.build_ops(config, process.say_on_host)
     data = build.encode(config, args.allow_code)
 
     engine.init_process_group(config.engine.timeout_minutes)
-    run = build.build(config, data, allow_code=args.allow_code)
-    state = build.restore(run, args.resume)
-    build.open_trackers(run, state, data.tasks, args.allow_code)
-    train(run, state)
-
-    run.batches.close()
-    comm.on_first(lambda: finish(config, run.checkpoints, run.trackers))
+    build.agree(config, {"resume": args.resume, "allow_code": args.allow_code})
+    with lock.alone(output, build.say_once), process.stoppable():
+        comm.on_first(lambda: check_output(output, is_resumed))  # now that nobody else writes there
+        run = build.build(config, data, allow_code=args.allow_code)
+        state = build.restore(run, args.resume)
+        build.open_trackers(run, state, data.tasks, args.allow_code)
+        try:
+            train(run, state)
+            run.batches.close()
+            comm.on_first(lambda: finish(config, run.checkpoints, run.trackers))
+        except process.Preempted:
+            run.batches.close()
+            comm.on_first(lambda: close(run.trackers))
+            comm.leave()
+            raise
     comm.leave()
 
 

@@ -6,9 +6,8 @@ run = build(config, data)                   everything that the loop needs
 state = restore(run, resume)                where it stands
 """
 
-import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,9 @@ from mtl.distributed.engine import Engine
 from mtl.losses.objective import maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import LOADERS
-from mtl.output import provenance, trackers
-from mtl.output.checkpoint import Checkpoints, write_json
+from mtl.output import manifest, provenance, trackers
+from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
+from mtl.output.files import write_json
 from mtl.output.state import RunState
 from mtl.train import gram, reference
 from mtl.train.average import Average
@@ -98,6 +98,25 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say = _tell) -
     return Data(tokenizer, tasks, goals, examples)
 
 
+def agree(config: Config, flags: Mapping[str, object], say: Say = say_once) -> None:
+    """Agree that every rank was started alike: one that was not would hang the others, or train
+    something else. A collective.
+
+    Versions that differ are a warning only.
+
+    Args:
+        flags: the program's own options.
+
+    Raises:
+        ValueError: it shows what differs, by key and rank.
+    """
+    resolved = config.resolved()
+    del resolved["cache"]  # a host may have its own
+    comm.same({**resolved, "flags": flags}, "configurations")
+    for line in comm.differences(provenance.versions()):
+        say(f"warning: versions differ: {line}")
+
+
 def _examples(
     objective: Callable, book: Book, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Examples:
@@ -159,7 +178,7 @@ def build(
     tasks, goals = data.tasks, data.goals
     mix = mix_for(config, tasks)
     identity = provenance.identity(config, tasks, steps_of(config, mix))
-    comm.same(json.dumps(identity, sort_keys=True), "configuration or data")
+    comm.same(identity, "data")
     engine = engine or start_engine(config, data, allow_code, say)
     if packed is None:
         can = any(one.packs for one in data.examples)
@@ -174,9 +193,7 @@ def build(
     validation = validation_groups_for(config, tasks, evaluated)
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
-    comm.same(
-        json.dumps(holder.state_dict()["meta"], sort_keys=True), "balancer"
-    )  # all measure what it needs
+    comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs
     return Run(
         config=config,
         names=list(config.tasks),
@@ -192,6 +209,7 @@ def build(
             keep=config.checkpoint.keep,
             identity=identity,
             tokenizer=data.tokenizer,
+            versions=provenance.versions(),
             layout={"processes": comm.world(), "zero": zero_stage(config)},
             loader=_own_loader(config),
             say=say,
@@ -208,23 +226,33 @@ def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:
     return None if spec.name in LOADERS else (spec.name, spec.keywords)
 
 
-def restore(run: Run, resume: bool, say: Say = say_once) -> RunState:
-    """Where the run stands: at its newest checkpoint with `resume`, else at step 0. A collective.
+def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
+    """Where the run stands. A collective.
+
+    Args:
+        resume: True: at its newest checkpoint, step 0 where there is none. A number: at the
+            checkpoint of that step. False: at step 0.
 
     Raises:
-        CheckpointError: the run has changed since.
+        CheckpointError: there is no such checkpoint, it is damaged, or the run has changed since.
     """
-    if not resume:
+    if resume is False:
         return RunState()
-    found = comm.together(run.checkpoints.latest)
-    comm.same(str(found and found.name), "newest checkpoint")
+    found = comm.together(lambda: run.checkpoints.find(None if resume is True else resume))
+    comm.same({"checkpoint": str(found)}, "newest checkpoints")
     say(
         f"resuming from {found}"
         if found
         else f"--resume: no complete checkpoint in {run.checkpoints.output}; starting at step 0"
     )
     if found:
-        return run.checkpoints.load(run.engine, run.holder, run.average)
+        state = run.checkpoints.load(run.engine, run.holder, found, run.average)
+        if state.step > run.steps:
+            raise CheckpointError(
+                f"{found}: is of step {state.step}, and the run has only {run.steps} steps "
+                "(train.steps, or train.epochs over the data)."
+            )
+        return state
     comm.together(run.checkpoints.check_beginning)
     return RunState()
 
@@ -241,11 +269,11 @@ def open_trackers(
     def open_on_first() -> list[trackers.Tracker]:
         if comm.rank() > 0:
             return []
-        output.mkdir(parents=True, exist_ok=True)
+        manifest.mark(output, RUN)
         name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
         record = provenance.record(config, tasks, run.steps, comm.world(), run.checkpoints.identity)
         write_json(output / name, record)
-        trackers.truncate_metrics(output, state.metrics_bytes)
+        trackers.cut_metrics(output, state.metrics_bytes, say_once)
         settings = {"output": output, "steps": run.steps, "start": state.step}
         paths = [("trackers", str(i)) for i in range(len(config.trackers))]
         opened = [resolve(config, path, plugins.TRACKER, allow_code)(**settings) for path in paths]

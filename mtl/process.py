@@ -1,14 +1,28 @@
 """What one process of a run settles before torch is imported, and how it ends."""
 
+import ctypes
 import logging
 import os
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: started again, with --resume, it goes on
+GRACE = 30.0  # seconds that a run whose launcher has ended may take to save
+LAUNCHERS = ("torchrun", "torch.distributed", "torch/distributed", "deepspeed", "accelerate")
+
+
+class Preempted(Exception):
+    """A signal has ended the run; it has saved."""
 
 
 def settle() -> None:
@@ -19,6 +33,8 @@ def settle() -> None:
     wait, are 3-10 times slower. Threads that do not wait at all for the next piece of work cost a
     fifth of a step: they wait for some microseconds.
     """
+    if "RANK" in os.environ:
+        never_outlive_launcher()
     os.environ |= from_launcher(os.environ)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = (
@@ -158,6 +174,84 @@ def _tasks_per_node(counts: str) -> list[str]:
     return [count for count, times in found for _ in range(int(times or 1))]
 
 
+_asked = threading.Event()
+_listening = False
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 ask the run to save and end, instead of ending the process."""
+    global _listening
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, lambda *_: _asked.set()) for number in signals]
+    _listening = True
+    try:
+        yield
+    finally:
+        _listening = False
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def stop_asked() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _asked.is_set()
+
+
+def never_outlive_launcher() -> None:
+    """Watch the launcher that started this process, where one of LAUNCHERS did: when it has ended,
+    save and end, or end at once where there is nothing to save.
+
+    `deepspeed` runs a second launcher, which does not notice that the first is gone: both count.
+    Programs started otherwise, with nohup say, may outlive whatever started them.
+    """
+    chain, child = [], os.getpid()
+    while (parent := _parent(child)) > 1 and _is_launcher(parent):
+        chain.append((child, parent))
+        child = parent
+    if chain:
+        threading.Thread(target=_watch, args=(chain,), daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process when its parent has ended, as a worker's should. Linux only;
+    elsewhere nothing happens.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it had ended before
+            os._exit(1)
+
+
+def _watch(chain: list[tuple[int, int]]) -> None:
+    while all(_parent(child) == parent for child, parent in chain):
+        time.sleep(0.5)
+    print(f"[rank {os.environ.get('RANK', '?')}] the launcher has ended", file=sys.stderr)
+    sys.stderr.flush()
+    _asked.set()
+    end = time.monotonic() + GRACE
+    while _listening and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(1.0)  # for the way out of a run that has saved
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _parent(pid: int) -> int:
+    """A process's parent; 0 where there is no such process, or the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return 0
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]
+    except OSError:
+        return False
+    return any(name.encode() in word for name in LAUNCHERS for word in words)
+
+
 def is_first_on_host() -> bool:
     """Whether this process speaks for its machine before there is a process group."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -191,6 +285,9 @@ def exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Preempted as e:
+        say_on_host(f"{e}; --resume goes on from there")
+        return PREEMPTED
     except ValueError as e:
         if is_first_on_host():
             print(f"error: {e}", file=sys.stderr)

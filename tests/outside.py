@@ -1,13 +1,12 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
-First word: kill (SIGKILL) or raise (a RuntimeError). Second: where, one of the names in `PLACES`, or "step" (between
+First word: kill (SIGKILL), raise (a RuntimeError), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between
 forward and backward). Then the step, and the rank, or "all".
 """
 
 import functools
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from mtl.data.batches import TrainBatches
 from mtl.distributed.engine import Engine
 from mtl.losses import causal_lm as objectives
 from mtl.losses.terms import Terms
-from mtl.output import checkpoint
+from mtl.output import checkpoint, manifest
 from mtl.output.checkpoint import Checkpoints
 
 WHAT, WHERE, STEP, RANK = os.environ.get("MISFORTUNE", "no where -1 all").split()
@@ -42,6 +41,8 @@ def strike() -> None:
         return
     if WHAT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if WHAT.startswith("SIG"):
+        return os.kill(os.getpid(), getattr(signal, WHAT))
     raise RuntimeError(TEXT)
 
 
@@ -56,7 +57,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     ),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
     "best": (Path, "rename", lambda path, target: path.name == f".step-{int(STEP):08d}.tmp"),
-    "prune": (shutil, "rmtree", lambda path, **_: _is_pointed_at(path.parent / "latest")),
+    "prune": (manifest, "discard", lambda path, kind: _is_pointed_at(path.parent / "latest")),
 }
 
 

@@ -94,15 +94,19 @@ def train(
     yaml: Path,
     *overrides: str,
     world: int = 1,
-    resume: bool = False,
+    resume: bool | int = False,
     allow: Sequence[str] = ALLOWED,
+    last: Sequence[str] = (),
     **environment: str,
 ) -> Ended:
     """Run the program in the YAML's folder, on `world` forked processes that form a group. A rank that is killed takes
     the others with it.
+
+    last: further arguments of the last rank alone.
     """
     job = {
         "arguments": arguments(yaml, overrides, resume, allow),
+        "last": list(last),
         "world": world,
         "port": free_port(),
         "environment": environment,
@@ -162,11 +166,12 @@ def launch(
 
 
 def arguments(
-    yaml: Path, overrides: Sequence[str], resume: bool, allow: Sequence[str] = ALLOWED
+    yaml: Path, overrides: Sequence[str], resume: bool | int, allow: Sequence[str] = ALLOWED
 ) -> list[str]:
     sets = [part for override in overrides for part in ("--set", override)]
     allowed = [part for package in allow for part in ("--allow-code", package)]
-    return ["--config", str(yaml), *allowed, *sets, *["--resume"] * resume]
+    going_on = [] if resume is False else ["--resume"] if resume is True else [f"--resume={resume}"]
+    return ["--config", str(yaml), *allowed, *sets, *going_on]
 
 
 def free_port() -> int:
@@ -253,7 +258,8 @@ def _fork(rank: int, job: dict[str, Any]) -> int:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), **job["environment"],
         }  # fmt: skip
         os.chdir(job["folder"])
-        sys.argv = [str(PROGRAM), *job["arguments"]]
+        more = job["last"] if rank == job["world"] - 1 else []
+        sys.argv = [str(PROGRAM), *job["arguments"], *more]
         runpy.run_path(str(PROGRAM), run_name="__main__")
     except SystemExit as e:
         code = int(e.code or 0)

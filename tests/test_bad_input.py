@@ -12,6 +12,7 @@ from mtl.config import ConfigError
 from mtl.data.encoded import DataError
 from mtl.distributed import engine
 from mtl.distributed.ds_config import ds_config
+from mtl.output import manifest
 from mtl.output.checkpoint import CheckpointError, check_output
 
 
@@ -437,6 +438,7 @@ def test_a_run_does_not_start_on_another(yaml, finished):
 def test_an_output_folder_that_holds_something_else_is_fine(tmp_path):
     (tmp_path / "notes.txt").touch()
     check_output(tmp_path, resume=False)
+    manifest.mark(tmp_path, "run")
     (tmp_path / "metrics.jsonl").touch()
     check_output(tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="already holds a run"):

@@ -201,9 +201,54 @@ class Forgetful(Given):
 
 def test_holder_refuses_a_state_that_no_checkpoint_can_hold():
     with pytest.raises(
-        ValueError, match=r"Forgetful at step 0: found objects in the state at \['count'\]"
+        ValueError, match=r"Forgetful at step 0: .*'count': object \(\), before \w+ \(\)"
     ):
         Holder(Forgetful([1.0]), ["a"]).update(Signals(step=0))
+
+
+class Returns(Balancer):
+    """Hands out what it was given, whatever that is."""
+
+    needs = Signal.NONE
+
+    def __init__(self, returned: object) -> None:
+        self.returned = returned
+
+    def init(self, k):
+        return {"seen": np.zeros((0, k)), "count": np.zeros((), np.int64)}
+
+    def update(self, state, signals):
+        return self.returned
+
+
+FINE = {"seen": np.zeros((5, 2)), "count": np.int64(1)}
+HALVES = np.array([0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (None, r"update returned \(NoneType\), wanted a tuple"),
+        ((FINE, HALVES), r"update returned \(dict, ndarray\), wanted a tuple"),
+        ((FINE, HALVES, None), r"update returned \(dict, ndarray, NoneType\)"),
+        ((HALVES, FINE, {}), r"update returned \(ndarray, dict, dict\)"),
+        (({**FINE, "count": 1.5}, HALVES, {}), r"'count': float64 \(\), before int64 \(\)"),
+        (({**FINE, "new": 1}, HALVES, {}), r"'new': int64 \(\), before absent"),
+        (({"seen": FINE["seen"]}, HALVES, {}), r"'count': absent, before int64 \(\)"),
+        (({**FINE, "seen": np.zeros((5, 3))}, HALVES, {}), r"float64 \(n, 3\), before float64 \(n, 2\)"),
+        ((FINE, HALVES, {"why": np.ones(3)}), r"explain\['why'\] of float64 \(3,\), wanted"),
+        ((FINE, HALVES, {"why": "because"}), r"explain\['why'\] of <U7 \(\), wanted"),
+    ],
+)  # fmt: skip
+def test_what_a_balancer_returns_is_checked_at_each_update(returned, text):
+    """Before anything is taken over: the holder's state can still be saved."""
+    held = Holder(Returns((FINE, HALVES, {"why": HALVES})), ["a", "b"])
+    held.update(Signals(step=0))
+    before = held.state_dict()["arrays"]
+    held.balancer.returned = returned
+    with pytest.raises(ValueError, match=f"test_balancers:Returns at step 1: .*{text}"):
+        held.update(Signals(step=1))
+    assert all((held.state_dict()["arrays"][name] == each).all() for name, each in before.items())
 
 
 def test_loss_weight_keeps_the_sum():

@@ -332,8 +332,8 @@ def test_a_config_cannot_be_changed():
             "batch.too_long: found 'trunc', wanted drop, truncate or error. Did you mean truncate?",
         ),
         ("batch: 3", "batch: found 3, wanted a mapping."),
-        ("optimizer: {lr: 0}", "optimizer.lr: found 0, wanted a number > 0."),
-        ("optimizer: {lr: .nan}", "optimizer.lr: found nan, wanted a number > 0."),
+        ("optimizer: {lr: 0}", "optimizer.lr: found 0, wanted a number > 0 and <= 1000.0."),
+        ("optimizer: {lr: .nan}", "optimizer.lr: found nan, wanted a number > 0 and <= 1000.0."),
         ("optimizer: {eps: .inf}", "optimizer.eps: found inf, wanted a number > 0."),
         ("optimizer: {clip: 0}", "optimizer.clip: found 0, wanted a number > 0 or null."),
         (

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mtl import process
 from mtl.config import parse
 from mtl.models.errors import ModelError
+from mtl.output import manifest
 from mtl.output.export import DTYPES, export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -169,6 +170,7 @@ def test_shards_are_cast_one_by_one(full, tmp_path):
         copy / "model", max_shard_size="100KB"
     )
     assert len(list((copy / "model").glob("*.safetensors"))) > 2
+    seal(copy)
     out = export(copy, tmp_path / "out", "bf16")
     loaded, whole = (
         AutoModelForCausalLM.from_pretrained(folder) for folder in (out, full / "model")
@@ -251,6 +253,11 @@ def test_the_end_of_a_run_is_the_same_export(full, tmp_path):
     assert runs.contents(out) == runs.contents(end)
 
 
+def seal(checkpoint: Path) -> None:
+    manifest.mark(checkpoint, "checkpoint")
+    manifest.seal(checkpoint)
+
+
 def call(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
     code = process.exit_code(runpy.run_path(str(PROGRAM), run_name="export")["main"])
@@ -272,7 +279,7 @@ def test_what_cannot_be_exported(full, adapter, tmp_path, monkeypatch, capsys):
         ([tmp_path / "nowhere", tmp_path / "out"], "found no model in it"),
         ([full.parent.parent, tmp_path / "out"], "wanted a checkpoint's folder"),
         ([full, tmp_path / "out", "--merge"], "found a whole model, wanted an adapter"),
-        ([full, tmp_path / "mine"], "holds something other than an exported model"),
+        ([full, tmp_path / "mine"], "found something other than an export"),
     ):
         if arguments[0] == full.parent.parent:
             (tmp_path / "run").mkdir()
@@ -294,6 +301,7 @@ def test_a_base_model_that_is_gone(adapter, tmp_path):
     settings = json.loads((copy / "model" / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "gone")
     (copy / "model" / "adapter_config.json").write_text(json.dumps(settings))
+    seal(copy)
     with pytest.raises(ModelError, match="the adapter's base model .*gone' could not be loaded"):
         export(copy, tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()

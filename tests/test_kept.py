@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtl.losses.objective import Measure, ratio
-from mtl.output import bests
+from mtl.output import bests, manifest
 from mtl.output.report import read
 from mtl.output.state import RunState
 from mtl.train.loop import _judge
@@ -112,9 +112,18 @@ def test_observe_and_named():
 
 def test_prune_removes_what_nothing_names(tmp_path):
     for name in ("step-00000004", "step-00000008", ".step-00000012.tmp"):
-        (tmp_path / name).mkdir()
+        manifest.mark(tmp_path / name, bests.BEST)
+        manifest.seal(tmp_path / name)
+    theirs = [tmp_path / "step-00000002", tmp_path / "step-00000004" / "notes.txt"]
+    theirs[0].mkdir()
+    theirs[1].write_text("mine")
+    manifest.mark(tmp_path / "step-00000006", bests.BEST)
     bests.prune(tmp_path, ["step-00000008", "step-00000016"])
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step-00000002", "step-00000004", "step-00000008"}, (
+        "not ours, or ours and named"
+    )
+    assert all(path.exists() for path in theirs)
 
 
 # A high constant rate: an average is better than any point of the way.

@@ -443,6 +443,26 @@ def test_the_slurm_script_prepares_then_trains(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_the_slurm_script_queues_what_was_preempted_again(tmp_path, code):
+    for name, text in (
+        ("srun", f'case "$*" in *cli\\ train*) exit {code};; esac'),
+        ("scontrol", 'echo "scontrol $*"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "12",
+    }
+    ended = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sh")], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == code
+    assert ended.stdout == ("scontrol requeue 12\n" if code == 75 else "")
+
+
 def test_the_kubernetes_job(options):
     job = pyyaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")

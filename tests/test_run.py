@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtl import process
-from mtl.output import report, trackers
+from mtl.output import manifest, report, trackers
 from mtl.output.export import export
 
 TASKS = ["copy", "chat", "prose"]
@@ -258,9 +258,10 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(finished):
 def test_export(finished, tmp_path, dtype):
     checkpoint, target = finished[0] / "checkpoints" / "step-00000012", tmp_path / "out"
     checkpoint / "model"
-    target.mkdir()
+    manifest.mark(target, "export")
     for name in ("config.json", "stale.txt"):  # an older export
         (target / name).touch()
+    manifest.seal(target)
     assert export(checkpoint, target, dtype) == target and not (target / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     model = AutoModelForCausalLM.from_pretrained(target)
@@ -312,14 +313,17 @@ def test_jsonl_writes_no_nan(tmp_path):
 
 
 def test_metrics_are_cut_back_to_a_checkpoint(tmp_path):
-    trackers.truncate_metrics(tmp_path, 0)  # none yet
+    said = []
+    trackers.cut_metrics(tmp_path, 0, said.append)  # none yet
     assert trackers.metrics_bytes(tmp_path) == 0
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"st')
-    trackers.truncate_metrics(tmp_path, 12)
+    trackers.cut_metrics(tmp_path, 12, said.append)
+    assert path.read_text() == '{"step": 0}\n' and not said
+    path.write_text('{"step": 0}\n{"st')
+    trackers.cut_metrics(tmp_path, 24, said.append)
     assert path.read_text() == '{"step": 0}\n'
-    trackers.truncate_metrics(tmp_path, 100)
-    assert path.read_text() == '{"step": 0}\n'
+    assert "found 16 bytes, the checkpoint knew of 24" in said[0] and "is torn" in said[1]
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -14,6 +14,7 @@ from mtl.data.collate import collate
 from mtl.distributed import comm
 from mtl.losses import head
 from mtl.losses.causal_lm import causal_lm
+from mtl.losses.objective import check_terms
 from mtl.losses.terms import Terms, combine
 from mtl.train.schedule import lr
 from mtl.train.step import fetch
@@ -255,3 +256,31 @@ def test_fetch_counts_targets_and_positions():
     batch = fetch(lambda: [collate([[row] for row in rows], 0, False), collate([], 0, False)], 3)
     assert batch.tokens.tolist() == [1, 0, 3] and batch.tokens.dtype == torch.int64
     assert batch.positions == 2 * 4 + 2 and len(batch.micros) == 2
+
+
+SUMS, COUNTS = torch.ones(2), torch.ones(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (SUMS, "returned Tensor, wanted mtl.losses.terms.Terms"),
+        (
+            Terms(torch.ones(1), COUNTS),
+            r"Terms.sums is torch.float32 \(1,\), wanted .* shape \(2,\)",
+        ),
+        (Terms(torch.ones(2, 1), COUNTS), r"Terms.sums is torch.float32 \(2, 1\)"),
+        (Terms(COUNTS, COUNTS), "Terms.sums is torch.int64"),
+        (Terms(SUMS, SUMS), r"Terms.counts is torch.float32 \(2,\), wanted a tensor \(int64\)"),
+        (Terms(SUMS, 2), "Terms.counts is int"),
+        (
+            Terms(SUMS, COUNTS, {"router": SUMS}),
+            r"Terms.penalties\['router'\] is torch.float32 \(2,\)",
+        ),
+    ],
+)
+def test_an_objective_returns_terms_of_all_tasks(returned, text):
+    with pytest.raises(ValueError, match=f"objective mine: {text}"):
+        check_terms(returned, 2, "mine")
+    fine = Terms(SUMS, COUNTS, {"router": torch.ones(())})
+    assert check_terms(fine, 2, "mine") is fine

@@ -28,6 +28,8 @@ _SCALARS = {
     "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
+MOST = 20_000  # values in a document; a few aliases of aliases would make billions
+DEEPEST = 50  # levels of a document
 _BASES = {"0o": 8, "0x": 16}
 _KEY = r'(?:"[^"]*"|[^."=]+)'
 _OVERRIDE = re.compile(rf"({_KEY}(?:\.{_KEY})*)=(.*)", re.DOTALL)
@@ -113,6 +115,7 @@ class Document:
         self.origin = origin
         self._default = default
         self.problems: list[Problem] = []
+        self._count = 0
         self._places: dict[Keys, Place] = {(): Place(origin)}
         root = self._compose(text, Place(origin, 1))
         self.data: Any = None
@@ -209,6 +212,9 @@ class Document:
     def _compose(self, text: str, place: Place) -> yaml.Node | None:
         try:
             return yaml.compose(text, _Loader)
+        except RecursionError:
+            self._wrong((), place, "brackets hundreds of levels deep", f"at most {DEEPEST}")
+            return None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             if place.line is not None:
@@ -259,6 +265,8 @@ class Document:
         try:
             text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
             content = json.loads(text, parse_constant=_no_number)
+        except RecursionError:
+            return self._wrong(keys, place, f"{name}, hundreds of levels deep", wanted)
         except OSError as error:
             hint = f"Paths start at the current directory, {Path.cwd()}."
             return self._wrong(
@@ -300,6 +308,8 @@ class Document:
         """The node's value. `above`: the nodes it stands in, as an alias may name one of them."""
         place = self._at(node, place)
         self._places.setdefault(keys, place)
+        if self._is_too_much(keys, place, len(above)):
+            return None
         if id(node) in above:
             return self._wrong(
                 keys, place, "an alias of a mapping or list it stands in", "plain values"
@@ -331,10 +341,21 @@ class Document:
             "Remove the tag.",
         )
 
+    def _is_too_much(self, keys: Keys, place: Place, depth: int) -> bool:
+        """Count one more value; whether there are too many, or too deep. It is reported once."""
+        self._count += 1
+        if self._count == MOST:
+            self._wrong((), place, f"{MOST:,} values and more, aliases read out", "fewer")
+        if depth == DEEPEST:
+            self._wrong(keys, place, "values too deep in others", f"at most {DEEPEST} levels")
+        return self._count >= MOST or depth >= DEEPEST
+
     def _pairs(
         self, node: yaml.MappingNode, keys: Keys, place: Place, above: tuple[int, ...]
     ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        if self._is_too_much(keys, place, len(above)):
+            return own
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             if key.tag == _TAG + "merge":

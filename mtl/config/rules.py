@@ -7,11 +7,12 @@ that it reads is wrong by itself, because that has been reported.
 import functools
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from mtl.config.document import Document, Keys, Problem, show
+from mtl.config.document import Document, Keys, Problem, child, show
 from mtl.config.schema import RESERVED, Config, adapter_folder
 from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
@@ -339,7 +340,39 @@ def _export(get: Get) -> Iterator[Finding]:
         )
 
 
+def _warmup(get: Get) -> Iterator[Finding]:
+    steps, warmup = get("train", "steps"), get("schedule", "warmup")
+    if steps is not None and warmup > steps:
+        yield ("schedule", "warmup"), show(warmup), f"at most train.steps, {steps}", ""
+
+
+def _trackers(get: Get) -> Iterator[Finding]:
+    names = [
+        child(spec, "name") if isinstance(spec, dict) else getattr(spec, "name", spec)
+        for spec in get("trackers")
+    ]
+    for i, name in enumerate(names):
+        # A user's own class may be there twice, with other keywords.
+        if isinstance(name, str) and ":" not in name and name in names[:i]:
+            yield ("trackers", str(i)), f"{show(name)} a second time", "each tracker once", ""
+
+
+def _output(get: Get) -> Iterator[Finding]:
+    output = get("output")
+    try:
+        folder = Path(output).expanduser().resolve()
+        home = Path.home().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a NUL, no such user's home ...
+        yield ("output",), show(output), "a path", f"As one: {error}."
+        return
+    if folder in (Path(folder.anchor), home):
+        yield ("output",), show(output), "a folder of the run's own", f"That is {folder}."
+
+
 RULES = (
+    _warmup,
+    _trackers,
+    _output,
     _length,
     _best,
     _scale,

@@ -31,6 +31,7 @@ Text = Annotated[str, MinLen(1), Wanted("text")]
 Name = Annotated[str, MinLen(1), Wanted("a name")]
 TextPath = Annotated[str, MinLen(1), Wanted("a path")]
 Count = Annotated[int, Ge(1)]
+Steps = Annotated[int, Ge(1), Lt(10**8)]  # a checkpoint's name has eight digits
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
@@ -88,7 +89,7 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
-RESERVED = ("macro", "token", "worst", ".", "..")
+RESERVED = ("macro", "token", "worst", "average", ".", "..")
 
 
 class Section(BaseModel):
@@ -271,7 +272,7 @@ class MixSection(Section):
     """Examples of a task in a batch on average: in proportion to its n rows; the same for each; its
     own `share`; n ** (1 / temperature); n times its own `epochs`.
     """
-    temperature: Positive | None = None
+    temperature: Annotated[float, Ge(0.05), Le(1e6)] | None = None
     """1: proportional; large: nearly equal (`shares: temperature` only)."""
 
 
@@ -322,11 +323,11 @@ class OrderSection(Section):
 class _Train(Section):
     """How long to train: exactly one of steps and epochs."""
 
-    steps: Count | None = None
+    steps: Steps | None = None
     """Optimizer steps. A run that is resumed may have more than before, never fewer: from there on
     its learning rate is that of a run of the new length (docs/cluster.md).
     """
-    epochs: Positive | None = None
+    epochs: Annotated[float, Gt(0), Le(1e6)] | None = None
     """Passes over all tasks' training rows together: steps = ceil(epochs * rows /
     batch.examples).
     """
@@ -355,7 +356,7 @@ class OptimizerSection(Section):
     scale: dict[Text, Positive] = {}
     """Factors on the learning rate, by a regular expression that is searched for in the parameters'
     names; of several that match the first counts: `{classifier: 10.0}`."""
-    lr: Positive = 1e-4
+    lr: Annotated[float, Gt(0), Le(1e3)] = 1e-4
     """Learning rate at the schedule's highest point."""
     betas: Annotated[tuple[BelowOne, BelowOne], Strict(False)] = (0.9, 0.999)
     """Decay of AdamW's first and second moment, per step."""
@@ -515,7 +516,7 @@ class EngineSection(Section):
     """
     offload: OffloadSection = OffloadSection()
     """Offloading."""
-    timeout_minutes: Positive = 30.0
+    timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them,

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mtl import process
 from mtl.config import Config
 from mtl.data.encode import Encoder, Note, hash_of
 from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
@@ -246,7 +247,9 @@ def _outcomes(
         and cap <= 16 * CHUNK
     )
     # Fresh processes: forking one that has threads (torch, tokenizers) can deadlock.
-    pool = None if alone else ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    end = process.end_with_parent, (os.getpid(),)
+    pool = None if alone else ProcessPoolExecutor(cores, spawn, *end)
     try:
         for s, one in enumerate(sources):
             rows = one.rows()

@@ -49,9 +49,24 @@ class Owner:
         return self.host, self.pid, self.started, self.since
 
     @property
+    def is_here(self) -> bool:
+        """It runs, or ran, on this host."""
+        return self.host == socket.gethostname()
+
+    @property
     def gone(self) -> bool:
         """It ran on this host and does not any more."""
-        return self.host == socket.gethostname() and _ticks(self.pid) != self.started
+        return self.is_here and _ticks(self.pid) != self.started
+
+
+def myself() -> Owner:
+    """This process, from now on."""
+    return Owner(
+        socket.gethostname(),
+        os.getpid(),
+        _ticks(os.getpid()),
+        datetime.now().isoformat(" ", "milliseconds"),
+    )
 
 
 def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> None:
@@ -68,19 +83,14 @@ def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> No
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
-    me = Owner(
-        socket.gethostname(),
-        os.getpid(),
-        _ticks(os.getpid()),
-        datetime.now().isoformat(" ", "milliseconds"),
-    )
+    me = myself()
     while not folder.exists():
-        if _take(lock, me):
+        if take(lock, me):
             try:
                 if not folder.exists():
                     _build(folder, build, lock, me)
             finally:
-                held = _read(lock)
+                held = read(lock)
                 if held and held.who == me.who:
                     lock.unlink(missing_ok=True)
         else:
@@ -93,7 +103,7 @@ def _build(folder: Path, build: Callable[[Path, Say], None], lock: Path, me: Own
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        build(partial, lambda progress: _write(lock, replace(me, progress=progress)))
+        build(partial, lambda progress: write(lock, replace(me, progress=progress)))
         partial.rename(folder)
     except BaseException as error:
         if folder.exists():
@@ -111,7 +121,7 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
     seen: Owner | None = None
     start = changed = time.monotonic()
     said = 0.0
-    while (owner := _read(lock)) is not None:
+    while (owner := read(lock)) is not None:
         now = time.monotonic()
         if owner != seen:
             seen, changed = owner, now
@@ -135,7 +145,7 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
             raise DataError(f"{seen} failed: {found['error']}")
 
 
-def _take(lock: Path, me: Owner) -> bool:
+def take(lock: Path, me: Owner) -> bool:
     """Create the lock with its content in one step (a link, which is atomic on network file systems
     too).
     """
@@ -150,13 +160,13 @@ def _take(lock: Path, me: Owner) -> bool:
     return True
 
 
-def _write(lock: Path, me: Owner) -> None:
+def write(lock: Path, me: Owner) -> None:
     ready = lock.with_name(f"{lock.name}.{me.host}.{me.pid}")
     ready.write_text(json.dumps(asdict(me)))
     ready.replace(lock)
 
 
-def _read(lock: Path) -> Owner | None:
+def read(lock: Path) -> Owner | None:
     try:
         return Owner(**json.loads(lock.read_text()))
     except FileNotFoundError:
@@ -183,6 +193,7 @@ def _ticks(pid: int) -> str:
         pass  # another user's, and alive
     try:
         # Field 22, counted behind the command's name, which may hold anything.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "gone" if state == "Z" else fields[18]  # Z: dead, and its parent has not noticed
     except FileNotFoundError:
         return "" if not Path("/proc/self/stat").exists() else "gone"

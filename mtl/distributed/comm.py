@@ -5,13 +5,12 @@ Tensors may live on any device. Under a GPU-only backend those on the CPU have a
 gloo's: through NCCL each would wait for all work that is queued on the device.
 """
 
-import hashlib
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -111,20 +110,60 @@ def on_first(work: Callable[[], T]) -> T:
     return box[0]
 
 
-def same(text: str, what: str) -> None:
-    """Check that every rank holds the same text. A collective.
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks. A collective.
+
+    It is pickled where there are more ranks than one: plain values and small arrays.
+    """
+    if world() == 1:
+        return [value]
+    values: list[T] = [value] * world()
+    dist.all_gather_object(values, value, group=_group(torch.zeros(1)))
+    return values
+
+
+def differences(values: Mapping[str, Any]) -> list[str]:
+    """What is not the same on every rank, a line a key: `engine.zero: 2 on rank 0, 3 on ranks 1-3`;
+    empty where all agree. A collective; every rank gets the same lines.
+
+    Args:
+        values: dotted name to plain value, or mappings of those.
+    """
+    everyone = gather(_flat(values))
+    lines = []
+    for key in sorted({key for each in everyone for key in each}):
+        holders: dict[str, list[int]] = {}
+        for r, each in enumerate(everyone):
+            holders.setdefault(repr(each[key]) if key in each else "absent", []).append(r)
+        if len(holders) > 1:
+            shown = (
+                f"{value[:200]} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                for value, ranks in holders.items()
+            )
+            lines.append(f"{key}: {'; '.join(shown)}")
+    return lines
+
+
+def same(values: Mapping[str, Any], what: str) -> None:
+    """Agree that every rank holds the same values. A collective.
 
     Raises:
-        ValueError: on the ranks whose text differs from rank 0's; RankError on the others.
+        ValueError: on all ranks; it shows what differs, by key and rank, and nothing else.
     """
-    mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-    first = broadcast_(torch.tensor([mine]))
+    if lines := differences(values):
+        raise ValueError(
+            "\n  ".join([f"the ranks' {what} differ. Start all of them alike.", *lines])
+        )
 
-    def check() -> None:
-        if int(first) != mine:
-            raise ValueError(f"rank {rank()} has another {what} than rank 0. Here: {text[:1000]}")
 
-    together(check)
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{above}{key}.")
+        else:
+            flat[f"{above}{key}"] = value
+    return flat
 
 
 _host: tuple[object, dist.ProcessGroup] | None = (

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mtl.data.examples import LOSS, Batch
@@ -92,5 +93,42 @@ class Objectives:
         return {name: one for each in self.each for name, one in measures_of(each).items()}
 
     def __call__(self, forward: Callable, batch: Batch, k: int) -> Terms:
-        terms = self.each[batch.objective](forward, batch, k)
+        objective = self.each[batch.objective]
+        terms = check_terms(objective(forward, batch, k), k, _name(objective))
         return terms.silenced() if batch.is_dummy else terms
+
+
+def check_terms(terms: Any, k: int, name: str) -> Terms:
+    """What the objective of this name returned, if it is Terms of K tasks: sums of shape (1,) would
+    be added to every task in silence. Only shapes and dtypes are looked at, so no device waits.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(terms, Terms):
+        found = type(terms).__name__
+        raise ValueError(f"objective {name}: returned {found}, wanted mtl.losses.terms.Terms")
+    _check(name, "sums", terms.sums, (k,))
+    _check(name, "counts", terms.counts, (k,))
+    for which, penalty in terms.penalties.items():
+        _check(name, f"penalties[{which!r}]", penalty, ())
+    return terms
+
+
+def _check(name: str, what: str, found: Any, shape: tuple[int, ...]) -> None:
+    kind = "int64" if what == "counts" else "floating-point"
+    if isinstance(found, Tensor):
+        fits = found.dtype == torch.int64 if what == "counts" else found.is_floating_point()
+        if found.shape == shape and fits:
+            return
+        seen = f"{found.dtype} {tuple(found.shape)}"
+    else:
+        seen = type(found).__name__
+    raise ValueError(
+        f"objective {name}: Terms.{what} is {seen}, wanted a tensor ({kind}) of shape {shape}"
+    )
+
+
+def _name(objective: Any) -> str:
+    plain = _plain(objective)
+    return getattr(plain, "__name__", type(plain).__name__)

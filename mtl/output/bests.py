@@ -4,7 +4,6 @@ Which task names which step stands in the state (`RunState.bests`), and so in ev
 `state.json`. Tasks that share a step share a folder.
 """
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models.save import save
+from mtl.output import manifest
+from mtl.output.files import flush
 from mtl.output.state import RunState
+
+BEST = "best"  # the kind of folder that the mark names
 
 
 def observe(state: RunState, names: Sequence[str], losses: np.ndarray) -> list[str]:
@@ -43,6 +46,16 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def half(target: Path) -> Path:
+    """Where a folder is written before it takes its name."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def folders(folder: Path) -> list[Path]:
+    """What stands in `bests`, half-written folders among them."""
+    return sorted([*folder.glob("step-*"), *folder.glob(".step-*.tmp")])
+
+
 def write(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,27 +71,32 @@ def write(
         loader: as `save` takes it.
     """
     target = folder / folder_name(step)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = half(target)
 
     def begin() -> None:
         if comm.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
+            manifest.discard(temporary, BEST)
+            manifest.mark(temporary, BEST)
 
     def end() -> None:
         if comm.rank() == 0:
             # Of a run that was killed after it: the checkpoint it goes on from does not name it.
-            shutil.rmtree(target, ignore_errors=True)
+            manifest.discard(target, BEST)
             temporary.rename(target)
+            flush(folder)
 
     comm.together(begin)
     save(engine, tokenizer, temporary, loader)
+    manifest.seal_together(temporary)
     comm.together(end)
 
 
 def prune(folder: Path, kept: Iterable[str]) -> None:
-    """Remove every folder that is not named, and what a killed run left half. On rank 0."""
+    """Remove every folder of ours that is not named, and what a killed run left half. One that
+    holds a file of somebody else's stays. On rank 0.
+    """
     wanted = set(kept)
-    for path in [*folder.glob("step-*"), *folder.glob(".step-*.tmp")]:
-        if path.name not in wanted:
-            shutil.rmtree(path)
+    for path in folders(folder):
+        is_ours = manifest.is_ours(path, BEST) and not manifest.strangers(path)
+        if is_ours and path.name not in wanted:
+            manifest.discard(path, BEST)

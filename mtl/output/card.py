@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 import mtl
 from mtl.config import dump
+from mtl.output.trackers import read_metrics
 
 
 def card(checkpoint: Path, *, adapter: bool, weights: str = "model") -> str:
@@ -171,7 +172,10 @@ def _losses(
     """
     if not path.is_file():
         return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        records = read_metrics(path)
+    except ValueError:
+        return {}  # the columns stay empty; the run's table at its end says why
     passes = [r for r in records if "eval/macro" in r and (step is None or r["step"] <= step)]
     if not passes:
         return {}
@@ -195,4 +199,8 @@ def _page(metadata: dict[str, Any], lines: list[str]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON file's content; nothing where it is missing or damaged, and the card says less."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

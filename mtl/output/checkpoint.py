@@ -1,17 +1,19 @@
 """What a run leaves on disk, and how it goes on from there.
 
     output/
+      coba-mtl.json                the mark that the folder holds a run of ours
       run.json                     resolved YAML, versions, data fingerprints: before the first step
       metrics.jsonl                one line per step
       checkpoints/
         latest                     name of the newest complete checkpoint; written last
         step-00000120/
+          coba-mtl.json            the mark; sizes and checksums of the other files: written last
           engine/                  DeepSpeed's shards: weights, optimizer
           model/                   the model (or adapter) as a Hugging Face folder, ready for use
           average/                 the same with the averaged weights, where `average:` asks
           average.safetensors      what they go on from, in fp32
           state.json               step, best so far, balancer, identity, layout (processes, ZeRO)
-          state.safetensors        the balancer's arrays, initial validation losses, last losses
+          state.safetensors        the balancer's arrays, initial validation and last train losses
       bests/step-00000080/         a task's best model, weights only, where `checkpoint.bests` asks
       model/                       the exported model, at the end
 
@@ -21,8 +23,7 @@ saved.
 
 import json
 import math
-import os
-import shutil
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -37,11 +38,15 @@ from balancers import Holder
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models.save import save
-from mtl.output import bests
+from mtl.output import bests, manifest
+from mtl.output.export import EXPORT
+from mtl.output.files import write_json, write_text
 from mtl.output.state import RunState
 
 FORMAT = 1
 SCRATCH = ".resharded"
+CHECKPOINT, RUN = "checkpoint", "run"  # kinds of our folders, beside EXPORT
+STEP = re.compile(r"step-(\d{8})")
 AVERAGE_FILE = "average.safetensors"
 STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
@@ -51,17 +56,64 @@ class CheckpointError(ValueError):
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Refuse to start a run on top of another.
+    """Refuse to start a run on top of another, or of files that are not ours.
 
     Raises:
-        CheckpointError: the folder holds a run and `resume` is false. Nothing has been touched.
+        CheckpointError: the folder holds a run and `resume` is false, or it holds what a run would
+            write, not written by one. Nothing has been touched.
     """
-    if not resume and ((output / "metrics.jsonl").exists() or (output / "checkpoints").exists()):
+    written = ("metrics.jsonl", "run.json", "checkpoints", "bests")
+    found = [name for name in written if (output / name).exists()]
+    if found and not manifest.is_ours(output, RUN):
+        raise CheckpointError(
+            f"output: {output} holds {either(found)} without the mark of a run ({manifest.NAME}): "
+            f"not ours to write to. Choose another `output:`. {UNTOUCHED}"
+        )
+    if found and not resume:
         raise CheckpointError(
             f"output: {output} already holds a run. Add --resume to go on with it, or choose "
-            "another `output:` (or remove the "
-            "folder). Nothing was changed."
+            f"another `output:` (or remove the folder). {UNTOUCHED}"
         )
+    check_free(output / "model", EXPORT, "the exported model goes there")
+    folders = output / "checkpoints"
+    for folder in sorted(folders.iterdir()) if folders.is_dir() else ():
+        # One with a file of the user's in it stays; it is refused where its step is saved again.
+        if STEP.fullmatch(folder.name) and not manifest.is_whole(folder, CHECKPOINT):
+            check_free(folder, CHECKPOINT, "a checkpoint goes there")
+    check_free(folders / SCRATCH, SCRATCH, "a checkpoint is re-partitioned there")
+    for folder in bests.folders(output / "bests"):
+        if not manifest.is_whole(folder, bests.BEST):
+            check_free(folder, bests.BEST, "a task's best model goes there")
+
+
+def check_free(folder: Path, kind: str, why: str) -> None:
+    """Raise CheckpointError where a folder holds anything that we did not write."""
+    if manifest.is_free(folder):
+        return
+    if not manifest.is_ours(folder, kind):
+        raise CheckpointError(
+            f"{folder}: found something without our mark ({manifest.NAME}), and {why}. Move it "
+            f"away, or choose another `output:`. {UNTOUCHED}"
+        )
+    if manifest.is_whole(folder, kind) and (others := manifest.strangers(folder)):
+        raise CheckpointError(
+            f"{folder}: found {either([str(folder / name) for name in others])}, which we did not "
+            f"write, and {why}. Move it away. {UNTOUCHED}"
+        )
+
+
+def _check_best(folder: Path, name: str) -> None:
+    """`check_free` of where a best model is about to be written. On rank 0."""
+    if comm.rank() == 0:
+        for path in (folder / name, bests.half(folder / name)):
+            check_free(path, bests.BEST, "we are about to write there")
+
+
+def either(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+UNTOUCHED = "Nothing was changed."
 
 
 class Averaged(Protocol):
@@ -86,6 +138,7 @@ class Checkpoints:
         tokenizer: goes with every exported model.
         layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
             of another layout is re-partitioned.
+        versions: of the libraries; others than a checkpoint's are said.
         loader: name and keywords of the model's loader, where it is not built in.
         say: takes messages for people about what differs from what was asked for.
 
@@ -100,6 +153,7 @@ class Checkpoints:
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     layout: dict[str, int]
+    versions: dict[str, str] = field(default_factory=dict)
     loader: tuple[str, dict[str, Any]] | None = None
     say: Callable[[str], None] = lambda text: None
     best: str | None = field(default=None, init=False)
@@ -126,10 +180,7 @@ class Checkpoints:
         """
         name = f"step-{state.step:08d}"
         folder = self.folder / name
-        # A run that was killed while it wrote this step may have left files of any process.
-        comm.together(
-            lambda: shutil.rmtree(folder, ignore_errors=True) if comm.rank() == 0 else None
-        )
+        comm.together(lambda: self._clear(folder) if comm.rank() == 0 else None)
         engine.save(folder / "engine")
         save(engine, self.tokenizer, folder / "model", self.loader)
         if average is not None:
@@ -159,10 +210,11 @@ class Checkpoints:
                     "balancer": held["meta"],
                     "identity": self.identity,
                 }
-                record["layout"] = self.layout
+                record |= {"layout": self.layout, "versions": self.versions}
                 write_json(folder / "state.json", record)
 
-        comm.together(write)  # every shard is on disk when this returns
+        comm.together(write)
+        manifest.seal_together(folder)  # every file is on the disk when this returns
         comm.together(lambda: self._point_and_prune(name) if comm.rank() == 0 else None)
         self.named = bests.named(state)
         comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
@@ -179,22 +231,28 @@ class Checkpoints:
         better = bests.observe(state, names, losses)
         if better and state.step:
             folder = self.output / "bests"
+            comm.together(lambda: _check_best(folder, bests.folder_name(state.step)))
             bests.write(engine, self.tokenizer, folder, state.step, self.loader)
             comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
         return better
 
-    def load(self, engine: Engine, holder: Holder, average: Averaged | None = None) -> RunState:
-        """Continue from the newest complete checkpoint; there must be one. A collective.
+    def load(
+        self, engine: Engine, holder: Holder, folder: Path, average: Averaged | None = None
+    ) -> RunState:
+        """Continue from a checkpoint that `find` gave. A collective.
 
         Raises:
-            CheckpointError: it belongs to other tasks, data, batches or another model. Nothing has
+            CheckpointError: it is damaged, or of other tasks, data, batches or model. Nothing has
                 been touched.
-            ValueError: it belongs to another balancer.
+            ValueError: it is of another balancer.
         """
-        folder = self.latest()
-        assert folder is not None, "ask latest() first"
+        self._verify(folder)
         record = comm.together(lambda: json.loads((folder / "state.json").read_text()))
         comm.together(lambda: self._check(record, folder))
+        for name in sorted({*self.versions, *record["versions"]}):
+            then, now = record["versions"].get(name), self.versions.get(name)
+            if then != now:
+                self.say(f"warning: {folder.name} was written with {name} {then}, here is {now}")
         arrays = comm.together(lambda: load_file(folder / "state.safetensors"))
         mine = {
             k.removeprefix("balancer."): v for k, v in arrays.items() if k.startswith("balancer.")
@@ -212,10 +270,16 @@ class Checkpoints:
                 f"for {new}"
             )
             shards = record["layout"]["processes"] if record["layout"]["zero"] else 0
-            engine.reshard(folder / "engine", self.folder / SCRATCH, shards)
+            scratch = self.folder / SCRATCH
+            comm.together(lambda: self._clear(scratch, SCRATCH) if comm.rank() == 0 else None)
+            engine.reshard(folder / "engine", scratch / "engine", shards)
+            comm.together(lambda: manifest.discard(scratch, SCRATCH) if comm.rank() == 0 else None)
         if average is not None:
             average.load(folder / AVERAGE_FILE)
         self.best, self.best_weights = record["best"], record.get("best_weights", "model")
+        if self.best and not manifest.is_whole(self.folder / self.best, CHECKPOINT):
+            self.say(f"{self.folder / self.best}, the best checkpoint so far, is gone")
+            self.best, self.best_weights = None, "model"
         before, now = record["identity"][STEPS], self.identity[STEPS]
         if before != now:
             self.say(
@@ -226,47 +290,84 @@ class Checkpoints:
             **record["run"],
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
         )
+        self._forget_lost_bests(state)
         self.named = bests.named(state)
         return state
+
+    def _forget_lost_bests(self, state: RunState) -> None:
+        """After going back, a later step may have replaced a task's best of then. A collective."""
+        folder = self.output / "bests"
+        lost = comm.on_first(
+            lambda: {
+                name
+                for name in bests.named(state)
+                if not manifest.is_whole(folder / name, bests.BEST)
+            }
+        )
+        for name in sorted(lost):
+            self.say(f"{folder / name}, a task's best model so far, is gone: from here on anew")
+        if lost:
+            state.bests = {
+                task: best
+                for task, best in state.bests.items()
+                if bests.folder_name(int(best["step"])) not in lost
+            }
 
     def check_beginning(self) -> None:
         """Raise CheckpointError where the folder holds another run, stopped before its first
         checkpoint.
         """
         beginning = self.output / "run.json"
-        if beginning.is_file():
-            self._check(json.loads(beginning.read_text(encoding="utf-8")), beginning)
+        if not beginning.is_file():
+            return
+        try:
+            record = json.loads(beginning.read_text(encoding="utf-8"))
+            record["format"], record["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{beginning}: is damaged ({error}), and no checkpoint says what the run was. "
+                f"Start a new run in another `output:` folder. {UNTOUCHED}"
+            ) from error
+        self._check(record, beginning)
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint; None where there is none yet.
+    def find(self, step: int | None = None) -> Path | None:
+        """The complete checkpoint of a step, or the newest one; None where there is none yet.
 
         Raises:
-            CheckpointError: what `latest` names is gone, or was changed by hand.
+            CheckpointError: there is none of that step; or what `latest` names is gone, or was
+                changed by hand.
         """
+        complete = self._complete()
+        if step is not None:
+            folder = self.folder / f"step-{step:08d}"
+            if folder.name not in complete:
+                raise CheckpointError(
+                    f"--resume={step}: found no complete checkpoint {folder}. {_choose(complete)}"
+                )
+            return folder
         pointer = self.folder / "latest"
         if not pointer.is_file():
-            return None
-        folder = self.folder / pointer.read_text(encoding="utf-8").strip()
-        if not (folder / "state.json").is_file():
-            others = sorted(path.parent.name for path in self.folder.glob("step-*/state.json"))
-            move = (
-                f"Write one of {others} into it."
-                if others
-                else "There is none: start a new run in another `output:` folder."
-            )
+            if not complete:
+                return None
+            self.say(f"{pointer} is missing: going on from the newest complete checkpoint")
+            return self.folder / complete[-1]
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if name not in complete:
             raise CheckpointError(
-                f"{pointer}: found {folder.name}, wanted the name of a complete checkpoint: "
-                f"{folder}/state.json does not exist. {move}"
+                f"{pointer}: names {str(self.folder / name[:80])!r}, wanted a complete checkpoint. "
+                f"{_choose(complete)}"
             )
-        return folder
+        return self.folder / name
 
-    def exported(self, which: str) -> tuple[Path, str]:
+    def exported(self, which: str) -> tuple[Path, str] | None:
         """The checkpoint to export and which of its weights, "model" or "average": for "best"
-        (where none beat the start, the last one), "last", or "average" (the last one's).
+        (where none beat the start, the last one), "last", or "average" (the last one's). None
+        where no checkpoint is left.
         """
         if which == "best" and self.best:
             return self.folder / self.best, self.best_weights
-        return self.latest(), "average" if which == "average" else "model"
+        found = self.find()
+        return None if found is None else (found, "average" if which == "average" else "model")
 
     def _check(self, record: dict, folder: Path) -> None:
         if record["format"] != FORMAT:
@@ -289,32 +390,65 @@ class Checkpoints:
                 "Put these back as they were, or start a new run in another `output:` folder."
             )
 
+    def _verify(self, folder: Path) -> None:
+        """Read every file of a checkpoint, divided among the ranks. A collective."""
+
+        def damage(one: Path) -> list[str]:
+            mine = comm.together(lambda: manifest.damage(one, part=(comm.rank(), comm.world())))
+            return sorted(line for lines in comm.gather(mine) for line in lines)
+
+        found = damage(folder)
+        if not found:
+            return
+        older = [name for name in comm.on_first(self._complete) if name < folder.name]
+        good = next((name for name in reversed(older) if not damage(self.folder / name)), None)
+        move = (
+            f"The newest good checkpoint before it is {good}: go on from it with "
+            f"--resume={int(good[5:])}."
+            if good
+            else "There is no good one before it: start a new run in another `output:` folder."
+        )
+        raise CheckpointError("\n  ".join([f"{folder} is damaged. {move}", *found[:10]]))
+
+    def _complete(self) -> list[str]:
+        """Names of the sealed checkpoints, the oldest first."""
+        return [name for name in self._ours() if manifest.is_whole(self.folder / name, CHECKPOINT)]
+
+    def _ours(self) -> list[str]:
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(
+            p.name for p in found if STEP.fullmatch(p.name) and manifest.is_ours(p, CHECKPOINT)
+        )
+
+    def _clear(self, folder: Path, kind: str = CHECKPOINT) -> None:
+        """Make a folder empty but for our mark: a killed run may have left half of it."""
+        check_free(folder, kind, "we are about to write there")
+        manifest.discard(folder, kind)
+        manifest.mark(folder, kind)
+
     def _prune_bests(self, state: RunState) -> None:
         bests.prune(self.output / "bests", bests.named(state) | self.named)
 
     def _point_and_prune(self, name: str) -> None:
         write_text(self.folder / "latest", name)
-        folders = sorted(p.name for p in self.folder.glob("step-*"))
-        # A folder after this one was being written when a run was killed.
-        kept = {self.best, *folders[: folders.index(name) + 1][-self.keep :]}
-        for folder in folders:
-            if folder not in kept:
-                shutil.rmtree(self.folder / folder)
-        shutil.rmtree(
-            self.folder / SCRATCH, ignore_errors=True
-        )  # of a run killed while it re-partitioned its state
+        # What stands after this one was being written when a run was killed, or was gone back from.
+        complete = [each for each in self._complete() if each <= name]
+        kept = {self.best, *complete[-self.keep :]}
+        for each in self._ours():
+            folder = self.folder / each
+            if each in kept:
+                continue
+            if manifest.is_whole(folder, CHECKPOINT) and (others := manifest.strangers(folder)):
+                self.say(f"{folder} stays: it holds {either(others)}, which we did not write")
+                continue
+            manifest.discard(folder, CHECKPOINT)
+        scratch = self.folder / SCRATCH
+        if manifest.is_ours(scratch, SCRATCH):  # of a run killed while re-partitioning
+            manifest.discard(scratch, SCRATCH)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def _choose(complete: list[str]) -> str:
+    if not complete:
+        return "There is none: start a new run in another `output:` folder."
+    steps = ", ".join(str(int(name[5:])) for name in complete)
+    return f"There are those of steps {steps}: go on from one with --resume=STEP."

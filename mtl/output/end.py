@@ -1,5 +1,6 @@
 """What stands at the end of a run: its table, and the exported model."""
 
+import sys
 from collections.abc import Sequence
 
 from mtl.config import Config
@@ -9,14 +10,25 @@ from mtl.output.export import export
 from mtl.output.trackers import Tracker
 
 
-def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]) -> None:
-    """Close the trackers, print the run's table and export its model. On rank 0."""
+def close(trackers: Sequence[Tracker]) -> None:
+    """Let every tracker write what it still holds."""
     for tracker in trackers:
         tracker.close()
-    print(report.table(report.read(checkpoints.output)), flush=True)
+
+
+def finish(config: Config, checkpoints: Checkpoints, trackers: Sequence[Tracker]) -> None:
+    """Close the trackers, print the run's table and export its model. On rank 0."""
+    close(trackers)
+    try:
+        print(report.table(report.read(checkpoints.output)), flush=True)
+    except ValueError as error:  # the model does not depend on the log
+        print(f"no table of the run: {error}", file=sys.stderr, flush=True)
     which = config.export.which
     if which != "none":
-        source, weights = checkpoints.exported(which)
+        found = checkpoints.exported(which)
+        if found is None:
+            raise ValueError(f"{checkpoints.folder}: holds no checkpoint to export any more.")
+        source, weights = found
         what = f"{which} model"
         if which == "best" and checkpoints.best is None:
             key = config.evaluate.best

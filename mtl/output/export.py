@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import mtl
 from mtl.models.files import as_umask_says
-from mtl.output import card
+from mtl.output import card, manifest
+from mtl.output.files import flush
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "adapter_config.json"
+EXPORT = "export"  # the kind of folder that the mark names
 # A wrong name, no token, a refusal; and no network, whose class is that of the hub's HTTP library.
 _HUB_ERRORS = (HFValidationError, LocalTokenNotFoundError, *HfHubHTTPError.__bases__)
 
@@ -38,7 +40,9 @@ def export(
     """Write a checkpoint's model, or adapter, as a Hugging Face folder with tokenizer and model
     card.
 
-    The target appears whole or not at all. It replaces an older export, and nothing else.
+    The target appears whole or not at all. An older export is replaced, if nobody has added or
+    changed a file in it; anything else is not. The checkpoint's model is compared with its manifest
+    first. The run's log and record are not needed: without them the card says less.
 
     Args:
         checkpoint: a folder `step-...` of a run, or an adapter's.
@@ -49,8 +53,8 @@ def export(
         weights: "model", the trained ones, or "average" (`average:` of the YAML).
 
     Raises:
-        ExportError: there is no model in `checkpoint`, nothing to merge, no base model, or `target`
-            is something else.
+        ExportError: there is no model in `checkpoint`, or it is damaged; nothing to merge, no base
+            model; or `target` is something else.
     """
     source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / weights
     is_adapter = (source / ADAPTER).is_file()
@@ -69,31 +73,61 @@ def export(
             f"{checkpoint}: found an adapter of type {kind}, wanted one of a causal language model "
             "to merge. Export it without merging."
         )
-    if (
-        target.exists()
-        and any(target.iterdir())
-        and not {ADAPTER, "config.json"} & {path.name for path in target.iterdir()}
-    ):
+    # Every checkpoint has a manifest, half a one too. Without it the folder was made otherwise.
+    under = "" if source == checkpoint else f"{weights}/"
+    has_manifest = (checkpoint / manifest.NAME).exists()
+    if has_manifest and (damage := manifest.damage(checkpoint, under)):
         raise ExportError(
-            f"{target}: found a folder that holds something other than an exported model. Name "
-            "another; nothing was changed."
+            "\n  ".join([f"{checkpoint} is damaged. Export another checkpoint.", *damage[:10]])
         )
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    if merge:
-        whole(source, temporary, dtype, allow_remote_code)
-    else:
-        shutil.copytree(source, temporary)
-        if dtype is not None:
-            _cast(temporary, dtype)
-    (temporary / "README.md").write_text(
-        card.card(checkpoint, adapter=is_adapter and not merge, weights=weights), encoding="utf-8"
-    )
-    as_umask_says(temporary)
-    shutil.rmtree(target, ignore_errors=True)
+    for folder in (target, temporary):
+        _check_replaceable(folder)
+    manifest.discard(temporary, EXPORT)
+    manifest.mark(temporary, EXPORT)
+    try:
+        if merge:
+            whole(source, temporary, dtype, allow_remote_code)
+        else:
+            shutil.copytree(
+                source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME)
+            )
+            if dtype is not None:
+                _cast(temporary, dtype)
+        (temporary / "README.md").write_text(
+            card.card(checkpoint, adapter=is_adapter and not merge, weights=weights),
+            encoding="utf-8",
+        )
+        as_umask_says(temporary)
+        manifest.seal(temporary)
+        manifest.discard(target, EXPORT)
+    except BaseException:
+        manifest.discard(temporary, EXPORT)
+        raise
     temporary.rename(target)
+    flush(target.parent)
     return target
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise ExportError where a folder holds anything but an export as we wrote it, or half of
+    one.
+    """
+    if manifest.is_free(folder):
+        return
+    if not manifest.is_ours(folder, EXPORT):
+        raise ExportError(
+            f"{folder}: found something other than an export with our mark ({manifest.NAME}). Name "
+            "another folder; nothing was changed."
+        )
+    if manifest.is_whole(folder, EXPORT):
+        changed = [str(folder / name) for name in manifest.strangers(folder)]
+        if changed := changed + manifest.damage(folder):
+            raise ExportError(
+                f"{folder}: found files added or changed since the export: "
+                f"{'; '.join(changed[:3])}. Name another folder, or move this one away; nothing "
+                "was changed."
+            )
 
 
 def _task_type(adapter: Path) -> str | None:

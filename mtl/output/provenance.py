@@ -68,13 +68,15 @@ def record(
             }
             for task in tasks
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "git": _git_revision(),
         "identity": identity,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 README.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from mtl.output.trackers import read_metrics
 
 TASK_LOSS = re.compile(r"eval/[^/]+/loss")
 PARTS = 5  # of a run, over which a task's weight is averaged in the table
@@ -78,19 +79,11 @@ def _shared(paths: Sequence[Sequence[str]]) -> int:
 
 
 def read(output: Path) -> History:
-    """Raises ValueError where the run has no metrics yet, or a line that is no JSON."""
+    """Raises ValueError where the run has no metrics yet, or a line of them is damaged."""
     path = Path(output) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted the folder of a run (its `output:`).")
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as e:
-            raise ValueError(
-                f"{path}:{number}: found a torn line ({e}), wanted a JSON object. The run was cut "
-                "off there: its next --resume repairs the file; or remove the line."
-            ) from e
+    records = read_metrics(path)
     evals = [r for r in records if "eval/macro" in r]
     trains = [r for r in records if "train/loss" in r]
     if not evals:

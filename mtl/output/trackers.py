@@ -8,9 +8,8 @@ Everything logged under step t was measured at the parameters after t optimizer 
 import importlib.util
 import json
 import math
-import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -207,10 +206,45 @@ def metrics_bytes(output: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def truncate_metrics(output: Path, length: int) -> None:
-    """Cut metrics.jsonl back to its length at the checkpoint, so that no step appears twice."""
-    if metrics_bytes(output) > length:
-        os.truncate(output / "metrics.jsonl", length)
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl.
+
+    Raises:
+        ValueError: a line is torn or no JSON object; the text names it.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            assert isinstance(record, dict)
+        except (ValueError, AssertionError) as e:
+            raise ValueError(
+                f"{path}:{number}: found a torn line ({e}), wanted a JSON object. The run was cut "
+                "off there: its next --resume repairs the file; or remove the line."
+            ) from e
+        records.append(record)
+    return records
+
+
+def cut_metrics(output: Path, length: int, say: Callable[[str], None]) -> None:
+    """Cut metrics.jsonl back to what a checkpoint knew of it, so that no step stands in it twice.
+
+    What is missing or torn in it is said, and no obstacle: nothing but reports and cards reads it.
+    """
+    path, found = output / "metrics.jsonl", metrics_bytes(output)
+    if found < length:
+        say(
+            f"{path}: found {found} bytes, the checkpoint knew of {length}: steps are missing in it"
+        )
+    if not found:
+        return
+    with path.open("rb+") as file:
+        text = file.read(length)
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            say(f"{path}: its last line is torn, and was removed")
+        file.truncate(whole)
 
 
 def _tasks(values: Mapping[str, float], group: str, what: str) -> list[str]:

@@ -4,9 +4,12 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from balancers import Holder, Signal
+from mtl import process
 from mtl.config import Config
+from mtl.distributed import comm
 from mtl.output import trackers
 from mtl.output.state import RunState
 from mtl.train import evaluate, schedule
@@ -20,6 +23,9 @@ from mtl.train.weights import weigh
 def train(run: Run, state: RunState) -> RunState:
     """Train from `state.step` to `run.steps`, or until all tasks are done. A collective. Returns
     the last state.
+
+    Raises:
+        Preempted: a signal has asked any rank to stop; all have saved.
     """
     config, names, k = run.config, run.names, len(run.names)
     started, first = time.monotonic(), state.step
@@ -29,10 +35,14 @@ def train(run: Run, state: RunState) -> RunState:
         validation = _evaluate(run, state) if is_due else None
         is_best = validation is not None and config.checkpoint.best and state.best["step"] == t
         is_over = t == run.steps or bool(run.patience and run.patience.done(state).all())
-        if t > first and (is_best or is_over or _due(config.checkpoint.every, t, run.steps)):
+        asked = bool(comm.sum_(torch.tensor([float(process.stop_asked())])))
+        is_due = asked or is_over or _due(config.checkpoint.every, t, run.steps)
+        if t > first and (is_best or is_due):
             _save(run, state, is_best)
         if is_over:
             return state
+        if asked:
+            raise process.Preempted(f"asked to stop, and saved, at step {t}/{run.steps}")
 
         began = time.monotonic()
         batch = fetch(lambda t=t: run.batches.batch(t), k)
