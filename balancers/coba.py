@@ -338,8 +338,10 @@ def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
     Args:
         x: (n,). y: (n, K), nan = not observed. group: (n,), what is equal belongs together.
 
-    Returns: (K,) slopes, 0 where x does not vary within a group or y only by rounding; (K,)
-        standard errors, inf where nothing is left to estimate them from.
+    Returns:
+        (K,) slopes, 0 where x does not vary within a group or y only by rounding; (K,) standard
+            errors, inf where
+        nothing is left to estimate them from.
     """
     seen = ~np.isnan(y)
     member = (group == np.unique(group)[:, None]).astype(np.float64)  # (G, n)

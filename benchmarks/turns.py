@@ -20,9 +20,9 @@ from typing import Any, TextIO
 class Turns:
     """The contender's side. Call `ready` once, `step` at the end of each optimizer step.
 
-    Args: commands, answers: where lines are read and written. Without them standard input and
-        output, and whatever else the
-            process prints goes to standard error.
+    Args:
+        commands, answers: where lines are read and written. Without them standard input and output,
+            and whatever else the process prints goes to standard error.
     """
 
     def __init__(self, commands: TextIO | None = None, answers: TextIO | None = None):

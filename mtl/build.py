@@ -36,7 +36,7 @@ from mtl.output import manifest, provenance, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
-from mtl.train import gram
+from mtl.train import gram, reference
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.run import Run
@@ -161,6 +161,9 @@ def build(
 ) -> Run:
     """The parts of a run. A collective; the process group exists.
 
+    The engine holds the starting weights here, in a resumed run too: an objective's reference is
+    computed from them, before `restore` reads the checkpoint.
+
     Args:
         engine: None: `start_engine`.
         packed: whether rows are packed; None: as `batch.packing` says, which may measure the model.
@@ -185,9 +188,9 @@ def build(
         ranks = comm.world(), comm.rank()
         return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
 
-    validation = validation_groups_for(
-        config, tasks, layouts(config.evaluate.tokens or config.batch.tokens)
-    )
+    evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
+    reference.fill(engine, goals.each, tasks, evaluated, say)
+    validation = validation_groups_for(config, tasks, evaluated)
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
     comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs

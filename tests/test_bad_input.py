@@ -484,7 +484,7 @@ CHANGES = {
     "seed": (
         None,
         ["train.seed=1"],
-        "  train: checkpoint {'steps': 4, 'epochs': None, 'seed': 0}, now ",
+        "  train.seed: checkpoint 0, now 1",
     ),
     "batch": (None, ["batch.examples=7"], "  batch.examples: checkpoint 6, now 7"),
     "learning rate": (None, ["optimizer.lr=0.1"], "  optimizer: checkpoint {"),

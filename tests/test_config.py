@@ -437,7 +437,7 @@ def test_one_wrong_line(line, error):
         ),
         (
             "macro: {train: a, validation: b, format: text}",
-            "tasks.macro: found the name 'macro', wanted none of macro, token, worst, ., ... Rename the task.",
+            "tasks.macro: found the name 'macro', wanted none of macro, token, worst, average, ., ... Rename the task.",
         ),
         (
             "a: {train: a, format: text}",

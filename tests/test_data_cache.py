@@ -599,6 +599,16 @@ def test_a_number_of_the_training_rows_is_held_out(tmp_path):
         held_out(tmp_path, rows, 50)
 
 
+def test_a_part_needs_examples_that_show_what_they_hold(tmp_path):
+    class Opaque:
+        pass
+
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    tasks = {"a": {"train": name, "validation": "50%", "format": "text"}}
+    with pytest.raises(DataError, match="found Opaque from the format, whose repr does not show"):
+        prepare(config(tmp_path, tasks), encoders(tasks), {"a": lambda row: Opaque()}, print)
+
+
 def test_unreadable_rows_are_reported_once_beside_a_part(tmp_path):
     name = write(tmp_path / "a.jsonl", *[f'{{"text": "{i}"}}' for i in range(40)], "oops")
     tasks = {"a": {"train": name, "validation": "50%", "format": "text"}}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mtl.config import ConfigError, parse
 from mtl.data.mix import Mix, Order
+from mtl.output import provenance
 
 MANY = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 EPOCHS = st.sampled_from(["first", "all"])
@@ -119,3 +120,16 @@ def test_a_replica_that_is_not_there():
             train: {steps: 5, order: {scheme: rotate, replica: 2, of: 2}}
             output: x
         """)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "grows"), [("rotate", True), ("shuffle", True), ("batch", False)]
+)
+def test_a_run_may_grow_where_its_order_does_not_depend_on_its_length(scheme, grows):
+    order = f"order: {{scheme: {scheme}, replica: 0, of: 2}}"
+    config = parse(
+        "{model: {name: m}, tasks: {a: {train: x, validation: x, format: text}}, output: o, "
+        f"train: {{steps: 5, {order}}}}}"
+    )
+    one, other = (provenance.identity(config, [], steps) for steps in (5, 9))
+    assert (one["train.order"] == other["train.order"]) is grows

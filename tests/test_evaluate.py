@@ -55,6 +55,17 @@ def test_the_losses_are_those_of_the_runs_own_pass(yaml):
         assert summary["macro"] == pytest.approx(line["eval/macro"], rel=1e-5)
 
 
+def test_rows_that_are_held_out_are_those_of_the_run(yaml):
+    held, output = "tasks.copy.validation=25%", yaml.parent / "held"
+    runs.train(yaml, "train.steps=1", held, f"output={output}").well()
+    config = plugins.read(str(yaml), [held])
+    data = evaluation.rows(config, "validation")
+    summary = evaluation.evaluator(config, data)(yaml.parent / "model").summary(list(config.tasks))
+    first = next(line for line in runs.metrics(output) if "eval/macro" in line)
+    assert summary["copy"] == pytest.approx(first["eval/copy/loss"], rel=1e-5)
+    assert 0 < len(data.tasks[0].validation) < 24
+
+
 def test_halves_are_parts_of_the_whole(yaml):
     evaluate, names = evaluation.halves(str(yaml))
     config = plugins.read(str(yaml))

@@ -112,4 +112,5 @@ def test_the_page_checks_too(folder, monkeypatch, capsys):
     code = process.exit_code(program["main"])
     out, err = capsys.readouterr()
     assert code == 0 and "nothing stands in the way of a run" in out, out + err
+    assert "unknown: the model has no configuration" in out
     assert re.search(r"[ab]{10} -> 0\.\d\d", out), out

@@ -232,7 +232,9 @@ def test_new_tokens_beside_an_adapter_must_be_trained_with_it(tmp_path):
     yaml = more_tokens(tmp_path)
     ended = runs.train(yaml, *STEPS, "model.lora.r=2")
     assert ended.codes == [1]
-    assert "model.lora.modules_to_save: found [], wanted embed_tokens and lm_head in it" in ended.err
+    assert (
+        "model.lora.modules_to_save: found [], wanted embed_tokens and lm_head in it" in ended.err
+    )
     assert "The tokenizer has 262 tokens, the model 259" in ended.err
     runs.train(yaml, *STEPS, ROWS).well()
     merged = export(

@@ -359,6 +359,7 @@ def test_check_reports_specs_together_with_the_rest():
         "x.yaml:10: train: found neither steps nor epochs, wanted one of them. For instance train: {steps: 1000}.",
         "x.yaml:12: balancer.window: Ruler refuses it: window: found 0, wanted at least 1",
         "x.yaml:13: trackers.2: found 3, wanted a name, or a mapping with name and keywords.",
+        "x.yaml:13: trackers.3: found 'Log' a second time, wanted each tracker once.",
         "x.yaml:13: trackers.3.evry: found an unknown keyword, wanted one of every=3. Did you mean every?",
     ]
 

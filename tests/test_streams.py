@@ -357,6 +357,27 @@ def test_what_does_not_fit_is_refused(folder, text, overrides, wanted):
         config_of(yaml_of(folder, text), *overrides)
 
 
+def test_a_classifier_holds_out_a_part_and_looks_for_special_tokens(folder, bert):
+    lines = [f'{{"text": "row {i}", "label": {i % 2}, "id": {i}}}' for i in range(40)]
+    special = toys.tokenizer().eos_token
+    (folder / "held.jsonl").write_text("\n".join([*lines, f'{{"text": "z{special}", "label": 1}}']))
+    changes = [f"tasks.a.train={folder}/held.jsonl", "tasks.a.validation=25%"]
+    said: list[str] = []
+    a, b = build.encode(config_of(yaml_of(bert, LABELS), *changes), say=said.append).tasks
+    rows = [bytes(split.ids(i)) for split in (a.train, a.validation) for i in range(len(split))]
+    assert len(rows) == len({*rows}) == 41 and 4 <= len(a.validation) <= 18
+    notes = [split.report.notes for split in (a.train, a.validation)]
+    token = f"rows with the text of {special} in them, which becomes that token"
+    assert sum(one.get(token, 0) for one in notes) == 1
+    assert sum(one.get("rows with the key id, which nothing reads", 0) for one in notes) == 40
+    # The other task validates on its training rows.
+    n = len(b.train)
+    assert said[-1].startswith(f"b: {n} of {n} validation rows are among the training rows")
+    refused = config_of(yaml_of(bert, LABELS), *changes, "batch.special_text=refuse")
+    a, _ = build.encode(refused, say=said.append).tasks
+    assert len(a.train) + len(a.validation) == 40
+
+
 def test_packing_is_refused_where_the_objective_cannot(folder):
     config = config_of(yaml_of(folder), "batch.packing=true")
     with pytest.raises(ConfigError, match="batch.packing: found true, with an objective"):

@@ -188,7 +188,7 @@ def _communication(rank: _Rank) -> list[Part]:
 
 
 def _activations(config: Config, model: nn.Module, positions: int, targets: int) -> list[Part]:
-    if not hasattr(model, "config"):
+    if not isinstance(getattr(model, "config", None), PretrainedConfig):
         note = "unknown: the model has no configuration of transformers'"
         return [Part("activations", 0, rough=True, note=note)]
     settings: PretrainedConfig = model.config.get_text_config()

@@ -89,7 +89,7 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
-RESERVED = ("macro", "token", "worst", ".", "..")
+RESERVED = ("macro", "token", "worst", "average", ".", "..")
 
 
 class Section(BaseModel):

@@ -16,7 +16,9 @@ from mtl.data.next_token import NextToken
 
 
 class Layout:
-    """How the examples of one objective become this rank's micro-batches, in training and validation.
+    """How the examples of one objective become this rank's micro-batches.
+
+    Training and validation share it.
 
     Args:
         world, rank: data-parallel ranks, and which one this is.
@@ -185,7 +187,7 @@ class TrainBatches:
         return self._coming.pop(step).result()
 
     def by_stream(self, step: int) -> list[list[Batch]]:
-        """The examples of `batch(step)` stream by stream: for each its micro-batches on this rank."""
+        """The examples of `batch(step)`: for each stream its micro-batches on this rank."""
         make = functools.partial(self.layouts.by_stream, self._splits)
         return self._worker.submit(lambda: make(*self.mix.batch(step), self._key(step))).result()
 
@@ -213,10 +215,11 @@ class ValidationGroups:
     group has one row of each stratum, drawn by a permutation keyed by seed and task. Neither world
     size nor layout change the groups.
 
-    Args: tasks: K tasks. groups: groups wanted. `self.groups`, the effective number, is limited by
-        the smallest task so that every group
-            holds as many examples of every task as the others: whoever asks should say so when the
-            two differ.
+    Args:
+        tasks: K tasks.
+        groups: groups wanted. `self.groups`, the effective number, is limited by the smallest task
+            so that every group holds as many examples of every task as the others: whoever asks
+            should say so when the two differ.
         seed: keys the draw.
         layout: how examples become micro-batches.
         examples: (K,) of each task in a group (of a task with fewer rows: all of them). None: every

@@ -65,9 +65,11 @@ def prepare(
         formats: each stream's format, its keywords bound.
         say: takes messages for people: what is encoded, and what is waited for.
 
-    Returns: the streams in the order of `config.tasks`.
+    Returns:
+        the streams in the order of `config.tasks`.
 
-    Raises: DataError with every problem of every task.
+    Raises:
+        DataError: every problem of every task.
     """
     root, problems, tasks = Path(config.cache).expanduser(), [], []
     for name, task in config.streams.items():
@@ -119,12 +121,15 @@ def encode_split(
     """The rows of `sources`, one source after the other, encoded; from the cache under `root` if it
     has them.
 
-    Args: cap: keep the first so many usable rows, in the order of the sources, and read no further;
-        None = all. label: what to call it in messages. side: keep those rows only whose content
-        falls on one side of a split; None = all.
+    Args:
+        cap: keep the first so many usable rows, in the order of the sources, and read no further;
+            None = all.
+        label: what to call it in messages.
+        side: keep those rows only whose content falls on one side of a split; None = all.
 
-    Raises: DataError if a source cannot be read, no row is left, or a row is too long and
-    `too_long: error` holds.
+    Raises:
+        DataError: a source cannot be read, no row is left, or a row is too long and `too_long:
+            error` holds.
     """
     key = _key(sources, to_example, examples, cap, side)
     folder = root / key
@@ -350,7 +355,7 @@ def _fraction(example: Any) -> float:
     """
     if type(example).__repr__ is object.__repr__:  # which names its place in memory
         raise DataError(
-            f"found a {type(example).__name__} from the format, whose repr does not show what it "
+            f"found {type(example).__name__} from the format, whose repr does not show what it "
             "holds; wanted a dataclass, to hold out a part of the rows. Or name validation rows"
         )
     digest = hashlib.blake2b(repr(example).encode(), digest_size=8).digest()

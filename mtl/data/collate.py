@@ -74,9 +74,11 @@ def collate(
     """Lay rows of examples out as one micro-batch; no rows at all give one dummy row without
     targets.
 
-    Args: most: target tokens of the rank that has most of them in this forward, where it may be
-        another. tokens: the most positions there may be; where given, rows are made somewhat longer
-        for the sake of `TILES`.
+    Args:
+        most: target tokens of the rank that has most of them in this forward, where it may be
+            another.
+        tokens: the most positions there may be; where given, rows are made somewhat longer for the
+            sake of `TILES`.
 
     An example of n tokens takes n - 1 positions: its last token is only predicted, and nothing from
     it. Padded (one example a row): padding stands on the right and is masked by length, never by
@@ -143,17 +145,21 @@ def deal(
     """Cut examples into rows, rows into micro-batches, and deal these over ranks. Pure arithmetic
     on the lengths.
 
-    Args: lengths: (n,) positions of each example. world: ranks. More ranks than examples is fine:
-        the others get empty micro-batches. tokens: the most positions, padding included, of a
-        micro-batch: rows times longest row. row_length: None = one example a row; else examples are
-        packed whole into rows of at most so many positions.
+    Args:
+        lengths: (n,) positions of each example.
+        world: ranks. More ranks than examples is fine: the others get empty micro-batches.
+        tokens: the most positions, padding included, of a micro-batch: rows times longest row.
+        row_length: None = one example a row; else examples are packed whole into rows of at most so
+            many positions.
 
-    Returns: [rank][micro][row] -> indices into `lengths`. Every index once; as many micro-batches
-        on every rank, an empty list where a rank has none left (`collate` makes the dummy row); the
-        largest first, so that what does not fit in memory fails at once. Ranks differ in padded
-        positions by no more than one micro-batch.
+    Returns:
+        [rank][micro][row] -> indices into `lengths`. Every index once; as many micro-batches on
+            every rank, an empty list where a rank has none left (`collate` makes the dummy row);
+            the largest first, so that what does not fit in memory fails at once. Ranks differ in
+            padded positions by no more than one micro-batch.
 
-    Raises: ValueError if an example does not fit.
+    Raises:
+        ValueError: an example does not fit.
     """
     limit = tokens if row_length is None else row_length
     if limit > tokens:

@@ -41,7 +41,8 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
         model: the config's section.
         where: file and line of its name, for errors.
 
-    Raises: DataError if it cannot be loaded, or would run code that came with it.
+    Raises:
+        DataError: it cannot be loaded, or would run code that came with it.
     """
     name = str(adapter_folder(model.name) or model.name)
     adapter = Path(name) / "adapter_config.json"
@@ -102,12 +103,17 @@ class Encoder:
     tokens that the prompt has when the model is used. Text: opening tokens, text, eos; all are
     targets but the very first token.
 
-    Args: tokenizer: of the model. Needs an eos token for Completion and Text, a chat template for
-        Messages. max_length: most tokens of an example. too_long: what happens to a longer one:
-        "truncate" it at the end, or (drop, error) raise a RowProblem. special_text: what happens to
-        text of a special token inside the data: "keep" it as that token, or "refuse" the row.
+    Args:
+        tokenizer: of the model. Needs an eos token for Completion and Text, a chat template for
+            Messages.
+        max_length: most tokens of an example.
+        too_long: what happens to a longer one: "truncate" it at the end, or (drop, error) raise a
+            RowProblem.
+        special_text: what happens to text of a special token inside the data: "keep" it as that
+            token, or "refuse" the row.
 
-    Raises: RowProblem for an example that cannot be used; DataError where no example could.
+    Raises:
+        RowProblem for an example that cannot be used; DataError where no example could.
     """
 
     def __init__(
@@ -124,10 +130,7 @@ class Encoder:
         self._opening = next(
             (full[:i] for i in range(len(full)) if full[i : i + len(bare)] == bare), []
         )
-        added = tokenizer.added_tokens_decoder.values()
-        self._specials = _any_of(
-            {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
-        )
+        self._specials = special_texts(tokenizer)
         # No token stands for more characters than its own text has (a byte-level one: bytes).
         self._widest = max(map(len, tokenizer.get_vocab()), default=1)
 
@@ -151,14 +154,7 @@ class Encoder:
         return self._limited(np.array(ids, dtype=np.int32), np.array(target, dtype=bool))
 
     def _look(self, texts: Iterable[str], note: Note) -> None:
-        """Text of special tokens in the data becomes these tokens: an answer may end too early."""
-        found = sorted({match[0] for text in texts for match in self._specials.finditer(text)})
-        if found and self.special_text == "refuse":
-            raise RowProblem(
-                "special token", f"found the text of {found[0]}, which the model reads as a token"
-            )
-        for token in found:
-            note(f"rows with the text of {token} in them, which becomes that token", 1)
+        look_for(self._specials, texts, self.special_text, note)
 
     def _bare(self, text: str) -> str:
         """Without the eos at its end, which an answer may bring along."""
@@ -347,10 +343,35 @@ class Encoder:
         return self.tokenizer.eos_token_id
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of some texts; nothing, where there are none."""
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds the tokenizer's special tokens, the longest first; nothing, where there are none."""
+    added = tokenizer.added_tokens_decoder.values()
+    texts = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     longest = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+
+def look_for(
+    specials: re.Pattern[str],
+    texts: Iterable[str],
+    policy: Literal["keep", "refuse"],
+    note: Note,
+) -> None:
+    """Text of special tokens in the data becomes these tokens: an answer may end too early.
+
+    Args:
+        policy: `batch.special_text`.
+
+    Raises:
+        RowProblem: such a text is found, and the policy is "refuse".
+    """
+    found = sorted({match[0] for text in texts for match in specials.finditer(text)})
+    if found and policy == "refuse":
+        raise RowProblem(
+            "special token", f"found the text of {found[0]}, which the model reads as a token"
+        )
+    for token in found:
+        note(f"rows with the text of {token} in them, which becomes that token", 1)
 
 
 def _texts(example: Messages) -> Iterator[str]:

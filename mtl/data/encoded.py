@@ -121,11 +121,12 @@ class Encoded:
         self._table, self._places = table, list(places)
         self.fingerprint, self.report = fingerprint, report
         self.names = tuple(columns)
-        self._columns = {
+        stored = {
             name: _Ragged(table.column(name), kind.to_pandas_dtype())
             for name, kind in columns.items()
         }
-        lengths = {name: column.lengths for name, column in self._columns.items()}
+        self._columns: dict[str, _Ragged | np.ndarray] = dict(stored)
+        lengths = {name: column.lengths for name, column in stored.items()}
         self.lengths = lengths[self.names[0]]
         self.positions = positions(lengths)
         counted = [name for name in table.column_names if name.startswith("targets")]
@@ -183,6 +184,12 @@ class Encoded:
     def columns(self, i: int) -> dict[str, np.ndarray]:
         """Row i: its 1-D arrays by name, read-only."""
         return {name: column[i] for name, column in self._columns.items()}
+
+    def attach(self, name: str, values: np.ndarray) -> None:
+        """One more column, in memory alone: (n, m), row i's elements. Replaces one of that name."""
+        assert len(values) == len(self), f"{name}: {len(values)} for {_rows(len(self))}"
+        values.setflags(write=False)
+        self._columns[name] = values
 
     def ids(self, i: int) -> np.ndarray:
         """Of next-token prediction: (lengths[i],) int32, read-only."""

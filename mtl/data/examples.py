@@ -124,8 +124,8 @@ class Examples(Protocol):
 
     Attributes:
         packs: whether several pieces may share a row, none seeing another.
-        makes_dummies: whether `collate` of no rows gives a batch without targets. Where it does not, a
-            rank without an example runs another one's row, whose terms are silenced.
+        makes_dummies: whether `collate` of no rows gives a batch without targets. Where it does
+            not, a rank without an example runs another one's row, whose terms are silenced.
         columns: Arrow's type of an element, for each column of a row.
         identity: JSON-able: all that decides how an example is encoded. It keys the cache.
 

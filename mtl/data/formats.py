@@ -20,6 +20,7 @@ FORMATS = {
     "alpaca": "mtl.data.formats:alpaca",
     "sharegpt": "mtl.data.formats:sharegpt",
     "chat_rounds": "mtl.data.formats:chat_rounds",
+    "preference": "mtl.data.preference:preference",
 }
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, by model family
@@ -30,9 +31,11 @@ class Messages:
     """A conversation for the chat template. Every assistant turn is a target, its end-of-turn token
     included, but those in `context`.
 
-    Attributes: messages: role, content, and whatever else the template reads (tool_calls, name
-        ...). tools: JSON schemas of functions. context: numbers (from 0) of assistant turns that
-        are no targets. may_drop: of LEFT_OUT, what the template may leave out.
+    Attributes:
+        messages: role, content, and whatever else the template reads (tool_calls, name ...).
+        tools: JSON schemas of functions.
+        context: numbers (from 0) of assistant turns that are no targets.
+        may_drop: of LEFT_OUT, what the template may leave out.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -68,7 +71,21 @@ class Labeled:
     labels: Sequence[str] | None = None  # the names there are, in their order; None: as found
 
 
-Example = Messages | Completion | Text | Labeled
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, the better one first: examples that differ in their answers alone.
+
+    Attributes:
+        chosen, rejected: two Completions of one prompt, or two Messages of the same first turns.
+        shared: turns of the prompt; 0 for Completions.
+    """
+
+    chosen: "Messages | Completion"
+    rejected: "Messages | Completion"
+    shared: int = 0
+
+
+Example = Messages | Completion | Text | Labeled | Preference
 Format = Callable[[Mapping[str, Any]], Example]
 
 
@@ -98,8 +115,10 @@ def messages(
     Content is text, or a list of text parts, which are joined. `weight: 0` or `train: false` makes
     a turn of the assistant context. `arguments` of `tool_calls` are an object or its JSON.
 
-    Args: messages, tools, system: keys of the row. roles: further names of roles, and which of
-        ROLES each is. may_drop: of LEFT_OUT, what the chat template may leave out of a row.
+    Args:
+        messages, tools, system: keys of the row.
+        roles: further names of roles, and which of ROLES each is.
+        may_drop: of LEFT_OUT, what the chat template may leave out of a row.
     """
     said = _get(row, messages, list)
     if row.get(system):

@@ -72,12 +72,14 @@ def myself() -> Owner:
 def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> None:
     """Make sure that `folder` exists: build it, or wait for the process that does.
 
-    Args: folder: made whole or not at all. build: fills the empty folder it is given; it calls its
-        second argument with its progress (a few words)
-            every few seconds, which the waiting see.
+    Args:
+        folder: made whole or not at all.
+        build: fills the empty folder it is given; it calls its second argument with its progress (a
+            few words) every few seconds, which the waiting see.
         say: takes messages for people.
 
-    Raises: what `build` raises; in a process that waited, a DataError with the same text.
+    Raises:
+        what `build` raises; in a process that waited, a DataError with the same text.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")

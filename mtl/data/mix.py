@@ -50,11 +50,14 @@ class Order:
 class Mix:
     """The endless sequence of global batches over K tasks.
 
-    Args: names: the tasks. A task's name is part of the key of its row order, its place in the list
-        is not. sizes: (K,) training rows of each task, >= 1. shares: (K,) positive numbers, up to a
-        common factor the tasks' parts of all draws: see `shares_for`. After any
-            M draws a task's count differs from `share * M` by at most (1 + share * (K - 2)) / 2,
-            the share in 0..1. With `shares == sizes` the first sum(sizes) draws are every row once.
+    Args:
+        names: the tasks. A task's name is part of the key of its row order, its place in the list
+            is not.
+        sizes: (K,) training rows of each task, >= 1.
+        shares: (K,) positive numbers, up to a common factor the tasks' parts of all draws: see
+            `shares_for`. After any M draws a task's count differs from `share * M` by at most (1 +
+            share * (K - 2)) / 2, the share in 0..1. With `shares == sizes` the first sum(sizes)
+            draws are every row once.
         examples: examples in a global batch, B.
         seed: keys every permutation.
         order: the replica; None: the one order.
@@ -182,7 +185,8 @@ def shares_for(
     arXiv 1907.05019, section 3). `epochs`: n_k e_k, so that the tasks have passed e_k times when
     all sum(n_k e_k) draws are done.
 
-    Raises: ValueError for an unknown kind, or a number that is missing or not positive.
+    Raises:
+        ValueError: an unknown kind, or a number that is missing or not positive.
     """
 
     def given(key: str, values: Sequence[float | None] | None) -> list[Fraction]:

@@ -93,7 +93,8 @@ def open_source(name: str, split: str = "train") -> Source:
     """Find out what `name` is: a file, a folder, or `dataset[:config[:split]]` on the hub (`split`
     if it names none).
 
-    Raises: DataError saying what was looked for.
+    Raises:
+        DataError: what was looked for.
     """
     path = Path(name).expanduser()
     if "://" in name or path.exists() and not (path.is_file() or path.is_dir()):

@@ -40,9 +40,11 @@ class Span(NamedTuple):
 class Turns(NamedTuple):
     """A rendered conversation.
 
-    Attributes: text: the rendering. spans: of the assistant's turns, `Messages.context` included.
+    Attributes:
+        text: the rendering.
+        spans: of the assistant's turns, `Messages.context` included.
         unreasoned: how many turns before the last question stand there without their reasoning, as
-        in templates that show a model none of its earlier thoughts.
+            in templates that show a model none of its earlier thoughts.
     """
 
     text: str
@@ -58,8 +60,9 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
     turn otherwise than the last one, the turn begins behind what both share, and ends with the
     first of `specials`. Costs two renderings, and a short one for every kind of turn.
 
-    Raises: RowProblem where the template leaves out what `example.may_drop` does not name, or
-    where the turns cannot be told apart.
+    Raises:
+        RowProblem: the template leaves out what `example.may_drop` does not name, or where the
+            turns cannot be told apart.
     """
     text = render(example)
     marks = _Marks(text)

@@ -254,7 +254,8 @@ class Engine:
     def step(self, lr: float) -> float:
         """Update the parameters with learning rate `lr`, unless the gradient is not finite.
 
-        Returns: the global gradient norm before clipping.
+        Returns:
+            the global gradient norm before clipping.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -329,9 +330,7 @@ class Engine:
         """
         _refuse_nvme(self._engine, folder)
         comm.together(lambda: _refuse(folder, shards))
-        comm.together(
-            lambda: shutil.rmtree(scratch, ignore_errors=True) if comm.rank() == 0 else None
-        )
+        comm.on_first(lambda: shutil.rmtree(scratch, ignore_errors=True))
         self.save(scratch / "engine")
         comm.barrier()
         known = {id(p): name for name, p in self.module.named_parameters()}
@@ -342,7 +341,7 @@ class Engine:
         )
         self.load(scratch / "engine")
         comm.barrier()  # none still reads
-        comm.together(lambda: shutil.rmtree(scratch) if comm.rank() == 0 else None)
+        comm.on_first(lambda: shutil.rmtree(scratch))
 
     def state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
         """The whole parameters and persistent buffers, on the CPU of rank 0 (elsewhere empty). A

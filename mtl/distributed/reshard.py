@@ -217,8 +217,10 @@ def _stages_1_and_2(
     """A rank's pieces. All parameters stand in a row, which is parted where a rank's share ends: so
     a piece starts where that of the rank before ends.
 
-    Args: groups: of each group DeepSpeed's fragments by name, whose `start` is the offset in this
-        rank's flat tensor. before: elements of each parameter that the ranks before hold.
+    Args:
+        groups: of each group DeepSpeed's fragments by name, whose `start` is the offset in this
+            rank's flat tensor.
+        before: elements of each parameter that the ranks before hold.
     """
     for group, fragments in enumerate(groups):
         for name, fragment in fragments.items():
@@ -229,7 +231,8 @@ def _stage_3(groups: Sequence[Mapping[str, Any]], rank: int, world: int) -> Iter
     """A rank's pieces. Every parameter is cut into as many equal parts as there are ranks, the last
     ones padded.
 
-    Args: groups: of each group the parameters' shapes by name.
+    Args:
+        groups: of each group the parameters' shapes by name.
     """
     for group, shapes in enumerate(groups):
         offset = 0

@@ -65,7 +65,8 @@ class Balance:
                 names it: `valid_loss` (`valid_base`, `valid_group`), `gram` ... Steps where nothing
                 was measured leave it out. Rank 0's count.
 
-        Returns: (K,) float64, the weights.
+        Returns:
+            (K,) float64, the weights.
 
         Raises:
             ValueError: a signal that the balancer reads is never given, or one it does not read is;
@@ -83,19 +84,9 @@ class Balance:
             signals["tokens"] = tokens.cpu().numpy()
         if Signal.TRAIN_LOSS in needs:
             signals["train_loss"] = self.losses
-        weights = torch.zeros(k, dtype=torch.float64)
-        if (
-            comm.together(
-                lambda: (
-                    self.holder.update(Signals(step=self.step, **signals))
-                    if comm.rank() == 0
-                    else None
-                )
-            )
-            is not None
-        ):
-            weights.copy_(torch.from_numpy(self.holder.weights))
-        self.weights = comm.broadcast_(weights).numpy()
+        # Rank 0 alone: numpy on unlike hosts differs in last bits.
+        seen = Signals(step=self.step, **signals)
+        self.weights = comm.on_first(lambda: self.holder.update(seen))
         self._present = tokens.cpu().numpy() > 0
         self._tokens, self._sums = tokens, torch.zeros(k, dtype=torch.float64, device=tokens.device)
         return self.weights

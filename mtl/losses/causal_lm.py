@@ -17,10 +17,10 @@ def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: floa
 
     The head also runs when there is no target: at ZeRO 3 every rank must gather the head's weights.
 
-    Args: router_loss: coefficient of the load-balancing loss that transformers computes for a
-        mixture of experts (Switch
-            Transformers, arXiv 2101.03961, eq. 4-6), over a micro-batch's positions; 0 = none. A
-            model's own is its configuration's `router_aux_loss_coef`.
+    Args:
+        router_loss: coefficient of the load-balancing loss that transformers computes for a mixture
+            of experts (Switch Transformers, arXiv 2101.03961, eq. 4-6), over a micro-batch's
+            positions; 0 = none. A model's own is its configuration's `router_aux_loss_coef`.
 
     Raises:
         ValueError: a router loss is asked of a model that has none.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl.config import Config
-from mtl.data.encode import tokenizer_fingerprint
+from mtl.data.encode import Note, look_for, special_texts, tokenizer_fingerprint
 from mtl.data.encoded import DataError, Encoded
 from mtl.data.examples import LOSS, Batch, Book, Piece, Row
 from mtl.data.formats import Labeled, RowProblem
@@ -73,6 +73,7 @@ class LabelExamples:
 
     packs = False
     makes_dummies = False
+    notes = True
     columns: Mapping[str, pa.DataType] = {
         "ids": pa.int32(), "label": pa.uint8(), "labels": pa.uint8()
     }  # fmt: skip
@@ -80,15 +81,16 @@ class LabelExamples:
     def __init__(self, book: Book, tokenizer: Any, config: Config):
         self.book, self.tokenizer = book, tokenizer
         self.max_length, self.too_long = config.batch.max_length, config.batch.too_long
+        self.special_text, self._specials = config.batch.special_text, special_texts(tokenizer)
         self.pad_id = tokenizer.pad_token_id or 0
         self.labels: dict[str, list[str]] = {}
 
     @property
     def identity(self) -> Any:
         length = [self.max_length, self.too_long == "truncate"]
-        return [tokenizer_fingerprint(self.tokenizer), length]
+        return [tokenizer_fingerprint(self.tokenizer), length, self.special_text]
 
-    def encode(self, example: Any) -> Row:
+    def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
         if not isinstance(example, Labeled):
             found = type(example).__name__
             raise RowProblem(
@@ -97,6 +99,7 @@ class LabelExamples:
         if not example.text.strip():
             raise RowProblem("no target", "the text is empty")
         texts = [example.text] + [example.pair] * (example.pair is not None)
+        look_for(self._specials, texts, self.special_text, note)
         ids = self.tokenizer(*texts, verbose=False)["input_ids"]
         truncated = len(ids) > self.max_length
         if truncated and self.too_long != "truncate":
@@ -163,7 +166,7 @@ class LabelExamples:
 
 
 class Classification:
-    """Cross-entropy over a task's labels, in nats per example; accuracy and macro-F1 as measures."""
+    """Cross-entropy over a task's labels, nats per example; measures accuracy and macro-F1."""
 
     losses = (LOSS,)
     unit = "example"

@@ -34,10 +34,11 @@ def slice_rows(hidden: int) -> int:
 class Targets(NamedTuple):
     """What is to be predicted in a forward of (R, L) positions.
 
-    Attributes: at: (T,) int64, ascending flat positions (row * L + column) that predict a target.
-        labels: (T,) int64, the ids to predict there. most: the largest T of any rank in this
-        forward: every rank cuts into as many slices, because at ZeRO 3 each of
-            them gathers the head's weights.
+    Attributes:
+        at: (T,) int64, ascending flat positions (row * L + column) that predict a target.
+        labels: (T,) int64, the ids to predict there.
+        most: the largest T of any rank in this forward: every rank cuts into as many slices,
+            because at ZeRO 3 each of them gathers the head's weights.
     """
 
     at: Tensor
@@ -70,12 +71,14 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
     The first slice is computed with the decoder; any further one is computed again in the backward
     pass, so that one slice's logits are held at a time. Padded or packed makes no difference here.
 
-    Args: kernel: "liger": Liger's fused linear cross-entropy in place of slices. The first forward
-        raises ValueError if the model's
-            head does more than multiply (a scale, a soft cap), which the kernel would leave out.
+    Args:
+        kernel: "liger": Liger's fused linear cross-entropy in place of slices. The first forward
+            raises ValueError if the model's head does more than multiply (a scale, a soft cap),
+            which the kernel would leave out.
 
-    Raises: TypeError: as `decoder_of`; or the head is no plain linear module, and a kernel is asked
-        for.
+    Raises:
+        TypeError: as `decoder_of`; or the head is no plain linear module, and a kernel is asked
+            for.
     """
     causal, name = decoder_of(model)
     plain = causal.forward

@@ -10,6 +10,9 @@ module's in evaluation. It may have, as attributes:
     examples    examples(book, tokenizer, config) -> Examples: how rows are encoded and collated.
                 Default: next-token prediction
     measures    name -> Measure: what validation reports beside losses. Default: none
+    reference   reference(forward, batch) -> (B, m): what the model says of each of a batch's B
+                pieces. It is asked once, of the starting model, before step 1 (train/reference.py);
+                from then on a piece has the answer as its column "reference". Default: none
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +29,7 @@ from mtl.losses.terms import Terms
 OBJECTIVES = {
     "causal_lm": "mtl.losses.causal_lm:causal_lm",
     "classification": "mtl.losses.classification:Classification",
+    "preference": "mtl.losses.preference:Preference",
 }
 
 
@@ -67,6 +71,11 @@ def measures_of(objective: Any) -> Mapping[str, Measure]:
 def maker_of_examples(objective: Any) -> Callable[..., Any] | None:
     """`examples(book, tokenizer, config)` of the objective; None: next-token prediction."""
     return getattr(_plain(objective), "examples", None)
+
+
+def reference_of(objective: Any) -> Callable[..., Tensor] | None:
+    """`reference(forward, batch)` of the objective, where it compares with the starting model."""
+    return getattr(_plain(objective), "reference", None)
 
 
 def _plain(objective: Any) -> Any:

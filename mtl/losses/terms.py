@@ -32,8 +32,8 @@ class Terms:
         sums: (K,) float32, differentiable; summed losses per task, in nats.
         counts: (K,) int64; what each is divided by: target tokens, examples or pairs.
         penalties: by name, scalars, differentiable, each times its coefficient.
-        measures: by name, (K, m), what validation adds up for `objective.Measure`; the same names in
-            every micro-batch of an objective. Training ignores them.
+        measures: by name, (K, m), what validation adds up for `objective.Measure`; an objective
+            gives the same names in every micro-batch. Training ignores them.
     """
 
     sums: Tensor

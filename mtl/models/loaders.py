@@ -1,7 +1,9 @@
-"""From a name to a module. A loader is one function, `loader(config, tokenizer, examples, *, empty)`.
+"""From a name to a module.
+
+A loader is one function, `loader(config, tokenizer, examples, *, empty)`.
 
 It loads the model in the training dtype, adds adapters and checkpointing where the config asks, and
-gives a module with `save_pretrained(folder, state_dict=...)`. Examples: one of each objective, which
+gives a module with `save_pretrained(folder, state_dict=...)`. Examples: one of each objective; they
 may tell what the model needs to know, such as a classifier's labels. Empty: on the meta device,
 without weights, for `check`.
 """
@@ -60,8 +62,8 @@ def sequence_classification(
     labels = next((one.labels for one in examples if getattr(one, "labels", None)), None)
     if labels is None:
         raise ModelError(
-            f"{config.where('model.loader')}: model.loader: found sequence_classification without an "
-            "objective that has labels, wanted `objective: classification`."
+            f"{config.where('model.loader')}: model.loader: found sequence_classification without "
+            "an objective that has labels, wanted `objective: classification`."
         )
     names = [
         label if len(labels) == 1 else f"{task}: {label}"

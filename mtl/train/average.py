@@ -94,7 +94,7 @@ class Average:
         for i, copy in enumerate(self.copies):
             parts = masters.whole(self.engine, copy)
             found |= {f"{i}.{name}": values for name, values in parts.items()}
-        comm.together(lambda: save_file(found, file) if comm.rank() == 0 else None)
+        comm.on_first(lambda: save_file(found, file))
 
     def load(self, file: Path) -> None:
         """Go on from what `save` wrote. A collective."""

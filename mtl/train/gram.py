@@ -1,8 +1,7 @@
 """The Gramian of the tasks' gradients: each task's own backward over its own rows, all-reduced,
 then multiplied.
 
-    gram[i, j] = <grad L_i, grad L_j>        L_i = task i's loss over the global batch, nats per
-    target token
+    gram[i, j] = <grad L_i, grad L_j>    L_i: task i's loss over the global batch, nats per token
 
 Gradients are taken by `torch.autograd.grad` through the bare module. Through the engine's output it
 raises at ZeRO 0, 2 and 3, and at ZeRO 1 it silently spoils both the Gramian and the update. Inner
@@ -42,9 +41,9 @@ CHUNK = 2**20  # gradient entries that are made fp64 at a time: their products a
 def select(module: nn.Module, which: str) -> dict[str, nn.Parameter]:
     """The trainable parameters a Gramian covers, by name.
 
-    Args: which: "all"; "last_layer": those of the last block of the model's longest list of blocks;
-        "adapter": LoRA's;
-            else a regular expression that is searched for in the names.
+    Args:
+        which: "all"; "last_layer": those of the last block of the model's longest list of blocks;
+            "adapter": LoRA's; else a regular expression that is searched for in the names.
 
     Raises:
         ValueError: there are none.
@@ -75,9 +74,9 @@ def supply(needs: Signal, module: nn.Module, config: Config) -> list[nn.Paramete
     """What gradients are to be taken by for a balancer with these needs: none where it reads no
     Gramian.
 
-    Raises: ConfigError: `gram.params` matches no trainable parameter, or the balancer needs what
-        this trainer does not
-            measure.
+    Raises:
+        ConfigError: `gram.params` matches no trainable parameter, or the balancer needs what this
+            trainer does not measure.
     """
     unknown = needs & ~MEASURED
     if unknown:
@@ -106,8 +105,10 @@ def gradients(
     The module runs in the mode it is in (`engine.train()`, `engine.eval()`). No parameter's `.grad`
     is touched.
 
-    Args: tasks: K lists of this rank's micro-batches, the k-th with targets of task k only, as long
-        on every rank. parameters: those to differentiate by; N is their elements' number.
+    Args:
+        tasks: K lists of this rank's micro-batches, the k-th with targets of task k only, as long
+            on every rank.
+        parameters: those to differentiate by; N is their elements' number.
     """
     k = len(tasks)
     count = torch.stack(

@@ -13,13 +13,13 @@ class Patience:
     """`evaluate.patience` of the YAML. What changes is in the `RunState`: `lowest`, `stalled` and
     `held`.
 
-    Args: evaluations: full passes in a row without improvement after which a task is done, >= 1.
+    Args:
+        evaluations: full passes in a row without improvement after which a task is done, >= 1.
         action: "log": nothing but a word, and a task that improves again is not done any more.
-        "freeze": the task's
-            part of all weights stays what it was. "drop": it is 0. With both the others share the
-            rest in the balancer's proportions, and what is done stays done.
+            "freeze": the task's part of all weights stays what it was. "drop": it is 0. With both
+            the others share the rest in the balancer's proportions, and what is done stays done.
         margin: nats per target token below the lowest loss so far that count as an improvement, >=
-        0.
+            0.
     """
 
     evaluations: int

@@ -37,9 +37,11 @@ class GlobalBatch:
 class StepReport:
     """What one update saw, the same on every rank.
 
-    Attributes: losses: (K,) float64, nats per target token over the global batch; nan where the
-        task is absent. grad_norm: global gradient norm before clipping. penalties: by name, what
-        the loss holds beside the tasks' losses.
+    Attributes:
+        losses: (K,) float64, nats per target token over the global batch; nan where the task is
+            absent.
+        grad_norm: global gradient norm before clipping.
+        penalties: by name, what the loss holds beside the tasks' losses.
     """
 
     losses: np.ndarray
