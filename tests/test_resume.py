@@ -97,7 +97,8 @@ def test_killed_in_the_middle_of_a_step(yaml, case):
     died = runs.train(
         yaml, *settings, f"output={killed}", world=world, MISFORTUNE=f"kill step 7 {world - 1}"
     )
-    assert died.codes == [-9] * world
+    # A rank that sees its peer's connection close may end by itself before it is killed.
+    assert -9 in died.codes and all(died.codes) and len(died.codes) == world
     assert newest(killed).name == f"step-{resumed:08d}"
     assert (
         runs.metrics(killed)[-1]["step"] == 6
