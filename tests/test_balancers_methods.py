@@ -279,9 +279,10 @@ def test_metaweighting_gradient_is_that_of_a_look_ahead():
         rng.normal(size=(3, 6)),
         rng.normal(size=6),
     )
-    valid = lambda w, j: (
-        0.5 * np.sum((theta - 1e-4 * w @ (theta - center_train) - center_valid[j]) ** 2)
-    )  # noqa: E731
+
+    def valid(w: np.ndarray, j: int) -> float:
+        return 0.5 * np.sum((theta - 1e-4 * w @ (theta - center_train) - center_valid[j]) ** 2)
+
     gram = (theta - center_valid) @ (theta - center_train).T
     for j in range(3):
         for i in range(3):

@@ -18,6 +18,8 @@ from mtl.data.encoded import Encoded
 from mtl.data.marks import marked
 from mtl.data.plan import layouts_for, mix_for
 from mtl.models import load as models
+from mtl.output import manifest
+from mtl.output.checkpoint import RUN
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -214,6 +216,7 @@ def test_a_kernel_that_is_not_installed_here_is_a_remark(check):
 
 
 def test_a_folder_that_holds_a_run_is_found(check, tmp_path):
+    manifest.mark(tmp_path, RUN)
     (tmp_path / "metrics.jsonl").write_text("")
     code, _, err = check("--set", f"output={tmp_path}")
     assert code == 1 and "already holds a run" in err

@@ -12,6 +12,7 @@ from mtl.config import Config, ConfigError, parse
 from mtl.data.collate import MicroBatch, collate
 from mtl.distributed import engine
 from mtl.losses.causal_lm import causal_lm
+from mtl.models import accelerate
 from mtl.models import load as models
 from mtl.models.errors import ModelError
 from mtl.train.optimizer import optimizer
@@ -131,7 +132,7 @@ def test_what_cannot_be_compiled(folder, monkeypatch):
         match=r"model.compile: found true, wanted a C\+\+ compiler.* Install g\+\+, name one in CXX",
     ):
         models.load(config_for(folder, "model.compile=true"), toys.tokenizer())
-    monkeypatch.setattr(engine, "blocks", lambda module: ("", ()))
+    monkeypatch.setattr(accelerate, "blocks", lambda module: ("", ()))
     monkeypatch.setenv("CXX", "python")  # any program: it is not started
     with pytest.raises(
         ModelError, match="a model with a list of blocks; LlamaForCausalLM has none"

@@ -215,7 +215,7 @@ def test_what_cannot_be(yaml):
         (["model.quantize=nf4"], ["model.quantize: found nf4, wanted null", "add model.lora"]),
         (
             [*QLORA, "engine.zero=3"],
-            ["model.quantize: found nf4, wanted null at engine.zero 3", "with zero 2"],
+            ["model.quantize: found nf4, wanted null at engine.zero 3", "Use zero 2"],
         ),
         (
             ["model.lora={r: 4}", "model.quantize=int8"],
