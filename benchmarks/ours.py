@@ -123,7 +123,7 @@ def build_run(config: Config, turns: Turns) -> Run:
     run.batches.batch = clock.around("data_wait", run.batches.batch)
     for name in ("sum_", "broadcast_"):
         setattr(comm, name, clock.around("communication", getattr(comm, name)))
-    run.objective = clock.around("forward", run.objective)
+    run.objective.each = [clock.around("forward", one) for one in run.objective.each]
     run.batches.make = clock.apart("data_thread", run.batches.make)
     ours = Ours(turns, clock, run.names)
     ours.about = {

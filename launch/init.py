@@ -13,7 +13,6 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import process
-from mtl.check.starter import starter
 
 
 def main() -> None:
@@ -23,6 +22,8 @@ def main() -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet")
     parser.add_argument("--out", type=Path, help="file to write; the terminal where left out")
     args = parser.parse_args()
+    from mtl.check.starter import starter  # here: help comes at once without torch
+
     text = starter(args.files)
     if args.out is None:
         print(text, end="")

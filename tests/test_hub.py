@@ -125,7 +125,7 @@ def checked(tmp_path_factory) -> Iterator[tuple[dict[str, str], Hub, Path]]:
             "owner/missing",
             ["is not a local folder and is not a valid model identifier", "hf auth login"],
         ),
-        ("owner/remote", ["runs code that comes with it", "model.allow_remote_code: true"]),
+        ("owner/remote", ["needs code that comes with it", "model.allow_remote_code: true"]),
     ],
 )
 def test_it_says_the_model_the_line_and_the_next_move(checked, name, texts):
