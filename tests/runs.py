@@ -125,6 +125,12 @@ def train(
     return Ended(json.loads(answer), out, err, time.monotonic() - began)
 
 
+def without_a_launcher() -> dict[str, str]:
+    """The environment without what a process group made in this process has put there."""
+    theirs = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in theirs}
+
+
 def launch(
     launcher: Sequence[str],
     yaml: Path,
@@ -143,7 +149,7 @@ def launch(
         *more,
     ]
     env = {
-        **os.environ,
+        **without_a_launcher(),
         **ENVIRONMENT,
         **environment,
         "PYTHONPATH": os.pathsep.join(

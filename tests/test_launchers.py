@@ -173,7 +173,7 @@ def test_srun_and_mpirun_start_a_run(yaml, alike, launcher):
         *runs.arguments(yaml, [*STEPS, f"output={output}"], resume=False),
     ]
     environment = {
-        **os.environ, **runs.ENVIRONMENT, "MASTER_PORT": str(runs.free_port()),
+        **runs.without_a_launcher(), **runs.ENVIRONMENT, "MASTER_PORT": str(runs.free_port()),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     tasks = [

@@ -303,7 +303,7 @@ def test_a_method_that_answers_nonsense_is_named(models, tmp_path):
     def first(piece):
         return piece.base[:1]
 
-    with pytest.raises(MergeError, match=r"first: found \[1, 64\] for .*, wanted a tensor of"):
+    with pytest.raises(MergeError, match=r"first: found \[1(, \d+)?\] for .*, wanted a tensor of"):
         merge(str(models / "base"), abc(models), partial(first), tmp_path / "out")
 
 

@@ -281,22 +281,22 @@ def test_tasks_of_a_group_count_as_one(tmp_path):
 
 def test_a_balancer_from_outside_within_another(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "wrapped.py").write_text(
         "from balancers import Static\nclass Mine(Static):\n    def __init__(self, code): super().__init__(code)\n"
     )
     path, inner = (
         str(runs.write(tmp_path)),
-        "balancer.balancer={name: 'mine:Mine', code: [6, 3, 1]}",
+        "balancer.balancer={name: 'wrapped:Mine', code: [6, 3, 1]}",
     )
     settings = ["balancer={name: Bounded, floor: 0.2, balancer: CoBa}", inner]
-    holder = plugins.holder(plugins.read(path, settings, ["mine"]), ["mine"])
+    holder = plugins.holder(plugins.read(path, settings, ["wrapped"]), ["wrapped"])
     np.testing.assert_allclose(
         holder.update(Signals(0)), np.array([0.6, 0.3, 0.1]) * 4 / 7 + 1 / 7
     )  # the floor mixes in 3/7
-    assert holder.state_dict()["meta"]["settings"]["balancer"]["method"] == "mine:Mine"
+    assert holder.state_dict()["meta"]["settings"]["balancer"]["method"] == "wrapped:Mine"
     with pytest.raises(
         ConfigError,
-        match="balancer.balancer: found 'mine:Mine', code from outside.*--allow-code mine",
+        match="balancer.balancer: found 'wrapped:Mine', code from outside.*--allow-code wrapped",
     ):
         plugins.read(path, settings)
     grouped = plugins.read(
@@ -367,7 +367,7 @@ def test_gradients_that_cannot_be_had(tmp_path):
     ended = runs.train(
         yaml, "balancer=GradNorm", "gram.params=adapter", f"output={tmp_path / 'run'}"
     )
-    assert ended.codes == [1] and "There is no model.lora" in ended.err
+    assert ended.codes == [1] and "Adapters need model.lora" in ended.err
 
 
 def test_the_run_ends_when_all_tasks_are_done(tmp_path):
