@@ -75,6 +75,8 @@ def stub(calls: Calls, library: str) -> ModuleType:
 
 @pytest.fixture
 def calls(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # of a group that another test was in
+        monkeypatch.delenv(name, raising=False)
     yield Calls()
     PartialState._reset_state()
 
