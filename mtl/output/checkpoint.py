@@ -180,7 +180,7 @@ class Checkpoints:
         """
         name = f"step-{state.step:08d}"
         folder = self.folder / name
-        comm.together(lambda: self._clear(folder) if comm.rank() == 0 else None)
+        comm.on_first(lambda: self._clear(folder))
         engine.save(folder / "engine")
         save(engine, self.tokenizer, folder / "model", self.loader)
         if average is not None:
@@ -215,9 +215,9 @@ class Checkpoints:
 
         comm.together(write)
         manifest.seal_together(folder)  # every file is on the disk when this returns
-        comm.together(lambda: self._point_and_prune(name) if comm.rank() == 0 else None)
+        comm.on_first(lambda: self._point_and_prune(name))
         self.named = bests.named(state)
-        comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
+        comm.on_first(lambda: self._prune_bests(state))
         return folder
 
     def save_bests(
@@ -233,7 +233,7 @@ class Checkpoints:
             folder = self.output / "bests"
             comm.together(lambda: _check_best(folder, bests.folder_name(state.step)))
             bests.write(engine, self.tokenizer, folder, state.step, self.loader)
-            comm.together(lambda: self._prune_bests(state) if comm.rank() == 0 else None)
+            comm.on_first(lambda: self._prune_bests(state))
         return better
 
     def load(
@@ -271,9 +271,9 @@ class Checkpoints:
             )
             shards = record["layout"]["processes"] if record["layout"]["zero"] else 0
             scratch = self.folder / SCRATCH
-            comm.together(lambda: self._clear(scratch, SCRATCH) if comm.rank() == 0 else None)
+            comm.on_first(lambda: self._clear(scratch, SCRATCH))
             engine.reshard(folder / "engine", scratch / "engine", shards)
-            comm.together(lambda: manifest.discard(scratch, SCRATCH) if comm.rank() == 0 else None)
+            comm.on_first(lambda: manifest.discard(scratch, SCRATCH))
         if average is not None:
             average.load(folder / AVERAGE_FILE)
         self.best, self.best_weights = record["best"], record.get("best_weights", "model")
