@@ -5,7 +5,8 @@ A loader is one function, `loader(config, tokenizer, examples, *, empty)`.
 It loads the model in the training dtype, adds adapters and checkpointing where the config asks, and
 gives a module with `save_pretrained(folder, state_dict=...)`. Examples: one of each objective; they
 may tell what the model needs to know, such as a classifier's labels. Empty: on the meta device,
-without weights, for `check`.
+without weights, for `check`. Where the module has `trained_only = True`, what is saved are the
+parameters that are trained.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from mtl.models.errors import ModelError
 LOADERS = {
     "causal_lm": "mtl.models.loaders:causal_lm",
     "sequence_classification": "mtl.models.loaders:sequence_classification",
+    "kpe": "mtl.recipes.kpe.model:load",
 }
+PLAIN = ("causal_lm", "sequence_classification")  # a class of transformers opens what they save
 
 
 class Loader(Protocol):
