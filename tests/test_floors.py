@@ -147,6 +147,23 @@ def test_one_package_imports_deepspeed():
     assert homes == {"mtl.distributed"}
 
 
+PUBLIC = {
+    "mtl.config", "mtl.data.encode", "mtl.data.encoded", "mtl.data.examples", "mtl.data.formats",
+    "mtl.losses.objective", "mtl.losses.terms",
+    "mtl.models.load", "mtl.models.errors", "mtl.models.structure",
+}  # fmt: skip
+
+
+def test_recipes_use_public_points_only():
+    ours = modules()
+    recipes = {name for name in ours if name.startswith("mtl.recipes")}
+    used = {other for name in recipes for other in imports(name, ours[name], ours) if other in ours}
+    assert recipes and used - recipes - PUBLIC - {"mtl"} == set()
+    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    listed = page.partition("public points only")[2].partition("trained_only")[0]
+    assert {word.strip("`,") for word in listed.split() if word.startswith("`mtl.")} == PUBLIC
+
+
 def test_one_file_knows_peft():
     ours = modules()
     assert [name for name, path in ours.items() if "peft" in imports(name, path, ours)] == [

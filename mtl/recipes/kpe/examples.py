@@ -168,8 +168,8 @@ class ChoiceBatch(Batch):
 class ChoiceExamples:
     """Columns of a row with C options and n items: `options` (C * T,) ids, padded, with `length`
     (C,); `known` (n * U,) ids, padded, with `known_length` (n,), `places` (4 n,): first and last +
-    1 token of head and tail, -1: a query item, `option` (n,), -1: all; `right` (1,), the answer; `relation`,
-    n names in UTF-8 bytes, a line each.
+    1 token of head and tail, -1: a query item, `option` (n,), -1: all; `right` (1,), the answer;
+    `relation`, n names in UTF-8 bytes, a line each.
 
     Args:
         mask: share of a query item's tokens that are masked; an entity item's tail is, whole.
