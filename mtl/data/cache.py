@@ -1,9 +1,9 @@
 """The encoded cache: every split of every task as token ids on disk, made once and memory-mapped.
 
-A hash of everything that decides a split's content names its folder: the sources' bytes, the
-tokenizer with its chat template, the format with its keywords, the length policy, the cap, and the
-code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a row an example;
-`datasets.Dataset.from_file` reads it too) and `report.json`.
+A hash of everything that decides a split's content names its folder. It covers the sources' bytes,
+the tokenizer with its chat template, and the format with its keywords. It also covers the length
+policy, the cap and the code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a
+row an example; `datasets.Dataset.from_file` reads it too) and `report.json`.
 """
 
 import hashlib
@@ -44,8 +44,7 @@ Notes = dict[str, int]  # what is worth saying of a row, and how often
 # a row's number, and what became of it
 Outcome = tuple[int, EncodedRow | RowProblem | None, Notes]  # None: it is on the other side
 Side = tuple[float, bool]
-"""Which side of a held-out split is wanted: the validation fraction, and whether it is that side.
-"""
+"""A side of a held-out split: the fraction that is validation, and whether this side is it."""
 
 
 def prepare(

@@ -19,8 +19,13 @@ from mtl.data.turns import find_turns
 QUIET = {
     "verbose": False
 }  # no warning about a text above the model's length: what happens to it is batch.too_long's
-SLACK = 64  # tokens before a cut text's end that the cut may have changed
-READ = {"role", "content", "tool_calls", *REASONING}  # keys of a turn that are seen to otherwise
+SLACK = 64  # tokens at a shortened text's end that may differ from the whole text's
+READ = {
+    "role",
+    "content",
+    "tool_calls",
+    *REASONING,
+}  # keys of a turn that the encoder handles itself
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -177,7 +182,7 @@ class Encoder:
         if self.too_long != "truncate":
             raise RowProblem(
                 "too long",
-                f"found {needed:,} characters, which are more than batch.max_length = "
+                f"found {needed:,} characters, more than batch.max_length = "
                 f"{self.max_length} tokens",
             )
         return text[: most + self._widest * SLACK]
@@ -240,8 +245,7 @@ class Encoder:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "found a tokenizer without a chat template, wanted one: chat formats need it. Name "
-                "a file as "
-                "model.chat_template, or use the format prompt_completion"
+                "a file as model.chat_template, or use the format prompt_completion"
             )
         template = self.tokenizer.get_chat_template(tools=example.tools)
         calls = any(turn.get("tool_calls") for turn in example.messages)

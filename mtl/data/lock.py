@@ -125,8 +125,8 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
         if owner != seen:
             seen, changed = owner, now
         if owner.gone or now - changed > SILENT:
-            why = "does not run any more" if owner.gone else f"has given no sign for {SILENT:.0f} s"
-            say(f"{owner} was encoding {folder} and {why}: doing it here")
+            why = "no longer runs" if owner.gone else f"has given no sign for {SILENT:.0f} s"
+            say(f"{owner} was encoding {folder} and {why}: this process does it now")
             shutil.rmtree(_partial(folder, owner), ignore_errors=True)
             lock.unlink(missing_ok=True)
             return

@@ -74,8 +74,8 @@ class Mix:
     ):
         if not len(names) == len(sizes) == len(shares) > 0:
             raise ValueError(
-                f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted as "
-                "many"
+                f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted "
+                "equally many, at least one"
             )
         for name, size, share in zip(names, sizes, shares, strict=True):
             if size < 1:

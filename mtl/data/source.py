@@ -314,7 +314,7 @@ def _load(text: str) -> tuple[Any, str]:
     value = json.loads(text, object_pairs_hook=made)
     if not twice:
         return value, ""
-    return value, f"rows with the key {', '.join(sorted(twice))} twice, of which the last counts"
+    return value, f"rows with the key {', '.join(sorted(twice))} twice; the last one counts"
 
 
 def _checked(number: int, value: Any, note: str = "") -> Row:

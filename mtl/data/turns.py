@@ -71,7 +71,7 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
         at = len(commonprefix([plain, text]))
         raise RowProblem(
             "template",
-            "the chat template renders otherwise what only has a mark in it: found "
+            "the chat template changes a text when only a mark is added to it: found "
             f"{text[max(0, at - 20) : at + 20]!r} and {plain[max(0, at - 20) : at + 20]!r}, "
             "so its turns cannot be found. Set model.chat_template",
         )
@@ -80,7 +80,7 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
     of: dict[int, list[int]] = {}  # turn -> its marks, as numbers into `found`
     for number, (_, mark) in enumerate(found):
         of.setdefault(marks.pieces[mark // 2].turn, []).append(number)
-    kinds: dict[Any, str] = {}  # what stands behind a kind of turn
+    kinds: dict[Any, str] = {}  # what follows a kind of turn
     spans = []
     for i, turn in enumerate(example.messages):
         if turn["role"] != "assistant" or i not in of:
@@ -273,7 +273,7 @@ def _trailing(turn: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _left_out(example: Messages, pieces: Sequence[_Shown], found: Collection[int]) -> int:
-    """Count the reasoning left out before the last question, and refuse whatever else is left out."""
+    """Count the reasoning left out before the last question. Refuse whatever else is left out."""
     asked = max((i for i, t in enumerate(example.messages) if t["role"] == "user"), default=-1)
     unreasoned = 0
     for n, (i, kind, text) in enumerate(pieces):
