@@ -69,7 +69,7 @@ class Terms:
 def combine(terms: Terms, weights: Tensor, counts: Tensor, world: int) -> Tensor:
     """This micro-batch's part of the global loss, a scalar.
 
-        world * (sum_k w_k * sums_k / counts_k + share * penalties)    share: its part of target tokens
+        world * (sum_k w_k * sums_k / counts_k + share * penalties)   share: its part of all targets
 
     Summed over micro-batches and *averaged* over ranks, the parts give `sum_k w_k loss_k` exactly,
     however the global batch is divided. Data parallelism averages gradients, hence `world`. Tasks
