@@ -519,6 +519,10 @@ class EngineSection(Section):
     """Offloading."""
     timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
+    rendezvous_minutes: Annotated[float, Gt(0), Le(10080)] = 10.0
+    """Minutes a process waits at the start until all others have started. Who is missing is said
+    every 10 s. Reading the data comes after it, and is not limited by it.
+    """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.
     `"auto"` values are allowed. A key that contradicts one of ours is an error.
