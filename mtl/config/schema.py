@@ -131,7 +131,7 @@ class AdapterSection(Section):
 
     model_config = ConfigDict(json_schema_extra=lambda schema: _or_text(schema))
 
-    wanted: ClassVar = "a path, or a mapping with path and merge"
+    wanted: ClassVar = "a path, or a mapping with path, merge and other_base"
 
     path: TextPath
     """A folder with an adapter_config.json, a checkpoint of a run (`RUN/checkpoints/step-...`), or
@@ -141,6 +141,10 @@ class AdapterSection(Section):
     """false: training goes on in the adapter, with its own settings. A `model.lora` beside it must
     have the same. true: it is first added to the model's weights, in fp32 (zero 0-2, without
     `model.lora` and `model.quantize`).
+    """
+    other_base: bool = False
+    """true: take the adapter though it names another base model than `model.name`: the same model
+    in another place, or one whose shapes fit.
     """
 
     @model_validator(mode="before")
