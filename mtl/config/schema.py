@@ -477,8 +477,8 @@ class CheckpointSection(Section):
     best: bool = True
     """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
     bests: Literal["each"] | None = None
-    """each: every task's best model is kept besides, weights only, in the output's
-    `bests/step-...`; tasks with the same step share one. null: none.
+    """each: every task's best model is kept besides, and the best single one by `evaluate.best`,
+    weights only, in the output's `bests/step-...`; those of the same step share one. null: none.
     """
 
 
