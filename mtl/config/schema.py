@@ -483,8 +483,8 @@ class CheckpointSection(Section):
     best: bool = True
     """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
     bests: Literal["each"] | None = None
-    """each: also keep every task's best model, weights only, in the output's `bests/step-...`.
-    Tasks with the same best step share a folder. null: none.
+    """each: also keep every task's best model and the best single one by `evaluate.best`, weights
+    only, in the output's `bests/step-...`. Those of the same step share a folder. null: none.
     """
 
 
