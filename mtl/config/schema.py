@@ -89,7 +89,8 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
-RESERVED = ("macro", "token", "worst", "average", ".", "..")
+RESERVED = ("macro", "token", "worst", "log", "average", ".", "..")
+BEST = ("macro", "token", "worst", "log")  # what every run may be judged by, besides a task
 
 
 class Section(BaseModel):
@@ -457,7 +458,8 @@ class EvaluateSection(Section):
     """Token positions of a validation micro-batch; null: batch.tokens."""
     best: Text = "macro"
     """The loss that picks the best checkpoint: macro (mean over tasks), token (mean over target
-    tokens), worst (highest of the tasks'), or a task's name.
+    tokens), worst (highest of the tasks'), log (mean over tasks of the logarithm, so that a per
+    cent counts the same in every task), or a task's name.
     """
     probe: ProbeSection = ProbeSection()
     """The balancer's probe."""
