@@ -88,7 +88,8 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
-RESERVED = ("macro", "token", "worst", "average", ".", "..")
+RESERVED = ("macro", "token", "worst", "log", "average", ".", "..")
+BEST = ("macro", "token", "worst", "log")  # what every run may be judged by, besides a task
 
 
 class Section(BaseModel):
@@ -462,8 +463,9 @@ class EvaluateSection(Section):
     """Token positions of a validation micro-batch; null: batch.tokens."""
     best: Text = "macro"
     """What picks the best checkpoint. A loss: macro (mean over tasks), token (mean over target
-    tokens), worst (the tasks' highest), or a task's name. Or one of the objective's measures, such
-    as accuracy, which is a mean over tasks; `task/accuracy` is one task's.
+    tokens), worst (the tasks' highest), log (mean over tasks of the logarithm, so that a per cent
+    counts the same in every task), or a task's name. Or one of the objective's measures, such as
+    accuracy, which is a mean over tasks; `task/accuracy` is one task's.
     """
     probe: ProbeSection = ProbeSection()
     """The balancer's probe."""
