@@ -22,8 +22,14 @@ from mtl import process
 from mtl.samples.classification import classification
 from mtl.samples.knowledge import knowledge
 from mtl.samples.quickstart import quickstart
+from mtl.samples.strings import strings
 
-SETS = {"quickstart": quickstart, "classification": classification, "kpe": knowledge}
+SETS = {
+    "quickstart": quickstart,
+    "classification": classification,
+    "strings": strings,
+    "kpe": knowledge,
+}
 
 
 def main() -> None:

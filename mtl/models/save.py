@@ -59,7 +59,7 @@ def save(
 
 
 def _aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Of parameters that have several names: each further one, and the first."""
+    """For parameters with several names: each further name, and the first."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (known := first.setdefault(id(parameter), name)) != name:
