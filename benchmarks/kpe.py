@@ -28,7 +28,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "equal": {"balancer": "Equal"},  # 1:1:1, as published
     "coba": {"balancer": {"name": "CoBa", "warmup": 60}},
     "coba-other": {"balancer": {"name": "CoBa", "warmup": 60}, "files": "other."},
-    "upgrad": {"balancer": "UPGrad", "gram": {"params": "^adapters"}},
+    "upgrad": {
+        "balancer": {"name": "TorchJD", "method": "UPGrad"},
+        "gram": {"params": "^adapters"},
+    },
     "states": {"aux": False, "loader": {"start": "states"}},
     "states-other": {"aux": False, "loader": {"start": "states"}, "files": "other."},
     "begins": {"aux": False, "loader": {"start": "zero", "residual": False}},
