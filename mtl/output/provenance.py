@@ -88,6 +88,8 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
         for key in path.split("."):
             value = value[key]
         same[path] = value
+    if same["mix"]["follow"] is None:  # as in checkpoints of before it was there
+        same["mix"] = {key: same["mix"][key] for key in ("shares", "temperature")}
     order = same["train.order"]
     if order is not None and order["scheme"] == "batch":  # its last window ends where the run does
         same["train.order"] = {**order, "steps": steps}

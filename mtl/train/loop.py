@@ -12,7 +12,7 @@ from mtl.config import Config
 from mtl.distributed import comm
 from mtl.output import trackers
 from mtl.output.state import RunState
-from mtl.train import evaluate, schedule
+from mtl.train import draws, evaluate, schedule
 from mtl.train.evaluate import ValidationResult
 from mtl.train.randomness import seed_step
 from mtl.train.run import Run
@@ -33,6 +33,7 @@ def train(run: Run, state: RunState) -> RunState:
         t = state.step
         is_due = _due(config.evaluate.every, t, run.steps) and state.evaluated < t
         validation = _evaluate(run, state) if is_due else None
+        draws.plan(run, state)
         is_best = validation is not None and config.checkpoint.best and state.best["step"] == t
         is_over = t == run.steps or bool(run.patience and run.patience.done(state).all())
         asked = bool(comm.sum_(torch.tensor([float(process.stop_asked())])))
@@ -46,7 +47,8 @@ def train(run: Run, state: RunState) -> RunState:
 
         began = time.monotonic()
         batch = fetch(lambda t=t: run.batches.batch(t), k)
-        state.weights = weights = weigh(run, state, batch, validation)
+        state.weights = weigh(run, state, batch, validation)
+        weights, drawn = draws.loss_weights(run, state), draws.values(run, state)
         seed_step(config.train.seed, t)
         lr = _lr(config, t, run.steps)
         report = train_step(run.engine, run.objective, batch, weights, lr, names)
@@ -60,6 +62,7 @@ def train(run: Run, state: RunState) -> RunState:
 
         now = time.monotonic()
         values = _train_values(names, weights, report, batch, run.holder)
+        values |= drawn
         values["train/lr"] = lr
         values["train/target_tokens"] = state.target_tokens
         values["train/tokens_per_second"] = int(batch.tokens.sum()) / (now - began)

@@ -16,8 +16,9 @@ class Patience:
     Args:
         evaluations: full passes in a row without improvement after which a task is done, >= 1.
         action: "log": nothing but a word, and a task that improves again is not done any more.
-            "freeze": the task's part of all weights stays what it was. "drop": it is 0. With both
-            the others share the rest in the balancer's proportions, and what is done stays done.
+            "freeze": the task's part of all weights stays what it was. "drop": it is 0, and so is
+            that of the draws. With both the others share the rest in the balancer's proportions,
+            and what is done stays done.
         margin: nats per target token below the lowest loss so far that count as an improvement, >=
             0.
     """
@@ -64,6 +65,12 @@ class Patience:
             f"{names[i]} goes on after all, with a loss of {losses[i]:.4f}"
             for i in np.flatnonzero(was & ~now)
         ]
+
+    def kept(self, state: RunState) -> np.ndarray:
+        """(K,) float64: the part of its draws that each task keeps. A row that counts nothing is
+        not drawn.
+        """
+        return np.where(state.held == 0, 0.0, 1.0)
 
     def done(self, state: RunState) -> np.ndarray:
         """(K,) bool. Where all are, the run is over."""

@@ -35,7 +35,9 @@ def weigh(
     5. Broadcast: steps 1 to 4 happen on rank 0 alone, because numpy on unlike hosts differs in last
     bits.
 
-    Nothing alters them after that: `terms.combine` multiplies each task's loss by its weight.
+    Nothing alters them after that: `terms.combine` multiplies each task's loss by its weight. Only
+    where draws follow the weights does it count instead what the batch has of each task
+    (`draws.loss_weights`).
 
     Args:
         validation: the full pass at this step, where there was one: the probe is in it.
