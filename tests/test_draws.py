@@ -325,7 +325,7 @@ output: x
 )
 def test_what_does_not_fit_is_refused(overrides, error):
     with pytest.raises(ConfigError) as caught:
-        parse(CONFIG, overrides)
+        parse(CONFIG, overrides=overrides)
     assert error in str(caught.value)
 
 
@@ -341,9 +341,10 @@ def test_what_does_not_fit_is_refused(overrides, error):
     ],
 )
 def test_which_balancers_can_steer(balancer, why):
-    config = parse(CONFIG, ["mix.follow=balancer", f"balancer={balancer}"])
+    config = parse(CONFIG, overrides=["mix.follow=balancer", f"balancer={balancer}"])
     if why is None:
-        return plugins.holder(config)
+        assert plugins.holder(config).tasks == ("a", "b")
+        return
     with pytest.raises(ConfigError, match=f"mix.follow: found balancer, which is .*{why}"):
         plugins.holder(config)
 
