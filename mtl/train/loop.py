@@ -33,7 +33,6 @@ def train(run: Run, state: RunState) -> RunState:
         t = state.step
         is_due = _due(config.evaluate.every, t, run.steps) and state.evaluated < t
         validation = _evaluate(run, state) if is_due else None
-        draws.plan(run, state)
         is_best = validation is not None and config.checkpoint.best and state.best["step"] == t
         is_over = t == run.steps or bool(run.patience and run.patience.done(state).all())
         asked = bool(comm.sum_(torch.tensor([float(process.stop_asked())])))
@@ -46,6 +45,7 @@ def train(run: Run, state: RunState) -> RunState:
             raise process.Preempted(f"asked to stop, and saved, at step {t}/{run.steps}")
 
         began = time.monotonic()
+        draws.plan(run, state)
         batch = fetch(lambda t=t: run.batches.batch(t), k)
         state.weights = weigh(run, state, batch, validation)
         weights, drawn = draws.loss_weights(run, state), draws.values(run, state)
@@ -74,7 +74,7 @@ def train(run: Run, state: RunState) -> RunState:
 
 
 def _due(every: int | None, step: int, steps: int) -> bool:
-    """Whether what happens every so many steps, and at the end, happens at `step`."""
+    """Whether an event of every `every` steps, and of the end, is due at `step`."""
     return step == steps or (every is not None and step % every == 0)
 
 
@@ -91,7 +91,7 @@ def _lr(config: Config, step: int, steps: int) -> float:
 
 
 def _evaluate(run: Run, state: RunState) -> ValidationResult:
-    """The full validation pass. The state hears whether it is the best; the first pass gives every
+    """The full validation pass. The state learns whether it is the best. The first pass gives every
     group's initial loss.
     """
     began = time.monotonic()
@@ -124,7 +124,7 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
 
 
 def _found(run: Run, validation: ValidationResult) -> dict[str, float]:
-    """Everything that a run may be judged by: losses and measures."""
+    """Everything that may judge a run: losses and measures."""
     measured = validation.measured(run.names, run.objective.measures)
     return validation.summary(run.names) | measured
 
@@ -153,6 +153,10 @@ def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) 
             state.best = {"step": state.step, "value": value}
             if weights != "model":
                 state.best["weights"] = weights
+        if weights == "model" and (
+            state.single is None or sign * value < sign * state.single["value"]
+        ):
+            state.single = {"step": state.step, "value": value}
 
 
 def _train_values(
