@@ -4,7 +4,6 @@ controls at equal compute: `python launch/replicas.py --config x.yaml --of 4 --o
 Given again it goes on where it was. OUT holds replica-*, long, merged-*, tail and losses.json.
 """
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -13,15 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process, replicas
-from mtl.cli import options
+from mtl import cli, process, replicas
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
+    parser = cli.parser(__doc__, reads_config=True)
     add = parser.add_argument
     add("--of", type=int, default=4, metavar="K", help="replicas; default 4")
     add("--out", type=Path, required=True, help="folder of the study")

@@ -5,12 +5,14 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtl.samples.archives import BuildError
+
+LEAST = 300  # rows to train on, of each task
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,29 @@ class Source:
 
 
 def write(
-    out: Path, task: str, source: Source, *, limit: int, validation: int, least: int
-) -> dict[str, Any]:
-    """Write OUT/TASK.train.jsonl and OUT/TASK.valid.jsonl; the note for the manifest: rows, median
-    characters, source and licence.
+    out: Path, sources: Mapping[str, Source], limit: int, validation: int
+) -> dict[str, dict[str, Any]]:
+    """Write OUT/TASK.train.jsonl and OUT/TASK.valid.jsonl of each task.
+
+    Args:
+        limit: most rows of a task.
+        validation: how many of them are for validation.
+
+    Returns:
+        the notes for the manifest, by task: rows, median characters, source and licence.
 
     Raises:
-        BuildError: the source has fewer than `least` rows to train on, or than `validation`.
+        BuildError: a source has too few rows.
     """
+    return {task: _write(out, task, one, limit, validation) for task, one in sources.items()}
+
+
+def _write(out: Path, task: str, source: Source, limit: int, validation: int) -> dict[str, Any]:
     train, valid = split(source.rows, limit, validation)
-    if len(valid) < validation or len(train) < least:
+    if len(valid) < validation or len(train) < LEAST:
         raise BuildError(
             f"{task}: found {len(train)} training and {len(valid)} validation rows in "
-            f"{source.name}, wanted at least {least} and {validation}. {source.hint}"
+            f"{source.name}, wanted at least {LEAST} and {validation}. {source.hint}"
         )
     for side, kept in (("train", train), ("valid", valid)):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
