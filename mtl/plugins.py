@@ -10,6 +10,7 @@ import numpy as np
 from balancers import METHODS, Balancer, Grouped, Holder
 from mtl.config import Config, ConfigError, load
 from mtl.config.document import Document, Problem, show
+from mtl.config.schema import BEST
 from mtl.config.spec import Kind, Maker, check, resolve
 from mtl.config.words import did_you_mean, either
 from mtl.data.examples import Book
@@ -133,7 +134,7 @@ def _misfits(config: Config, goals: Goals) -> Iterator[Problem]:
     yield from _units(config, document, goals)
     best, measures = config.evaluate.best, goals.as_one.measures
     each = [f"{task}/{name}" for task in config.tasks for name in measures]
-    choices = ["macro", "token", "worst", *config.tasks, *measures]
+    choices = [*BEST, *config.tasks, *measures]
     if best not in (*choices, *each):
         hint = did_you_mean(best, [*choices, *each])
         yield document.problem(("evaluate", "best"), show(best), either(choices), hint)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mtl.config.document import Document, Keys, Problem, child, show
-from mtl.config.schema import RESERVED, Config, adapter_folder
+from mtl.config.schema import BEST, RESERVED, Config, adapter_folder
 from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
 OWN = ("train", "validation", "format")  # what a task with rows has
@@ -87,7 +87,7 @@ def _best(get: Get) -> Iterator[Finding]:
     ]
     if any(name not in ("causal_lm", None) for name in names):
         return  # an objective may have measures: `mtl.plugins.read` looks at them
-    best, choices = get("evaluate", "best"), ["macro", "token", "worst", *get("tasks")]
+    best, choices = get("evaluate", "best"), [*BEST, *get("tasks")]
     if best not in choices:
         yield ("evaluate", "best"), show(best), either(choices), did_you_mean(best, choices)
 

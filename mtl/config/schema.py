@@ -88,7 +88,8 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
-RESERVED = ("macro", "token", "worst", "average", ".", "..")
+RESERVED = ("macro", "token", "worst", "log", "average", ".", "..")
+BEST = ("macro", "token", "worst", "log")  # what every run may be judged by, besides a task
 
 
 class Section(BaseModel):
@@ -131,7 +132,7 @@ class AdapterSection(Section):
 
     model_config = ConfigDict(json_schema_extra=lambda schema: _or_text(schema))
 
-    wanted: ClassVar = "a path, or a mapping with path and merge"
+    wanted: ClassVar = "a path, or a mapping with path, merge and other_base"
 
     path: TextPath
     """A folder with an adapter_config.json, a checkpoint of a run (`RUN/checkpoints/step-...`), or
@@ -141,6 +142,10 @@ class AdapterSection(Section):
     """false: training goes on in the adapter, with its own settings. A `model.lora` beside it must
     have the same. true: it is first added to the model's weights, in fp32 (zero 0-2, without
     `model.lora` and `model.quantize`).
+    """
+    other_base: bool = False
+    """true: take the adapter though it names another base model than `model.name`: the same model
+    in another place, or one whose shapes fit.
     """
 
     @model_validator(mode="before")
@@ -458,8 +463,9 @@ class EvaluateSection(Section):
     """Token positions of a validation micro-batch; null: batch.tokens."""
     best: Text = "macro"
     """What picks the best checkpoint. A loss: macro (mean over tasks), token (mean over target
-    tokens), worst (the tasks' highest), or a task's name. Or one of the objective's measures, such
-    as accuracy, which is a mean over tasks; `task/accuracy` is one task's.
+    tokens), worst (the tasks' highest), log (mean over tasks of the logarithm, so that a per cent
+    counts the same in every task), or a task's name. Or one of the objective's measures, such as
+    accuracy, which is a mean over tasks; `task/accuracy` is one task's.
     """
     probe: ProbeSection = ProbeSection()
     """The balancer's probe."""
@@ -479,8 +485,8 @@ class CheckpointSection(Section):
     best: bool = True
     """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
     bests: Literal["each"] | None = None
-    """each: also keep every task's best model, weights only, in the output's `bests/step-...`.
-    Tasks with the same best step share a folder. null: none.
+    """each: also keep every task's best model and the best single one by `evaluate.best`, weights
+    only, in the output's `bests/step-...`. Those of the same step share a folder. null: none.
     """
 
 
@@ -519,6 +525,10 @@ class EngineSection(Section):
     """Offloading."""
     timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
+    rendezvous_minutes: Annotated[float, Gt(0), Le(10080)] = 10.0
+    """Minutes a process waits at the start until all others have started. Who is missing is said
+    every 10 s. Reading the data comes after it, and is not limited by it.
+    """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.
     `"auto"` values are allowed. A key that contradicts one of ours is an error.

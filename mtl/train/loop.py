@@ -150,6 +150,10 @@ def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) 
             state.best = {"step": state.step, "value": value}
             if weights != "model":
                 state.best["weights"] = weights
+        if weights == "model" and (
+            state.single is None or sign * value < sign * state.single["value"]
+        ):
+            state.single = {"step": state.step, "value": value}
 
 
 def _train_values(
