@@ -9,7 +9,6 @@ whole under a lock. A second call only checks them; what is broken, half made or
 version is built again.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
+from mtl import cli, process
 from mtl.samples.classification import classification
 from mtl.samples.quickstart import quickstart
 from mtl.samples.strings import strings
@@ -26,9 +25,7 @@ SETS = {"quickstart": quickstart, "classification": classification, "strings": s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/quickstart"), help="default: %(default)s"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mtl.config.schema import adapter_folder
@@ -439,16 +440,30 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     tokens, its template.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else _file(backend)
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
     parts += [datetime.now().strftime(one) for one in dates(tokenizer)]
     return hash_of(json.dumps(parts, sort_keys=True, default=repr))
+
+
+def _file(backend: Tokenizer) -> str:
+    """A tokenizer's own file without truncation and padding.
+
+    Some files have these. Every call sets them anew, so a process that has encoded a text would
+    otherwise have another fingerprint than one that waited.
+    """
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return backend.to_str()
+    finally:
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
 
 
 def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
