@@ -3,6 +3,7 @@
 #   make test      install, run the tests that CI runs;   make test-all: the slow ones too
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
+#   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
 #   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
@@ -17,7 +18,7 @@ CONFIG ?= configs/quickstart.yaml
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify test test-all figure attack bench merging constraints clean
+.PHONY: train quickstart classify kpe kpe-arms test test-all figure attack bench merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -28,6 +29,14 @@ quickstart: $(VENV)/with-quickstart
 classify: $(VENV)/with-quickstart
 	$(BIN)/python launch/quickstart.py --set classification
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/classification.yaml $(ARGS)
+
+kpe: $(VENV)/with-quickstart
+	$(BIN)/python launch/quickstart.py --set kpe
+	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/kpe.yaml $(ARGS)
+
+kpe-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6 --steps 2000"
+	$(BIN)/python launch/quickstart.py --set kpe
+	$(BIN)/python benchmarks/kpe.py $(ARGS)
 
 test: $(VENV)/with-test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -193,7 +193,7 @@ class ModelSection(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub name; null: its main branch."""
     loader: Spec = Spec(name="causal_lm")
-    """What makes the model: causal_lm, sequence_classification, or a function of yours."""
+    """What makes the model: causal_lm, sequence_classification, kpe, or a function of yours."""
     allow_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     attention: Text | None = None
@@ -246,7 +246,7 @@ class TaskSection(Section):
     """Rows that only `launch/evaluate.py` reads, never a training run; named as `train`."""
     format: Spec | None = None
     """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
-    or a function of yours.
+    preference, choices, or a function of yours.
     """
     of: Names | None = None
     """Other tasks. This task is another loss (`loss`) of their rows, in place of train, validation
