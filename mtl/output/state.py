@@ -14,6 +14,7 @@ class RunState:
         target_tokens: target tokens trained on.
         best: {"step": ..., "value": ...} of what picks the best checkpoint (`evaluate.best`), and
             {"weights": "average"} where the averaged weights have it.
+        single: as `best`, of the trained weights alone.
         bests: the same of every task's own loss, by its name, where `checkpoint.bests` asks.
         averaged: updates of `average:`.
         evaluated: step of the last full validation pass; -1 before the first.
@@ -32,6 +33,7 @@ class RunState:
     target_tokens: int = 0
     best: dict[str, float] | None = None
     evaluated: int = -1
+    single: dict[str, float] | None = None
     bests: dict[str, dict[str, float]] | None = None
     averaged: int = 0
     metrics_bytes: int = 0
