@@ -69,7 +69,7 @@ def record(
             for task in tasks
         },
         "versions": versions(),
-        "git": _git_revision(),
+        "git": git_revision(),
         "identity": identity,
     }
 
@@ -105,7 +105,7 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
     return {"tasks": list(config.tasks), STEPS: steps, **same}
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     command = [
         "git",
         "-C",
