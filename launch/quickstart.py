@@ -9,7 +9,6 @@ read without being installed or imported. Model and data are built whole under a
 only checks them; what is broken, half made or made by another version is built again.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
+from mtl import cli, process
 from mtl.samples.classification import classification
 from mtl.samples.knowledge import knowledge
 from mtl.samples.quickstart import quickstart
@@ -32,9 +31,7 @@ SETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/quickstart"), help="default: %(default)s"
     )

@@ -4,7 +4,6 @@ Builds everything top to bottom and runs it. Also starts under torchrun, and alo
 python.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,25 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
-from mtl.cli import options
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
-    add = parser.add_argument
-    going_on = "go on from the newest checkpoint in `output`, or from that of a step"
-    step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
-    add("--resume", help=going_on, **step)
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
-    return parser.parse_args()
+from mtl import cli, process
 
 
 def main() -> None:
-    args = arguments()
+    parser = cli.parser(__doc__, reads_config=True, is_launched=True)
+    going_on = "go on from the newest checkpoint in `output`, or from that of a step"
+    step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
+    parser.add_argument("--resume", help=going_on, **step)
+    args = parser.parse_args()
     process.settle()  # before torch is imported, and that after the arguments: help comes at once
     process.check_world()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mtl.config.schema import adapter_folder
@@ -191,6 +192,11 @@ class Encoder:
             "no question", f"found a {type(example).__name__}, wanted an example with an answer"
         )
 
+    def _is_ended(self, text: str) -> bool:
+        """Whether a special token stands at the end, white space aside."""
+        near = text[-2 * self._widest :].rstrip()
+        return any(match.end() == len(near) for match in self._specials.finditer(near))
+
     def _shown(self, text: str) -> str:
         return self._specials.sub("", text)
 
@@ -302,6 +308,12 @@ class Encoder:
         spans = [span for span in spans if span.turn not in example.context]
         if not spans:
             raise RowProblem("no target", "the chat template leaves out every turn to train on")
+        endless = sum(not self._is_ended(text[: span.stop]) for span in spans)
+        if endless:
+            note(
+                "turns that the chat template ends with no special token: no end is learned",
+                endless,
+            )
         text = self._bounded(text, spans[-1].stop)
         if spans[0].start >= len(text):
             raise RowProblem(
@@ -439,16 +451,30 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     tokens, its template.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else _file(backend)
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
     parts += [datetime.now().strftime(one) for one in dates(tokenizer)]
     return hash_of(json.dumps(parts, sort_keys=True, default=repr))
+
+
+def _file(backend: Tokenizer) -> str:
+    """A tokenizer's own file without truncation and padding.
+
+    Some files have these. Every call sets them anew, so a process that has encoded a text would
+    otherwise have another fingerprint than one that waited.
+    """
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return backend.to_str()
+    finally:
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
 
 
 def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:

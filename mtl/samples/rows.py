@@ -5,7 +5,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,3 +122,8 @@ def write(
     )
     counts = {**{side: len(kept) for side, kept in sides.items()}, "characters": characters}
     return {**counts, "source": source.name, "licence": source.licence}
+
+
+def write_all(out: Path, sources: Mapping[str, Source], **limits: int) -> dict[str, Any]:
+    """`write` each task's source, with the same limits; the notes by task."""
+    return {task: write(out, task, source, **limits) for task, source in sources.items()}

@@ -133,15 +133,10 @@ def build_model(_: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def strings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def strings(folder: Path) -> list[dict[str, Any]]:
     """Build what is not whole in `folder`; the notes of data (by task) and model.
 
     Raises:
         BuildError: what the user has to do first.
     """
-    with build.locked(folder):
-        key = build.recipe()
-        return (
-            build.part(folder / "strings", build_data, key),
-            build.part(folder / "bytes", build_model, key),
-        )
+    return build.parts(folder, {"strings": build_data, "bytes": build_model})
