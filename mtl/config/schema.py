@@ -537,8 +537,8 @@ class EngineSection(Section):
     timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
     rendezvous_minutes: Annotated[float, Gt(0), Le(10080)] = 10.0
-    """Minutes a process waits at the start until all others have started. Who is missing is said
-    every 10 s. Reading the data comes after it, and is not limited by it.
+    """Minutes a process waits at the start until all others have started. A message every
+    10 s names the missing ones. Reading the data comes afterwards, without this limit.
     """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.

@@ -61,7 +61,7 @@ class Report:
     shown: dict[str, list[tuple[int, int, str]]] = field(
         default_factory=dict
     )  # reason -> first (source, row, text)
-    notes: dict[str, int] = field(default_factory=dict)  # what is said of kept rows -> how often
+    notes: dict[str, int] = field(default_factory=dict)  # remark on kept rows -> how often
 
     def drop(self, source: int, row: int, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1

@@ -138,7 +138,7 @@ class Checkpoints:
         tokenizer: goes with every exported model.
         layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
             of another layout is re-partitioned.
-        versions: of the libraries; others than a checkpoint's are said.
+        versions: of the libraries. A message names those that differ from a checkpoint's.
         loader: as `mtl.models.save.save` takes it.
         say: takes messages for people about what differs from what was asked for.
 
