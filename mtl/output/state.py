@@ -14,7 +14,7 @@ class RunState:
         target_tokens: target tokens trained on.
         best: {"step": ..., "value": ...} of what picks the best checkpoint (`evaluate.best`), and
             {"weights": "average"} where the averaged weights have it.
-        single: as `best`, of the trained weights alone.
+        single: as `best`, of the trained weights alone, where `checkpoint.bests` asks.
         bests: the same of every task's own loss, by its name, where `checkpoint.bests` asks.
         averaged: updates of `average:`.
         evaluated: step of the last full validation pass; -1 before the first.

@@ -153,9 +153,8 @@ def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) 
             state.best = {"step": state.step, "value": value}
             if weights != "model":
                 state.best["weights"] = weights
-        if weights == "model" and (
-            state.single is None or sign * value < sign * state.single["value"]
-        ):
+        is_single = weights == "model" and run.config.checkpoint.bests
+        if is_single and (state.single is None or sign * value < sign * state.single["value"]):
             state.single = {"step": state.step, "value": value}
 
 
