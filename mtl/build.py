@@ -30,7 +30,7 @@ from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
 from mtl.losses.objective import maker_of_examples
 from mtl.models import packing
-from mtl.models.loaders import LOADERS
+from mtl.models.loaders import PLAIN
 from mtl.output import manifest, provenance, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
@@ -220,9 +220,9 @@ def build(
 
 
 def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:
-    """Name and keywords of a loader that is not built in."""
+    """Name and keywords of a loader whose module no class of transformers opens."""
     spec = config.model.loader
-    return None if spec.name in LOADERS else (spec.name, spec.keywords)
+    return None if spec.name in PLAIN else (spec.name, spec.keywords)
 
 
 def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:

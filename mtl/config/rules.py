@@ -136,6 +136,43 @@ def _temperature(get: Get) -> Iterator[Finding]:
         )
 
 
+def _follow(get: Get) -> Iterator[Finding]:
+    follow, tasks = get("mix", "follow"), get("tasks")
+    if follow is None:
+        for key, default in ("every", 50), ("floor", None):
+            if (value := get("mix", key)) != default:
+                hint = "It has no meaning without mix.follow."
+                yield ("mix", key), show(value), "nothing", hint
+        return
+    if get("mix", "shares") == "epochs":
+        hint = "How often a task's rows are read is the balancer's, then."
+        yield ("mix", "shares"), "epochs", "other shares beside mix.follow", hint
+    floor = get("mix", "floor")
+    if floor is not None and floor * len(tasks) > 1:
+        most = f"at most {1 / len(tasks):.4g}"
+        yield ("mix", "floor"), show(floor), most, f"That is the equal share of {len(tasks)} tasks."
+    for name in tasks:
+        if get("tasks", name, "of") is not None:
+            found = f"{follow}, and the task {name}, which is a loss of other tasks' rows"
+            hint = "Such tasks share their draws."
+            yield ("mix", "follow"), found, "null", hint
+
+
+def _known_order(get: Get) -> Iterator[Finding]:
+    """Whole batches change places only where they are known from the start."""
+    if get("train", "order") is None or get("train", "order", "scheme") != "batch":
+        return
+    patience = get("evaluate", "patience")
+    drops = patience is not None and get("evaluate", "patience", "action") == "drop"
+    for found, key in (
+        (get("mix", "follow") is not None, "mix.follow"),
+        (drops, "evaluate.patience.action: drop"),
+    ):
+        if found:
+            hint = f"With {key} later batches are not known when the run starts."
+            yield ("train", "order", "scheme"), "batch", "rotate or shuffle", hint
+
+
 def _lengths(get: Get) -> Iterator[Finding]:
     longest, tokens, row = (
         get("batch", "max_length"),
@@ -377,6 +414,8 @@ RULES = (
     _best,
     _scale,
     _temperature,
+    _follow,
+    _known_order,
     _lengths,
     _evaluation,
     _momentum,

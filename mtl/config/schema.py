@@ -193,7 +193,7 @@ class ModelSection(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub name; null: its main branch."""
     loader: Spec = Spec(name="causal_lm")
-    """What makes the model: causal_lm, sequence_classification, or a function of yours."""
+    """What makes the model: causal_lm, sequence_classification, kpe, or a function of yours."""
     allow_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     attention: Text | None = None
@@ -246,7 +246,7 @@ class TaskSection(Section):
     """Rows that only `launch/evaluate.py` reads, never a training run; named as `train`."""
     format: Spec | None = None
     """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
-    or a function of yours.
+    preference, choices, or a function of yours.
     """
     of: Names | None = None
     """Other tasks. This task is another loss (`loss`) of their rows, in place of train, validation
@@ -281,6 +281,16 @@ class MixSection(Section):
     """
     temperature: Annotated[float, Ge(0.05), Le(1e6)] | None = None
     """1: proportional; large: nearly equal (`shares: temperature` only)."""
+    follow: Literal["balancer"] | None = None
+    """balancer: from step `every` on the shares are the balancer's weights, and a task's loss
+    counts what it has of the batch's examples. null: `shares` all along.
+    """
+    every: Steps = 50
+    """Optimizer steps between changes of the shares (with `follow` only)."""
+    floor: Fraction | None = None
+    """The least share of a task, before all are brought to the sum 1; null: 1/4 of an equal one
+    (with `follow` only).
+    """
 
 
 class BatchSection(Section):
@@ -426,7 +436,8 @@ class PatienceSection(Section):
     """Full passes in a row without a new lowest loss of the task after which it is done."""
     action: Literal["log", "freeze", "drop"] = "log"
     """log: say so, once. freeze: the task's part of all weights stays as it was. drop: its weight
-    is 0. The other tasks share the rest. When all tasks are done, the run ends.
+    is 0, and its rows are drawn no more. The other tasks share the rest. When all tasks are done,
+    the run ends.
     """
     margin: NotNegative = 0.0
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""

@@ -192,6 +192,11 @@ class Encoder:
             "no question", f"found a {type(example).__name__}, wanted an example with an answer"
         )
 
+    def _is_ended(self, text: str) -> bool:
+        """Whether a special token stands at the end, white space aside."""
+        near = text[-2 * self._widest :].rstrip()
+        return any(match.end() == len(near) for match in self._specials.finditer(near))
+
     def _shown(self, text: str) -> str:
         return self._specials.sub("", text)
 
@@ -303,6 +308,12 @@ class Encoder:
         spans = [span for span in spans if span.turn not in example.context]
         if not spans:
             raise RowProblem("no target", "the chat template leaves out every turn to train on")
+        endless = sum(not self._is_ended(text[: span.stop]) for span in spans)
+        if endless:
+            note(
+                "turns that the chat template ends with no special token: no end is learned",
+                endless,
+            )
         text = self._bounded(text, spans[-1].stop)
         if spans[0].start >= len(text):
             raise RowProblem(

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from mtl.config import Config, ConfigError
+from mtl.distributed import ds_keys
 
 # In a DeepSpeed configuration for Hugging Face's Trainer this value lets the program decide.
 AUTO = "auto"
@@ -22,8 +23,8 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
         device_type: "cpu", "cuda" ...: what the run computes on.
 
     Raises:
-        ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides. The text
-            names both places.
+        ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides; the text
+            names both places. Or DeepSpeed does not know the key.
     """
     stage, offload, bf16 = (
         zero_stage(config),
@@ -75,6 +76,9 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
     for key in ("offload_optimizer", "offload_param"):
         if merged["zero_optimization"][key]["device"] == "none":
             del merged["zero_optimization"][key]
+    if config.engine.deepspeed and (found := ds_keys.problems(merged)):
+        where = ("engine", "deepspeed")
+        raise ConfigError([config.error((*where, *keys), *words) for keys, *words in found])
     return merged
 
 

@@ -30,6 +30,7 @@ OBJECTIVES = {
     "causal_lm": "mtl.losses.causal_lm:causal_lm",
     "classification": "mtl.losses.classification:Classification",
     "preference": "mtl.losses.preference:Preference",
+    "kpe": "mtl.recipes.kpe.objective:KPE",
 }
 
 

@@ -139,7 +139,7 @@ class Checkpoints:
         layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
             of another layout is re-partitioned.
         versions: of the libraries. A message names those that differ from a checkpoint's.
-        loader: name and keywords of the model's loader, where it is not built in.
+        loader: as `mtl.models.save.save` takes it.
         say: takes messages for people about what differs from what was asked for.
 
     Attributes:

