@@ -13,7 +13,7 @@ from mtl.losses.terms import Terms
 
 def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: float = 0.0) -> Terms:
     """Next-token cross-entropy, in fp32, on target tokens only; with a mixture of experts, its
-    router loss as a penalty.
+    router loss as a penalty. Where a target has a teacher, the divergence from it.
 
     The head also runs when there is no target: at ZeRO 3 every rank must gather the head's weights.
 
@@ -30,7 +30,7 @@ def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: floa
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
         use_cache=False,
-        targets=Targets(batch.at, batch.labels, batch.most),
+        targets=Targets(batch.at, batch.labels, batch.most, batch.teacher),
         **({"output_router_logits": True} if router_loss else {}),
     )
     penalties = {}
