@@ -34,12 +34,14 @@ def main() -> None:
     args = arguments()
     process.settle()  # before torch is imported
     from mtl import evaluation, plugins
-    from mtl.distributed import comm, engine
+    from mtl.distributed import comm, engine, rendezvous
     from mtl.merging.report import aligned
     from mtl.output.checkpoint import write_text
 
     config = plugins.read(args.config, args.set, args.allow_code)
-    tasks = evaluation.rows(config, args.split, args.allow_code)
+    rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
+    with rendezvous.telling():
+        tasks = evaluation.rows(config, args.split, args.allow_code)
     engine.init_process_group(config.engine.timeout_minutes)
     evaluate = evaluation.evaluator(config, tasks, allow_code=args.allow_code)
     losses, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)

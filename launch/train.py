@@ -35,7 +35,7 @@ def main() -> None:
     process.check_world()
 
     from mtl import build, plugins
-    from mtl.distributed import comm, engine
+    from mtl.distributed import comm, engine, rendezvous
     from mtl.output import lock
     from mtl.output.checkpoint import check_output
     from mtl.output.end import close, finish
@@ -43,11 +43,12 @@ def main() -> None:
 
     config = plugins.read(args.config, args.set, args.allow_code)
     output, is_resumed = Path(config.output).expanduser(), args.resume is not False
-    check_output(output, is_resumed)
-
-    # Slow and without a process group, whose collectives would time out meanwhile.
-    engine.build_ops(config, process.say_on_host)
-    data = build.encode(config, args.allow_code)
+    rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
+    with rendezvous.telling():
+        check_output(output, is_resumed)
+        # Slow and without a process group, whose collectives would time out meanwhile.
+        engine.build_ops(config, process.say_on_host)
+        data = build.encode(config, args.allow_code)
 
     engine.init_process_group(config.engine.timeout_minutes)
     build.agree(config, {"resume": args.resume, "allow_code": args.allow_code})

@@ -6,7 +6,6 @@ run = build(config, data)                   everything that the loop needs
 state = restore(run, resume)                where it stands
 """
 
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from balancers import Holder
-from mtl import plugins
+from mtl import plugins, process
 from mtl.config import Config, ConfigError
 from mtl.config.spec import resolve
 from mtl.data.batches import Layouts, TrainBatches
@@ -60,17 +59,13 @@ class Data:
     examples: Sequence[Examples] = ()
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def say_once(text: str) -> None:
     """Print a message for people, on rank 0 alone."""
     if comm.rank() == 0:
-        _tell(text)
+        process.tell(text)
 
 
-def encode(config: Config, allow_code: Collection[str] = (), say: Say = _tell) -> Data:
+def encode(config: Config, allow_code: Collection[str] = (), say: Say = process.tell) -> Data:
     """Tokenize every task, or read what the cache has. Call it before there is a process group:
     collectives would time out.
 
@@ -177,7 +172,11 @@ def build(
     """
     tasks, goals = data.tasks, data.goals
     mix = mix_for(config, tasks)
-    identity = provenance.identity(config, tasks, steps_of(config, mix))
+    steps = steps_of(config, mix)
+    if config.schedule.warmup > steps:  # known here where the length is given in epochs
+        found, wanted = f"{config.schedule.warmup:,}", f"at most the run's steps, {steps:,}"
+        raise ConfigError([config.error("schedule.warmup", found, wanted)])
+    identity = provenance.identity(config, tasks, steps)
     comm.same(identity, "data")
     engine = engine or start_engine(config, data, allow_code, say)
     if packed is None:
@@ -198,7 +197,7 @@ def build(
         config=config,
         names=list(config.tasks),
         book=goals.book,
-        steps=steps_of(config, mix),
+        steps=steps,
         engine=engine,
         objective=goals.as_one,
         holder=holder,

@@ -450,7 +450,7 @@ def test_what_nothing_reads_is_said_once_with_a_count(tmp_path):
 
 def test_equal_keys_are_said(tmp_path):
     lines = ['{"text": "a", "text": "b"}', '{"text": "c"}']
-    said = "rows with the key text twice, of which the last counts"
+    said = "rows with the key text twice; the last one counts"
     for name in (
         write(tmp_path / "a.jsonl", *lines),
         write(tmp_path / "a.json", f"[{', '.join(lines)}]"),
@@ -700,7 +700,7 @@ def test_a_lock_left_behind_on_this_host_is_taken_over_and_that_is_said(tmp_path
         "folder"
     ]
     assert said == [
-        f"{left} was encoding {tmp_path}/folder and does not run any more: doing it here"
+        f"{left} was encoding {tmp_path}/folder and no longer runs: this process does it now"
     ]
 
 
@@ -714,7 +714,7 @@ def test_a_silent_lock_of_another_host_is_taken_over_in_the_end(tmp_path, monkey
         "waiting 0 s for process 1 on elsewhere (since yesterday), which is encoding "
     )
     assert (
-        said[1].endswith("has given no sign for 0 s: doing it here")
+        said[1].endswith("has given no sign for 0 s: this process does it now")
         and (tmp_path / "folder").is_dir()
     )
 

@@ -222,7 +222,7 @@ def test_turns_that_cannot_be_told_apart_are_refused():
     twice = CHAT.replace("{{ message.content }}", "{{ message.content }}{{ message.content }}")
     odd = CHAT.replace("<|start|>assistant\n{% endif", "A: {% endif").replace("<|start|>", "")
     for template, text in (
-        (sized, "renders otherwise what only has a mark in it"),
+        (sized, "changes a text when only a mark is added to it"),
         (twice, r"turn 2 \(assistant\) in several places"),
         (odd.replace("<|end|>\n", ""), r"generation prompt is not how turn 2 \(assistant\) begins"),
     ):

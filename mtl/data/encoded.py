@@ -15,7 +15,9 @@ from mtl.data.examples import Row
 Positions = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 NEXT_TOKEN: dict[str, pa.DataType] = {"ids": pa.int32(), "target": pa.uint8()}
-"""Columns of next-token prediction. Not bool, which Arrow packs to bits: views are wanted."""
+"""Columns of next-token prediction. The target is not bool: Arrow packs that to bits, and we want
+views.
+"""
 
 
 def next_token_positions(lengths: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -24,7 +26,7 @@ def next_token_positions(lengths: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def schema(columns: Mapping[str, pa.DataType], losses: int = 1) -> pa.Schema:
-    """Of the file: the columns, then what the framework reads of every row."""
+    """The file's schema: the columns, then what the framework reads of every row."""
     kinds = {name: pa.list_(kind) for name, kind in columns.items()}
     more = {f"targets.{i}": pa.int32() for i in range(1, losses)}
     return pa.schema(
@@ -43,7 +45,7 @@ EXAMPLES = 3  # dropped rows of each reason that a report shows
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on. The text lists every problem found, one a line."""
+    """The data cannot be trained on. The text lists every problem found, one a line."""
 
 
 @dataclass
@@ -68,8 +70,8 @@ class Report:
             shown.append((source, row, text))
 
     def lines(self, where: Callable[[int, int], str]) -> list[str]:
-        """For people: one line of totals, then the dropped rows by reason, the first few with their
-        place.
+        """The report for people: one line of totals, then the dropped rows by reason, the first few
+        with their place.
         """
         lines = [
             (
@@ -100,12 +102,12 @@ class Encoded:
 
     Attributes:
         names: of the columns.
-        lengths: (n,) int64, elements of each row's first column: its tokens.
-        positions: (n,) int64, what each row takes in a forward.
+        lengths: (n,) int64, elements of each row's first column, which are its tokens.
+        positions: (n,) int64, token positions that each row takes in a forward.
         counts: (n, L) int64, what each row counts for each of the objective's L losses.
         targets: (n,) int64, the first of these: target tokens, >= 1 in next-token prediction.
         answers: (n,) int64, the same number for the same answer (`examples.Row.answer`).
-        fingerprint: hexadecimal; equal for equal content, encoded in the same way.
+        fingerprint: hexadecimal; equal for equal content that is encoded in the same way.
         report: what became of the source's rows.
     """
 
@@ -186,7 +188,7 @@ class Encoded:
         return {name: column[i] for name, column in self._columns.items()}
 
     def attach(self, name: str, values: np.ndarray) -> None:
-        """One more column, in memory alone: (n, m), row i's elements. Replaces one of that name."""
+        """Add a column in memory, or replace the one of that name; values[i] is row i's, (m,)."""
         assert len(values) == len(self), f"{name}: {len(values)} for {_rows(len(self))}"
         values.setflags(write=False)
         self._columns[name] = values
@@ -244,7 +246,7 @@ def record_batch(
 
 
 def answer(targets: np.ndarray) -> int:
-    """The first three of some ids, 21 bits each, in the order of the ids."""
+    """One number for a row of ids: the first three, 21 bits each, in the order of the ids."""
     padded = [*targets[:3].tolist(), 0, 0, 0]
     return padded[0] << 42 | padded[1] << 21 | padded[2]
 
@@ -254,7 +256,7 @@ def _rows(n: int) -> str:
 
 
 class _Ragged:
-    """An Arrow column of lists as numpy views: element i without a copy, in about a microsecond."""
+    """An Arrow column of lists as numpy views. Element i takes no copy and about a microsecond."""
 
     def __init__(self, column: pa.ChunkedArray, dtype: type):
         chunks = [chunk for chunk in column.chunks if len(chunk)]

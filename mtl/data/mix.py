@@ -1,10 +1,10 @@
 """Which rows stand in which global batch: arithmetic on the step number, so that a run resumes from
 one integer.
 
-Two independent parts. *Which task* is the next example from: the divisor method (Webster /
-Sainte-Lague), where draw j of task k stands at time (2j + 1) / (2 s_k) and all draws are taken in
-the order of time. *Which row* of the task is its draw j: element j mod n_k of a permutation keyed
-by (seed, task, epoch j // n_k). Neither knows the world size.
+It has two independent parts; neither knows the world size. *Which task* the next example is from
+follows the divisor method (Webster / Sainte-Lague). Draw j of task k stands at time
+(2j + 1) / (2 s_k), and all draws are taken in the order of time. *Which row* of the task draw j is:
+element j mod n_k of a permutation keyed by (seed, task, epoch j // n_k).
 
 Replicas of a run (`Order`) differ in the second part alone, or in the order of whole batches.
 """
@@ -22,8 +22,9 @@ Share = int | float | Fraction
 
 @dataclass(frozen=True)
 class Order:
-    """Which of `of` replicas of an order this is (Ju et al. 2024, arXiv 2410.03743, train one model
-    each and merge them).
+    """Which of `of` replicas of an order this is.
+
+    Ju et al. (2024, arXiv 2410.03743) train one model for each replica and merge them.
 
     Args:
         scheme: "rotate": place p of n -> (p + replica * n // of) mod n, so that the replicas' first
@@ -32,8 +33,8 @@ class Order:
         replica: 0 .. of - 1.
         epochs: "first": only each task's first epoch (batch: the first window) differs; "all".
         window: batches that change places among themselves ("batch" only), >= 1.
-        steps: batches in the run ("batch" only): no window goes beyond, or replicas would differ in
-            their rows.
+        steps: batches in the run ("batch" only). No window goes beyond them, or replicas would
+            differ in their rows.
     """
 
     scheme: str
@@ -51,13 +52,12 @@ class Mix:
     """The endless sequence of global batches over K tasks.
 
     Args:
-        names: the tasks. A task's name is part of the key of its row order, its place in the list
-            is not.
+        names: the tasks. A task's name keys its row order; its place in the list does not.
         sizes: (K,) training rows of each task, >= 1.
-        shares: (K,) positive numbers, up to a common factor the tasks' parts of all draws: see
-            `shares_for`. After any M draws a task's count differs from `share * M` by at most (1 +
-            share * (K - 2)) / 2, the share in 0..1. With `shares == sizes` the first sum(sizes)
-            draws are every row once.
+        shares: (K,) positive numbers in the proportion of the tasks' draws: see `shares_for`. After
+            any M draws a task's count differs from `share * M` by at most (1 + share * (K - 2)) /
+            2, the share in 0..1. With `shares == sizes` the first sum(sizes) draws are every row
+            once.
         examples: examples in a global batch, B.
         seed: keys every permutation.
         order: the replica; None: the one order.
@@ -74,8 +74,8 @@ class Mix:
     ):
         if not len(names) == len(sizes) == len(shares) > 0:
             raise ValueError(
-                f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted as "
-                "many"
+                f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted "
+                "equally many, at least one"
             )
         for name, size, share in zip(names, sizes, shares, strict=True):
             if size < 1:
@@ -100,8 +100,8 @@ class Mix:
         return np.array([share / total for share in self._shares])
 
     def drawn(self, step: int) -> np.ndarray:
-        """(K,) int64: examples drawn from each task by the first `step` batches; with order batch
-        by those at the ends of its windows.
+        """(K,) int64: examples drawn from each task by the first `step` batches. With `scheme:
+        batch` this holds at the ends of windows only.
         """
         counts, draws = self._draws(step * self.examples, step * self.examples)
         assert not draws
@@ -120,10 +120,10 @@ class Mix:
         """Draws per task before position `start`, and (task, draw) of the positions start..stop-1
         of the sequence.
 
-        The draws of task k up to time x are floor(s_k x + 1/2), so those of all tasks lie within
-        K/2 of S x. At x = (start - K/2) / S there are therefore at most `start`, and at (stop +
-        K/2) / S at least `stop`: what is in between, at most stop - start + 2K draws, is all that
-        has to be sorted. Exact: no float and no replay.
+        Task k has floor(s_k x + 1/2) draws up to time x, so all tasks together lie within K/2 of S
+        x. Hence there are at most `start` draws at x = (start - K/2) / S, and at least `stop` at
+        (stop + K/2) / S. Only the draws in between have to be sorted, at most stop - start + 2K.
+        This is exact: no float and no replay.
         """
         total, tasks = sum(self._shares), len(self._shares)
 
@@ -180,10 +180,10 @@ def shares_for(
 ) -> list[Fraction]:
     """(K,) shares of the tasks by one of the five rules.
 
-    `proportional`: n_k. `equal`: 1. `explicit`: the given `share`. `temperature`: n_k^(1/T), T = 1
-    proportional, T -> inf equal (the sampling of multilingual models, Arivazhagan et al. 2019,
-    arXiv 1907.05019, section 3). `epochs`: n_k e_k, so that the tasks have passed e_k times when
-    all sum(n_k e_k) draws are done.
+    `proportional`: n_k. `equal`: 1. `explicit`: the given `share`. `temperature`: n_k^(1/T), so T =
+    1 is proportional and T -> inf equal. It is the sampling of multilingual models (Arivazhagan et
+    al. 2019, arXiv 1907.05019, section 3). `epochs`: n_k e_k, so that task k has passed e_k times
+    when all sum(n_k e_k) draws are done.
 
     Raises:
         ValueError: an unknown kind, or a number that is missing or not positive.
@@ -206,7 +206,7 @@ def shares_for(
             return [n * e for n, e in zip(sizes, given("epochs", epochs), strict=True)]
         case "temperature":
             (t,) = given("temperature", [temperature])
-            # Powers differ in their last bits from machine to machine, so they are put on a coarse
+            # Powers differ in their last bits from machine to machine. So we round them to a coarse
             # grid.
             return [Fraction(round(n ** float(1 / t) * 2**20), 2**20) for n in sizes]
     raise ValueError(
@@ -222,12 +222,12 @@ def steps_for(epochs: float, sizes: Sequence[int], examples: int) -> int:
 
 
 def permutation(n: int, key: str) -> np.ndarray:
-    """(n,) int64: 0..n-1 in an order given by `key` alone, the same on every machine and in every
+    """(n,) int64: 0..n-1 in an order that `key` alone gives, the same on every machine and in every
     version.
 
     The rows are sorted by a 64-bit hash of their index: splitmix64 (Steele, Lea, Flood 2014, doi
-    10.1145/2660193.2660195) started at the first 8 bytes of BLAKE2b of the key. It is a bijection
-    of 64-bit words, so no two rows tie.
+    10.1145/2660193.2660195). It starts at the first 8 bytes of BLAKE2b of the key. It is a
+    bijection of 64-bit words, so no two rows tie.
     """
     start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant

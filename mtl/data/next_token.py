@@ -42,13 +42,13 @@ def taught(pieces: Sequence[Piece]) -> Teacher | None:
 class NextToken:
     """What `causal_lm` trains on.
 
-    Columns of n tokens: `ids` (n,) int32; `target` (n,) uint8, 1 where a token is predicted from
-    those before it and trained. The first token never is.
+    Columns of n tokens: `ids` (n,) int32; `target` (n,) uint8, 1 where a token is a target. The
+    first token never is.
 
     Args:
         book: None: stream s is task s.
         pad_id: fills what a mask or a segment of its own hides; any id will do.
-        encoder: from an example to its tokens; None: the rows are encoded already.
+        encoder: turns an example into its tokens; None: the rows are encoded already.
     """
 
     packs = True

@@ -12,15 +12,17 @@ from mtl.losses.terms import Terms
 
 
 def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: float = 0.0) -> Terms:
-    """Next-token cross-entropy, in fp32, on target tokens only; with a mixture of experts, its
-    router loss as a penalty. Where a target has a teacher, the divergence from it.
+    """Next-token cross-entropy, in fp32, on target tokens only. A mixture of experts may add its
+    router loss as a penalty. Where a target has a teacher, the term is
+    the divergence from it.
 
-    The head also runs when there is no target: at ZeRO 3 every rank must gather the head's weights.
+    The head also runs without a target: at ZeRO 3 every rank must gather the head's weights.
 
     Args:
-        router_loss: coefficient of the load-balancing loss that transformers computes for a mixture
-            of experts (Switch Transformers, arXiv 2101.03961, eq. 4-6), over a micro-batch's
-            positions; 0 = none. A model's own is its configuration's `router_aux_loss_coef`.
+        router_loss: coefficient of a mixture of experts' load-balancing loss; 0 = none.
+            transformers computes it over a micro-batch's positions (Switch Transformers, arXiv
+            2101.03961, eq. 4-6). A model's own coefficient is `router_aux_loss_coef` of its
+            configuration.
 
     Raises:
         ValueError: a router loss is asked of a model that has none.

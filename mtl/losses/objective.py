@@ -1,9 +1,9 @@
 """Objectives: from a model and a micro-batch to per-task terms.
 
 An objective is one callable, `objective(forward, batch, k) -> Terms`: a function with its keywords,
-or an instance of a class. It calls `forward(**inputs)` itself, once: which inputs a model needs and
-which logits are worth computing belong to it. `forward` is the engine's in training and the bare
-module's in evaluation. It may have, as attributes:
+or an instance of a class. It calls `forward(**inputs)` itself, once. So it decides which inputs a
+model gets and which logits are computed. `forward` is the engine's in training and the bare
+module's in evaluation. An objective may have these attributes:
 
     losses      names of its losses; the first is that of a task with rows. Default: ("loss",)
     unit        what is counted: losses are nats for each of these. Default: "target token"
@@ -39,11 +39,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Measure:
-    """What validation reports of a task beside its loss, from sums over all its examples.
+    """What validation reports of a task beside its loss, computed from sums over all its examples.
 
     Attributes:
-        value: from a task's (m,) float64 sums, `Terms.measures[name][task]` added up, to a number;
-            nan where the task has none.
+        value: turns a task's (m,) float64 sums into a number; nan where the task has none. They are
+            `Terms.measures[name][task]`, added up.
         highest: whether more is better.
     """
 
@@ -52,7 +52,7 @@ class Measure:
 
 
 def ratio(sums: np.ndarray) -> float:
-    """The first sum over the second: such as right answers over all."""
+    """The first sum over the second, such as right answers over all."""
     return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
 
@@ -99,8 +99,10 @@ class Objectives:
 
 
 def check_terms(terms: Any, k: int, name: str) -> Terms:
-    """What the objective of this name returned, if it is Terms of K tasks: sums of shape (1,) would
-    be added to every task in silence. Only shapes and dtypes are looked at, so no device waits.
+    """What the objective of this name returned, if it is Terms of K tasks.
+
+    Sums of shape (1,) would silently be added to every task. We look at shapes and dtypes only, so
+    no device waits.
 
     Raises:
         ValueError: it is not.

@@ -4,8 +4,8 @@ from pathlib import Path
 
 
 def as_umask_says(folder: Path) -> None:
-    """Give every file of a folder the mode that a new one gets: safetensors makes them 0600,
-    whatever the umask, and who shares the folder cannot read the weights.
+    """Give every file of a folder the mode of a new one. safetensors makes files 0600 whatever the
+    umask, so others who share the folder could not read the weights.
     """
     probe = folder / ".mode"
     probe.touch()

@@ -30,7 +30,7 @@ def save(
     shape (0,) until they are gathered.
 
     Args:
-        loader: name and keywords of a loader that is not built in. `loader.json` then says what
+        loader: name and keywords of a loader that is not built in. Then `loader.json` says what
             opens the folder.
     """
     is_adapter = adapters.is_adapted(trained.module)
@@ -58,7 +58,7 @@ def save(
 
 
 def _aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Of parameters that have several names: each further one, and the first."""
+    """For parameters with several names: each further name, and the first."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (known := first.setdefault(id(parameter), name)) != name:

@@ -71,7 +71,7 @@ def train(run: Run, state: RunState) -> RunState:
 
 
 def _due(every: int | None, step: int, steps: int) -> bool:
-    """Whether what happens every so many steps, and at the end, happens at `step`."""
+    """Whether an event of every `every` steps, and of the end, is due at `step`."""
     return step == steps or (every is not None and step % every == 0)
 
 
@@ -88,7 +88,7 @@ def _lr(config: Config, step: int, steps: int) -> float:
 
 
 def _evaluate(run: Run, state: RunState) -> ValidationResult:
-    """The full validation pass. The state hears whether it is the best; the first pass gives every
+    """The full validation pass. The state learns whether it is the best. The first pass gives every
     group's initial loss.
     """
     began = time.monotonic()
@@ -121,7 +121,7 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
 
 
 def _found(run: Run, validation: ValidationResult) -> dict[str, float]:
-    """Everything that a run may be judged by: losses and measures."""
+    """Everything that may judge a run: losses and measures."""
     measured = validation.measured(run.names, run.objective.measures)
     return validation.summary(run.names) | measured
 

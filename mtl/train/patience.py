@@ -15,11 +15,12 @@ class Patience:
 
     Args:
         evaluations: full passes in a row without improvement after which a task is done, >= 1.
-        action: "log": nothing but a word, and a task that improves again is not done any more.
-            "freeze": the task's part of all weights stays what it was. "drop": it is 0. With both
-            the others share the rest in the balancer's proportions, and what is done stays done.
-        margin: nats per target token below the lowest loss so far that count as an improvement, >=
-            0.
+        action: what a done task's weight is. "log": the balancer's. A task that improves again
+            is no longer done. "freeze": its part of all weights stays as it was. "drop": 0. With
+            these two the others share the rest in the balancer's proportions, and a done task
+            stays done.
+        margin: an improvement is a loss more than this below the lowest so far, in nats per target
+            token, >= 0.
     """
 
     evaluations: int
@@ -27,8 +28,8 @@ class Patience:
     margin: float = 0.0
 
     def observe(self, state: RunState, losses: np.ndarray, names: Sequence[str]) -> list[str]:
-        """Take the (K,) losses of a full pass into `state`. Returns what there is to say: who is
-        done, who goes on after all.
+        """Take the (K,) losses of a full pass into `state`. Returns messages: which tasks are done,
+        and which go on after all.
         """
         if state.lowest is None:
             k = len(names)
@@ -73,11 +74,10 @@ class Patience:
 
 
 def hold(held: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(K,) weights of the same sum, in which the held tasks have their parts and the others share
-    the rest.
+    """(K,) weights of the same sum: held tasks have their parts, the others share the rest.
 
-    Others whose weights are all 0 share equally; others with a sum below 0 (methods that subtract
-    gradients) stay as they are.
+    If the others' weights are all 0, they share equally. If their sum is below 0 (methods that
+    subtract gradients), they stay as they are.
 
     Args:
         held: (K,) float64, parts of the sum; nan = not held.

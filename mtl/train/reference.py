@@ -1,4 +1,4 @@
-"""What an objective asks of the starting model, once for every row: no second model is held."""
+"""What an objective asks of the starting model, once for every row. No second model is held."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,9 +23,9 @@ def fill(
 ) -> None:
     """Give the rows of each objective that has a `reference` that column, float32. A collective.
 
-    Call it while the engine holds the starting weights: before a checkpoint is loaded. A resumed
-    run with as many processes then finds the same numbers, bit for bit. The forward is that of
-    validation, at every ZeRO stage: dropout is off. With adapters it is the model as they begin.
+    Call it while the engine holds the starting weights, before a checkpoint is loaded. Then a
+    resumed run with as many processes finds the same numbers, bit for bit. The forward is
+    validation's, without dropout, at every ZeRO stage. New adapters are part of the starting model.
 
     Args:
         objectives: the run's; layout n of `layouts` has the rows of objective n.
@@ -45,7 +45,7 @@ def fill(
 def _answers(
     engine: Engine, ask: Callable, layout: Layout, splits: Sequence[Encoded], s: int
 ) -> np.ndarray:
-    """(n, m) float32: the answers for all rows of stream s, the same on every rank."""
+    """(n, m) float32: the answers for all n rows of stream s, the same on every rank."""
     row = np.arange(len(splits[s]))
     stream = np.full(len(row), s)
     found = None

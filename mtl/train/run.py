@@ -26,10 +26,11 @@ class Run:
         book: which task each loss of each stream's rows counts for.
         objective: the run's objectives as one.
         steps: optimizer updates in the whole run.
-        differentiated: what gradients are taken by, where the balancer reads their products.
+        differentiated: parameters to differentiate by, where the balancer reads the gradients'
+            products.
         probe_every: optimizer steps between the probes that a balancer reads.
         trackers: empty on every rank but 0.
-        average: of the trained weights, where the config asks.
+        average: of the trained weights; None where the config asks for none.
     """
 
     config: Config
