@@ -315,6 +315,26 @@ def _average(get: Get) -> Iterator[Finding]:
         yield ("average",), "an average", "null with engine.offload.optimizer: nvme", hint
 
 
+def _anchor(get: Get) -> Iterator[Finding]:
+    if get("evaluate", "patience") is None:
+        return
+    path = "evaluate", "patience"
+    if get(*path, "action") != "anchor":
+        if (keep := get(*path, "keep")) != 0.25:
+            hint = "It has no meaning without action: anchor."
+            yield (*path, "keep"), show(keep), "nothing", hint
+        return
+    if get("engine", "offload", "optimizer") == "nvme":
+        hint = "The fp32 weights of a task's best are not in memory there."
+        wanted = "another action with engine.offload.optimizer: nvme"
+        yield (*path, "action"), "anchor", wanted, hint
+    for name in get("tasks"):
+        if get("tasks", name, "of") is not None:
+            found = f"anchor, and the task {name}, which is a loss of other tasks' rows"
+            hint = "A task is held on its own rows."
+            yield (*path, "action"), found, "log, freeze or drop", hint
+
+
 def _order(get: Get) -> Iterator[Finding]:
     if get("train", "order") is None:
         return
@@ -388,6 +408,7 @@ RULES = (
     _kernel,
     _gram,
     _average,
+    _anchor,
     _order,
     _export,
 )

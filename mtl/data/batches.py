@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +192,13 @@ class TrainBatches:
         """The examples of `batch(step)`, stream by stream: this rank's micro-batches of each."""
         make = functools.partial(self.layouts.by_stream, self._splits)
         return self._worker.submit(lambda: make(*self.mix.batch(step), self._key(step))).result()
+
+    def forget(self) -> None:
+        """Drop what was prepared, and wait until the thread reads no rows: they may change then."""
+        for late in self._coming.values():
+            late.cancel()
+        wait(self._coming.values())
+        self._coming.clear()
 
     def close(self) -> None:
         """Stop the thread and forget what it prepared."""

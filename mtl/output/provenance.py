@@ -88,6 +88,9 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
         for key in path.split("."):
             value = value[key]
         same[path] = value
+    patience = same["evaluate.patience"]
+    if patience is not None and patience["action"] != "anchor":  # as before `keep` was there
+        same["evaluate.patience"] = {key: patience[key] for key in patience if key != "keep"}
     order = same["train.order"]
     if order is not None and order["scheme"] == "batch":  # its last window ends where the run does
         same["train.order"] = {**order, "steps": steps}

@@ -26,6 +26,8 @@ class RunState:
         stalled: (K,) float64, full passes since.
         held: (K,) float64, the part of all weights at which a task that is done is held; nan = not
             held.
+        best_at: (K,) float64, step of `lowest`; nan = none. This and the next with `anchor` only.
+        anchored: (K,) float64, step of the weights that a task is held to; nan = not held.
     """
 
     step: int = 0
@@ -43,6 +45,8 @@ class RunState:
     lowest: np.ndarray | None = None
     stalled: np.ndarray | None = None
     held: np.ndarray | None = None
+    best_at: np.ndarray | None = None
+    anchored: np.ndarray | None = None
 
     ARRAYS = (
         "base_sums",
@@ -53,4 +57,6 @@ class RunState:
         "lowest",
         "stalled",
         "held",
+        "best_at",
+        "anchored",
     )
