@@ -6,6 +6,7 @@
 #   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
+#   make merging   what merging is worth, row by row with six seeds: hours, and it goes on where it was
 #   make clean     remove .venv and .venv-bench; models, data and runs stay
 
 SHELL := /bin/bash
@@ -16,7 +17,7 @@ CONFIG ?= configs/quickstart.yaml
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify test test-all figure attack bench constraints clean
+.PHONY: train quickstart classify test test-all figure attack bench merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -40,6 +41,10 @@ figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs th
 
 attack: $(VENV)/with-test  # 10,000 mutated configs; CI runs a short form
 	PYTHONPATH=tests $(BIN)/python tests/attack_config.py 10000 $(ARGS)
+
+merging: quickstart  # what merging is worth, six seeds: hours; goes on where it was (ARGS="--studies m0")
+	$(BIN)/python launch/quickstart.py --set strings
+	$(BIN)/python benchmarks/merging.py $(ARGS)
 
 bench: quickstart $(PEERS)/installed  # ARGS="--groups 'packed fp32'" for a part
 	$(BIN)/python benchmarks/bench.py --peer-python $(PEERS)/bin/python $(ARGS)

@@ -1,4 +1,4 @@
-"""Losses of models by task: `python launch/evaluate.py --config x.yaml MODEL [MODEL ...]`.
+"""Losses and measures of models by task: `python launch/evaluate.py --config x.yaml MODEL ...`.
 
 A model is a folder, whole or an adapter. The rows are the YAML's validation rows, or with
 `--split test` those of `tasks.X.test`, which no training run reads. Starts under a launcher too.
@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     options(parser)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="folders of models")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # launchers append it
@@ -41,14 +41,14 @@ def main() -> None:
     config = plugins.read(args.config, args.set, args.allow_code)
     rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
     with rendezvous.telling():
-        tasks = evaluation.rows(config, args.split, args.allow_code)
+        data = evaluation.rows(config, args.split, args.allow_code)
     engine.init_process_group(config.engine.timeout_minutes)
-    evaluate = evaluation.evaluator(config, tasks, allow_code=args.allow_code)
-    losses, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)
+    evaluate = evaluation.evaluator(config, data, allow_code=args.allow_code)
+    found, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)
     if comm.rank() == 0:
-        print("\n".join(aligned(evaluation.table(losses, names))))
+        print("\n".join(aligned(evaluation.table(found, names, data))))
         if args.json:
-            write_text(args.json, evaluation.record(losses, names, args.split) + "\n")
+            write_text(args.json, evaluation.record(found, names, data, args.split) + "\n")
     comm.leave()
 
 

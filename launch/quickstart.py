@@ -20,8 +20,9 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 from mtl import process
 from mtl.samples.classification import classification
 from mtl.samples.quickstart import quickstart
+from mtl.samples.strings import strings
 
-SETS = {"quickstart": quickstart, "classification": classification}
+SETS = {"quickstart": quickstart, "classification": classification, "strings": strings}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from mtl import process
 
 PROGRAMS = (
     "init", "check", "train", "evaluate", "export", "merge", "report", "replicas",
-    "migrate_mftcoder",
+    "imbalance", "migrate_mftcoder",
 )  # fmt: skip
 
 

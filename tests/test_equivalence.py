@@ -787,6 +787,7 @@ def test_validation(name, results, folders):
     means = (losses * tokens).sum(1) / tokens.sum(1)
     wanted = dict(zip(NAMES, means, strict=True)) | {"macro": means.mean(), "worst": means.max()}
     wanted["token"] = (losses * tokens).sum() / tokens.sum()
+    wanted["log"] = np.log(means).mean()
     assert summary == pytest.approx(wanted, rel=1e-6)
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import mtl
-from mtl import build, plugins
+from mtl import build, evaluation, plugins
 from mtl.config import ConfigError
 from mtl.data.examples import Piece
 from mtl.distributed import comm, engine
@@ -324,6 +324,23 @@ def test_a_classifier_trains_and_its_export_is_transformers_own(bert):
     assert card.data.pipeline_tag == "text-classification"
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text
     assert "nats per example" in card.text
+
+    # launch/evaluate.py has what the run itself measured of that model, in table and JSON.
+    config = config_of(yaml)
+    data, names = evaluation.rows(config, "validation"), list(config.tasks)
+    found = {"best": evaluation.evaluator(config, data)(bert / "labels/model")}
+    record = json.loads(evaluation.record(found, names, data, "validation"))
+    assert record["unit"] == "nats per example"
+    measures = record["models"]["best"]["measures"]
+    for name in ("a/accuracy", "b/accuracy", "accuracy", "b/macro_f1", "macro_f1"):
+        assert measures[name] == pytest.approx(passes[best][f"eval/{name}"]), name
+    losses, of_losses, accuracy, of_accuracy, *_ = evaluation.table(found, names, data)
+    assert losses == ["nats per example", "a", "b", "macro", "token"]
+    assert accuracy == ["accuracy", "a", "b", "mean", ""]
+    assert of_accuracy[1:4] == [
+        f"{measures[k]:.4f}" for k in ("a/accuracy", "b/accuracy", "accuracy")
+    ]
+    assert of_losses[1] == f"{passes[best]['eval/a/loss']:.4f}"
 
 
 def test_an_adapter_of_a_classifier_opens_with_its_labels(bert):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
 from mtl.data.formats import REASONING, Completion, Example, Messages, RowProblem, Text
-from mtl.data.turns import find_turns
+from mtl.data.turns import Turns, find_turns
 
 QUIET = {
     "verbose": False
@@ -159,6 +160,43 @@ class Encoder:
                 )
         return self._limited(np.array(ids, dtype=np.int32), np.array(target, dtype=bool))
 
+    def question(self, example: Example) -> tuple[np.ndarray, str]:
+        """What a model is given to go on from, and the right answer.
+
+        Returns:
+            (n,) int32 ids; the text, as `decode(ids, skip_special_tokens=True)` gives one. Of
+            Messages it is the last turn that is a target, as the template renders it.
+
+        Raises:
+            RowProblem: the example has no answer, or the template refuses it.
+        """
+        match example:
+            case Completion(prompt, completion):
+                return np.array([*self._opening, *self._ids(prompt)], np.int32), self._shown(
+                    completion
+                )
+            case Messages(turns):
+                last = max(
+                    i
+                    for i, turn in enumerate(turns)
+                    if turn["role"] == "assistant" and i not in example.context
+                )
+                prompt = self._text(replace(example, messages=turns[:last]), prompt=True)
+                text, spans, _ = self._turns(replace(example, messages=turns[: last + 1]))
+                if not spans or spans[-1].turn != last:
+                    raise RowProblem("template", f"the chat template leaves out turn {last + 1}")
+                answer = text[spans[-1].start : spans[-1].stop]
+                return np.array(self._ids(prompt), np.int32), self._shown(answer)
+        raise RowProblem(
+            "no question", f"found a {type(example).__name__}, wanted an example with an answer"
+        )
+
+    def _shown(self, text: str) -> str:
+        return self._specials.sub("", text)
+
+    def _turns(self, example: Messages) -> Turns:
+        return find_turns(example, self._text, self.tokenizer.eos_token or "", self._specials)
+
     def _look(self, texts: Iterable[str], note: Note) -> None:
         look_for(self._specials, texts, self.special_text, note)
 
@@ -258,9 +296,7 @@ class Encoder:
         for key in sorted({key for turn in example.messages for key in turn} - READ):
             if not re.search(rf"\b{re.escape(key)}\b", template):
                 note(f"rows whose turns have the key {key}, which nothing reads", 1)
-        text, spans, unreasoned = find_turns(
-            example, self._text, self.tokenizer.eos_token or "", self._specials
-        )
+        text, spans, unreasoned = self._turns(example)
         if unreasoned:
             note("turns that the chat template renders without their reasoning", unreasoned)
         spans = [span for span in spans if span.turn not in example.context]

@@ -211,8 +211,12 @@ class Encoded:
 
     def where(self, i: int) -> str:
         """The place of row i in its source: `file:line`, or `source, row n`."""
-        source, row = (self._table.column(name)[i].as_py() for name in ("source", "row"))
+        source, row = self.origin(i)
         return self._places[source](row)
+
+    def origin(self, i: int) -> tuple[int, int]:
+        """Which of the split's sources row i comes from, and its number there, both from 0."""
+        return tuple(self._table.column(name)[i].as_py() for name in ("source", "row"))
 
     def problems(self) -> list[str]:
         """The report as lines, with places."""

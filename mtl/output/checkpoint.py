@@ -225,13 +225,14 @@ class Checkpoints:
     def save_bests(
         self, engine: Engine, state: RunState, names: Sequence[str], losses: np.ndarray
     ) -> list[str]:
-        """Keep the model for the tasks that the (K,) losses of a full pass show at their best;
-        returns these. A collective.
+        """Keep the model for the tasks that the (K,) losses of a full pass show at their best, and
+        where it is the best single one; returns these tasks. A collective.
 
         What the newest checkpoint names stays beside it: a killed run goes on from there.
         """
         better = bests.observe(state, names, losses)
-        if better and state.step:
+        is_single = state.single is not None and state.single["step"] == state.step
+        if (better or is_single) and state.step:
             folder = self.output / "bests"
             comm.together(lambda: _check_best(folder, bests.folder_name(state.step)))
             bests.write(engine, self.tokenizer, folder, state.step, self.loader)
@@ -293,8 +294,20 @@ class Checkpoints:
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
         )
         self._forget_lost_bests(state)
-        self.named = bests.named(state)
+        # `latest` may be a later checkpoint than this one: a run that is killed before it saves
+        # again, and goes on from there, wants what that one names.
+        self.named = bests.named(state) | comm.on_first(self._named_by_latest)
         return state
+
+    def _named_by_latest(self) -> set[str]:
+        pointer = self.folder / "latest"
+        if not pointer.is_file():
+            return set()
+        newest = self.folder / pointer.read_text(encoding="utf-8").strip() / "state.json"
+        if not newest.is_file():  # `find` has more to say of it
+            return set()
+        run = json.loads(newest.read_text(encoding="utf-8"))["run"]
+        return bests.folders_of(run.get("bests"), run.get("single"))
 
     def _forget_lost_bests(self, state: RunState) -> None:
         """After going back, a later step may have replaced a task's best of then. A collective."""
@@ -314,6 +327,8 @@ class Checkpoints:
                 for task, best in state.bests.items()
                 if bests.folder_name(int(best["step"])) not in lost
             }
+            if state.single and bests.folder_name(int(state.single["step"])) in lost:
+                state.single = None
 
     def check_beginning(self) -> None:
         """Raise CheckpointError where the folder holds another run, stopped before its first

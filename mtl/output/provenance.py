@@ -91,6 +91,8 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
     patience = same["evaluate.patience"]
     if patience is not None and patience["action"] != "anchor":  # as before `keep` was there
         same["evaluate.patience"] = {key: patience[key] for key in patience if key != "keep"}
+    if same["mix"]["follow"] is None:  # as in checkpoints of before it was there
+        same["mix"] = {key: same["mix"][key] for key in ("shares", "temperature")}
     order = same["train.order"]
     if order is not None and order["scheme"] == "batch":  # its last window ends where the run does
         same["train.order"] = {**order, "steps": steps}

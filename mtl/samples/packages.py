@@ -34,3 +34,13 @@ WORDNET = (  # the first that can be had
         ("apt-get", "download", "wordnet-base=1:3.0-37"),
     ),
 )
+CMUDICT = Archive(
+    "cmu-pronouncing-dictionary-3.0.0.tgz",
+    "ca16ac157e95277ffe1ca105a5ca2c833a15626024f15711c2a425da367b68ce",
+    ("npm", "pack", "--silent", "cmu-pronouncing-dictionary@3.0.0"),
+)
+LOOKUPS = wheel(
+    "spacy-lookups-data==1.0.5",
+    "spacy_lookups_data-1.0.5-py2.py3-none-any.whl",
+    "466f21f087e4144bc93800679437ec5a17be7d0888734b1ba880b3ecb0978bc6",
+)

@@ -92,7 +92,9 @@ class Anchors:
         )
         for k in gone:
             name = self._folder / _names(state)[k]
-            self._say(f"{name} is gone: {self._tasks[k].name} is held no longer, its best is anew")
+            self._say(
+                f"{name} is gone: {self._tasks[k].name} begins anew, not done and without a best"
+            )
             state.lowest[k], state.stalled[k] = np.inf, 0
             state.held[k] = state.anchored[k] = state.best_at[k] = np.nan
         self._attach(state)
@@ -100,9 +102,7 @@ class Anchors:
 
     def _keep(self, step: int) -> None:
         """Write the trained weights, whole and by name. A collective."""
-        whole = masters.whole(self._engine, masters.local(self._engine))
-        # Contiguous copies: parameters may share storage.
-        found = {name: values.clone() for name, values in whole.items()}
+        found = masters.whole(self._engine, masters.local(self._engine))
 
         def write() -> None:
             check_free(self._folder, ANCHORS, "the best weights of tasks go there")

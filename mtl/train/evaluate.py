@@ -50,13 +50,16 @@ class ValidationResult:
             return self.sums[:, g] / self.tokens[:, g]
 
     def summary(self, names: Sequence[str]) -> dict[str, float]:
-        """The losses that may judge a run: each task's, their mean, the token mean, the worst."""
+        """The losses that may judge a run: each task's, their mean, the token mean, the worst. Also
+        the mean of their logarithms, where all are above 0.
+        """
         losses = self.losses
         return {
             **dict(zip(names, losses.tolist(), strict=True)),
             "macro": float(losses.mean()),
             "token": float(self.sums.sum() / self.tokens.sum()),
             "worst": float(losses.max()),
+            **({"log": float(np.log(losses).mean())} if (losses > 0).all() else {}),
         }
 
     def measured(self, names: Sequence[str], kinds: Mapping[str, Measure]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from mtl.config import Config
 from mtl.distributed import comm
 from mtl.output import trackers
 from mtl.output.state import RunState
-from mtl.train import anchor, evaluate, schedule
+from mtl.train import anchor, draws, evaluate, schedule
 from mtl.train.evaluate import ValidationResult
 from mtl.train.randomness import seed_step
 from mtl.train.run import Run
@@ -45,8 +45,10 @@ def train(run: Run, state: RunState) -> RunState:
             raise process.Preempted(f"asked to stop, and saved, at step {t}/{run.steps}")
 
         began = time.monotonic()
+        draws.plan(run, state)
         batch = fetch(lambda t=t: run.batches.batch(t), k)
-        state.weights = weights = weigh(run, state, batch, validation)
+        state.weights = weigh(run, state, batch, validation)
+        weights, drawn = draws.loss_weights(run, state), draws.values(run, state)
         seed_step(config.train.seed, t)
         lr = _lr(config, t, run.steps)
         report = train_step(run.engine, run.objective, batch, weights, lr, names)
@@ -61,6 +63,7 @@ def train(run: Run, state: RunState) -> RunState:
 
         now = time.monotonic()
         values = _train_values(names, weights, report, batch, run.holder, anchor.held(state))
+        values |= drawn
         values["train/lr"] = lr
         values["train/target_tokens"] = state.target_tokens
         values["train/tokens_per_second"] = int(batch.tokens.sum()) / (now - began)
@@ -153,6 +156,10 @@ def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) 
             state.best = {"step": state.step, "value": value}
             if weights != "model":
                 state.best["weights"] = weights
+        if weights == "model" and (
+            state.single is None or sign * value < sign * state.single["value"]
+        ):
+            state.single = {"step": state.step, "value": value}
 
 
 def _train_values(

@@ -16,10 +16,11 @@ class Patience:
     Args:
         evaluations: full passes in a row without improvement after which a task is done, >= 1.
         action: what a done task's weight is. "log": the balancer's. A task that improves again
-            is no longer done. "freeze": its part of all weights stays as it was. "drop": 0. With
-            these two the others share the rest in the balancer's proportions, and a done task
-            stays done. "anchor": `keep` times its part as it was, until it improves again; its loss
-            is meanwhile the divergence from its own best (`mtl.train.anchor`).
+            is no longer done. "freeze": its part of all weights stays as it was. "drop": 0, and
+            none of its rows are drawn. With these two the others share the rest in the balancer's
+            proportions, and a done task stays done. "anchor": `keep` times its part as it was, and
+            as much of its draws, until it improves again; its loss is meanwhile the divergence from
+            its own best (`mtl.train.anchor`).
         margin: an improvement is a loss more than this below the lowest so far, in nats per target
             token, >= 0.
         keep: above 0, at most 1; with "anchor" only.
@@ -79,6 +80,14 @@ class Patience:
             f"{names[i]} goes on after all, with a loss of {losses[i]:.4f}"
             for i in np.flatnonzero(was & ~now)
         ]
+
+    def kept(self, state: RunState) -> np.ndarray:
+        """(K,) float64: the part of its draws that each task keeps. A row that counts nothing is
+        not drawn.
+        """
+        if self.action == "anchor":
+            return np.where(np.isnan(state.held), 1.0, self.keep)
+        return np.where(state.held == 0, 0.0, 1.0)
 
     def done(self, state: RunState) -> np.ndarray:
         """(K,) bool. Where all are, the run is over."""
