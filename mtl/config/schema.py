@@ -434,13 +434,16 @@ class PatienceSection(Section):
 
     evaluations: Count
     """Full passes in a row without a new lowest loss of the task after which it is done."""
-    action: Literal["log", "freeze", "drop"] = "log"
+    action: Literal["log", "freeze", "drop", "anchor"] = "log"
     """log: say so, once. freeze: the task's part of all weights stays as it was. drop: its weight
-    is 0, and its rows are drawn no more. The other tasks share the rest. When all tasks are done,
-    the run ends.
+    is 0, and its rows are drawn no more. anchor: it keeps a part of its weight and of its draws,
+    and its loss becomes the divergence from its own best, until it improves again. The other tasks
+    share the rest. When all tasks are done, the run ends.
     """
     margin: NotNegative = 0.0
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
+    keep: Annotated[float, Gt(0), Le(1)] = 0.25
+    """What a task that is done keeps of its weight and of its draws (action `anchor` only)."""
 
 
 class AverageSection(Section):
