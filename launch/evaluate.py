@@ -12,21 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
-from mtl.cli import options
+from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
+    parser = cli.parser(__doc__, reads_config=True, is_launched=True)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="folders of models")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # launchers append it
     return parser.parse_args()
 
 
@@ -34,12 +27,14 @@ def main() -> None:
     args = arguments()
     process.settle()  # before torch is imported
     from mtl import evaluation, plugins
-    from mtl.distributed import comm, engine
+    from mtl.distributed import comm, engine, rendezvous
     from mtl.merging.report import aligned
     from mtl.output.checkpoint import write_text
 
     config = plugins.read(args.config, args.set, args.allow_code)
-    data = evaluation.rows(config, args.split, args.allow_code)
+    rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
+    with rendezvous.telling():
+        data = evaluation.rows(config, args.split, args.allow_code)
     engine.init_process_group(config.engine.timeout_minutes)
     evaluate = evaluation.evaluator(config, data, allow_code=args.allow_code)
     found, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)

@@ -13,21 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
-from mtl.cli import options
+from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
+    parser = cli.parser(__doc__, reads_config=True, is_launched=True)
     add = parser.add_argument
     add("--runs", nargs="+", type=Path, required=True, help="folders of two or more replicas")
     add("--models", nargs="*", type=Path, default=[], help="folders of models made of them")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     add("--figure", type=Path, metavar="FILE", help="draw them")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
     return parser.parse_args()
 
 

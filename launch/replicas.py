@@ -5,7 +5,6 @@ Given again it goes on where it was. OUT holds replica-*, long, merged-*, tail, 
 imbalance.json and, where matplotlib is installed, imbalance.png.
 """
 
-import argparse
 import shlex
 import sys
 from importlib.util import find_spec
@@ -15,15 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process, replicas
-from mtl.cli import options
+from mtl import cli, process, replicas
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
+    parser = cli.parser(__doc__, reads_config=True)
     add = parser.add_argument
     add("--of", type=int, default=4, metavar="K", help="replicas; default 4")
     add("--out", type=Path, required=True, help="folder of the study")

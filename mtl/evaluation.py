@@ -17,10 +17,9 @@ from mtl import build, plugins
 from mtl.build import Data
 from mtl.config import Config, ConfigError
 from mtl.data.batches import ValidationGroups
-from mtl.data.cache import encode_split
+from mtl.data.cache import encode_split, sources_of
 from mtl.data.encoded import DataError, TaskData
 from mtl.data.plan import layouts_for
-from mtl.data.source import open_sources
 from mtl.distributed import comm
 from mtl.distributed.engine import device
 from mtl.losses import head
@@ -73,8 +72,7 @@ def rows(config: Config, split: Split, allow_code: Collection[str] = ()) -> Data
     for s, (name, form) in enumerate(plugins.formats(config, allow_code).items()):
         examples, label = data.examples[data.goals.of[s]], f"{name} ({split})"
         try:
-            named = config.tasks[name].test
-            sources = [one for each in named for one in open_sources(each, split)]
+            sources = sources_of(config.tasks[name], split)
             encoded = encode_split(root, sources, form, examples, None, label, _say)
         except DataError as e:
             where = config.where(("tasks", name, split))

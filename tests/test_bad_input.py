@@ -174,6 +174,32 @@ def test_a_deepspeed_key_that_agrees_with_ours_is_fine(yaml, override):
     assert written["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("gradient_cliping", "gradient_clipping"),
+        ("activation_checkpointing.cpu_checkpointin", "cpu_checkpointing"),
+        ("zero_optimization.reduce_bucket_sise", "reduce_bucket_size"),
+        ("zero_optimization.offload_optimizer.ration", "ratio"),
+    ],
+)
+def test_a_key_that_deepspeed_does_not_know_names_the_nearest(yaml, key, meant):
+    asked = [f"engine.deepspeed.{key}=1", "engine.offload.optimizer=cpu"]
+    with pytest.raises(ConfigError) as caught:
+        ds_config(plugins.read(str(yaml), asked), 1, "cpu")
+    name = key.rpartition(".")[2]
+    assert str(caught.value) == (
+        f"--set engine.deepspeed.{key}=1: engine.deepspeed.{key}: found the key '{name}', wanted "
+        f"a key that DeepSpeed knows. Did you mean {meant}?"
+    )
+
+
+def test_a_value_that_deepspeed_refuses_names_its_place(yaml):
+    key = "engine.deepspeed.zero_optimization.reduce_bucket_size"
+    with pytest.raises(ConfigError, match=f"{key}: found 'many', wanted what DeepSpeed takes"):
+        ds_config(plugins.read(str(yaml), [f"{key}=many"]), 1, "cpu")
+
+
 # As Hugging Face's examples have it, indented with tabs
 DS_CONFIG = """\
 {

@@ -1,5 +1,4 @@
-"""The experiment's YAML: every key, its type, its default and its meaning. The only definition of
-it.
+"""The only definition of the experiment's YAML: every key, its type, its default and its meaning.
 
 `docs/config.md` and `docs/config.schema.json` are written from here by `python -m
 mtl.config.reference`.
@@ -72,7 +71,7 @@ Held = Annotated[
 
 
 def _held(value: Any) -> Any:
-    """A percentage as a fraction; fractions and counts are taken too."""
+    """A percentage as a fraction. Fractions and counts pass unchanged."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value)):
         value = float(match[1]) / 100
     if isinstance(value, float) and not 0 < value < 1 or isinstance(value, int) and value < 1:
@@ -89,7 +88,8 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
-RESERVED = ("macro", "token", "worst", "average", ".", "..")
+RESERVED = ("macro", "token", "worst", "log", "average", ".", "..")
+BEST = ("macro", "token", "worst", "log")  # what every run may be judged by, besides a task
 
 
 class Section(BaseModel):
@@ -106,7 +106,7 @@ class Section(BaseModel):
 
 
 class Spec(Section):
-    """A callable by name and the keywords it is given: `CoBa`, or `{name: CoBa, window: 48}`."""
+    """A callable by name, with keywords: `CoBa`, or `{name: CoBa, window: 48}`."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=lambda schema: _or_text(schema))
 
@@ -132,16 +132,20 @@ class AdapterSection(Section):
 
     model_config = ConfigDict(json_schema_extra=lambda schema: _or_text(schema))
 
-    wanted: ClassVar = "a path, or a mapping with path and merge"
+    wanted: ClassVar = "a path, or a mapping with path, merge and other_base"
 
     path: TextPath
     """A folder with an adapter_config.json, a checkpoint of a run (`RUN/checkpoints/step-...`), or
     a hub name.
     """
     merge: bool = False
-    """false: training goes on in the adapter, whose settings are its own (a `model.lora` beside it
-    must have the same). true: it is added to the model's weights first, in fp32 (zero 0-2, without
+    """false: training goes on in the adapter, with its own settings. A `model.lora` beside it must
+    have the same. true: it is first added to the model's weights, in fp32 (zero 0-2, without
     `model.lora` and `model.quantize`).
+    """
+    other_base: bool = False
+    """true: take the adapter though it names another base model than `model.name`: the same model
+    in another place, or one whose shapes fit.
     """
 
     @model_validator(mode="before")
@@ -166,10 +170,12 @@ class LoraSection(Section):
     dropout: BelowOne = 0.0
     """Probability that an input of an adapter is dropped."""
     target_modules: Literal["all-linear"] | Names = "all-linear"
-    """Modules that get an adapter: every linear one but the head, or those whose name ends so."""
+    """Modules that get an adapter: every linear one except the head, or those whose names end like
+    these.
+    """
     modules_to_save: Names = ()
-    """Modules that are trained whole and saved with the adapters: those whose name ends so. New
-    tokens need the embedding and the head here. Where the model ties these two they stay tied.
+    """Modules to train whole and save with the adapters: those whose names end like these. New
+    tokens need the embedding and the head here. If the model ties these two, they stay tied.
     """
     rslora: bool = False
     """Rank-stabilized scaling."""
@@ -178,7 +184,7 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    """The model and the precision it is trained in."""
+    """The model and its training precision."""
 
     name: Text
     """A folder, or a name on the hub. An adapter's folder stands for its base model, and
@@ -187,7 +193,7 @@ class ModelSection(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub name; null: its main branch."""
     loader: Spec = Spec(name="causal_lm")
-    """What makes the model: causal_lm, sequence_classification, or a function of yours."""
+    """What makes the model: causal_lm, sequence_classification, kpe, or a function of yours."""
     allow_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     attention: Text | None = None
@@ -201,14 +207,14 @@ class ModelSection(Section):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile of the model's blocks, for lengths that vary; zero 0-2. The first steps take up
-    to minutes longer: worth it where the others are faster by more (on CPUs by a quarter,
-    benchmarks/README.md). Needs a C++ compiler; on a GPU Triton.
+    """torch.compile of the model's blocks, for varying lengths; zero 0-2. The first steps take up
+    to minutes longer; later steps are faster (on CPUs by a quarter, benchmarks/README.md). It needs
+    a C++ compiler; on a GPU Triton.
     """
     loss_kernel: Literal["liger"] | None = None
-    """liger: Liger's fused head and cross-entropy (extra `liger`; a GPU, zero 0-2, a head that is
-    one linear module); null: the head in slices, in plain torch. Both compute target positions only
-    and never hold all logits.
+    """liger: Liger's fused head and cross-entropy. It needs the extra `liger`, a GPU, zero 0-2, and
+    a head that is one linear module. null: the head in slices, in plain torch. Both compute target
+    positions only and never hold all logits.
     """
     chat_template: TextPath | None = None
     """File with a Jinja template that replaces the tokenizer's; null: the tokenizer's own."""
@@ -217,9 +223,9 @@ class ModelSection(Section):
     adapter: AdapterSection | None = None
     """A trained adapter to start from; null: none."""
     quantize: Literal["nf4", "int8"] | None = None
-    """How the frozen weights beside adapters are held (QLoRA; extra `qlora`): nf4: 4 bits, with
-    double quantization, computed with in the training precision; int8: LLM.int8(). Linear modules
-    but the head. With `model.lora` and zero 0-2 only.
+    """How to hold the frozen weights beside adapters (QLoRA; extra `qlora`). nf4: 4 bits with
+    double quantization; products are in the training precision. int8: LLM.int8(). It applies to
+    linear modules except the head, with `model.lora` and zero 0-2 only.
     """
 
 
@@ -227,26 +233,27 @@ class TaskSection(Section):
     """A task: its rows and what its loss counts."""
 
     train: OwnSources = None
-    """Rows to train on: a JSONL, CSV, TSV or Parquet file, a pattern (`data/*.jsonl`), a folder
-    written by `datasets.save_to_disk`, a hub name (`name`, `name:config`, `name:config:split`, the
-    split also as `train[:10%]`), or a list of them.
+    """Rows to train on, or a list of such. A JSONL, CSV, TSV or Parquet file; a pattern
+    (`data/*.jsonl`); a folder that `datasets.save_to_disk` wrote. Or a hub name: `name`,
+    `name:config`, `name:config:split`, the split also as `train[:10%]`.
     """
     validation: Held = None
-    """Rows whose loss is measured, named in the same way; or how many of the rows of `train` are
-    held out for it: `5%`, or a number. Rows are chosen by a hash of their content, so copies stay
-    together. With a percentage, rows that are added to `train` later move none.
+    """Rows whose loss is measured, named in the same way; or how many rows of `train` to hold out:
+    `5%`, or a number. A hash of their content chooses them, so copies stay together. With a
+    percentage, rows that you add to `train` later move no other row.
     """
     test: OwnSources = None
-    """Rows that `launch/evaluate.py` alone reads, never a training run, named as `train`."""
+    """Rows that only `launch/evaluate.py` reads, never a training run; named as `train`."""
     format: Spec | None = None
     """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
-    or a function of yours.
+    preference, choices, or a function of yours.
     """
     of: Names | None = None
-    """Other tasks, of whose rows this task is another loss (`loss`); in place of train, validation
-    and format."""
+    """Other tasks. This task is another loss (`loss`) of their rows, in place of train, validation
+    and format.
+    """
     loss: Name | None = None
-    """The objective's loss that this task is (with `of`); null: the objective's first."""
+    """Which loss of the objective this task is (with `of`); null: the first."""
     objective: Spec | None = None
     """What is minimized on these rows; null: the run's `objective`."""
     share: Positive | None = None
@@ -256,8 +263,8 @@ class TaskSection(Section):
     loss_weight: Positive = 1.0
     """Factor on the balancer's weight; the weights' sum stays the balancer's."""
     group: Text | None = None
-    """Tasks of the same group count as one for the balancer, which deals its weight equally to
-    them; null: by itself.
+    """The balancer sees tasks of the same group as one, and they share its weight equally; null: by
+    itself.
     """
     cap: Count | None = None
     """Training rows used at most; null: all."""
@@ -269,11 +276,21 @@ class MixSection(Section):
     """How often each task is drawn."""
 
     shares: Literal["proportional", "equal", "explicit", "temperature", "epochs"] = "proportional"
-    """Examples of a task in a batch on average: in proportion to its n rows; the same for each; its
-    own `share`; n ** (1 / temperature); n times its own `epochs`.
+    """A task's examples in an average batch are in proportion to: its n rows; 1; its own `share`; n
+    ** (1 / temperature); n times its own `epochs`.
     """
     temperature: Annotated[float, Ge(0.05), Le(1e6)] | None = None
     """1: proportional; large: nearly equal (`shares: temperature` only)."""
+    follow: Literal["balancer"] | None = None
+    """balancer: from step `every` on the shares are the balancer's weights, and a task's loss
+    counts what it has of the batch's examples. null: `shares` all along.
+    """
+    every: Steps = 50
+    """Optimizer steps between changes of the shares (with `follow` only)."""
+    floor: Fraction | None = None
+    """The least share of a task, before all are brought to the sum 1; null: 1/4 of an equal one
+    (with `follow` only).
+    """
 
 
 class BatchSection(Section):
@@ -288,35 +305,35 @@ class BatchSection(Section):
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to an example above max_length."""
     special_text: Literal["keep", "refuse"] = "keep"
-    """What happens to a row whose texts have a special token's text in them, such as `</s>`: keep
-    it, where it becomes that token, which the log counts; or refuse the row.
+    """What happens to a row whose texts contain a special token's text, such as `</s>`. keep: it
+    becomes that token, and the log counts such rows. refuse: the row is dropped.
     """
     packing: Literal["auto"] | bool = "auto"
-    """Several examples in one row, none seeing another; auto: where the model is found to keep them
-    apart.
+    """Whether several examples share a row without seeing each other; auto: where a test finds that
+    the model keeps them apart.
     """
     row_length: Count | None = None
     """The most token positions of a packed row; null: chosen from the attention kernel and the
-    longest example. Rows are as long, up to this, as leaves least padding; one a micro-batch where
-    it equals `tokens`.
+    longest example. Up to this, rows get the length that leaves least padding. Where it equals
+    `tokens`, a micro-batch is one row.
     """
 
 
 class OrderSection(Section):
-    """One of several runs that differ in the order of the rows only, to be merged."""
+    """One of several runs that differ only in the order of the rows, to be merged."""
 
     scheme: Literal["rotate", "shuffle", "batch"]
-    """rotate: each task's order is begun replica / of of its rows later, so that every row is early
-    in exactly one replica. shuffle: each task's rows in an order of the replica's own. batch: whole
-    batches in an order of its own, each of the same rows.
+    """rotate: each task's order starts (replica / of) x its rows later, so that every row is early
+    in exactly one replica. shuffle: each replica has its own order of each task's rows. batch: each
+    replica has its own order of whole batches, which keep their rows.
     """
     replica: Annotated[int, Ge(0)]
     """Which replica this is, from 0."""
     of: Count
     """Replicas in all."""
     epochs: Literal["first", "all"] = "first"
-    """Where the order differs: in the first pass over the rows (rotate, shuffle: of each task;
-    batch: of all tasks together), or in every one.
+    """Where the order differs: in the first pass over the rows, or in every pass. A pass is over
+    each task (rotate, shuffle), or over all tasks together (batch).
     """
 
 
@@ -324,8 +341,8 @@ class _Train(Section):
     """How long to train: exactly one of steps and epochs."""
 
     steps: Steps | None = None
-    """Optimizer steps. A run that is resumed may have more than before, never fewer: from there on
-    its learning rate is that of a run of the new length (docs/cluster.md).
+    """Optimizer steps. A resumed run may have more than before, never fewer. From there on it has
+    the learning rate of a run of the new length (docs/cluster.md).
     """
     epochs: Annotated[float, Gt(0), Le(1e6)] | None = None
     """Passes over all tasks' training rows together: steps = ceil(epochs * rows /
@@ -334,14 +351,14 @@ class _Train(Section):
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of the order of rows, of new parameters and of dropout."""
     order: OrderSection | None = None
-    """Which replica of the order of rows this is; null: the one order."""
+    """Which replica of the order of rows this run is; null: the plain order."""
 
 
 _FROM = Field(
     None,
-    description="Weights to start from, as a new run at step 0: a checkpoint of a run "
-    "(`RUN/checkpoints/step-...`), an exported model or an adapter; null: those of `model.name`, "
-    "which names tokenizer, and an adapter's base model, in any case.",
+    description="Weights to start a new run from, at step 0: a checkpoint of a run "
+    "(`RUN/checkpoints/step-...`), an exported model or an adapter. null: those of `model.name`. "
+    "`model.name` always names the tokenizer, and an adapter's base model.",
 )
 TrainSection = create_model(  # a class statement cannot have an attribute named `from`
     "TrainSection", __base__=_Train, __doc__=_Train.__doc__, **{"from": (TextPath | None, _FROM)}
@@ -354,8 +371,9 @@ class OptimizerSection(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     """The update rule."""
     scale: dict[Text, Positive] = {}
-    """Factors on the learning rate, by a regular expression that is searched for in the parameters'
-    names; of several that match the first counts: `{classifier: 10.0}`."""
+    """Factors on the learning rate by a regular expression, which is searched for in the
+    parameters' names: `{classifier: 10.0}`. The first that matches counts.
+    """
     lr: Annotated[float, Gt(0), Le(1e3)] = 1e-4
     """Learning rate at the schedule's highest point."""
     betas: Annotated[tuple[BelowOne, BelowOne], Strict(False)] = (0.9, 0.999)
@@ -385,67 +403,69 @@ class ProbeSection(Section):
     """The small validation batch that a balancer reads, where it needs one."""
 
     every: Count | None = None
-    """Optimizer steps between probes. null: 5, with LoRA 9 (its steps are shorter), and more where
-    a probe reads more than 1.5 times as many examples as a batch has.
+    """Optimizer steps between probes. null: 5, with LoRA 9, whose steps are shorter. It is more
+    where a probe reads more than 1.5 times as many examples as a batch has.
     """
     groups: Count = 12
-    """Groups of whole examples each task's validation rows are divided into; a probe reads one of
-    them, in turn. Fewer, which the log says, where a task has too few rows for as many.
+    """Groups of whole examples into which each task's validation rows are divided. Probes read them
+    in turn. If a task has too few rows, there are fewer groups, and the log says so.
     """
     examples: Count | Literal["batch", "all"] = "batch"
     """Examples of each task in a group. batch: in all about a quarter more than a batch has, more
-    of tasks with short rows; of each at least 4, and no more than it has rows for the groups. all:
-    every validation row is in a group.
+    of tasks with short rows. Each task has at least 4, and no more than its rows allow for the
+    groups. all: every validation row is in a group.
     """
 
 
 class GramSection(Section):
-    """The tasks' single gradients, where the balancer reads their inner products."""
+    """Each task's gradient, where the balancer reads their inner products."""
 
     params: Text = "all"
-    """Trainable parameters they are taken by: all; last_layer (the model's last block); adapter
-    (LoRA's); or a regular expression that is searched for in the parameters' names. Memory: one
+    """Trainable parameters to differentiate by: all; last_layer (the model's last block); adapter
+    (LoRA's); or a regular expression, which is searched for in the parameters' names. Memory: one
     gradient a task in fp32, on every device.
     """
     every: Count = 1
-    """Optimizer steps between them; in between the balancer keeps its weights."""
+    """Optimizer steps between them. In between the balancer keeps its weights."""
 
 
 class PatienceSection(Section):
-    """What happens to a task that has stopped improving, by its validation loss on the full
-    passes.
-    """
+    """What happens to a task whose validation loss on the full passes has stopped improving."""
 
     evaluations: Count
     """Full passes in a row without a new lowest loss of the task after which it is done."""
-    action: Literal["log", "freeze", "drop"] = "log"
-    """log: say so, once. freeze: the task's part of all weights stays what it was. drop: its weight
-    is 0. The other tasks share the rest. When all tasks are done the run ends.
+    action: Literal["log", "freeze", "drop", "anchor"] = "log"
+    """log: say so, once. freeze: the task's part of all weights stays as it was. drop: its weight
+    is 0, and its rows are drawn no more. anchor: it keeps a part of its weight and of its draws,
+    and its loss becomes the divergence from its own best, until it improves again. The other tasks
+    share the rest. When all tasks are done, the run ends.
     """
     margin: NotNegative = 0.0
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
+    keep: Annotated[float, Gt(0), Le(1)] = 0.25
+    """What a task that is done keeps of its weight and of its draws (action `anchor` only)."""
 
 
 class AverageSection(Section):
     """An average of the trained weights, measured beside them at every full pass, as
-    `eval/average/...`; it may be the best checkpoint. fp32, 4 bytes a trained parameter; divided by
-    the processes from zero 1 on.
+    `eval/average/...`. It may be the best checkpoint. It takes 4 bytes a trained parameter, which
+    the processes share from zero 1 on.
     """
 
     decay: BelowOne = 0.999
     """The exponential average keeps this part of itself at each of its updates."""
     warmup: Count = 10
-    """The n-th update (from 0) keeps (1 + n) / (warmup + n) at most, so that the start is forgotten
-    soon; 1: none.
+    """The n-th update (from 0) keeps at most (1 + n) / (warmup + n), so that the average soon
+    forgets the start; 1: no warm-up.
     """
     every: Count = 1
     """Optimizer steps between its updates."""
     last: Count | None = None
-    """In place of an exponential average the mean of the weights at so many last full passes, each
-    of which is held; null: exponential.
+    """Average the weights at this many last full passes, and hold all of them; null: an exponential
+    average.
     """
     device: Literal["cpu"] | None = None
-    """cpu: held in the host's memory; null: beside the optimizer's state."""
+    """cpu: hold it in the host's memory; null: beside the optimizer's state."""
 
 
 class EvaluateSection(Section):
@@ -456,8 +476,10 @@ class EvaluateSection(Section):
     tokens: Count | None = None
     """Token positions of a validation micro-batch; null: batch.tokens."""
     best: Text = "macro"
-    """The loss that picks the best checkpoint: macro (mean over tasks), token (mean over target
-    tokens), worst (highest of the tasks'), or a task's name.
+    """What picks the best checkpoint. A loss: macro (mean over tasks), token (mean over target
+    tokens), worst (the tasks' highest), log (mean over tasks of the logarithm, so that a per cent
+    counts the same in every task), or a task's name. Or one of the objective's measures, such as
+    accuracy, which is a mean over tasks; `task/accuracy` is one task's.
     """
     probe: ProbeSection = ProbeSection()
     """The balancer's probe."""
@@ -466,19 +488,19 @@ class EvaluateSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is kept to resume from."""
+    """The checkpoints to keep."""
 
     every: Count | None = None
-    """Optimizer steps between checkpoints, besides those at a new best and at the end; null: these
-    only.
+    """Optimizer steps between checkpoints, besides those at a new best and at the end; null: only
+    these.
     """
     keep: Count = 2
     """Checkpoints kept, the newest ones."""
     best: bool = True
     """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
     bests: Literal["each"] | None = None
-    """each: every task's best model is kept besides, and the best single one by `evaluate.best`,
-    weights only, in the output's `bests/step-...`; those of the same step share one. null: none.
+    """each: also keep every task's best model and the best single one by `evaluate.best`, weights
+    only, in the output's `bests/step-...`. Those of the same step share a folder. null: none.
     """
 
 
@@ -486,23 +508,22 @@ class ExportSection(Section):
     """The Hugging Face folder written at the end."""
 
     which: Literal["best", "last", "average", "none"] = "best"
-    """What is exported. best: the checkpoint with the lowest `evaluate.best` loss, its trained or
-    its averaged weights, whichever had it; last: the last one; average: that one's averaged
-    weights.
+    """What is exported. best: the trained or averaged weights with the lowest `evaluate.best` loss.
+    last: the last checkpoint. average: the last checkpoint's averaged weights.
     """
     dtype: Literal["fp32", "bf16"] | None = None
     """Type of the exported parameters; null: as trained."""
 
 
 class OffloadSection(Section):
-    """What is kept outside the accelerator's memory."""
+    """What to keep outside the accelerator's memory."""
 
     optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's state lives (cpu: zero 1-3; nvme: zero 3, and the run cannot be
-    resumed).
+    """Where to keep the optimizer's state. cpu: zero 1-3; nvme: zero 3, and the run cannot be
+    resumed.
     """
     parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where the parameters live (zero 3)."""
+    """Where to keep the parameters (zero 3)."""
     nvme_path: TextPath | None = None
     """Folder on the NVMe disk."""
 
@@ -518,9 +539,13 @@ class EngineSection(Section):
     """Offloading."""
     timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
+    rendezvous_minutes: Annotated[float, Gt(0), Le(10080)] = 10.0
+    """Minutes a process waits at the start until all others have started. A message every
+    10 s names the missing ones. Reading the data comes afterwards, without this limit.
+    """
     deepspeed: DeepSpeed = {}
-    """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them,
-    `"auto"` values included; one that contradicts a key of ours is an error.
+    """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.
+    `"auto"` values are allowed. A key that contradicts one of ours is an error.
     """
 
 
@@ -532,11 +557,11 @@ class Config(Section):
     """
 
     model: ModelSection
-    """The model and the precision it is trained in."""
+    """The model and its training precision."""
     tasks: Annotated[
         dict[TaskName, TaskSection], MinLen(1), Wanted("a mapping from tasks' names to tasks")
     ]
-    """The tasks by name; their order in the file is their order everywhere."""
+    """The tasks by name. Their order in the file is their order everywhere."""
     mix: MixSection = MixSection()
     """How often each task is drawn."""
     batch: BatchSection = BatchSection()
@@ -548,19 +573,19 @@ class Config(Section):
     schedule: ScheduleSection = ScheduleSection()
     """Learning rate over the steps."""
     balancer: Spec = Spec(name="CoBa")
-    """What sets the tasks' weights: a method of `balancers`, or a class of yours."""
+    """The method that sets the tasks' weights: one of `balancers`, or a class of yours."""
     gram: GramSection = GramSection()
     """The balancer's gradients."""
     objective: Spec = Spec(name="causal_lm")
-    """What is minimized. `causal_lm`: cross-entropy; `router_loss: 0.02` adds a mixture of experts'
-    load balancing loss.
+    """What is minimized. `causal_lm`: cross-entropy of the next tokens; `router_loss: 0.02` adds a
+    mixture of experts' load balancing loss.
     """
     average: AverageSection | None = None
     """An average of the trained weights beside them; null: none."""
     evaluate: EvaluateSection = EvaluateSection()
     """Validation."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """What is kept to resume from."""
+    """The checkpoints to keep."""
     export: ExportSection = ExportSection()
     """The Hugging Face folder written at the end."""
     output: TextPath
@@ -571,8 +596,9 @@ class Config(Section):
         Spec(name="console"),
         Spec(name="jsonl"),
     )
-    """Where metrics go: console, jsonl, tensorboard; wandb, mlflow, trackio, comet_ml, clearml,
-    swanlab (each its package; `project:` and keywords of its own start); or classes of yours.
+    """Where metrics go: console, jsonl, tensorboard, or classes of yours. Also wandb, mlflow,
+    trackio, comet_ml, clearml, swanlab: each needs its package, and takes `project:` and the
+    keywords of its start.
     """
     cache: TextPath = "~/.cache/coba-mtl"
     """Folder of the encoded data."""
@@ -586,8 +612,8 @@ class Config(Section):
 
     @property
     def adapter(self) -> AdapterSection | None:
-        """The adapter that training starts from: `model.adapter`, or what `model.name` or
-        `train.from` is, where it is an adapter.
+        """The adapter that training starts from: `model.adapter`, or `train.from` or `model.name`
+        if that is an adapter.
         """
         return self.model.adapter or next(
             (
@@ -609,8 +635,8 @@ class Config(Section):
         return self._document
 
     def where(self, path: str | Sequence[str | int]) -> str:
-        """`file:line` of a key, by dotted path or by keys; of a key not given, that of the nearest
-        one above it.
+        """`file:line` of a key, by dotted path or by keys. A key that is not given has the place of
+        the nearest one above it.
         """
         return str(self._document.place(path))
 
@@ -632,7 +658,7 @@ class Config(Section):
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain dicts and lists. `parse(dump(...))`
-        gives it again.
+        restores it.
         """
         return plain(self)
 
@@ -644,7 +670,7 @@ def model_folder(path: str) -> Path:
 
 
 def adapter_folder(path: str) -> Path | None:
-    """The folder of a PEFT adapter, where that is what stands at a path."""
+    """The folder of a PEFT adapter, if the path is one."""
     folder = model_folder(path)
     return folder if (folder / "adapter_config.json").is_file() else None
 

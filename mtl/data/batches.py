@@ -11,7 +11,7 @@ import torch
 from mtl.data.collate import Micro, deal
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.examples import Batch, Examples, Piece
-from mtl.data.mix import Mix, permutation
+from mtl.data.mix import Mix, Round, permutation
 from mtl.data.next_token import NextToken
 
 
@@ -24,7 +24,8 @@ class Layout:
         world, rank: data-parallel ranks, and which one this is.
         tokens: most positions, padding included, of a micro-batch.
         pad_id: fills what a mask or its own segment hides; any id will do.
-        packed: several examples a row, isolated by position ids; else one, padded.
+        packed: several examples share a row, kept apart by position ids. Otherwise each has a
+            padded row.
         row_length: most tokens of a packed row; None = `tokens`.
         examples: from rows to a micro-batch; None: next-token prediction, stream s being task s.
         streams: whose rows these are; None: all.
@@ -52,9 +53,9 @@ class Layout:
     def deal(
         self, splits: Sequence[Encoded], stream: np.ndarray, row: np.ndarray
     ) -> list[tuple[Micro, int]]:
-        """This rank's part of `collate.deal` of those examples that are of this layout's streams.
+        """This rank's part of `collate.deal`, for the examples of this layout's streams.
 
-        With each micro-batch stands the largest count of the first loss that any rank has in it.
+        Beside each micro-batch stands the largest count of the first loss on any rank.
         """
         mine = range(len(stream))
         if self.streams is not None:
@@ -81,10 +82,10 @@ class Layout:
         row: np.ndarray,
         key: str = "",
     ) -> Batch:
-        """The micro-batch of examples whose stream and row stand at the indices in `micro`.
+        """The micro-batch of the examples that `micro` numbers.
 
         Args:
-            key: of this step's randomness; each row has its own.
+            key: names this step's randomness; each row draws its own from it.
         """
 
         def piece(s: int, n: int) -> Piece:
@@ -112,7 +113,7 @@ class Layouts:
     def deal(
         self, splits: Sequence[Encoded], stream: np.ndarray, row: np.ndarray
     ) -> list[tuple[Layout, Micro, int]]:
-        """This rank's micro-batches of some examples, as indices: as many on every rank."""
+        """This rank's micro-batches of some examples, as indices; as many on every rank."""
         return [
             (layout, *dealt) for layout in self.each for dealt in layout.deal(splits, stream, row)
         ]
@@ -132,7 +133,7 @@ class Layouts:
     def by_stream(
         self, splits: Sequence[Encoded], stream: np.ndarray, row: np.ndarray, key: str
     ) -> list[list[Batch]]:
-        """The same examples dealt stream by stream: for each its micro-batches on this rank."""
+        """The same examples, dealt stream by stream: this rank's micro-batches of each."""
         apart = []
         for s in range(len(splits)):
             mine = np.flatnonzero(stream == s)
@@ -148,8 +149,13 @@ def _layouts(given: Layout | Layouts) -> Layouts:
 class TrainBatches:
     """A rank's micro-batches of each optimizer step, prepared `ahead` steps early by a thread.
 
-    `.batch(step)` may be called in any order and with any step: a batch is a function of its
-    number. An error in the preparation is raised by the call for that step.
+    `.batch(step)` may be called in any order and with any step of the round: a batch is a function
+    of round and number. An error in the preparation is raised by the call for that step.
+
+    Attributes:
+        now: the present round of draws.
+        stop: the step at which another one begins; no batch is prepared from there on. None: no
+            such step is known.
     """
 
     def __init__(
@@ -159,6 +165,7 @@ class TrainBatches:
             len(task.train) for task in tasks
         ]
         self.mix, self.layouts, self.ahead = mix, _layouts(layout), ahead
+        self.now, self.stop = mix.first, None
         self._splits = [task.train for task in tasks]
         # Not run on CUDA yet. A thread begins on device 0, where pinning would open a context for
         # every rank.
@@ -174,11 +181,26 @@ class TrainBatches:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=settle)
         self._coming: dict[int, Future[list[Batch]]] = {}
 
+    def begin(self, now: Round, stop: int | None) -> None:
+        """Go on in a round of draws; another one than before forgets what was prepared."""
+        if now != self.now:
+            for late in self._coming.values():
+                late.cancel()
+            self._coming.clear()
+        self.now, self.stop = now, stop
+
+    def parts(self, step: int) -> np.ndarray:
+        """(S,) float64: each stream's part of the examples of global batch `step`; sums to 1."""
+        drawn = self.mix.drawn(step + 1, self.now) - self.mix.drawn(step, self.now)
+        return drawn / drawn.sum()
+
     def batch(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step` (0 is the first): as many on every
-        rank, at least one.
+        """This rank's micro-batches of optimizer step `step` (0 is the first).
+
+        Every rank has the same number of them, at least one.
         """
-        wanted = range(step, step + 1 + self.ahead)
+        stop = step + 1 + self.ahead
+        wanted = range(step, stop if self.stop is None else min(stop, self.stop))
         for late in [n for n in self._coming if n not in wanted]:
             self._coming.pop(late).cancel()
         for n in wanted:
@@ -187,17 +209,26 @@ class TrainBatches:
         return self._coming.pop(step).result()
 
     def by_stream(self, step: int) -> list[list[Batch]]:
-        """The examples of `batch(step)`: for each stream its micro-batches on this rank."""
+        """The examples of `batch(step)`, stream by stream: this rank's micro-batches of each."""
         make = functools.partial(self.layouts.by_stream, self._splits)
-        return self._worker.submit(lambda: make(*self.mix.batch(step), self._key(step))).result()
+        return self._worker.submit(
+            lambda: make(*self.mix.batch(step, self.now), self._key(step))
+        ).result()
+
+    def forget(self) -> None:
+        """Drop what was prepared, and wait until the thread reads no rows: they may change then."""
+        for late in self._coming.values():
+            late.cancel()
+        self._coming.clear()
+        self._worker.submit(lambda: None).result()  # after everything that it had begun
 
     def close(self) -> None:
-        """Stop the thread; what it prepared is forgotten."""
+        """Stop the thread and forget what it prepared."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def make(self, step: int) -> list[Batch]:
         """The micro-batches of `batch`, made now and on this thread."""
-        stream, row = self.mix.batch(step)
+        stream, row = self.mix.batch(step, self.now)
         dealt = self.layouts.deal(self._splits, stream, row)
         micros = list(self.layouts.collate(dealt, self._splits, stream, row, self._key(step)))
         return [micro.pinned() for micro in micros] if self._pin else micros
@@ -207,26 +238,26 @@ class TrainBatches:
 
 
 class ValidationGroups:
-    """Every task's validation rows, divided once into the same number of groups of whole examples,
-    and what is left over.
+    """Every task's validation rows, divided once into the same number of groups of whole examples.
 
-    A group is a fair sample of its task: rows are sorted by their number of target tokens and then
-    by what these are, so that a classifier's labels stand together, and divided into strata; each
-    group has one row of each stratum, drawn by a permutation keyed by seed and task. Neither world
-    size nor layout change the groups.
+    What does not fill a group is left over.
+
+    A group is a fair sample of its task. Rows are sorted by their number of target tokens, then by
+    the tokens themselves, so that a classifier's labels stand together. The sorted rows are divided
+    into strata. Each group takes one row of each stratum, drawn by a permutation keyed by seed and
+    task. Neither world size nor layout changes the groups.
 
     Args:
         tasks: K tasks.
-        groups: groups wanted. `self.groups`, the effective number, is limited by the smallest task
-            so that every group holds as many examples of every task as the others: whoever asks
-            should say so when the two differ.
+        groups: groups wanted. The smallest task limits `self.groups`, the number in force, because
+            all groups hold equally many examples of a task. Callers should report a difference.
         seed: keys the draw.
         layout: how examples become micro-batches.
-        examples: (K,) of each task in a group (of a task with fewer rows: all of them). None: every
-            row stands in a group, and those of a task differ in size by one row at most.
+        examples: (K,) examples of each task in a group; all rows where a task has fewer. None:
+            every row is in a group, and a task's groups differ by one row at most.
 
     Attributes:
-        parts: the groups, and one more where rows are left over.
+        parts: number of groups, plus one where rows are left over.
         splits: the K tasks' validation rows.
     """
 
@@ -258,15 +289,15 @@ class ValidationGroups:
         self._dealt: dict[int, list[tuple[Layout, Micro, int]]] = {}
 
     def rows(self, part: int) -> list[np.ndarray]:
-        """K ascending int64 arrays: the rows of each task in group `part`, or, after the last
-        group, of those left over.
+        """K ascending int64 arrays: each task's rows in group `part`. The number after the last
+        group names the rows left over.
         """
         assert 0 <= part < self.parts
         return [rows[part] for rows in self._rows]
 
     def group(self, group: int) -> Iterator[Batch]:
-        """This rank's micro-batches of group `group` (or what is left over), made one at a time: as
-        many on every rank, at least one.
+        """This rank's micro-batches of group `group` (or of what is left over), made one at a time.
+        Every rank has the same number of them, at least one.
 
         Over all ranks every row of the group stands in exactly one of them.
         """
@@ -276,7 +307,7 @@ class ValidationGroups:
         yield from self.layouts.collate(self._dealt[group], self.splits, stream, row, self._key)
 
     def by_stream(self, group: int) -> list[list[Batch]]:
-        """The examples of `group` stream by stream: for each its micro-batches on this rank."""
+        """The examples of `group`, stream by stream: this rank's micro-batches of each."""
         return self.layouts.by_stream(self.splits, *self.examples(group), self._key)
 
     def examples(self, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,22 +319,22 @@ class ValidationGroups:
 def stratified(
     targets: np.ndarray, answers: np.ndarray, groups: int, examples: int | None, key: str
 ) -> list[np.ndarray]:
-    """Row numbers of `groups` groups of `examples` rows each, and of the rows left over: ascending,
-    groups + 1 arrays.
+    """Row numbers of `groups` groups of `examples` rows each, then of the rows left over.
 
-    Rows are sorted by `targets`, then `answers`, and cut into strata of neighbours, one for each
-    example of a group. Every group draws one row of every stratum.
+    Rows are sorted by `targets`, then `answers`. The sorted rows are divided into strata of
+    neighbours, one for each example of a group. Every group draws one row of every stratum. The
+    result is groups + 1 ascending arrays.
 
     Args:
-        targets, answers: (n,) each, how many target tokens a row has, and what they are
+        targets, answers: (n,) each: a row's number of target tokens, and a number for its answer
             (`Encoded.answers`).
         groups: at most n // examples where `examples` is given.
         examples: rows of a group. None deals out all rows.
         key: of the permutations.
 
-    Example: six rows for 2 groups of 2. Sorted by targets they are 1, 3, 5 (the short ones) and
-        0, 2, 4 (the long ones): two strata of three. Each group gets one short and one long row,
-        and one of each is left over.
+    Example: six rows for 2 groups of 2. Sorted by targets, they form two strata of three: the short
+        rows 1, 3, 5 and the long rows 0, 2, 4. Each group gets one short and one long row. One of
+        each is left over.
 
         >>> targets, answers = np.array([9, 1, 8, 2, 9, 1]), np.zeros(6)
         >>> [rows.tolist() for rows in stratified(targets, answers, 2, 2, "a key")]
@@ -320,8 +351,8 @@ def stratified(
     )
     found = np.empty(n, dtype=np.int64)
     for i, stratum in enumerate(np.split(order, list(cuts))):
-        # [place]: the number of its row in the stratum; past the stratum's end, no row. The first
-        # `groups` places are the groups, the others are left over.
+        # The first `groups` places are the groups, the others are left over. drawn[place] is a
+        # row's number in the stratum; a number past the stratum's end is no row.
         drawn = permutation(max(len(stratum), groups), f"{key}/{i}")
         places = np.flatnonzero(drawn < len(stratum))
         found[stratum[drawn[places]]] = places.clip(max=groups)

@@ -1,9 +1,9 @@
 """The encoded cache: every split of every task as token ids on disk, made once and memory-mapped.
 
-A split's folder is named by a hash of everything that decides its content: the sources' bytes, the
-tokenizer with its chat template, the format with its keywords, the length policy, the cap, and the
-code that encodes. It holds `rows.arrow` (Arrow's stream format, a row an example;
-`datasets.Dataset.from_file` reads it too) and `report.json`.
+A hash of everything that decides a split's content names its folder. It covers the sources' bytes,
+the tokenizer with its chat template, and the format with its keywords. It also covers the length
+policy, the cap and the code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a
+row an example; `datasets.Dataset.from_file` reads it too) and `report.json`.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from mtl import process
 from mtl.config import Config
+from mtl.config.schema import TaskSection
 from mtl.data.encode import Encoder, Note, hash_of
 from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
 from mtl.data.examples import LOSS, Examples
@@ -44,9 +45,7 @@ Notes = dict[str, int]  # what is worth saying of a row, and how often
 # a row's number, and what became of it
 Outcome = tuple[int, EncodedRow | RowProblem | None, Notes]  # None: it is on the other side
 Side = tuple[float, bool]
-"""Of rows that are split by their content, the fraction that is validation, and whether that is
-wanted.
-"""
+"""A side of a held-out split: the fraction that is validation, and whether this side is it."""
 
 
 def prepare(
@@ -57,13 +56,13 @@ def prepare(
 ) -> list[TaskData]:
     """Both splits of every task, encoded: read from `config.cache` if they are there, else made.
 
-    Every process calls this; one of them encodes a split, the others wait. No process group is
-    needed, and none should exist yet: its collectives would time out meanwhile.
+    Every process calls this. One of them encodes a split, the others wait. Call it before a process
+    group exists: its collectives would time out meanwhile.
 
     Args:
         examples: how each stream's rows are encoded.
         formats: each stream's format, its keywords bound.
-        say: takes messages for people: what is encoded, and what is waited for.
+        say: takes messages for people: what is encoded, and whom this process waits for.
 
     Returns:
         the streams in the order of `config.tasks`.
@@ -74,17 +73,12 @@ def prepare(
     root, problems, tasks = Path(config.cache).expanduser(), [], []
     for name, task in config.streams.items():
         splits = []
-        for split, names, cap in (
-            ("train", task.train, task.cap),
-            ("validation", task.validation, task.validation_cap),
-        ):
+        for split, cap in (("train", task.cap), ("validation", task.validation_cap)):
             try:
                 side = None
                 if not isinstance(task.validation, tuple):
-                    names, side = task.train, (task.validation, split == "validation")
-                sources = [
-                    one for each in names for one in open_sources(each, "train" if side else split)
-                ]
+                    side = (task.validation, split == "validation")
+                sources = sources_of(task, split)
                 if side and isinstance(side[0], int):
                     side = (_nearest(sources, formats[name], side[0]), side[1])
                 label = f"{name} ({split})"
@@ -108,6 +102,18 @@ def prepare(
     return [TaskData(name, *splits) for name, splits in tasks]
 
 
+def sources_of(task: TaskSection, split: Literal["train", "validation", "test"]) -> list[Source]:
+    """Where a split's rows come from: the training rows, where a part of them is held out.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    named = getattr(task, split)
+    if not isinstance(named, tuple):
+        split, named = "train", task.train
+    return [one for each in named for one in open_sources(each, split)]
+
+
 def encode_split(
     root: Path,
     sources: Sequence[Source],
@@ -118,14 +124,14 @@ def encode_split(
     say: Say,
     side: Side | None = None,
 ) -> Encoded:
-    """The rows of `sources`, one source after the other, encoded; from the cache under `root` if it
-    has them.
+    """The encoded rows of `sources`, one source after the other. Rows already cached under `root`
+    are read from there.
 
     Args:
-        cap: keep the first so many usable rows, in the order of the sources, and read no further;
-            None = all.
+        cap: how many usable rows to keep, in the order of the sources; reading stops there. None =
+            all.
         label: what to call it in messages.
-        side: keep those rows only whose content falls on one side of a split; None = all.
+        side: keep only the rows whose content falls on this side of a split; None = all.
 
     Raises:
         DataError: a source cannot be read, no row is left, or a row is too long and `too_long:
@@ -171,16 +177,14 @@ def _write(
     progress: Say,
     side: Side | None = None,
 ) -> None:
-    """Encode into `rows.arrow` and `report.json`; no more than a few chunks of rows are in memory
-    at a time.
-    """
+    """Encode into `rows.arrow` and `report.json`, with a few chunks of rows in memory at a time."""
     report, pending = Report(), []
     columns, losses = examples.columns, len(getattr(examples, "losses", (LOSS,)))
 
     def batch() -> pa.RecordBatch:
         return record_batch(pending, columns, losses)
 
-    # A thread says it, because a single row may take longer than the time between two signs.
+    # A thread reports progress, because a single row may take longer than NEWS.
     with (
         _signs(lambda: progress(f"{report.read:,} rows")),
         (folder / "rows.arrow").open("wb") as file,
@@ -234,8 +238,8 @@ def _outcomes(
     cap: int | None,
     side: Side | None,
 ) -> Iterator[tuple[int, int, EncodedRow | RowProblem | None, Notes]]:
-    """(source, row number, what became of it, notes), in the order of the rows however many
-    processes work.
+    """(source, row number, what became of it, notes), in the order of the rows. The number of
+    processes does not change the order.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -284,7 +288,7 @@ def _ahead(
     side: Side | None,
     many: int,
 ) -> Iterator[list[Outcome]]:
-    """Results in order, `many` chunks being under way: Executor.map would read the whole source
+    """Results in order, with `many` chunks under way. Executor.map would read the whole source
     first.
     """
     coming = deque(
@@ -311,7 +315,7 @@ def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None
 
     example = None
     try:
-        example = _example(row, to_example, note)
+        example = example_of(row, to_example, note)
         other = side is not None and (_fraction(example) < side[0]) != side[1]
         if other:
             return row.number, None, {}
@@ -319,12 +323,13 @@ def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None
         told = {"note": note} if getattr(examples, "notes", False) else {}
         return row.number, examples.encode(example, **told), notes
     except RowProblem as problem:
-        # Of a row that no format can read, nobody knows the side: training reports it.
+        # A row that no format can read has no side. The training split reports it.
         lost = side is not None and side[1] and example is None
         return row.number, None if lost else problem, {}
 
 
-def _example(row: Row, to_example: Format, note: Note) -> Any:
+def example_of(row: Row, to_example: Format, note: Note = lambda text, times: None) -> Any:
+    """What the format makes of a source's row. Raises RowProblem."""
     if row.value is None:
         raise RowProblem("unreadable", row.problem)
     value = row.value
@@ -350,8 +355,9 @@ def _example(row: Row, to_example: Format, note: Note) -> Any:
 
 
 def _fraction(example: Any) -> float:
-    """A number in [0, 1) that follows an example's content, and nothing else: copies stand on the
-    same side of a split, and rows that are appended move none.
+    """A number in [0, 1) that depends on an example's content alone.
+
+    So copies stand on the same side of a split, and appended rows move no other row.
     """
     if type(example).__repr__ is object.__repr__:  # which names its place in memory
         raise DataError(
@@ -363,18 +369,18 @@ def _fraction(example: Any) -> float:
 
 
 def _nearest(sources: Sequence[Source], to_example: Format, rows: int) -> float:
-    """The fraction below which at least so many rows stand."""
+    """A fraction below which at least `rows` of these numbers lie."""
     found = []
     for row in (row for one in sources for row in one.rows()):
         with suppress(RowProblem):
-            found.append(_fraction(_example(row, to_example, lambda text, times: None)))
+            found.append(_fraction(example_of(row, to_example)))
     if len(found) <= rows:
         raise DataError(f"found {len(found):,} usable rows, wanted more than validation: {rows:,}")
     return sorted(found)[rows - 1] + 2**-53
 
 
 def shared_rows(train: Encoded, validation: Encoded) -> int:
-    """How many rows of `validation` have the columns (tokens and targets) of a training row."""
+    """How many rows of `validation` equal a training row in all columns (tokens and targets)."""
 
     def content(split: Encoded, i: int) -> bytes:
         parts = [column.tobytes() for column in split.columns(i).values()]
@@ -385,7 +391,7 @@ def shared_rows(train: Encoded, validation: Encoded) -> int:
     def looks(split: Encoded) -> np.ndarray:
         return np.rec.fromarrays([split.lengths, split.targets, split.answers])
 
-    # Rows that differ in what is at hand are not read.
+    # Lengths and counts are at hand. Only rows that agree in these are read.
     maybe = np.flatnonzero(np.isin(looks(train), looks(validation)))
     seen = {content(train, i) for i in maybe.tolist()}
     return sum(bool(seen) and content(validation, i) in seen for i in range(len(validation)))
@@ -407,7 +413,7 @@ def _key(
         "examples": [type(examples).__qualname__, examples.identity],
         "cap": cap,
         "side": side,
-        # The code itself instead of version numbers that someone would have to remember to raise.
+        # We hash the code itself. Nobody needs to remember to raise a version number.
         "code": [
             _module_hash(thing)
             for thing in (

@@ -1,14 +1,15 @@
-"""Examples into micro-batches: how a global batch is cut (`deal`, on lengths alone) and laid out
-(`collate`).
+"""Examples into micro-batches: `deal` divides a global batch by lengths alone, `collate` lays it
+out.
 
-The cut changes speed and memory, never the loss: per-task sums over all micro-batches of all ranks
-do not depend on it.
+The division changes speed and memory, never the loss. Per-task sums over all micro-batches of all
+ranks do not depend on it.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd, inf
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from mtl.data.examples import Batch
 
-# Matrix products like positions in whole tiles: on AMX cores those of 530 positions take a quarter
-# longer than those of 544, and GPUs' tensor cores are alike. The first of these that costs few
+# Matrix products like positions in whole tiles. On AMX cores 530 positions take a quarter longer
+# than 544, and GPUs' tensor cores behave alike. We take the first tile here that costs few
 # positions.
 TILES = 32, 16, 8
-# What positions in other than whole tiles of 32 count for when cuts are compared: less than the
-# quarter above, since not all of a step is matrix products and not every machine has tiles.
+# Cost factor of positions outside whole tiles of 32, used to compare divisions. It is less than the
+# quarter above: a step has more than matrix products, and some machines have no tiles.
 UNTILED = 1.06
-# Tokens of a row at which attention's dense L x L mask doubles a position's cost: rows of 256 take
+# Tokens of a row at which attention's dense L x L mask doubles a position's cost. Rows of 256 take
 # an eighth longer than the shortest.
 DOUBLING = 2048
 
@@ -32,12 +33,26 @@ Row = list[int]  # indices of the examples that share a row
 Micro = list[Row]
 
 
+class Teacher(NamedTuple):
+    """What a teacher says at the T targets of a micro-batch (`mtl.losses.teacher`).
+
+    Attributes:
+        has: (T,) bool, the targets that have one; elsewhere the others are zeros.
+        ids: (T, m) int64, its likeliest tokens.
+        log_p: (T, m + 1) float32, their log-probabilities and the rest's; (T, m) where m is all.
+    """
+
+    has: Tensor
+    ids: Tensor
+    log_p: Tensor
+
+
 @dataclass(frozen=True)
 class MicroBatch(Batch):
     """R rows of L token positions with T target tokens, the input of one forward on one rank.
 
     Attributes:
-        input_ids: (R, L) int64, each example's tokens but the last, which predicts nothing.
+        input_ids: (R, L) int64, each example's tokens except the last, which predicts nothing.
         position_ids: (R, L) int64, restart at 0 with each example.
         attention_mask: (R, L) int64, 1 = token, where rows are padded; None where they are packed.
         at: (T,) int64, ascending flat positions (row * L + column) that predict a target: each is
@@ -45,6 +60,7 @@ class MicroBatch(Batch):
         labels: (T,) int64, the ids to predict there.
         task: (T,) int64, the task of each target.
         most: the largest T of any rank's micro-batch of this forward.
+        teacher: what targets' losses are taken from, where that is a teacher; None: nowhere.
     """
 
     input_ids: Tensor
@@ -54,6 +70,7 @@ class MicroBatch(Batch):
     labels: Tensor
     task: Tensor
     most: int
+    teacher: Teacher | None = field(default=None, kw_only=True)
 
     @property
     def positions(self) -> int:
@@ -71,25 +88,25 @@ def collate(
     most: int = 0,
     tokens: int | None = None,
 ) -> MicroBatch:
-    """Lay rows of examples out as one micro-batch; no rows at all give one dummy row without
+    """Lay rows of examples out as one micro-batch. No rows at all give one dummy row without
     targets.
 
     Args:
-        most: target tokens of the rank that has most of them in this forward, where it may be
-            another.
-        tokens: the most positions there may be; where given, rows are made somewhat longer for the
-            sake of `TILES`.
+        most: the largest number of target tokens that any rank has in this forward.
+        tokens: the most positions there may be. Where given, rows are widened to whole `TILES`.
 
-    An example of n tokens takes n - 1 positions: its last token is only predicted, and nothing from
-    it. Padded (one example a row): padding stands on the right and is masked by length, never by
-    id: pad is often eos. Packed (any number of examples a row): position ids restart with each
-    example, and no mask is given, which is how transformers' models tell sequences apart; the tail
-    of a short row is a segment of its own. The first token of an example is never a target, so
-    nothing is predicted across examples.
+    An example of n tokens takes n - 1 positions, because nothing is predicted from its last token.
+    The first token of an example is never a target, so nothing is predicted across examples.
+
+    Padded rows hold one example. Padding stands on the right. It is masked by length, never by id,
+    because pad is often eos.
+
+    Packed rows hold any number of examples. Position ids restart with each example and there is no
+    mask: this is how transformers' models tell sequences apart. The tail of a short row is a
+    segment of its own.
     """
     assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
-    # Two positions: the shortest sequence that every attention implementation accepts and packing
-    # detection can read.
+    # Every attention implementation accepts two positions, and packing detection can read them.
     width = max(2, max((sum(len(ids) - 1 for ids, _, _ in row) for row in rows), default=2))
     if rows and tokens is not None:
         width = widened(len(rows), width, tokens)
@@ -128,8 +145,8 @@ def collate(
 
 
 def widened(rows: int, width: int, tokens: int) -> int:
-    """A width from `width` on, for so many rows to hold whole tiles: an eighth more at the most,
-    and `tokens` positions.
+    """The width at which so many rows hold whole tiles. It is at most an eighth above `width`, and
+    the rows stay within `tokens` positions.
     """
     for tile in TILES:
         step = tile // gcd(tile, rows)
@@ -142,21 +159,21 @@ def widened(rows: int, width: int, tokens: int) -> int:
 def deal(
     lengths: Sequence[int], world: int, tokens: int, row_length: int | None = None
 ) -> list[list[Micro]]:
-    """Cut examples into rows, rows into micro-batches, and deal these over ranks. Pure arithmetic
-    on the lengths.
+    """Put examples into rows, rows into micro-batches, and deal these over ranks. This is pure
+    arithmetic on the lengths.
 
     Args:
         lengths: (n,) positions of each example.
         world: ranks. More ranks than examples is fine: the others get empty micro-batches.
         tokens: the most positions, padding included, of a micro-batch: rows times longest row.
-        row_length: None = one example a row; else examples are packed whole into rows of at most so
-            many positions.
+        row_length: most positions of a row, into which whole examples are packed. None: one example
+            a row.
 
     Returns:
-        [rank][micro][row] -> indices into `lengths`. Every index once; as many micro-batches on
-            every rank, an empty list where a rank has none left (`collate` makes the dummy row);
-            the largest first, so that what does not fit in memory fails at once. Ranks differ in
-            padded positions by no more than one micro-batch.
+        [rank][micro][row] -> indices into `lengths`, each once. Every rank has the same number of
+            micro-batches; an empty list stands where it has none left (`collate` makes a dummy
+            row). The largest come first, so that what does not fit in memory fails at once. Ranks
+            differ in padded positions by no more than one micro-batch.
 
     Raises:
         ValueError: an example does not fit.
@@ -180,8 +197,7 @@ def deal(
         _split(widths, world, tokens),
         key=lambda cut: -(cut.stop - cut.start) * sum(widths[cut.start :][:1]),
     )
-    # Back and forth over the ranks: largest first, so a round's differences are taken back by the
-    # next, smaller ones.
+    # Deal back and forth over the ranks: the next, smaller round takes back a round's differences.
     turns = [
         cuts[i : i + world][:: 1 if i // world % 2 == 0 else -1] for i in range(0, len(cuts), world)
     ]
@@ -191,12 +207,11 @@ def deal(
 def _fill(
     lengths: Sequence[int], order: Sequence[int], world: int, tokens: int, row_length: int
 ) -> list[Row]:
-    """Pack the examples into a multiple of `world` rows (or fewer than that, where examples are
-    few), filled evenly.
+    """Pack the examples into a multiple of `world` evenly filled rows, fewer where examples are
+    few.
 
-    One row a micro-batch where a row may be as long as that (FlashAttention). Else the number of
-    rows with the fewest positions, counting what tiles and attention cost: with a dense mask, rows
-    of 256 tokens take an eighth longer than the shortest.
+    Where a row may fill a micro-batch (FlashAttention), each micro-batch has one row. Otherwise we
+    choose the number of rows with the fewest positions. Tiles and attention count in their cost.
     """
     fewest, total, longest = (
         _ceil(len(_pack(lengths, order, row_length)), world) * world,
@@ -221,8 +236,8 @@ def _fill(
     if row_length == tokens:
         return packed(fewest)
     most = max(fewest, _ceil(total, longest) + world)
-    # Were rows filled to the last position. The packings themselves are made in this order until
-    # none can be better.
+    # The costs if every row were filled to the last position. We make the packings in this order
+    # until none can be better.
     promised = sorted(
         (cost(count, max(longest, _ceil(total, count))), count)
         for count in range(fewest, most + 1, world)
@@ -243,15 +258,15 @@ def row_length_for(longest: int, tokens: int, dense_mask: bool) -> int:
     """The most tokens of a packed row when the user names none.
 
     Kernels that build a dense L x L mask (sdpa, eager) want rows not much longer than the longest
-    example: 4,096 tokens of 64-token sequences took 0.22 s in rows of 512 and 0.75 s in one row.
+    example. 4,096 tokens of 64-token sequences took 0.22 s in rows of 512, and 0.75 s in one row.
     FlashAttention's variable-length kernel takes exactly one row.
     """
     return min(tokens, max(longest, 256)) if dense_mask else tokens
 
 
 def _pack(lengths: Sequence[int], order: Sequence[int], size: int) -> list[Row]:
-    """Best-fit-decreasing bin packing of the examples into rows of at most `size` tokens, the
-    fullest row first.
+    """Pack the examples into rows of at most `size` tokens, best fit decreasing; the fullest row
+    first.
     """
     rows: list[Row] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
@@ -268,8 +283,8 @@ def _pack(lengths: Sequence[int], order: Sequence[int], size: int) -> list[Row]:
 
 
 def _split(widths: Sequence[int], world: int, tokens: int) -> list[slice]:
-    """Cut rows, sorted by falling width, into a multiple of `world` runs of rows * widest <=
-    tokens, of even size.
+    """Divide rows, sorted by falling width, into a multiple of `world` runs of even size. Each run
+    has rows * widest <= tokens.
     """
     n = len(widths)
 
@@ -287,7 +302,7 @@ def _split(widths: Sequence[int], world: int, tokens: int) -> list[slice]:
     for left in range(parts, 0, -1):
         stop, share = start, ahead / left
         most = min(n, start + budget // widths[start]) if start < n else n
-        # A fair share of what is left, more where the rest would otherwise need too many
+        # Take a fair share of what is left, or more where the rest would need too many
         # micro-batches.
         while stop < most and ((stop - start) * widths[start] < share or need[stop] > left - 1):
             stop += 1
@@ -297,8 +312,8 @@ def _split(widths: Sequence[int], world: int, tokens: int) -> list[slice]:
 
 
 def _least(low: int, high: int, enough: Callable[[int], bool]) -> int:
-    """By bisection a small size in low..high that is enough; `high` is. (The least, where `enough`
-    is monotone.)
+    """A small size in low..high that is enough, by bisection; `high` must be enough. It is the
+    least where `enough` is monotone.
     """
     while low < high:
         middle = (low + high) // 2

@@ -4,23 +4,30 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
 from mtl.data.formats import REASONING, Completion, Example, Messages, RowProblem, Text
-from mtl.data.turns import find_turns
+from mtl.data.turns import Turns, find_turns
 
 QUIET = {
     "verbose": False
 }  # no warning about a text above the model's length: what happens to it is batch.too_long's
-SLACK = 64  # tokens before a cut text's end that the cut may have changed
-READ = {"role", "content", "tool_calls", *REASONING}  # keys of a turn that are seen to otherwise
+SLACK = 64  # tokens at a shortened text's end that may differ from the whole text's
+READ = {
+    "role",
+    "content",
+    "tool_calls",
+    *REASONING,
+}  # keys of a turn that the encoder handles itself
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -34,8 +41,7 @@ class TokenizerChoice(Protocol):
 
 
 def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with the chat template of `model.chat_template` (a file) if that is
-    given.
+    """The tokenizer of a model, with the chat template of the file `model.chat_template`, if given.
 
     Args:
         model: the config's section.
@@ -87,8 +93,8 @@ class Tokenized(NamedTuple):
 
 
 Note = Callable[[str, int], None]
-"""Takes what is worth saying of a row that is kept, and how many times it holds: texts are added up
-over the rows.
+"""Takes a remark on a row that is kept, and how often it holds. The report adds remarks up over
+rows.
 """
 
 
@@ -96,21 +102,23 @@ class Encoder:
     """Calls take an Example and return its Tokenized.
 
     Messages: the chat template's text. Targets are the assistant's turns with their end-of-turn
-    token, found in one rendering (`find_turns`), or what the template's generation tags enclose and
-    the end-of-turn token. Completion: the tokenizer's opening tokens (bos), prompt, completion,
-    eos; targets are completion and eos. The two texts are tokenized together where that starts with
-    the prompt's own tokens, else each by itself: either way the completion follows exactly the
-    tokens that the prompt has when the model is used. Text: opening tokens, text, eos; all are
-    targets but the very first token.
+    token (`find_turns`). Where the template has generation tags, targets are what these enclose,
+    and the end-of-turn token.
+
+    Completion: the tokenizer's opening tokens (bos), prompt, completion, eos. Targets are
+    completion and eos. The two texts are tokenized together where that starts with the prompt's own
+    tokens, else each by itself. Either way the completion follows exactly the tokens that the
+    prompt has when the model is used.
+
+    Text: opening tokens, text, eos. All are targets except the very first token.
 
     Args:
-        tokenizer: of the model. Needs an eos token for Completion and Text, a chat template for
-            Messages.
+        tokenizer: of the model. Completion and Text need an eos token, Messages a chat template.
         max_length: most tokens of an example.
-        too_long: what happens to a longer one: "truncate" it at the end, or (drop, error) raise a
+        too_long: what happens to a longer one: "truncate" cuts its end; "drop" and "error" raise a
             RowProblem.
-        special_text: what happens to text of a special token inside the data: "keep" it as that
-            token, or "refuse" the row.
+        special_text: what happens to a special token's text inside the data: "keep" makes it that
+            token; "refuse" refuses the row.
 
     Raises:
         RowProblem for an example that cannot be used; DataError where no example could.
@@ -153,20 +161,62 @@ class Encoder:
                 )
         return self._limited(np.array(ids, dtype=np.int32), np.array(target, dtype=bool))
 
+    def question(self, example: Example) -> tuple[np.ndarray, str]:
+        """What a model is given to go on from, and the right answer.
+
+        Returns:
+            (n,) int32 ids; the text, as `decode(ids, skip_special_tokens=True)` gives one. Of
+            Messages it is the last turn that is a target, as the template renders it.
+
+        Raises:
+            RowProblem: the example has no answer, or the template refuses it.
+        """
+        match example:
+            case Completion(prompt, completion):
+                return np.array([*self._opening, *self._ids(prompt)], np.int32), self._shown(
+                    completion
+                )
+            case Messages(turns):
+                last = max(
+                    i
+                    for i, turn in enumerate(turns)
+                    if turn["role"] == "assistant" and i not in example.context
+                )
+                prompt = self._text(replace(example, messages=turns[:last]), prompt=True)
+                text, spans, _ = self._turns(replace(example, messages=turns[: last + 1]))
+                if not spans or spans[-1].turn != last:
+                    raise RowProblem("template", f"the chat template leaves out turn {last + 1}")
+                answer = text[spans[-1].start : spans[-1].stop]
+                return np.array(self._ids(prompt), np.int32), self._shown(answer)
+        raise RowProblem(
+            "no question", f"found a {type(example).__name__}, wanted an example with an answer"
+        )
+
+    def _is_ended(self, text: str) -> bool:
+        """Whether a special token stands at the end, white space aside."""
+        near = text[-2 * self._widest :].rstrip()
+        return any(match.end() == len(near) for match in self._specials.finditer(near))
+
+    def _shown(self, text: str) -> str:
+        return self._specials.sub("", text)
+
+    def _turns(self, example: Messages) -> Turns:
+        return find_turns(example, self._text, self.tokenizer.eos_token or "", self._specials)
+
     def _look(self, texts: Iterable[str], note: Note) -> None:
         look_for(self._specials, texts, self.special_text, note)
 
     def _bare(self, text: str) -> str:
-        """Without the eos at its end, which an answer may bring along."""
+        """The text without the eos at its end, which an answer may bring along."""
         return text.removesuffix(self.tokenizer.eos_token or "\0")
 
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == [self._eos()] else [*ids, self._eos()]
 
     def _bounded(self, text: str, needed: int | None = None) -> str:
-        """The text, or of a text that has too many tokens whatever they are, what is looked at.
+        """The text, or the part of it that matters where it has too many tokens in any case.
 
-        Tokenizing takes a second a megabyte or more, and a row may have many of them. needed:
+        Tokenizing takes a second a megabyte or more, and a row may have many megabytes. needed:
         characters up to the last target; None: all.
         """
         most = self.max_length * self._widest
@@ -176,7 +226,7 @@ class Encoder:
         if self.too_long != "truncate":
             raise RowProblem(
                 "too long",
-                f"found {needed:,} characters, which are more than batch.max_length = "
+                f"found {needed:,} characters, more than batch.max_length = "
                 f"{self.max_length} tokens",
             )
         return text[: most + self._widest * SLACK]
@@ -216,10 +266,11 @@ class Encoder:
         return ids, [i >= start for i in range(len(ids))]
 
     def _joined(self, before: list[int], completion: str, both: list[int]) -> list[int]:
-        """The prompt's own tokens, then the completion's, with the text that both have together.
+        """The prompt's own tokens, then the completion's. Together they decode to the two texts
+        joined.
 
-        Tokenizers that put a space before every text (Llama 2's) put one before a completion that
-        is tokenized by itself. They do not behind a character that is cut off again.
+        Some tokenizers (Llama 2's) put a space before every text, so also before a completion that
+        is tokenized by itself. They put none behind another character, which we remove again.
         """
         wanted = self._decode(both)
         for lead in ("", "\n", "=", "a", "0"):
@@ -238,8 +289,7 @@ class Encoder:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "found a tokenizer without a chat template, wanted one: chat formats need it. Name "
-                "a file as "
-                "model.chat_template, or use the format prompt_completion"
+                "a file as model.chat_template, or use the format prompt_completion"
             )
         template = self.tokenizer.get_chat_template(tools=example.tools)
         calls = any(turn.get("tool_calls") for turn in example.messages)
@@ -252,14 +302,18 @@ class Encoder:
         for key in sorted({key for turn in example.messages for key in turn} - READ):
             if not re.search(rf"\b{re.escape(key)}\b", template):
                 note(f"rows whose turns have the key {key}, which nothing reads", 1)
-        text, spans, unreasoned = find_turns(
-            example, self._text, self.tokenizer.eos_token or "", self._specials
-        )
+        text, spans, unreasoned = self._turns(example)
         if unreasoned:
             note("turns that the chat template renders without their reasoning", unreasoned)
         spans = [span for span in spans if span.turn not in example.context]
         if not spans:
             raise RowProblem("no target", "the chat template leaves out every turn to train on")
+        endless = sum(not self._is_ended(text[: span.stop]) for span in spans)
+        if endless:
+            note(
+                "turns that the chat template ends with no special token: no end is learned",
+                endless,
+            )
         text = self._bounded(text, spans[-1].stop)
         if spans[0].start >= len(text):
             raise RowProblem(
@@ -277,7 +331,7 @@ class Encoder:
         for turn, start, stop in spans:
             if start >= len(text):  # it has been cut off
                 break
-            # The first token that reaches into the turn, and the first that begins behind it.
+            # The first token that reaches into the turn, and the first that begins after it.
             i, j = int(np.searchsorted(end, start, "right")), int(np.searchsorted(begin, stop))
             if stop <= len(text):
                 self._verify(ids[i:j], text[start:stop], turn)
@@ -296,8 +350,10 @@ class Encoder:
         return [bool(one) for one in made["assistant_masks"]]
 
     def _verify(self, ids: list[int], text: str, turn: int) -> None:
-        """That the targets are the turn's text: white space aside, which some tokenizers keep to
-        themselves at the start of a text, and as far as the tokenizer keeps texts at all.
+        """Check that the targets decode to the turn's text.
+
+        White space does not count: some tokenizers drop it at the start of a text. Nor does what
+        the tokenizer changes in any text.
         """
         found = "".join(self._decode(ids).split())
         if found != "".join(text.split()) and found != "".join(
@@ -344,7 +400,9 @@ class Encoder:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds the tokenizer's special tokens, the longest first; nothing, where there are none."""
+    """A pattern that finds the tokenizer's special tokens, the longest first. Without such tokens
+    it finds nothing.
+    """
     added = tokenizer.added_tokens_decoder.values()
     texts = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     longest = sorted(filter(None, texts), key=len, reverse=True)
@@ -357,7 +415,8 @@ def look_for(
     policy: Literal["keep", "refuse"],
     note: Note,
 ) -> None:
-    """Text of special tokens in the data becomes these tokens: an answer may end too early.
+    """Note or refuse special tokens' texts in the data. They become these tokens, so an answer may
+    end too early.
 
     Args:
         policy: `batch.special_text`.
@@ -380,23 +439,19 @@ def _texts(example: Messages) -> Iterator[str]:
 
 
 def _needed(ids: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without what stands behind the last target: no loss depends on it (a template's newline after
-    a turn, a user's last turn).
+    """The example up to its last target. No loss depends on what follows: a template's newline
+    after a turn, a user's last turn.
     """
     end = int(np.flatnonzero(target)[-1]) + 1
     return ids[:end], target[:end]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal, of all that decides which ids a text gets: the tokenizer's own file, its
-    specials, its template.
+    """Hexadecimal hash of all that decides a text's ids: the tokenizer's own file, its special
+    tokens, its template.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else _file(backend)
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
@@ -404,8 +459,28 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hash_of(json.dumps(parts, sort_keys=True, default=repr))
 
 
+def _file(backend: Tokenizer) -> str:
+    """A tokenizer's own file without truncation and padding.
+
+    Some files have these. Every call sets them anew, so a process that has encoded a text would
+    otherwise have another fingerprint than one that waited.
+    """
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return backend.to_str()
+    finally:
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+
+
 def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Formats of today's date that the chat template reads: what it renders changes with it."""
+    """Today's date in each form that the chat template reads. What it renders changes with the
+    date.
+    """
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False).replace(r"\"", '"')
     calls = template.count("strftime_now")
     formats = [one[1] for one in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1""", template)]

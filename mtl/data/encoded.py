@@ -15,7 +15,9 @@ from mtl.data.examples import Row
 Positions = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 NEXT_TOKEN: dict[str, pa.DataType] = {"ids": pa.int32(), "target": pa.uint8()}
-"""Columns of next-token prediction. Not bool, which Arrow packs to bits: views are wanted."""
+"""Columns of next-token prediction. The target is not bool: Arrow packs that to bits, and we want
+views.
+"""
 
 
 def next_token_positions(lengths: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -24,7 +26,7 @@ def next_token_positions(lengths: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def schema(columns: Mapping[str, pa.DataType], losses: int = 1) -> pa.Schema:
-    """Of the file: the columns, then what the framework reads of every row."""
+    """The file's schema: the columns, then what the framework reads of every row."""
     kinds = {name: pa.list_(kind) for name, kind in columns.items()}
     more = {f"targets.{i}": pa.int32() for i in range(1, losses)}
     return pa.schema(
@@ -43,7 +45,7 @@ EXAMPLES = 3  # dropped rows of each reason that a report shows
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on. The text lists every problem found, one a line."""
+    """The data cannot be trained on. The text lists every problem found, one a line."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Report:
     shown: dict[str, list[tuple[int, int, str]]] = field(
         default_factory=dict
     )  # reason -> first (source, row, text)
-    notes: dict[str, int] = field(default_factory=dict)  # what is said of kept rows -> how often
+    notes: dict[str, int] = field(default_factory=dict)  # remark on kept rows -> how often
 
     def drop(self, source: int, row: int, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -68,8 +70,8 @@ class Report:
             shown.append((source, row, text))
 
     def lines(self, where: Callable[[int, int], str]) -> list[str]:
-        """For people: one line of totals, then the dropped rows by reason, the first few with their
-        place.
+        """The report for people: one line of totals, then the dropped rows by reason, the first few
+        with their place.
         """
         lines = [
             (
@@ -100,12 +102,12 @@ class Encoded:
 
     Attributes:
         names: of the columns.
-        lengths: (n,) int64, elements of each row's first column: its tokens.
-        positions: (n,) int64, what each row takes in a forward.
+        lengths: (n,) int64, elements of each row's first column, which are its tokens.
+        positions: (n,) int64, token positions that each row takes in a forward.
         counts: (n, L) int64, what each row counts for each of the objective's L losses.
         targets: (n,) int64, the first of these: target tokens, >= 1 in next-token prediction.
         answers: (n,) int64, the same number for the same answer (`examples.Row.answer`).
-        fingerprint: hexadecimal; equal for equal content, encoded in the same way.
+        fingerprint: hexadecimal; equal for equal content that is encoded in the same way.
         report: what became of the source's rows.
     """
 
@@ -125,7 +127,7 @@ class Encoded:
             name: _Ragged(table.column(name), kind.to_pandas_dtype())
             for name, kind in columns.items()
         }
-        self._columns: dict[str, _Ragged | np.ndarray] = dict(stored)
+        self._columns: dict[str, _Ragged | Flat | np.ndarray] = dict(stored)
         lengths = {name: column.lengths for name, column in stored.items()}
         self.lengths = lengths[self.names[0]]
         self.positions = positions(lengths)
@@ -185,11 +187,16 @@ class Encoded:
         """Row i: its 1-D arrays by name, read-only."""
         return {name: column[i] for name, column in self._columns.items()}
 
-    def attach(self, name: str, values: np.ndarray) -> None:
-        """One more column, in memory alone: (n, m), row i's elements. Replaces one of that name."""
+    def attach(self, name: str, values: "np.ndarray | Flat") -> None:
+        """Add a column in memory, or replace the one of that name; values[i] is row i's array."""
         assert len(values) == len(self), f"{name}: {len(values)} for {_rows(len(self))}"
-        values.setflags(write=False)
+        if isinstance(values, np.ndarray):
+            values.setflags(write=False)
         self._columns[name] = values
+
+    def detach(self, name: str) -> None:
+        """Take an attached column away, where there is one."""
+        self._columns.pop(name, None)
 
     def ids(self, i: int) -> np.ndarray:
         """Of next-token prediction: (lengths[i],) int32, read-only."""
@@ -204,8 +211,12 @@ class Encoded:
 
     def where(self, i: int) -> str:
         """The place of row i in its source: `file:line`, or `source, row n`."""
-        source, row = (self._table.column(name)[i].as_py() for name in ("source", "row"))
+        source, row = self.origin(i)
         return self._places[source](row)
+
+    def origin(self, i: int) -> tuple[int, int]:
+        """Which of the split's sources row i comes from, and its number there, both from 0."""
+        return tuple(self._table.column(name)[i].as_py() for name in ("source", "row"))
 
     def problems(self) -> list[str]:
         """The report as lines, with places."""
@@ -244,7 +255,7 @@ def record_batch(
 
 
 def answer(targets: np.ndarray) -> int:
-    """The first three of some ids, 21 bits each, in the order of the ids."""
+    """One number for a row of ids: the first three, 21 bits each, in the order of the ids."""
     padded = [*targets[:3].tolist(), 0, 0, 0]
     return padded[0] << 42 | padded[1] << 21 | padded[2]
 
@@ -253,8 +264,28 @@ def _rows(n: int) -> str:
     return f"{n:,} row{'s' * (n != 1)}"
 
 
+class Flat:
+    """Rows of different lengths, one after the other in an array.
+
+    Args:
+        values: (sum of counts, ...), read-only or memory-mapped.
+        counts: (n,) int64, elements of each row.
+    """
+
+    def __init__(self, values: np.ndarray, counts: np.ndarray):
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        assert len(values) == self._starts[-1], f"{len(values)} elements, not {self._starts[-1]}"
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self._values[self._starts[i] : self._starts[i + 1]]
+
+
 class _Ragged:
-    """An Arrow column of lists as numpy views: element i without a copy, in about a microsecond."""
+    """An Arrow column of lists as numpy views. Element i takes no copy and about a microsecond."""
 
     def __init__(self, column: pa.ChunkedArray, dtype: type):
         chunks = [chunk for chunk in column.chunks if len(chunk)]

@@ -1,7 +1,8 @@
 """What an objective trains on: how a format's example becomes arrays, and arrays a micro-batch.
 
 A **stream** has rows: a task of the YAML with `train` and `validation`. A **task** is a loss that
-the balancer weighs: usually a stream's own; with `of`, another loss of other streams' rows.
+the balancer weighs. Usually it is a stream's own; with `of` it is another loss of other streams'
+rows.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ class Book:
         return int(self.number[loss][stream]) if loss in self.number else -1
 
     def reads(self, task: int) -> list[int]:
-        """The streams whose rows this task's loss is of."""
+        """The streams whose rows this task's loss reads."""
         found = np.zeros(len(self.streams), dtype=bool)
         for numbers in self.number.values():
             found |= numbers == task
@@ -54,7 +55,7 @@ class Row(NamedTuple):
         columns: 1-D arrays by name.
         counts: for each loss of the objective, what its sum is divided by: its target tokens, or 1.
         answer: equal for equal answers, so that validation groups get each in proportion; 0: none.
-        truncated: whether it was cut at `batch.max_length`.
+        truncated: whether it was truncated at `batch.max_length`.
     """
 
     columns: Mapping[str, np.ndarray]
@@ -69,8 +70,8 @@ class Piece(NamedTuple):
     Attributes:
         stream: its number.
         columns: 1-D arrays by name, read-only views of the cache.
-        key: of its randomness. In training it names seed, step, stream and row; in validation seed,
-            stream and row, so that every probe sees the same.
+        key: names its randomness. In training it holds seed, step, stream and row. In validation
+            the step is left out, so that every probe draws the same.
     """
 
     stream: int
@@ -86,11 +87,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch: the input of one forward on one rank. A dataclass of tensors derives from it.
+    """A micro-batch: the input of one forward on one rank. A dataclass of tensors, and named tuples
+    of tensors, derives from it.
 
     Attributes:
-        objective: the number of the objective that it is for, in the order of the run's.
-        is_dummy: whether it stands in for examples that this rank has not; it counts nothing.
+        objective: the number of its objective among the run's.
+        is_dummy: whether it stands in for examples that this rank lacks. A dummy counts nothing.
     """
 
     objective: int = 0
@@ -102,35 +104,39 @@ class Batch:
         raise NotImplementedError
 
     def counts(self, k: int) -> Tensor:
-        """(k,) int64, what `Terms.counts` of it will be; zeros for a dummy."""
+        """(k,) int64, what its `Terms.counts` will be; zeros for a dummy."""
         raise NotImplementedError
 
     def to(self, device: Any) -> Self:
-        """On a device; from pinned memory the copy goes on while the host does."""
+        """Copy it to a device. From pinned memory the copy runs while the host goes on."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
-        """In memory that an accelerator copies from by itself. Only where there is one."""
+        """Move it to memory that an accelerator copies from by itself. Needs an accelerator."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-        return type(self)(**changed)
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            return type(value)(*map(change, value)) if isinstance(value, tuple) else value
+
+        names = [field.name for field in fields(self)]
+        return type(self)(**{name: changed(getattr(self, name)) for name in names})
 
 
 class Examples(Protocol):
     """How a format's example becomes arrays, and arrays a micro-batch. Made once a process.
 
     Attributes:
-        packs: whether several pieces may share a row, none seeing another.
-        makes_dummies: whether `collate` of no rows gives a batch without targets. Where it does
-            not, a rank without an example runs another one's row, whose terms are silenced.
+        packs: whether several pieces may share a row without seeing each other.
+        makes_dummies: whether `collate` of no rows gives a batch without targets. If not, a rank
+            without an example runs another rank's row and counts nothing of it.
         columns: Arrow's type of an element, for each column of a row.
-        identity: JSON-able: all that decides how an example is encoded. It keys the cache.
+        identity: all that decides how an example is encoded, as JSON-able data. It keys the cache.
 
-    It may have `notes = True`: then `encode` gets `note=` too, a function of (text, times) that
-    takes what is worth saying of a row that is kept. The report adds it up over the rows.
+    A class may set `notes = True`. Then `encode` gets `note=` too, a function of (text, times) that
+    takes remarks on rows that are kept. The report adds them up over the rows.
     """
 
     packs: ClassVar[bool]
@@ -146,12 +152,14 @@ class Examples(Protocol):
         """
 
     def positions(self, lengths: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(n,) int64: what each of n rows takes in a forward, from the lengths of its columns."""
+        """(n,) int64: token positions that each of n rows takes in a forward, from its columns'
+        lengths.
+        """
 
     def collate(
         self, rows: Sequence[Sequence[Piece]], *, packed: bool, most: int, tokens: int
     ) -> Batch:
-        """The micro-batch of rows of pieces: one piece a row unless `packed`.
+        """The micro-batch of these rows of pieces. Unless `packed`, a row holds one piece.
 
         Args:
             most: the largest count of the first loss that any rank has in this forward.

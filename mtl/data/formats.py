@@ -21,6 +21,7 @@ FORMATS = {
     "sharegpt": "mtl.data.formats:sharegpt",
     "chat_rounds": "mtl.data.formats:chat_rounds",
     "preference": "mtl.data.preference:preference",
+    "choices": "mtl.recipes.kpe.examples:choices",
 }
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, by model family
@@ -28,8 +29,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, by
 
 @dataclass(frozen=True)
 class Messages:
-    """A conversation for the chat template. Every assistant turn is a target, its end-of-turn token
-    included, but those in `context`.
+    """A conversation for the chat template.
+
+    Every assistant turn is a target with its end-of-turn token, except those in `context`.
 
     Attributes:
         messages: role, content, and whatever else the template reads (tool_calls, name ...).
@@ -46,8 +48,8 @@ class Messages:
 
 @dataclass(frozen=True)
 class Completion:
-    """Two texts that are put together as they are: no template and no space between. The completion
-    is the target.
+    """Two texts that are joined as they are, without a template or a space. The completion is the
+    target.
     """
 
     prompt: str
@@ -73,7 +75,8 @@ class Labeled:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, the better one first: examples that differ in their answers alone.
+    """Two answers to one prompt, the better one first. The two examples differ in their answers
+    alone.
 
     Attributes:
         chosen, rejected: two Completions of one prompt, or two Messages of the same first turns.
@@ -90,7 +93,9 @@ Format = Callable[[Mapping[str, Any]], Example]
 
 
 class RowProblem(ValueError):
-    """Why a row cannot be used: a short `reason` rows are counted by, and a text about this one."""
+    """Why a row cannot be used: a short `reason` that rows are counted by, and a text about this
+    row.
+    """
 
     def __init__(self, reason: str, text: str):
         super().__init__(reason, text)  # both, so that it can be sent from process to process
@@ -143,8 +148,10 @@ def prompt_completion(
     may_drop: Sequence[str] = (),
 ) -> Completion | Messages:
     """`{"prompt": "...", "completion": "..."}`, two texts, or two lists of messages (TRL's
-    conversational form): then the completion's turns of the assistant are the targets. Keywords
-    rename the keys; `may_drop` as in `messages`.
+    conversational form).
+
+    Of lists, the assistant's turns in the completion are the targets. Keywords rename the keys;
+    `may_drop` as in `messages`.
     """
     if not isinstance(row.get(prompt), list):
         return Completion(_get(row, prompt, str), _get(row, completion, str))
@@ -172,7 +179,7 @@ def labeled(
     """`{"text": "...", "label": "..."}`, for a classifier; keywords rename the keys.
 
     A label is text or a whole number. `pair` names the key of a second text. `labels` lists the
-    names in their order; without it they are those of the training rows, sorted.
+    names in their order. Without it the names are those of the training rows, sorted.
     """
     found = row.get(label)
     if isinstance(found, bool) or not isinstance(found, str | int):
@@ -288,7 +295,7 @@ SHAREGPT_ROLES = {
 def _turns(
     said: Sequence[Any], key: str, roles: Mapping[str, str] | None = None
 ) -> tuple[list[Mapping[str, Any]], frozenset[int]]:
-    """OpenAI's turns as the template gets them, and the numbers of those that are context."""
+    """OpenAI's turns as the template gets them, and which of them are context, by number."""
     turns, context = [], set()
     for i, given in enumerate(said):
         at = f"{key}, turn {i + 1}: "
@@ -313,7 +320,7 @@ def _turns(
 
 
 def _trained(turn: Mapping[str, Any], at: str) -> bool:
-    """OpenAI's `weight` (0 or 1), axolotl's and others' `train`."""
+    """Whether a turn is trained: OpenAI's `weight` (0 or 1), axolotl's and others' `train`."""
     for key, wanted in (("weight", "0 or 1"), ("train", "true or false")):
         value = turn.get(key)
         if value is not None and value not in (0, 1):
@@ -364,8 +371,8 @@ class Watched(dict):
         )
 
     def unread(self) -> set[str]:
-        """Keys that have not been read, a turn's as `conversations[].id`. An object of which no key
-        was read has been handed on as it is.
+        """Keys that have not been read, a turn's as `conversations[].id`. An object without any
+        read key was handed on as it is, so it does not count.
         """
         keys = set(super().keys()) - self._read
         for key in self._read & set(super().keys()):
@@ -411,8 +418,8 @@ def _watched(turn: Any) -> Any:
 
 
 def without_nulls(row: Any, keys: Collection[str], inside: bool = False) -> Any:
-    """A row without the nulls that Arrow puts where an object of a column lacks a key that others
-    have: at every depth below `keys`.
+    """A row without Arrow's nulls, at every depth below `keys`. Arrow puts a null where an object
+    of a column lacks a key that others have.
     """
     if isinstance(row, list):
         return [without_nulls(one, keys, inside) for one in row]
@@ -453,7 +460,7 @@ def _role(name: str, roles: Mapping[str, str], at: str) -> str:
 
 
 def _tools(row: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]] | None:
-    """A list of schemas; where columns cannot hold one, it is stored as its JSON."""
+    """A list of schemas, which may be stored as JSON text where columns cannot hold one."""
     tools = row.get(key) or None
     if isinstance(tools, str):
         tools = _json(tools, key)
@@ -475,7 +482,7 @@ def _calls(said: str, at: str) -> list[Mapping[str, Any]]:
 
 
 def _objects(calls: Any, at: str) -> list[Mapping[str, Any]]:
-    """Calls with their `arguments` as objects: a template that writes `arguments | tojson` would
+    """Calls with their `arguments` as objects. A template that writes `arguments | tojson` would
     quote a text a second time.
     """
     if not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):

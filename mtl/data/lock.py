@@ -1,9 +1,8 @@
-"""A folder is built by one process of all that want it, on any host of the file system; the others
-wait for it.
+"""One process builds a folder; all others that want it wait, on any host of the file system.
 
-The lock spares work, it does not guard the data: every writer builds in a folder of its own, which
-is renamed when whole. If a lock were ever judged wrongly, two processes would do the work twice and
-the first rename would win.
+The lock spares work. It does not guard the data: every writer builds in a folder of its own and
+renames that when it is whole. A wrongly judged lock would only do the work twice, and the first
+rename would win.
 """
 
 import json
@@ -20,8 +19,8 @@ from mtl.data.encoded import DataError
 
 POLL = 0.2  # seconds between looks at another process's lock
 REMIND = 30.0  # seconds between messages about it
-# seconds after which the lock of another host, whose processes cannot be seen, counts as left
-# behind
+# Seconds without a change after which another host's lock counts as left behind: we cannot see its
+# processes.
 SILENT = 600.0
 
 Say = Callable[[str], None]
@@ -33,7 +32,7 @@ class Owner:
 
     host: str
     pid: int
-    # the process's start in the kernel's ticks, by which a pid used again is known; "" where
+    # the process's start in the kernel's ticks, which tells a pid that is used again; "" where
     # unknown
     started: str
     since: str  # when the lock was taken, for people
@@ -74,8 +73,8 @@ def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> No
 
     Args:
         folder: made whole or not at all.
-        build: fills the empty folder it is given; it calls its second argument with its progress (a
-            few words) every few seconds, which the waiting see.
+        build: fills the empty folder it is given. Every few seconds it calls its second argument
+            with its progress, in a few words, which the waiting processes show.
         say: takes messages for people.
 
     Raises:
@@ -115,8 +114,8 @@ def _build(folder: Path, build: Callable[[Path, Say], None], lock: Path, me: Own
 
 
 def _wait(folder: Path, lock: Path, say: Say) -> None:
-    """Until the lock is free: the folder is there, or the work is ours. Raises DataError if its
-    owner failed.
+    """Wait until the lock is free: then the folder is there, or the work is ours. Raises DataError
+    if the owner failed.
     """
     seen: Owner | None = None
     start = changed = time.monotonic()
@@ -126,8 +125,8 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
         if owner != seen:
             seen, changed = owner, now
         if owner.gone or now - changed > SILENT:
-            why = "does not run any more" if owner.gone else f"has given no sign for {SILENT:.0f} s"
-            say(f"{owner} was encoding {folder} and {why}: doing it here")
+            why = "no longer runs" if owner.gone else f"has given no sign for {SILENT:.0f} s"
+            say(f"{owner} was encoding {folder} and {why}: this process does it now")
             shutil.rmtree(_partial(folder, owner), ignore_errors=True)
             lock.unlink(missing_ok=True)
             return
@@ -146,8 +145,8 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
 
 
 def take(lock: Path, me: Owner) -> bool:
-    """Create the lock with its content in one step (a link, which is atomic on network file systems
-    too).
+    """Create the lock with its content in one step: a link, which is atomic on network file systems
+    too.
     """
     ready = lock.with_name(f"{lock.name}.{me.host}.{me.pid}")
     ready.write_text(json.dumps(asdict(me)))
@@ -192,7 +191,7 @@ def _ticks(pid: int) -> str:
     except PermissionError:
         pass  # another user's, and alive
     try:
-        # Field 22, counted behind the command's name, which may hold anything.
+        # Field 22. We count from the end of the command's name, which may hold anything.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "gone" if state == "Z" else fields[18]  # Z: dead, and its parent has not noticed
     except FileNotFoundError:

@@ -1,10 +1,10 @@
 """Which rows stand in which global batch: arithmetic on the step number, so that a run resumes from
-one integer.
+one integer, or, where shares change, from the round that it is in.
 
-Two independent parts. *Which task* is the next example from: the divisor method (Webster /
-Sainte-Lague), where draw j of task k stands at time (2j + 1) / (2 s_k) and all draws are taken in
-the order of time. *Which row* of the task is its draw j: element j mod n_k of a permutation keyed
-by (seed, task, epoch j // n_k). Neither knows the world size.
+It has two independent parts; neither knows the world size. *Which task* the next example is from
+(`Round`) follows the divisor method (Webster / Sainte-Lague). Draw j of task k stands at time
+(2j + 1) / (2 s_k), and all draws are taken in the order of time. *Which row* of the task draw j is
+(`Mix`): element j mod n_k of a permutation keyed by (seed, task, epoch j // n_k).
 
 Replicas of a run (`Order`) differ in the second part alone, or in the order of whole batches.
 """
@@ -18,12 +18,86 @@ from fractions import Fraction
 import numpy as np
 
 Share = int | float | Fraction
+GRID = 2**20  # shares that are computed are multiples of 1 / GRID: sums of draws stay exact
+
+
+@dataclass(frozen=True)
+class Round:
+    """A stretch of batches with the same shares. Which task each of its draws is from.
+
+    A later round goes on where the one before stopped: what a task is behind or ahead of its
+    planned draws moves its own draws to an earlier or a later time. So after any number of rounds
+    a task has at most K draws more or fewer than planned.
+
+    Args:
+        shares: K integers >= 0, not all 0: in their proportion the tasks are drawn. One of 0 is
+            not drawn.
+        start: its first batch.
+        drawn: K integers, the draws of each task before it.
+        owed: K integers, the planned draws of each task before it less `drawn`, in parts of a draw
+            of which one has sum(shares).
+    """
+
+    shares: tuple[int, ...]
+    start: int = 0
+    drawn: tuple[int, ...] = ()
+    owed: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("drawn", "owed"):
+            object.__setattr__(self, name, getattr(self, name) or (0,) * len(self.shares))
+
+    @property
+    def parts(self) -> np.ndarray:
+        """(K,) float64, each task's part of the draws; sums to 1."""
+        total = sum(self.shares)
+        return np.array([share / total for share in self.shares])
+
+    def draws(self, first: int, last: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Draws per task before position `first` of the round's sequence, those before the round
+        included, and (task, draw) of the positions first..last-1.
+
+        With shares of sum 1 the draws of task k up to time x are floor(s_k x + o_k + 1/2), or none
+        where that is below 0; o_k is what it is owed. Over the tasks that can be drawn those
+        numbers sum up to within K/2 of x + sum o_k, and the zeros add at most what the others are
+        owed. At x = first - K/2 - sum max(o_k, 0) >= 0 there are therefore at most `first`, and at
+        x = last + K/2 - sum o_k at least `last`: only what is in between, about last - first + 2K
+        draws, has to be sorted. Exact: no float and no replay.
+        """
+        total = sum(self.shares)
+        active = [
+            (share, owed) for share, owed in zip(self.shares, self.owed, strict=True) if share
+        ]
+        early = sum(max(owed, 0) for _, owed in active)
+        late = sum(owed for _, owed in active)
+
+        def until(twice: int) -> list[int]:  # draws of each task up to time twice / (2 total)
+            return [
+                max(0, (share * twice + 2 * owed + total) // (2 * total)) if share else 0
+                for share, owed in zip(self.shares, self.owed, strict=True)
+            ]
+
+        begin = 2 * first - len(active) + -2 * early // total
+        low = until(begin) if begin > 0 else [0] * len(self.shares)
+        high = until(2 * last + len(active) - 2 * late // total)
+        draws = sorted(
+            (Fraction((2 * j + 1) * total - 2 * owed, share), k, j)
+            for k, (share, owed) in enumerate(zip(self.shares, self.owed, strict=True))
+            for j in range(low[k], high[k])
+        )
+        skip = first - sum(low)
+        for _, k, _ in draws[:skip]:
+            low[k] += 1
+        counts = [before + n for before, n in zip(self.drawn, low, strict=True)]
+        found = draws[skip : skip + last - first]
+        return counts, [(k, self.drawn[k] + j) for _, k, j in found]
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which of `of` replicas of an order this is (Ju et al. 2024, arXiv 2410.03743, train one model
-    each and merge them).
+    """Which of `of` replicas of an order this is.
+
+    Ju et al. (2024, arXiv 2410.03743) train one model for each replica and merge them.
 
     Args:
         scheme: "rotate": place p of n -> (p + replica * n // of) mod n, so that the replicas' first
@@ -32,8 +106,8 @@ class Order:
         replica: 0 .. of - 1.
         epochs: "first": only each task's first epoch (batch: the first window) differs; "all".
         window: batches that change places among themselves ("batch" only), >= 1.
-        steps: batches in the run ("batch" only): no window goes beyond, or replicas would differ in
-            their rows.
+        steps: batches in the run ("batch" only). No window goes beyond them, or replicas would
+            differ in their rows.
     """
 
     scheme: str
@@ -51,13 +125,12 @@ class Mix:
     """The endless sequence of global batches over K tasks.
 
     Args:
-        names: the tasks. A task's name is part of the key of its row order, its place in the list
-            is not.
+        names: the tasks. A task's name keys its row order; its place in the list does not.
         sizes: (K,) training rows of each task, >= 1.
-        shares: (K,) positive numbers, up to a common factor the tasks' parts of all draws: see
-            `shares_for`. After any M draws a task's count differs from `share * M` by at most (1 +
-            share * (K - 2)) / 2, the share in 0..1. With `shares == sizes` the first sum(sizes)
-            draws are every row once.
+        shares: (K,) positive numbers in the proportion of the tasks' draws: see `shares_for`. After
+            any M draws a task's count differs from `share * M` by at most (1 + share * (K - 2)) /
+            2, the share in 0..1. With `shares == sizes` the first sum(sizes) draws are every row
+            once.
         examples: examples in a global batch, B.
         seed: keys every permutation.
         order: the replica; None: the one order.
@@ -74,8 +147,8 @@ class Mix:
     ):
         if not len(names) == len(sizes) == len(shares) > 0:
             raise ValueError(
-                f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted as "
-                "many"
+                f"found {len(names)} names, {len(sizes)} sizes, {len(shares)} shares, wanted "
+                "equally many, at least one"
             )
         for name, size, share in zip(names, sizes, shares, strict=True):
             if size < 1:
@@ -88,7 +161,7 @@ class Mix:
             raise ValueError(f"found {examples} examples in a batch, wanted at least 1")
         self.names, self.sizes = list(names), [int(n) for n in sizes]
         self.examples, self.seed, self.order = int(examples), int(seed), order
-        self._shares = _integers(shares)
+        self.first = Round(_integers(shares))
         self._orders: dict[
             int, tuple[int, np.ndarray]
         ] = {}  # task -> (epoch, permutation): the epoch being read
@@ -96,50 +169,52 @@ class Mix:
     @property
     def shares(self) -> np.ndarray:
         """(K,) float64, each task's part of all draws; sums to 1."""
-        total = sum(self._shares)
-        return np.array([share / total for share in self._shares])
+        return self.first.parts
 
-    def drawn(self, step: int) -> np.ndarray:
-        """(K,) int64: examples drawn from each task by the first `step` batches; with order batch
-        by those at the ends of its windows.
+    def drawn(self, step: int, now: Round | None = None) -> np.ndarray:
+        """(K,) int64: examples drawn from each task by the first `step` batches. With `scheme:
+        batch` this holds at the ends of windows only.
+
+        Args:
+            now: the round that `step` is in; None: the first, which ends with the run.
         """
-        counts, draws = self._draws(step * self.examples, step * self.examples)
-        assert not draws
+        counts, _ = self._draws(step, step, now)
         return np.array(counts, dtype=np.int64)
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, step: int, now: Round | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The tasks (B,) and rows (B,) of global batch `step` (0 is the first), int64, in the order
         they are drawn.
+
+        Args:
+            now: as in `drawn`.
         """
         step = self._place(step)
-        _, draws = self._draws(step * self.examples, (step + 1) * self.examples)
+        _, draws = self._draws(step, step + 1, now)
         rows = [self._row(k, j) for k, j in draws]
         return np.array([k for k, _ in draws], dtype=np.int64), np.array(rows, dtype=np.int64)
 
-    def _draws(self, start: int, stop: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Draws per task before position `start`, and (task, draw) of the positions start..stop-1
-        of the sequence.
+    def next(self, now: Round, step: int, parts: np.ndarray) -> Round:
+        """The round that follows `now` from batch `step` on.
 
-        The draws of task k up to time x are floor(s_k x + 1/2), so those of all tasks lie within
-        K/2 of S x. At x = (start - K/2) / S there are therefore at most `start`, and at (stop +
-        K/2) / S at least `stop`: what is in between, at most stop - start + 2K draws, is all that
-        has to be sorted. Exact: no float and no replay.
+        Args:
+            parts: (K,) float64 >= 0, not all 0: the tasks' parts of the draws, up to a factor.
         """
-        total, tasks = sum(self._shares), len(self._shares)
+        assert step >= now.start
+        n, total, drawn = (step - now.start) * self.examples, sum(now.shares), self.drawn(step, now)
+        owed = [
+            (owed + share * n - (after - before) * total) * GRID // total
+            for owed, share, after, before in zip(
+                now.owed, now.shares, drawn.tolist(), now.drawn, strict=True
+            )
+        ]
+        return Round(on_grid(parts), step, tuple(drawn.tolist()), tuple(owed))
 
-        def until(twice: int) -> list[int]:  # draws of each task up to time twice / (2 S)
-            return [max(0, (share * twice + total) // (2 * total)) for share in self._shares]
-
-        low, high = until(2 * start - tasks), until(2 * stop + tasks)
-        draws = sorted(
-            (Fraction(2 * j + 1, share), k, j)
-            for k, share in enumerate(self._shares)
-            for j in range(low[k], high[k])
-        )
-        skip = start - sum(low)
-        for _, k, _ in draws[:skip]:
-            low[k] += 1
-        return low, [(k, j) for _, k, j in draws[skip : stop - sum(low) + skip]]
+    def _draws(
+        self, step: int, stop: int, now: Round | None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        now = now or self.first
+        assert now.start <= step
+        return now.draws((step - now.start) * self.examples, (stop - now.start) * self.examples)
 
     def _row(self, k: int, j: int) -> int:
         n, order, replica = self.sizes[k], self.order, ""
@@ -180,10 +255,10 @@ def shares_for(
 ) -> list[Fraction]:
     """(K,) shares of the tasks by one of the five rules.
 
-    `proportional`: n_k. `equal`: 1. `explicit`: the given `share`. `temperature`: n_k^(1/T), T = 1
-    proportional, T -> inf equal (the sampling of multilingual models, Arivazhagan et al. 2019,
-    arXiv 1907.05019, section 3). `epochs`: n_k e_k, so that the tasks have passed e_k times when
-    all sum(n_k e_k) draws are done.
+    `proportional`: n_k. `equal`: 1. `explicit`: the given `share`. `temperature`: n_k^(1/T), so T =
+    1 is proportional and T -> inf equal. It is the sampling of multilingual models (Arivazhagan et
+    al. 2019, arXiv 1907.05019, section 3). `epochs`: n_k e_k, so that task k has passed e_k times
+    when all sum(n_k e_k) draws are done.
 
     Raises:
         ValueError: an unknown kind, or a number that is missing or not positive.
@@ -206,12 +281,21 @@ def shares_for(
             return [n * e for n, e in zip(sizes, given("epochs", epochs), strict=True)]
         case "temperature":
             (t,) = given("temperature", [temperature])
-            # Powers differ in their last bits from machine to machine, so they are put on a coarse
+            # Powers differ in their last bits from machine to machine. So we round them to a coarse
             # grid.
             return [Fraction(round(n ** float(1 / t) * 2**20), 2**20) for n in sizes]
     raise ValueError(
         f"found shares {kind!r}, wanted proportional, equal, explicit, temperature or epochs"
     )
+
+
+def on_grid(parts: np.ndarray) -> tuple[int, ...]:
+    """K integers of sum `GRID`, in the proportion of the (K,) parts to within 1 (the largest: K);
+    one below half of a `GRID`-th becomes 0. On the grid already: as they are.
+    """
+    whole = np.round(parts / parts.sum() * GRID).astype(np.int64)
+    whole[whole.argmax()] += GRID - whole.sum()
+    return tuple(whole.tolist())
 
 
 def steps_for(epochs: float, sizes: Sequence[int], examples: int) -> int:
@@ -222,12 +306,12 @@ def steps_for(epochs: float, sizes: Sequence[int], examples: int) -> int:
 
 
 def permutation(n: int, key: str) -> np.ndarray:
-    """(n,) int64: 0..n-1 in an order given by `key` alone, the same on every machine and in every
+    """(n,) int64: 0..n-1 in an order that `key` alone gives, the same on every machine and in every
     version.
 
     The rows are sorted by a 64-bit hash of their index: splitmix64 (Steele, Lea, Flood 2014, doi
-    10.1145/2660193.2660195) started at the first 8 bytes of BLAKE2b of the key. It is a bijection
-    of 64-bit words, so no two rows tie.
+    10.1145/2660193.2660195). It starts at the first 8 bytes of BLAKE2b of the key. It is a
+    bijection of 64-bit words, so no two rows tie.
     """
     start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
@@ -243,10 +327,10 @@ def _decimal(value: Share) -> Fraction:
     return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
 
 
-def _integers(shares: Sequence[Share]) -> list[int]:
+def _integers(shares: Sequence[Share]) -> tuple[int, ...]:
     """The shares as integers in the same proportion, without a common factor."""
     exact = [_decimal(share) for share in shares]
     scale = math.lcm(*(share.denominator for share in exact))
     integers = [int(share * scale) for share in exact]
     factor = math.gcd(*integers)
-    return [n // factor for n in integers]
+    return tuple(n // factor for n in integers)

@@ -11,8 +11,7 @@ from mtl.data.mix import Mix, Order, shares_for, steps_for
 
 # Found with benchmarks/slopes.py and the clock, for 6 tasks and batches of 16 (docs/balancers.md).
 PROBED = 1.25  # examples that a probe reads for each that a batch has
-# of each task: two equally frequent labels then stand in every group alike, which with 3 they do
-# not
+# least of each task: with 4 (not with 3), two equally frequent labels are alike in every group
 LEAST = 4
 EVERY = {False: 5, True: 9}  # optimizer steps between probes, [with LoRA]
 READ = 24 / 16  # what a probe read there for each example of a batch
@@ -45,8 +44,8 @@ def steps_of(config: Config, mix: Mix) -> int:
 def validation_groups_for(
     config: Config, tasks: Sequence[TaskData], layout: Layout | Layouts
 ) -> ValidationGroups:
-    """Which validation rows a probe reads. The published CoBa reads as many as a batch has, other
-    ones at every step.
+    """Which validation rows a probe reads. The published CoBa reads as many as a batch has,
+    different ones at every step.
     """
     probe, splits = config.evaluate.probe, [task.validation for task in tasks]
     examples: list[int] | None = None
@@ -62,11 +61,11 @@ def validation_groups_for(
 
 
 def probed(batch: int, positions: Sequence[float], rows: Sequence[int], groups: int) -> list[int]:
-    """Examples of each task in a probe beside a batch of so many, by the mean length and the number
-    of the tasks' rows.
+    """Examples of each task in a probe, for a batch of `batch` examples, by the tasks' mean lengths
+    and numbers of rows.
 
-    More of those that cost little: for a given cost the errors' squares, 1/n each, sum up to least
-    with n ~ 1 / sqrt(cost).
+    Cheap tasks get more. For a given cost, the sum of squared errors, 1/n each, is least with n ~ 1
+    / sqrt(cost).
     """
     mean = sum(positions) / len(positions)
     wanted = [round(PROBED * batch / len(positions) * (mean / each) ** 0.5) for each in positions]
@@ -77,8 +76,8 @@ def probe_every(config: Config, groups: ValidationGroups) -> int:
     """Optimizer steps between probes: as configured, else as many as keep their cost near a
     twentieth of a step's on a CPU.
 
-    There a forward is a sixth of a step, and with LoRA, which saves the weights' gradients, a
-    third. What error slopes have with so few probes: benchmarks/slopes.py.
+    There a forward is a sixth of a step. With LoRA, which saves the weights' gradients, it is a
+    third. benchmarks/slopes.py measures the slopes' error with so few probes.
     """
     least = EVERY[config.trains_adapter]
     most = max(sum(len(rows) for rows in groups.rows(group)) for group in range(groups.groups))
@@ -102,7 +101,7 @@ def layouts_for(
     Args:
         examples: of each objective.
         of: (S,) the number of each stream's objective.
-        packed: whether rows are packed (`batch.packing` and the model decide), where examples can.
+        packed: whether examples that can share a row do (`batch.packing` and the model decide).
         tokens: `batch.tokens`, or that of evaluation.
     """
     dense_mask = not (config.model.attention or "").startswith("flash")

@@ -20,10 +20,10 @@ def preference(
     """`{"prompt", "chosen", "rejected"}` as texts or as lists of messages, and, where present,
     `tools`; keywords rename the keys.
 
-    Texts are put together as in `prompt_completion`. Where anything is a list, the row is a chat: a
-    text beside it is one turn, of the user (prompt) or of the assistant. Lists `chosen` and
-    `rejected` may be whole conversations: the turns that both begin with are then the prompt. A
-    `prompt` beside whole conversations must be among these turns, which is checked.
+    Texts are joined as in `prompt_completion`. Where anything is a list, the row is a chat. A text
+    beside a list is one turn, of the user (prompt) or of the assistant. Lists `chosen` and
+    `rejected` may be whole conversations. Then the prompt is the turns that both begin with, and a
+    given `prompt` must be among them.
 
     Raises:
         RowProblem: `equal sides`; `differing prompts`: the sides part before an assistant's turn;
@@ -63,12 +63,12 @@ def _value(row: Mapping[str, Any], key: str) -> str | Turns:
     ):
         found = repr(value)[:60]
         raise RowProblem("bad value", f"{key}: found {found}, wanted text or a list of messages")
-    # Arrow gives every turn every key; what a turn does not have is None, and must compare as such.
+    # Arrow gives every turn every key, with None for what it lacks. We drop these before comparing.
     return [{name: each for name, each in turn.items() if each is not None} for turn in value]
 
 
 def _conversation(prompt: str | Turns | None, side: str | Turns, name: str) -> Turns:
-    """The whole of a side: the prompt's turns, where it does not begin with them already."""
+    """All turns of a side. The prompt's are added where it does not begin with them already."""
     turns = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
     if prompt is None:
         return turns

@@ -1,8 +1,8 @@
-"""Where rows come from: JSONL by our own reader, Parquet, and through `datasets` saved folders and
-the hub.
+"""Where rows come from: JSON, CSV and Parquet files, and through `datasets` saved folders and the
+hub.
 
-A row that cannot be read is handed on as a problem, with its place, and never ends the reading of
-its file. A source that cannot be read at all is a DataError.
+An unreadable row is handed on as a problem with its place, and the reading goes on. A source that
+cannot be read at all raises DataError.
 """
 
 import csv
@@ -36,8 +36,8 @@ READ = (
 
 
 class Row(NamedTuple):
-    """One row: its number in the source (from 0; in JSONL, of the line), and what it holds or why
-    it cannot be read.
+    """One row: its number in the source, and what it holds or why it cannot be read. Numbers start
+    at 0; in JSONL they are the lines'.
     """
 
     number: int
@@ -61,14 +61,12 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """All rows, from the first. Raises DataError where the source as a whole cannot be read
-        on.
-        """
+        """All rows, from the first. Raises DataError where the reading cannot go on."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hexadecimal, of the content: the same wherever the source lies. Cheap: large files are
-        sampled (`WHOLE`).
+        """A hexadecimal hash of the content, the same wherever the source lies. Large files are
+        sampled, so it is cheap (`WHOLE`).
         """
 
     def where(self, number: int) -> str:
@@ -77,8 +75,8 @@ class Source(ABC):
 
 
 def open_sources(name: str, split: str = "train") -> list[Source]:
-    """What `name` is, as `open_source`; of a pattern (`data/*.jsonl`, `**` for folders within)
-    every file that it matches, sorted.
+    """The sources that `name` stands for: see `open_source`. A pattern (`data/*.jsonl`, `**` for
+    folders within) stands for every file that it matches, sorted.
     """
     path = Path(name).expanduser()
     if path.exists() or not glob.has_magic(name) or HUB_NAME.fullmatch(name):
@@ -90,11 +88,11 @@ def open_sources(name: str, split: str = "train") -> list[Source]:
 
 
 def open_source(name: str, split: str = "train") -> Source:
-    """Find out what `name` is: a file, a folder, or `dataset[:config[:split]]` on the hub (`split`
-    if it names none).
+    """Find out what `name` is: a file, a folder, or `dataset[:config[:split]]` on the hub, by
+    default its `split`.
 
     Raises:
-        DataError: what was looked for.
+        DataError: nothing is found; the text says what was looked for.
     """
     path = Path(name).expanduser()
     if "://" in name or path.exists() and not (path.is_file() or path.is_dir()):
@@ -123,14 +121,15 @@ def open_source(name: str, split: str = "train") -> Source:
         try:
             return _hub(name, split)
         except Exception as error:
-            # Whatever `datasets` and the network raise, it is one more thing that was tried.
+            # Whatever `datasets` or the network raises, the error lists the hub among what was
+            # tried.
             tried.append(f"the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
     raise DataError(f"nothing found under {name!r}, tried {' and '.join(tried)}. Wanted a {READ}")
 
 
 class JsonLines(Source):
-    """One JSON object a line, UTF-8; empty lines are passed over. A row's number is that of its
-    line.
+    """A file with one JSON object a line, UTF-8. Empty lines are skipped. A row's number is its
+    line's.
     """
 
     def __init__(self, name: str, path: Path):
@@ -155,7 +154,7 @@ class JsonLines(Source):
 
 
 class JsonArray(Source):
-    """A file that is one JSON array of objects, as alpaca's and sharegpt's are. It is read into
+    """A file that is one JSON array of objects, such as alpaca's and sharegpt's. It is read into
     memory whole.
     """
 
@@ -169,7 +168,7 @@ class JsonArray(Source):
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: not a JSON array: {error}") from error
         for number, value in enumerate(values):
-            # Which row has a key twice is not known here: the first one says it for the file.
+            # We do not know here which row has a key twice. The first row reports it for the file.
             yield _checked(number, value, twice if number == 0 else "")
 
     def fingerprint(self) -> str:
@@ -177,8 +176,8 @@ class JsonArray(Source):
 
 
 class Delimited(Source):
-    """A CSV or TSV file with a line of column names, UTF-8: every value is text, as it stands
-    there. A text in double quotes may go over several lines.
+    """A CSV or TSV file with a line of column names, UTF-8. Every value is text, unchanged. A text
+    in double quotes may span several lines.
     """
 
     def __init__(self, name: str, path: Path, delimiter: str):
@@ -302,7 +301,7 @@ def _parsed(number: int, line: bytes) -> Row:
 
 
 def _load(text: str) -> tuple[Any, str]:
-    """The JSON, in which the last of equal keys counts, and what to say of such keys."""
+    """The JSON value, and a note on keys that are there twice. The last of them counts."""
     twice: set[str] = set()
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -315,7 +314,7 @@ def _load(text: str) -> tuple[Any, str]:
     value = json.loads(text, object_pairs_hook=made)
     if not twice:
         return value, ""
-    return value, f"rows with the key {', '.join(sorted(twice))} twice, of which the last counts"
+    return value, f"rows with the key {', '.join(sorted(twice))} twice; the last one counts"
 
 
 def _checked(number: int, value: Any, note: str = "") -> Row:
@@ -341,8 +340,8 @@ def _begins(path: Path, byte: bytes) -> bool:
 
 
 def _file_fingerprint(path: Path) -> str:
-    """Of all bytes of a file up to WHOLE; of a larger one, of its size, time of change and blocks
-    spread over it.
+    """A hash of all bytes of a file up to WHOLE. Of a larger file it covers the size, the time of
+    change, and blocks spread over it.
     """
     status = path.stat()
     size = status.st_size

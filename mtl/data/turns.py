@@ -1,8 +1,8 @@
 """Where the turns of a conversation stand in the text that a chat template renders of it.
 
-The template is somebody else's program: it strips, merges, reorders and drops. So the conversation
-is rendered twice, as it is and with marks of private-use characters in its contents. Where both
-agree but for the marks, the marks say which characters came from which turn.
+The template is somebody else's program: it strips, merges, reorders and drops. So we render the
+conversation twice: as it is, and with marks of private-use characters in its contents. Where both
+agree except for the marks, the marks tell which characters came from which turn.
 """
 
 import operator
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, Protocol
 
 from mtl.data.formats import REASONING, Messages, RowProblem
 
-PRIVATE = range(0xF0000, 0xFFF00, 12)  # 12 characters each, to which no standard gives a meaning
-# Templates ask whether a content begins or ends with a tag such as <think>: marks stand inside.
+PRIVATE = range(0xF0000, 0xFFF00, 12)  # 12 characters a mark; no standard gives them a meaning
+# Marks stand inside tags such as <think>: templates ask whether a content begins or ends with one.
 OPENING = re.compile(r"\s*(?:<[^<>\n]{1,40}>\s*)*")
 ENDING = re.compile(r"(?:\s*<[^<>\n]{1,40}>)*\s*\Z")
 NEAR = 200  # characters from a content's end within which such tags are looked for
 
 
 class Render(Protocol):
-    """The template's text of an example, with the generation prompt or without."""
+    """The text that the template renders of an example, with the generation prompt or without."""
 
     def __call__(self, example: Messages, prompt: bool = False) -> str: ...
 
@@ -43,8 +43,8 @@ class Turns(NamedTuple):
     Attributes:
         text: the rendering.
         spans: of the assistant's turns, `Messages.context` included.
-        unreasoned: how many turns before the last question stand there without their reasoning, as
-            in templates that show a model none of its earlier thoughts.
+        unreasoned: turns before the last question that are rendered without their reasoning. Some
+            templates show a model none of its earlier thoughts.
     """
 
     text: str
@@ -53,16 +53,16 @@ class Turns(NamedTuple):
 
 
 def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern[str]) -> Turns:
-    """Each assistant turn from where the generation prompt ends to where the template ends the turn
-    (its last eos, if it has one: what stands behind it is never generated).
+    """Find each assistant turn, from the end of the generation prompt to the end of the turn.
 
-    Where a template begins a turn otherwise than its generation prompt says, or ends an earlier
-    turn otherwise than the last one, the turn begins behind what both share, and ends with the
-    first of `specials`. Costs two renderings, and a short one for every kind of turn.
+    A turn ends with its last eos, if it has one: nothing after that is ever generated. Some
+    templates begin a turn in another way than their generation prompt says. Then it begins after
+    what both share. Others end earlier turns in another way than the last one. Then it ends with
+    the first of `specials`. Cost: two renderings, and a short one for every kind of turn.
 
     Raises:
-        RowProblem: the template leaves out what `example.may_drop` does not name, or where the
-            turns cannot be told apart.
+        RowProblem: the template leaves out what `example.may_drop` does not name, or the turns
+            cannot be told apart.
     """
     text = render(example)
     marks = _Marks(text)
@@ -71,7 +71,7 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
         at = len(commonprefix([plain, text]))
         raise RowProblem(
             "template",
-            "the chat template renders otherwise what only has a mark in it: found "
+            "the chat template changes a text when only a mark is added to it: found "
             f"{text[max(0, at - 20) : at + 20]!r} and {plain[max(0, at - 20) : at + 20]!r}, "
             "so its turns cannot be found. Set model.chat_template",
         )
@@ -80,7 +80,7 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
     of: dict[int, list[int]] = {}  # turn -> its marks, as numbers into `found`
     for number, (_, mark) in enumerate(found):
         of.setdefault(marks.pieces[mark // 2].turn, []).append(number)
-    kinds: dict[Any, str] = {}  # what stands behind a kind of turn
+    kinds: dict[Any, str] = {}  # what follows a kind of turn
     spans = []
     for i, turn in enumerate(example.messages):
         if turn["role"] != "assistant" or i not in of:
@@ -109,7 +109,7 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
 
 
 def _start(scaffold: str, head: str, specials: re.Pattern[str]) -> int | None:
-    """How much of what stands between two contents comes before the turn itself."""
+    """How many of the characters between two contents come before the turn itself."""
     if scaffold.startswith(head):
         return len(head)
     shared = commonprefix([scaffold, head])
@@ -119,7 +119,7 @@ def _start(scaffold: str, head: str, specials: re.Pattern[str]) -> int | None:
 
 
 def _stop(rest: str, closing: str | None, eos: str, specials: re.Pattern[str]) -> int:
-    """How much of what stands behind a turn's content is its closing."""
+    """How many of the characters after a turn's content are its closing."""
     if closing is not None and rest.startswith(closing):
         at = closing.rfind(eos) if eos else -1
         return at + len(eos) if at >= 0 else len(closing)
@@ -128,7 +128,7 @@ def _stop(rest: str, closing: str | None, eos: str, specials: re.Pattern[str]) -
 
 
 def _head(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -> str:
-    """What stands between the content before turn i and what is generated: where a prompt ends."""
+    """The text between the content before turn i and what is generated: the end of its prompt."""
     start = i - 1
     while start > 0 and not any(_pieces(example.messages[start])):
         start -= 1
@@ -141,7 +141,7 @@ def _head(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -> s
 
 
 def _closing(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -> str | None:
-    """What the template puts behind the content of turn i, were it the last one."""
+    """What the template would put after the content of turn i if that were the last one."""
     turn = example.messages[i]
     key = None if turn.get("tool_calls") else ("closing", _trailing(turn))
     if key is None or key not in kinds:
@@ -154,14 +154,14 @@ def _closing(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -
 
 
 def _behind(example: Messages, render: Render, prompt: bool = False) -> str:
-    """The text behind the last content."""
+    """The text after the last content."""
     marks = _Marks("")
     plain, found = marks.found(render(marks.put(example), prompt=prompt))
     return plain[found[-1][0] if found else 0 :]
 
 
 class _Piece(NamedTuple):
-    """A text of a turn: where it is, and which of its characters the marks enclose."""
+    """A text of a turn: where it stands, and which of its characters the marks enclose."""
 
     path: tuple[str | int, ...]
     kind: str  # reasoning, content, call
@@ -227,7 +227,7 @@ class _Marks:
 
 
 def _pieces(turn: Mapping[str, Any]) -> Iterator[_Piece]:
-    """The texts of a turn that a template shows, without the space and the tags at their ends."""
+    """The texts of a turn that a template shows, without space and tags at their ends."""
     for key in REASONING:
         if isinstance(turn.get(key), str) and turn[key].strip():
             yield _inner((key,), "reasoning", turn[key], 0)
@@ -265,7 +265,7 @@ def _ending(text: str) -> str:
 
 
 def _trailing(turn: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a turn decides what stands behind its last mark, calls left aside."""
+    """The parts of a turn that decide what follows its last mark; calls do not count."""
     *_, last = [None, *_pieces(turn)]
     if last is None:
         return ("nothing",)
@@ -273,7 +273,7 @@ def _trailing(turn: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _left_out(example: Messages, pieces: Sequence[_Shown], found: Collection[int]) -> int:
-    """Count the thoughts that are left out before the last question; refuse what else is."""
+    """Count the reasoning left out before the last question. Refuse whatever else is left out."""
     asked = max((i for i, t in enumerate(example.messages) if t["role"] == "user"), default=-1)
     unreasoned = 0
     for n, (i, kind, text) in enumerate(pieces):

@@ -1,8 +1,8 @@
-"""The few collectives training needs, over torch.distributed. Without a process group they are the
-identity.
+"""The few collectives that training needs, over torch.distributed. Without a process group they
+change nothing.
 
-Tensors may live on any device. Under a GPU-only backend those on the CPU have a group of their own,
-gloo's: through NCCL each would wait for all work that is queued on the device.
+Tensors may live on any device. Under a GPU-only backend, CPU tensors have a gloo group of their
+own. Through NCCL each would wait for all work that is queued on the device.
 """
 
 import os
@@ -55,7 +55,7 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
 
 
 def leave() -> None:
-    """Leave the process group, when all ranks are ready to. A collective.
+    """Leave the process group once all ranks are ready to. A collective.
 
     A group that is still open when Python exits may abort the process: its threads still run while
     Python frees what they use.
@@ -70,12 +70,12 @@ def leave() -> None:
 def together(work: Callable[[], T]) -> T:
     """Run `work` on this rank, then check that it failed on no rank.
 
-    One rank's exception would leave the others waiting in their next collective until the group's
-    timeout. Here it ends all of them, and each shows its text. `work` itself must not communicate.
+    One rank's exception would leave the others waiting in their next collective until the timeout.
+    Here it ends all of them, and each shows its text. `work` itself must not communicate.
 
     Raises:
-        RankError: on the ranks that did not fail, naming the rank that did and its error. The
-            failing rank raises its own.
+        RankError: on the ranks that did not fail. It names the failed rank and its error. The
+            failed rank raises its own.
     """
     result, error = None, None
     try:
@@ -94,13 +94,13 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0; every rank gets its result, or its error. A collective; `work` itself
-    must not communicate.
+    """Run `work` on rank 0. Every rank gets its result, or its error. A collective, but `work`
+    itself must not communicate.
 
     With several ranks the result is pickled: return plain values and small arrays.
 
     Raises:
-        RankError: on the other ranks, with rank 0's error, which raises its own.
+        RankError: on the other ranks, with the text of rank 0's error. Rank 0 raises its own.
     """
     result = together(work if rank() == 0 else lambda: None)
     if world() == 1:
@@ -113,7 +113,7 @@ def on_first(work: Callable[[], T]) -> T:
 def gather(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks. A collective.
 
-    It is pickled where there are more ranks than one: plain values and small arrays.
+    With several ranks it is pickled: give plain values and small arrays.
     """
     if world() == 1:
         return [value]
@@ -123,8 +123,9 @@ def gather(value: T) -> list[T]:
 
 
 def differences(values: Mapping[str, Any]) -> list[str]:
-    """What is not the same on every rank, a line a key: `engine.zero: 2 on rank 0, 3 on ranks 1-3`;
-    empty where all agree. A collective; every rank gets the same lines.
+    """What differs between ranks, a line a key: `engine.zero: 2 on rank 0, 3 on ranks 1-3`.
+
+    It is empty where all agree. A collective; every rank gets the same lines.
 
     Args:
         values: dotted name to plain value, or mappings of those.
@@ -148,7 +149,7 @@ def same(values: Mapping[str, Any], what: str) -> None:
     """Agree that every rank holds the same values. A collective.
 
     Raises:
-        ValueError: on all ranks; it shows what differs, by key and rank, and nothing else.
+        ValueError: on all ranks. It shows only what differs, by key and rank.
     """
     if lines := differences(values):
         raise ValueError(
@@ -167,7 +168,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 _host: tuple[object, dist.ProcessGroup] | None = (
-    None  # the default group it was made beside, and the hosts' own
+    None  # the default group, and the CPU group made beside it
 )
 
 
@@ -185,7 +186,7 @@ def open_host_group(timeout: timedelta | None = None) -> None:
 
 
 def _group(tensor: Tensor) -> dist.ProcessGroup | None:
-    """Which group a tensor's collectives take; None = the default one."""
+    """The group for a tensor's collectives; None = the default one."""
     if tensor.device.type != "cpu":
         return None
     if _host is None or _host[0] is not dist.group.WORLD:

@@ -8,8 +8,9 @@ import os
 from typing import Any
 
 from mtl.config import Config, ConfigError
+from mtl.distributed import ds_keys
 
-# In a DeepSpeed configuration written for Hugging Face's Trainer: let the program decide.
+# In a DeepSpeed configuration for Hugging Face's Trainer this value lets the program decide.
 AUTO = "auto"
 
 
@@ -22,8 +23,8 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
         device_type: "cpu", "cuda" ...: what the run computes on.
 
     Raises:
-        ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides; both places
-            are named.
+        ConfigError: a key of `engine.deepspeed` contradicts one that our YAML decides; the text
+            names both places. Or DeepSpeed does not know the key.
     """
     stage, offload, bf16 = (
         zero_stage(config),
@@ -37,7 +38,7 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
     }
     for ours, theirs in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         where = getattr(offload, ours)
-        # "none" too, so that a user's own block that offloads is seen to differ.
+        # Also for "none", so that a user's own block that offloads shows up as a difference.
         zero[theirs] = {"device": where}
         if where != "none":
             zero[theirs]["pin_memory"] = device_type != "cpu"
@@ -75,18 +76,21 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
     for key in ("offload_optimizer", "offload_param"):
         if merged["zero_optimization"][key]["device"] == "none":
             del merged["zero_optimization"][key]
+    if config.engine.deepspeed and (found := ds_keys.problems(merged)):
+        where = ("engine", "deepspeed")
+        raise ConfigError([config.error((*where, *keys), *words) for keys, *words in found])
     return merged
 
 
 def zero_stage(config: Config) -> int:
-    """The ZeRO stage in force. DeepSpeed has no bf16 weights with fp32 master weights and gradients
-    at stage 0, so we use 1 there.
+    """The ZeRO stage in force. At stage 0 DeepSpeed cannot combine bf16 weights with fp32 master
+    weights and gradients, so we use 1 there.
     """
     return max(1, config.engine.zero) if config.model.precision == "bf16" else config.engine.zero
 
 
-# Which key of our YAML decides a key of DeepSpeed's: an error names both. The program itself
-# decides what is not in this table.
+# Which key of our YAML decides a key of DeepSpeed's. An error names both. The program itself
+# decides keys that are not in this table.
 _DECIDED_BY = {
     "train_batch_size": "batch.examples",
     "train_micro_batch_size_per_gpu": "batch.tokens",
@@ -157,8 +161,8 @@ def _merge(
 
 
 def _all_auto(value: Any) -> bool:
-    """Whether every setting in a DeepSpeed optimizer or scheduler block is left to us (its type is
-    only a name).
+    """Whether a DeepSpeed optimizer or scheduler block leaves every setting to us. Its type is only
+    a name.
     """
     if isinstance(value, dict):
         return all(_all_auto(v) for k, v in value.items() if k != "type")

@@ -25,7 +25,7 @@ from zipfile import is_zipfile
 import torch
 
 if not torch.accelerator.is_available():
-    # Before the import, which otherwise warns that it guesses.
+    # Set before the import, which otherwise warns that it guesses.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -33,19 +33,22 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from mtl.config import Config, ConfigError
-from mtl.distributed import comm, reshard
+from mtl.distributed import comm, rendezvous, reshard
 from mtl.distributed.ds_config import ds_config, zero_stage
 
 deepspeed_logger.setLevel(logging.WARNING)
 
 
 def init_process_group(timeout_minutes: float) -> None:
-    """Join the process group the launcher describes (deepspeed, torchrun; or alone, when started
-    with plain python).
+    """Join the process group that the launcher describes. Started with plain python, the process is
+    alone in it.
 
     Args:
-        timeout_minutes: how long a collective may wait. Nothing slow (tokenizing, downloading)
-            belongs after this call.
+        timeout_minutes: how long a collective may wait. Do slow work (tokenizing, downloading)
+            before this call.
+
+    Raises:
+        RendezvousError: a rank is missing, or has failed before.
     """
     for name, value in {
         "RANK": "0",
@@ -62,7 +65,9 @@ def init_process_group(timeout_minutes: float) -> None:
         _keep_freed_memory()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # Only `inference_all_reduce` calls this op, and compiling it takes half a minute at the first
+    if meeting := rendezvous.meet(timeout_minutes):
+        meeting.ready(timeout_minutes * 60)
+    # Only `inference_all_reduce` needs this op. Compiling it would take half a minute at the first
     # start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
@@ -89,8 +94,8 @@ def device() -> torch.device:
 
 
 def build_ops(config: Config, say: Callable[[str], None]) -> None:
-    """Compile what DeepSpeed needs to offload to NVMe, where the config asks for that. It takes
-    minutes, once on a file system.
+    """Compile what DeepSpeed needs to offload to NVMe, if the config asks for that. It takes
+    minutes, once for each file system.
 
     Raises:
         ConfigError: it cannot be compiled on this machine.
@@ -148,7 +153,7 @@ def gathered(parameters: list[nn.Parameter], *, modify: bool = False) -> Iterato
     """Within this context partitioned (ZeRO 3) parameters are whole on every rank. A collective.
 
     Args:
-        modify: rank 0's changes are kept, on every rank; else none may be made.
+        modify: rank 0 may change the parameters, and every rank keeps its changes.
     """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     rank = 0 if modify else None
@@ -168,11 +173,10 @@ class Engine:
         model: the model; at ZeRO 3 built under `loading`.
         config: the run's configuration.
         optimizer: from a model to its torch optimizer.
-        say: takes messages for people about what differs from what was asked for.
+        say: takes messages for people, about differences from what the config asks.
 
     Attributes:
-        module: the bare model. Evaluation and per-task gradients go through it, never through the
-            engine's output.
+        module: the bare model. Evaluation and per-task gradients use it, never the engine's output.
         world: data-parallel ranks.
         device: where inputs go.
         frozen: names of the parameters that are not trained.
@@ -216,7 +220,7 @@ class Engine:
             self._engine._config.gradient_clipping = (
                 0.0  # `step` clips: it has computed the norm already
             )
-            # One process has nothing to sum, and DeepSpeed would copy every gradient into buckets
+            # One process has nothing to sum. DeepSpeed would still copy every gradient into buckets
             # and back.
             self._engine.enable_backward_allreduce = self.world > 1
 
@@ -232,21 +236,21 @@ class Engine:
             return self.module(**inputs)
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """This rank's whole gradients of a loss computed with `evaluate`; None = unused. The
-        engine's own gradients stay as they are.
+        """This rank's whole gradients of a loss that `evaluate` computed; None = unused. The
+        engine's own gradients do not change.
         """
         found = list(torch.autograd.grad(loss, parameters, allow_unused=True))
         offload = getattr(self._engine.optimizer, "parameter_offload", None)
         if offload is not None:
-            # ZeRO 3 releases a module's parameters when gradients reach its inputs. Gradients of a
-            # few parameters never get there.
+            # ZeRO 3 releases a module's parameters when gradients reach its inputs. The gradients
+            # of only some parameters never get there.
             offload.release_backward_leftovers()
             offload.partition_all_parameters()
         return found
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add this micro-batch's gradients. `last`: it is the step's last one, after which ranks
-        are averaged.
+        """Add this micro-batch's gradients. `last`: it is the step's last one, so the ranks average
+        now.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -259,7 +263,7 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        if not self._stage:  # there DeepSpeed keeps no norm, and would step whatever the gradient
+        if not self._stage:  # DeepSpeed keeps no norm here, and would step with any gradient
             trained = [p for p in self.module.parameters() if p.requires_grad]
             for p in trained:
                 if (
@@ -282,15 +286,15 @@ class Engine:
         self._mode(False)
 
     def _mode(self, is_training: bool) -> None:
-        # Every step calls this, and the walk over LoRA's thousand modules takes 6 ms. At first some
-        # modules are in the other mode.
+        # Every step calls this, and a walk over LoRA's thousand modules takes 6 ms. But at first
+        # some modules are in the other mode.
         if self._is_training is not is_training or self.module.training is not is_training:
             self._engine.train(is_training)
             self._is_training = is_training
 
     def save(self, folder: Path) -> None:
-        """Write every rank's shard into `folder`. A collective. Frozen parameters are left out: the
-        base model has them.
+        """Write every rank's shard into `folder`. Frozen parameters are left out: the base model
+        has them. A collective.
         """
         self._engine.save_checkpoint(
             str(folder.parent),
@@ -303,12 +307,12 @@ class Engine:
         """Read this rank's shard from `folder`, onto a fresh engine of the same world size and
         stage. A collective.
 
-        DeepSpeed unpickles its files without restriction; each is opened with `weights_only` first,
-        so that a file that would run code is refused.
+        DeepSpeed unpickles its files without restriction. So we open each with `weights_only`
+        first, and refuse a file that would run code.
 
         Raises:
-            ValueError: a file is missing, holds anything but tensors and plain data, or is of
-                another model; or the optimizer's state is offloaded to NVMe.
+            ValueError: a file is missing, is of another model, or holds more than tensors and plain
+                data. Or the optimizer's state is offloaded to NVMe.
         """
         _refuse_nvme(self._engine, folder)
         comm.together(lambda: _refuse(folder, self.world if self._stage else 0))
@@ -319,8 +323,8 @@ class Engine:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint it can load there.")
 
     def reshard(self, folder: Path, scratch: Path, shards: int) -> None:
-        """`load` of a checkpoint of another world size or stage, by way of files in `scratch`, a
-        folder that is removed. A collective.
+        """Read a checkpoint of another world size or stage. It writes files into the folder
+        `scratch` and removes them. A collective.
 
         Args:
             shards: processes that wrote optimizer state into `folder`; 0 at ZeRO 0.
@@ -340,15 +344,15 @@ class Engine:
             lambda: reshard.fill(folder, scratch / "engine", comm.rank(), self._order, aliases)
         )
         self.load(scratch / "engine")
-        comm.barrier()  # none still reads
+        comm.barrier()  # no rank reads any more
         comm.on_first(lambda: shutil.rmtree(scratch))
 
     def state_dict(self, *, trainable_only: bool = False) -> dict[str, Tensor]:
         """The whole parameters and persistent buffers, on the CPU of rank 0 (elsewhere empty). A
         collective.
 
-        Gathered one parameter at a time, so that no rank but 0 holds the model, and 0 only in its
-        own memory.
+        They are gathered one parameter at a time. So only rank 0 holds the model, in the host's
+        memory.
         """
         state: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
@@ -369,8 +373,8 @@ class Engine:
         return state
 
     def _read_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
-        # DeepSpeed's strict load refuses a checkpoint without the frozen parameters, and its lax
-        # one takes anything. So we compare the names ourselves.
+        # DeepSpeed's strict load refuses a checkpoint without the frozen parameters. Its lax load
+        # takes anything. So we compare the names ourselves.
         missing, unexpected = dst.load_state_dict(src, strict=False)
         missing = sorted(set(missing) - set(self.frozen))
         if missing or unexpected:
@@ -381,7 +385,7 @@ class Engine:
             )
 
 
-# The only classes DeepSpeed's own files hold beside tensors and plain data.
+# The only classes in DeepSpeed's own files beside tensors and plain data.
 _EXPECTED_GLOBALS = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -390,7 +394,7 @@ _EXPECTED_GLOBALS = {
 
 
 def _refuse_nvme(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """Raise ValueError for optimizer state on NVMe: DeepSpeed 0.19.8 loads such a checkpoint
+    """Raise ValueError for optimizer state on NVMe. DeepSpeed 0.19.8 loads such a checkpoint
     without an error, but with the base model's parameters.
     """
     if engine.zero_nvme_offload_optimizer() or (folder / "offloaded_tensors").exists():
@@ -403,7 +407,7 @@ def _refuse_nvme(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
 
 
 def _refuse(folder: Path, shards: int) -> None:
-    """Raise ValueError for a checkpoint that is not whole, or that could run code."""
+    """Raise ValueError for a checkpoint that is not whole, or could run code."""
     files = sorted(folder.glob("*.pt"))
     found = sum(
         "zero_pp_rank_" in file.name and file.name.endswith("_optim_states.pt") for file in files

@@ -1,9 +1,10 @@
-"""The trained weights in fp32, as this rank holds them: what a run averages, and how they get into
-the module.
+"""The trained weights in fp32, as this rank holds them: a run averages them and puts them into the
+module.
 
-ZeRO 0: the parameters themselves, whole on every rank. ZeRO 1-3: this rank's part of the master
-weights, which is cut from each parameter's flat values. Rests on DeepSpeed 0.19.8's `_hp_mapping`
-(ZeRO 1, 2), `fp32_partitioned_groups_flat` (ZeRO 3), and what its own step does after them.
+At ZeRO 0 they are the parameters themselves, whole on every rank. At ZeRO 1-3 they are this rank's
+part of the master weights, a slice of each parameter's flat values. We rely on DeepSpeed 0.19.8's
+`_hp_mapping` (ZeRO 1, 2) and `fp32_partitioned_groups_flat` (ZeRO 3), and do what its own step does
+after them.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,22 +17,22 @@ from mtl.distributed.engine import Engine, shape
 
 
 def local(engine: Engine) -> dict[str, Tensor]:
-    """Name to this rank's part, flat fp32 views: what is written into them is trained on.
+    """Name to this rank's part, as flat fp32 views. Values written into them are trained on.
 
-    Names without a part here are absent. At ZeRO 1-3 call `publish` after a change.
+    Names without a part on this rank are absent. At ZeRO 1-3 call `publish` after a change.
     """
     return {name: values for name, (values, _) in _fragments(engine).items()}
 
 
 def publish(engine: Engine) -> None:
-    """Make the module's parameters what the master weights are. A collective."""
+    """Copy the master weights into the module's parameters. A collective."""
     if not engine._stage:
         return
     optimizer = engine._engine.optimizer
     if engine._stage < 3:
         optimizer.update_lp_params()
         return
-    # What a forward left gathered would stay what it was.
+    # Parameters that a forward left gathered would keep their old values.
     optimizer.parameter_offload.partition_all_parameters()
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -41,10 +42,9 @@ def publish(engine: Engine) -> None:
 
 
 def exchange(engine: Engine, others: Mapping[str, Tensor]) -> None:
-    """Swap the contents of the trained weights and of `others`, as `local` names them. A
-    collective.
+    """Swap the contents of the trained weights and of `others`, named as in `local`. A collective.
 
-    Twice is as if never, bit for bit. Memory: one parameter's part more.
+    Two swaps restore everything, bit for bit. It needs extra memory for one parameter's part.
     """
     for name, mine in local(engine).items():
         kept = mine.to(others[name].device, copy=True)
@@ -54,7 +54,7 @@ def exchange(engine: Engine, others: Mapping[str, Tensor]) -> None:
 
 
 def whole(engine: Engine, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every rank's `parts`, named and cut as those of `local`, put together: fp32, on the CPU of
+    """Every rank's `parts`, named and sliced as those of `local`, put together: fp32, on the CPU of
     rank 0 (elsewhere empty). A collective.
     """
     fragments, found = _fragments(engine), {}
@@ -65,7 +65,7 @@ def whole(engine: Engine, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = torch.zeros(size, dtype=torch.float32, device=engine.device)
         if name in fragments:
             start = fragments[name][1]
-            part = parts[name][: max(0, size - start)]  # beyond it ZeRO 3 pads
+            part = parts[name][: max(0, size - start)]  # the rest is ZeRO 3's padding
             values[start : start + len(part)] = part.to(engine.device)
         if engine._stage:
             comm.sum_(values)
@@ -75,11 +75,11 @@ def whole(engine: Engine, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cut(engine: Engine, read: Callable[[str], Tensor], device: str | None) -> dict[str, Tensor]:
-    """This rank's parts of whole tensors: what `whole` put together, for any number of processes
-    and any stage.
+    """This rank's parts of whole tensors: the reverse of `whole`, for any number of processes and
+    any stage.
 
     Args:
-        read: from a parameter's name to the whole tensor, fp32 on the CPU.
+        read: turns a parameter's name into the whole tensor, fp32 on the CPU.
         device: where the parts go; None: beside the trained weights.
     """
     parts = {}
@@ -92,7 +92,7 @@ def cut(engine: Engine, read: Callable[[str], Tensor], device: str | None) -> di
 
 
 def _fragments(engine: Engine) -> dict[str, tuple[Tensor, int]]:
-    """Name to this rank's values, and where they begin in the flat parameter."""
+    """Name to this rank's values, and their start in the flat parameter."""
     found = {}
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:

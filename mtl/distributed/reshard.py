@@ -1,12 +1,13 @@
-"""Re-partition the state of one ZeRO layout (ranks, stage) for another. Works on the files that
-DeepSpeed writes, on every rank.
+"""Re-partition the state of one ZeRO layout (ranks, stage) for another, in the files that DeepSpeed
+writes. Every rank does it.
 
 Every file says which piece of which parameter it holds. So the new engine writes a checkpoint of
-its fresh state, we overwrite its pieces with the old values, and the engine loads it as any other.
+its fresh state. We overwrite its pieces with the old values, and the engine loads it like any
+other.
 
 DeepSpeed 0.19.8 has a universal checkpoint for this, which does not suffice. It holds AdamW's two
-moments and nothing else (SGD: KeyError 'exp_avg'). Stages 1 and 2 cannot read its form for stage 3
-and the reverse; stage 0 has none. At stage 3 it loads the first parameter group's weight decay into
+moments and nothing else (SGD: KeyError 'exp_avg'). Stages 1 and 2 cannot read stage 3's form, nor
+the reverse, and stage 0 has none. At stage 3 it loads the first parameter group's weight decay into
 all groups.
 """
 
@@ -21,18 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the key of the parameter itself; the others are the optimizer's: exp_avg, momentum_buffer ...
+# the key of the parameter itself; other keys are the optimizer's: exp_avg, momentum_buffer ...
 FP32 = "fp32"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a part of a flattened parameter lies in one rank's file: `numel` elements from `start`
-    on.
+    """The place of a part of a flattened parameter in one rank's file: `numel` elements from
+    `start`.
 
     Attributes:
-        group: whose flat tensors hold it.
-        offset: in them.
+        group: the group whose flat tensors hold it.
+        offset: its first element in them.
     """
 
     name: str
@@ -43,8 +44,8 @@ class Piece:
 
 
 class Shard:
-    """One rank's part of the optimizer's state and of the fp32 parameters, as DeepSpeed's file
-    holds it: flat tensors, one a group and key.
+    """One rank's part of the optimizer's state and of the fp32 parameters, as in DeepSpeed's file:
+    one flat tensor for each group and key.
     """
 
     def __init__(self, content: dict[str, Any]):
@@ -69,12 +70,13 @@ class Files:
     """A checkpoint folder of DeepSpeed's, whatever its layout.
 
     Args:
-        folder: with its `*.pt` files, which the caller has found to hold no code.
-        order: names of the trained parameters as the torch optimizer has them; only stage 0 needs
+        folder: holds the `*.pt` files. The caller has checked that they run no code.
+        order: names of the trained parameters as the torch optimizer has them. Only stage 0 needs
             it.
 
     Attributes:
-        pieces: of each parameter, in the order of their starts, with the rank that holds them.
+        pieces: each parameter's pieces in the order of their starts, each with the rank that holds
+            it.
     """
 
     def __init__(self, folder: Path, order: list[str]):
@@ -88,7 +90,7 @@ class Files:
             self.whole = _open(folder / "mp_rank_00_model_states.pt")
             return
         shapes, world = _shapes(folder), len(self.paths)
-        before: Counter[str] = Counter()  # elements of a parameter that earlier ranks hold
+        before: Counter[str] = Counter()  # elements of each parameter on earlier ranks
         for rank, path in enumerate(self.paths):
             content = _open(path)
             self.shards.append(Shard(content))
@@ -139,13 +141,13 @@ class Files:
 def fill(
     source: Path, target: Path, rank: int, order: list[str], aliases: Mapping[str, str]
 ) -> None:
-    """Overwrite this rank's files in `target`, those of a fresh engine, with the state in `source`,
-    of any layout.
+    """Overwrite this rank's files in `target`, which a fresh engine wrote, with the state in
+    `source`, of any layout.
 
     Args:
         order: names of the trained parameters as the torch optimizer has them.
-        aliases: every trained parameter's name, those of tied ones included, to the name the
-            optimizer knows it by.
+        aliases: from every trained parameter's name, tied ones included, to the optimizer's name
+            for it.
 
     Raises:
         ValueError: the two are of different models or optimizers.
@@ -214,8 +216,8 @@ def _is_stage_3(held: Mapping[str, Any]) -> bool:
 def _stages_1_and_2(
     groups: Sequence[Mapping[str, Any]], before: Mapping[str, int]
 ) -> Iterator[Piece]:
-    """A rank's pieces. All parameters stand in a row, which is parted where a rank's share ends: so
-    a piece starts where that of the rank before ends.
+    """A rank's pieces at stages 1 and 2. All parameters stand in one row, divided where a rank's
+    share ends. So a piece starts where that of the rank before ends.
 
     Args:
         groups: of each group DeepSpeed's fragments by name, whose `start` is the offset in this
@@ -228,8 +230,8 @@ def _stages_1_and_2(
 
 
 def _stage_3(groups: Sequence[Mapping[str, Any]], rank: int, world: int) -> Iterator[Piece]:
-    """A rank's pieces. Every parameter is cut into as many equal parts as there are ranks, the last
-    ones padded.
+    """A rank's pieces at stage 3. Every parameter is divided into one equal part for each rank; the
+    last ones are padded.
 
     Args:
         groups: of each group the parameters' shapes by name.
@@ -255,7 +257,7 @@ def _open(path: Path) -> dict[str, Any]:
 def _save(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
-    os.replace(temporary, path)  # whole at any moment: other ranks may be reading it
+    os.replace(temporary, path)  # the file is whole at any moment: other ranks may be reading it
 
 
 def _rank_of(path: Path) -> int:

@@ -1,7 +1,7 @@
 """Single-label classification of whole texts, several tasks on one model.
 
-The model has one logit for each label of each task; a task's loss is the cross-entropy over its own
-labels only. Losses are nats per example.
+The model has one logit for each label of each task. A task's loss is the cross-entropy over its own
+labels only, in nats per example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from mtl.losses.terms import Terms
 def macro_f1(sums: np.ndarray) -> float:
     """The mean of the labels' F1, from (3, C) true positives, false positives, false negatives.
 
-    A label that is neither there nor predicted is left out, as in scikit-learn's default labels.
+    A label that is neither present nor predicted is left out, as by default in scikit-learn.
     """
     right, wrong, missed = sums.reshape(3, -1)
     there = right + wrong + missed > 0
@@ -64,8 +64,10 @@ class LabelBatch(Batch):
 
 
 class LabelExamples:
-    """Columns of a text of n tokens: `ids` (n,) int32; `label`, its name in UTF-8 bytes; `labels`,
-    the names that the format lists, joined by newlines, or nothing.
+    """What `classification` trains on.
+
+    Columns of a text of n tokens: `ids` (n,) int32; `label`, its name in UTF-8 bytes; `labels`, the
+    names that the format lists, joined by newlines. `labels` is empty where it lists none.
 
     Attributes:
         labels: each task's label names in the order of their logits, after `settle`.
@@ -190,7 +192,9 @@ class Classification:
 
 
 def _measured(logits: Tensor, batch: LabelBatch, k: int) -> dict[str, Tensor]:
-    """(K, 2) right and all; (K, 3 C) true and false positives, false negatives of every logit."""
+    """(K, 2): right answers and all; (K, 3 C): every logit's true positives, false positives and
+    false negatives.
+    """
     with torch.no_grad():
         guess, c = logits.argmax(-1), logits.shape[-1]
         mine = F.one_hot(batch.task, k).T.double()  # (K, R)

@@ -1,13 +1,12 @@
-"""Token losses of a causal language model: its head on target positions only, in slices that never
-make all logits.
+"""Token losses of a causal language model: its head runs on target positions only, in slices.
 
-Full logits of R rows of L positions and their gradients are (R, L, V) several times over: the
-largest thing in a step at today's vocabularies. The losses need them at the T target positions, and
-one slice of those at a time.
+Full logits of R rows of L positions and their gradients are (R, L, V) several times over. At
+today's vocabularies they are the largest thing in a step. The losses need them at the T target
+positions only, one slice of these at a time.
 
-The head is whatever the model's own `forward` does to what its decoder answers (bias, scale, soft
-cap, LoRA, a tied table), so it is run by that `forward`, with a stand-in where the decoder is: no
-modelling code is repeated here.
+The head is whatever the model's own `forward` does to its decoder's output: bias, scale, soft cap,
+LoRA, a tied table. So that `forward` runs it, with a stand-in for the decoder. No modelling code is
+repeated here.
 """
 
 import functools
@@ -20,38 +19,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mtl.data.collate import Teacher
+from mtl.losses import teacher
+
 
 def slice_rows(hidden: int) -> int:
     """Targets in a slice, for hidden states of that size: its logits are half as large as the
     head's weights.
 
-    So they are small beside the head's gradient, and its gradient, added up slice by slice, costs
-    little beside them.
+    So the logits are small beside the head's gradient, and adding up that gradient slice by slice
+    costs little.
     """
     return max(128, hidden // 2)
 
 
 class Targets(NamedTuple):
-    """What is to be predicted in a forward of (R, L) positions.
+    """What a forward of (R, L) positions predicts.
 
     Attributes:
         at: (T,) int64, ascending flat positions (row * L + column) that predict a target.
         labels: (T,) int64, the ids to predict there.
-        most: the largest T of any rank in this forward: every rank cuts into as many slices,
-            because at ZeRO 3 each of them gathers the head's weights.
+        most: the largest T of any rank in this forward. Every rank makes as many slices, because at
+            ZeRO 3 each slice gathers the head's weights.
+        teacher: of targets whose loss is the divergence from a teacher, not the cross-entropy.
+            None: there are none.
     """
 
     at: Tensor
     labels: Tensor
     most: int
+    teacher: Teacher | None = None
 
 
 def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The causal language model inside `model` (an adapter's, or itself), and its decoder's name in
-    it.
+    """The causal language model inside `model` (an adapter's base, or itself), and its decoder's
+    name.
 
     Raises:
-        TypeError: it has no decoder apart from itself.
+        TypeError: it has no decoder of its own.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
@@ -62,34 +67,43 @@ def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def install(model: nn.Module, kernel: str | None = None) -> None:
-    """Let `model.forward` take `targets=Targets(...)`: then `loss` in its outputs is (T,) float32,
+    """Let `model.forward` take `targets=Targets(...)`. Then its outputs have `loss`, (T,) float32
     in nats, and `logits` None.
 
-    Without `targets` it answers as before. The `forward` of this one object is wrapped, not its
+    With `summarize=True` beside it there is no loss, and `logits` is (ids, log_p), what
+    `teacher.summary` keeps of the T distributions.
+
+    Without `targets` it answers as before. We wrap the `forward` of this one object, not its
     class's.
 
-    The first slice is computed with the decoder; any further one is computed again in the backward
-    pass, so that one slice's logits are held at a time. Padded or packed makes no difference here.
+    The first slice is computed with the decoder. Each further slice is computed again in the
+    backward pass, so that one slice's logits are held at a time. Padded and packed rows are treated
+    alike.
 
     Args:
-        kernel: "liger": Liger's fused linear cross-entropy in place of slices. The first forward
-            raises ValueError if the model's head does more than multiply (a scale, a soft cap),
-            which the kernel would leave out.
+        kernel: "liger": Liger's fused linear cross-entropy in place of slices. It only multiplies:
+            the first forward raises ValueError if the model's head does more (a scale, a soft cap).
 
     Raises:
-        TypeError: as `decoder_of`; or the head is no plain linear module, and a kernel is asked
-            for.
+        TypeError: as `decoder_of`; or a kernel is asked for and the head is no plain linear module.
     """
     causal, name = decoder_of(model)
     plain = causal.forward
-    losses_of = _Fused(causal, name) if kernel else functools.partial(_sliced, causal, name)
+    sliced = functools.partial(_sliced, causal, name)
+    fused = _Fused(causal, name) if kernel else None
 
     @functools.wraps(plain)
-    def forward(*args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
+    def forward(
+        *args: Any, targets: Targets | None = None, summarize: bool = False, **kwargs: Any
+    ) -> Any:
         run = functools.partial(plain, *args, **kwargs)
         if targets is None:
             return run()
-        outputs, losses = losses_of(run, targets)
+        if summarize:
+            outputs, kept = sliced(run, targets, _summary)
+            outputs.loss, outputs.logits = None, kept
+            return outputs
+        outputs, losses = fused(run, targets) if fused else sliced(run, targets)
         outputs.loss, outputs.logits = losses, None
         return outputs
 
@@ -97,14 +111,24 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
 
 
 def _sliced(
-    causal: nn.Module, name: str, run: Callable[[], Any], targets: Targets
-) -> tuple[Any, Tensor]:
-    """The outputs of `run`, the model's own forward, for the first slice, and (T,) losses of all of
-    them.
+    causal: nn.Module,
+    name: str,
+    run: Callable[[], Any],
+    targets: Targets,
+    take: Callable[..., Any] | None = None,
+) -> tuple[Any, Any]:
+    """The outputs of `run`, the model's own forward, for the first slice; and what `take` makes of
+    all slices, put together: (T,) losses.
+
+    Args:
+        take: from a slice's logits (1, n, V) and what belongs to its n targets to a tensor, or a
+            tuple of them, with n rows. None: losses.
     """
     decoder, answers = causal.get_submodule(name), []
     parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
-    labels = targets.labels.tensor_split(parts)
+    take = take or _token_losses
+    of_targets = (targets.labels, *(targets.teacher or ()))
+    mine, *others = zip(*(of.tensor_split(parts) for of in of_targets), strict=True)
 
     def first(*args: Any, **kwargs: Any) -> Any:
         answer = decoder(*args, **kwargs)
@@ -112,21 +136,23 @@ def _sliced(
         answers.extend(_at(answer, targets).tensor_split(parts))
         return _with_hidden(answer, answers[1])
 
-    def again(hidden: Tensor, labels: Tensor) -> Tensor:
+    def again(hidden: Tensor, *mine: Tensor) -> Any:
         with _standing_in(causal, name, lambda *args, **kwargs: _with_hidden(answers[0], hidden)):
-            return _token_losses(run().logits, labels)
+            return take(run().logits, *mine)
 
     with _standing_in(causal, name, first):
         outputs = run()
-    losses = [_token_losses(outputs.logits, labels[0])]
-    for part in zip(answers[2:], labels[1:], strict=True):
-        losses.append(checkpoint(again, *part, use_reentrant=False))
-    return outputs, torch.cat(losses)
+    found = [take(outputs.logits, *mine)]
+    for hidden, mine in zip(answers[2:], others, strict=True):
+        found.append(checkpoint(again, hidden, *mine, use_reentrant=False))
+    if isinstance(found[0], Tensor):
+        return outputs, torch.cat(found)
+    return outputs, tuple(torch.cat(of) for of in zip(*found, strict=True))
 
 
 def linear_head(causal: nn.Module) -> nn.Linear:
-    """The head of a causal language model, where that is all of it. Raises TypeError: it is another
-    module, or has an adapter.
+    """The linear head of a causal language model. Raises TypeError if it is another module or has
+    an adapter.
     """
     found = causal.get_output_embeddings()
     if type(found) is not nn.Linear:
@@ -154,7 +180,7 @@ class _Fused:
         linear_head(causal)
 
     def __call__(self, run: Callable[[], Any], targets: Targets) -> tuple[Any, Tensor]:
-        if not len(targets.at):
+        if not len(targets.at) or targets.teacher is not None:
             return _sliced(self._causal, self._name, run, targets)
         decoder, answers = self._causal.get_submodule(self._name), []
 
@@ -183,8 +209,8 @@ class _Fused:
         return outputs, losses.float()
 
     def _check(self, run: Callable[[], Any], answer: Any, large: Tensor) -> None:
-        """Raise ValueError if the model's own code makes other logits of large hidden states than
-        its head alone.
+        """Raise ValueError if the model's own code and its head alone make different logits of
+        large hidden states.
         """
         with (
             torch.no_grad(),
@@ -203,7 +229,9 @@ class _Fused:
 
 
 class _StandIn(nn.Module):
-    """Called, it answers; asked for anything else, it is the decoder. It holds no parameters."""
+    """A stand-in for the decoder. A call returns its answer; any attribute is the decoder's. It
+    holds no parameters.
+    """
 
     def __init__(self, decoder: nn.Module, answer: Callable[..., Any]):
         super().__init__()
@@ -216,7 +244,7 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def _standing_in(causal: nn.Module, name: str, answer: Callable[..., Any]) -> Iterator[None]:
-    """Within this context calls of the decoder are answered by `answer`."""
+    """Within this context `answer` answers calls of the decoder."""
     path, _, last = name.rpartition(".")
     parent = causal.get_submodule(path)
     decoder = getattr(parent, last)
@@ -228,15 +256,26 @@ def _standing_in(causal: nn.Module, name: str, answer: Callable[..., Any]) -> It
 
 
 def _at(answer: Any, targets: Targets) -> Tensor:
-    """(T, H) hidden states of a decoder's answer where a target is predicted."""
+    """(T, H): a decoder's hidden states at the positions that predict a target."""
     return answer.last_hidden_state.flatten(0, 1).index_select(0, targets.at)
 
 
 def _with_hidden(answer: Any, hidden: Tensor) -> Any:
-    """A decoder's answer with other hidden states, (n, H), as one row."""
+    """A decoder's answer with other hidden states (n, H), as one row."""
     return type(answer)(**{**answer, "last_hidden_state": hidden[None]})
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) float32 cross-entropy in nats, from logits (1, n, V) of any float dtype."""
-    return F.cross_entropy(logits[0].float(), labels, reduction="none")
+def _token_losses(logits: Tensor, labels: Tensor, *taught: Tensor) -> Tensor:
+    """(n,) float32 in nats, from logits (1, n, V) of any float dtype: cross-entropy, or where there
+    is a teacher the divergence from it.
+    """
+    logits = logits[0].float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if not taught:
+        return losses
+    has, ids, log_p = taught
+    return torch.where(has, teacher.divergence(logits, ids, log_p), losses)
+
+
+def _summary(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return teacher.summary(logits[0].float())

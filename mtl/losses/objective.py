@@ -1,9 +1,9 @@
 """Objectives: from a model and a micro-batch to per-task terms.
 
 An objective is one callable, `objective(forward, batch, k) -> Terms`: a function with its keywords,
-or an instance of a class. It calls `forward(**inputs)` itself, once: which inputs a model needs and
-which logits are worth computing belong to it. `forward` is the engine's in training and the bare
-module's in evaluation. It may have, as attributes:
+or an instance of a class. It calls `forward(**inputs)` itself, once. So it decides which inputs a
+model gets and which logits are computed. `forward` is the engine's in training and the bare
+module's in evaluation. An objective may have these attributes:
 
     losses      names of its losses; the first is that of a task with rows. Default: ("loss",)
     unit        what is counted: losses are nats for each of these. Default: "target token"
@@ -13,6 +13,9 @@ module's in evaluation. It may have, as attributes:
     reference   reference(forward, batch) -> (B, m): what the model says of each of a batch's B
                 pieces. It is asked once, of the starting model, before step 1 (train/reference.py);
                 from then on a piece has the answer as its column "reference". Default: none
+    teacher     teacher(forward, batch) -> (ids, log_p): what is kept of the model's distributions
+                at a batch's targets (losses/teacher.py). A piece that has it back as columns is
+                then trained on the divergence from it. Default: none
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +33,7 @@ OBJECTIVES = {
     "causal_lm": "mtl.losses.causal_lm:causal_lm",
     "classification": "mtl.losses.classification:Classification",
     "preference": "mtl.losses.preference:Preference",
+    "kpe": "mtl.recipes.kpe.objective:KPE",
 }
 
 
@@ -39,11 +43,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Measure:
-    """What validation reports of a task beside its loss, from sums over all its examples.
+    """What validation reports of a task beside its loss, computed from sums over all its examples.
 
     Attributes:
-        value: from a task's (m,) float64 sums, `Terms.measures[name][task]` added up, to a number;
-            nan where the task has none.
+        value: turns a task's (m,) float64 sums into a number; nan where the task has none. They are
+            `Terms.measures[name][task]`, added up.
         highest: whether more is better.
     """
 
@@ -52,7 +56,7 @@ class Measure:
 
 
 def ratio(sums: np.ndarray) -> float:
-    """The first sum over the second: such as right answers over all."""
+    """The first sum over the second, such as right answers over all."""
     return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
 
@@ -78,6 +82,11 @@ def reference_of(objective: Any) -> Callable[..., Tensor] | None:
     return getattr(_plain(objective), "reference", None)
 
 
+def teacher_of(objective: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`teacher(forward, batch)` of the objective, where it can hold a task to its own best."""
+    return getattr(_plain(objective), "teacher", None)
+
+
 def _plain(objective: Any) -> Any:
     return getattr(objective, "func", objective)  # a partial hides its function's attributes
 
@@ -99,8 +108,10 @@ class Objectives:
 
 
 def check_terms(terms: Any, k: int, name: str) -> Terms:
-    """What the objective of this name returned, if it is Terms of K tasks: sums of shape (1,) would
-    be added to every task in silence. Only shapes and dtypes are looked at, so no device waits.
+    """What the objective of this name returned, if it is Terms of K tasks.
+
+    Sums of shape (1,) would silently be added to every task. We look at shapes and dtypes only, so
+    no device waits.
 
     Raises:
         ValueError: it is not.

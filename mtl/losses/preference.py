@@ -13,7 +13,8 @@ s(y) = log pi(y|x) - log ref(y|x), the loss of a pair is one of
                                                  mean log-probability; nll_c = -s_c
     simpo     -log sigma(b (s_c - s_r) - gamma)  arXiv 2405.14734, eq. 6; s that mean
 
-The last two have no reference. All are per pair, so a task's loss is their mean over pairs.
+The last two have no reference. All losses are per pair, so a task's loss is the mean over its
+pairs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,9 +54,9 @@ class PairBatch(MicroBatch):
 
     Attributes:
         pair: (B,) int64, the task of each pair's loss.
-        sft: (B,) int64, that of its chosen side's token loss; -1: none.
+        sft: (B,) int64, the task of its chosen side's token loss; -1: none.
         reference: (B, 2) float32, log-probabilities that the starting model gives the two answers;
-            zeros where they are not known.
+            zeros where unknown.
     """
 
     pair: Tensor
@@ -125,7 +126,7 @@ class PairExamples:
         return Row(columns, counts, answer(columns["chosen"][target]), truncated)
 
     def _side(self, example: Any, shared: int, note: Note) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Its tokens, of which those of the turns after the first `shared` are targets."""
+        """A side's tokens. Targets are those of the turns after the first `shared`."""
         ids, target, cut = self.encoder(example, note)
         prompt = getattr(example, "messages", [])[:shared]
         if any(turn["role"] == "assistant" for turn in prompt):
@@ -149,8 +150,8 @@ class PairExamples:
         for row in rows:
             sequences = [side for piece in row for side in _sides(piece, next(numbers))]
             laid += [sequences] if packed else [[one] for one in sequences]
-        # At ZeRO 3 all ranks cut their targets into as many slices. `most` counts pairs; of another
-        # rank's targets this one knows that they are no more than a micro-batch's positions.
+        # At ZeRO 3 all ranks make as many slices of their targets. `most` counts pairs. This rank
+        # knows only that another's targets are no more than a micro-batch's positions.
         made = collate(laid, self.pad_id, packed, tokens if self.gathers else 0, tokens)
         tasks = [[self.book.task(loss, p.stream) for p in pieces] for loss in self.losses]
         unknown = np.zeros(2, np.float32)
@@ -176,17 +177,18 @@ class PairExamples:
 class Preference:
     """Preference losses of pairs, against the starting model or without a reference.
 
-    Its losses are `loss`, of pairs, and `sft`, the token loss of the chosen sides: nats per target
-    token, a task of its own by `of`. Rewards are beta times what the loss compares: s above.
+    It has two losses: `loss`, of pairs, and `sft`, the chosen sides' token loss in nats per target
+    token. With `of`, `sft` is a task of its own. Rewards are beta times what the loss compares: s
+    above.
 
     Args:
         loss: one of those above.
         beta: how strongly answers are pulled apart, > 0; orpo: the odds ratio's weight.
-        label_smoothing: share of the pairs that are thought to be named the wrong way round; of
-            sigmoid and simpo (0 to 0.5) and robust (below 0.5).
-        length_normalized: log-probabilities are means over the answer's tokens, not sums. ipo, orpo
-            and simpo always do this.
-        gamma: of simpo: the margin that rewards should have; None: 0.5.
+        label_smoothing: presumed share of pairs whose sides are swapped. For sigmoid and simpo 0 to
+            0.5, for robust below 0.5.
+        length_normalized: whether log-probabilities are means over the answer's tokens, not sums.
+            ipo, orpo and simpo always take means.
+        gamma: simpo's margin between rewards; None: 0.5.
 
     Raises:
         ValueError: a keyword is out of range, or has no meaning for this loss.
@@ -314,6 +316,6 @@ def _log_odds(log_probability: Tensor) -> Tensor:
 
 
 def _by_task(values: Tensor, task: Tensor, k: int) -> Tensor:
-    """(K,): the sum of each task's values; a masked sum, whose order is fixed on a GPU too."""
+    """(K,): the sum of each task's values. A masked sum has a fixed order on a GPU too."""
     mine = task == torch.arange(k, device=task.device)[:, None]
     return torch.where(mine, values, 0).sum(1)

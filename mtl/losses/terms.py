@@ -5,16 +5,17 @@ For task k over one optimizer step (all ranks, all micro-batches), in nats per t
     loss_k = sum of the token losses of k / number of target tokens of k
     loss   = sum_k w_k loss_k + sum of the penalties
 
-Where a task has no target in the whole batch, the others keep their weights: the loss is then
-smaller by that task's part. Bringing the rest to the sum would give a task another weight by the
-company that it happens to be drawn with, which over many batches is another weighting than the
-balancer's; it has no meaning where a sum is 0 or carries meaning (uncertainty weighting). What is
-left of the sum is logged (`train/present_weight`). So it is in the trainer, in `Balance` and in
-`Balanced`, which all end here.
+Where a task has no target in the whole batch, the others keep their weights. The loss is then
+smaller by that task's part. We do not rescale the rest to the same sum: a task's weight would
+depend on the tasks it happens to be drawn with. Over many batches that is not the balancer's
+weighting. Nor can a sum be restored that is 0 or carries meaning (uncertainty weighting).
+`train/present_weight` logs what is left of the sum. The trainer, `Balance` and `Balanced` all end
+here.
 
-A penalty belongs to no task and no balancer weighs it: a mixture of experts' router loss, say. It
-is a number of each micro-batch, not a sum over tokens, so it is averaged over micro-batches by
-their target tokens, and, unlike the tasks' losses, it depends on how the global batch was cut.
+A penalty belongs to no task, and no balancer weighs it: a mixture of experts' router loss, say. It
+is a number of each micro-batch, not a sum over tokens. So we average it over micro-batches,
+weighted by their target tokens. Unlike the tasks' losses, it depends on how the global batch is
+divided.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Terms:
         sums: (K,) float32, differentiable; summed losses per task, in nats.
         counts: (K,) int64; what each is divided by: target tokens, examples or pairs.
         penalties: by name, scalars, differentiable, each times its coefficient.
-        measures: by name, (K, m), what validation adds up for `objective.Measure`; an objective
+        measures: by name, (K, m), what validation adds up for `objective.Measure`. An objective
             gives the same names in every micro-batch. Training ignores them.
     """
 
@@ -42,7 +43,7 @@ class Terms:
     measures: Mapping[str, Tensor] = field(default_factory=dict)
 
     def silenced(self) -> "Terms":
-        """The same forward, counting nothing: of a batch that stands in for examples not there."""
+        """The terms of a stand-in batch: the same forward, which counts nothing."""
         penalties = {name: penalty * 0 for name, penalty in self.penalties.items()}
         measures = {name: sums * 0 for name, sums in self.measures.items()}
         return Terms(self.sums * 0, self.counts * 0, penalties, measures)
@@ -57,20 +58,21 @@ class Terms:
             losses: (T,) float32, nats per token.
             task: (T,) int64, each token's task.
             k: number of tasks.
-            penalties: as the attribute; none where absent.
+            penalties: the attribute; None: no penalties.
         """
         mine = task == torch.arange(k, device=task.device)[:, None]
-        # A masked sum, not index_add: its order of addition is fixed on a GPU too, and one task's
-        # NaN stays its own.
+        # We use masked sums, not index_add: their order is fixed on a GPU too, and one task's NaN
+        # stays its own.
         return cls(torch.where(mine, losses, 0.0).sum(1), mine.sum(1), penalties or {})
 
 
 def combine(terms: Terms, weights: Tensor, counts: Tensor, world: int) -> Tensor:
-    """This micro-batch's part of the global loss, a scalar: world * (sum_k w_k * sums_k / counts_k
-    + share * penalties), where share is its part of all target tokens.
+    """This micro-batch's part of the global loss, a scalar.
 
-    Summed over micro-batches and *averaged* over ranks (data parallelism averages gradients, hence
-    `world`) the parts give `sum_k w_k loss_k` exactly, however the global batch was cut. Tasks
+        world * (sum_k w_k * sums_k / counts_k + share * penalties)   share: its part of all targets
+
+    Summed over micro-batches and *averaged* over ranks, the parts give `sum_k w_k loss_k` exactly,
+    however the global batch is divided. Data parallelism averages gradients, hence `world`. Tasks
     absent from the whole batch contribute nothing.
 
     Args:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from mtl.merging.files import Stored
 from mtl.merging.piece import MergeError
+from mtl.models.files import same_model
 
 ADAPTER = "adapter_config.json"
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -99,18 +100,13 @@ def base_of_adapters(models: list[Path], base: str | None) -> str | None:
     for model in filter(is_adapter, models):
         settings = json.loads((model / ADAPTER).read_text(encoding="utf-8"))
         theirs = settings["base_model_name_or_path"]
-        if base is not None and not _same(base, theirs):
+        if base is not None and not same_model(base, theirs):
             raise MergeError(
                 f"{model}: found an adapter of {theirs}, wanted one of {base}. Merge it with "
                 "others of its base, or name that base."
             )
         base = base or theirs
     return base
-
-
-def _same(one: str, two: str) -> bool:
-    paths = [Path(each).expanduser() for each in (one, two)]
-    return one == two or all(p.is_dir() for p in paths) and paths[0].samefile(paths[1])
 
 
 def whole(model: Path, scratch: Path, allow_remote_code: bool) -> Path:

@@ -1,6 +1,4 @@
-"""LoRA adapters (PEFT): added to a model, and added up with its weights. The one file that knows
-PEFT.
-"""
+"""LoRA adapters (PEFT), added to a model and merged into its weights. Only this file knows PEFT."""
 
 import os
 from collections.abc import Iterable
@@ -23,6 +21,7 @@ from mtl.config.words import did_you_mean
 from mtl.distributed.engine import device, gathered
 from mtl.models import quantize as quantization
 from mtl.models.errors import ModelError
+from mtl.models.files import same_model
 from mtl.models.structure import dtype_of
 
 
@@ -39,7 +38,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
             two tied tables is named; the trained adapter is of another kind, model or settings.
     """
     lora, start = config.model.lora, config.adapter
-    trained = start and settings_of(start.path, config)
+    trained = start and _of_this_base(settings_of(start.path, config), config)
     if lora is None:
         wanted = trained
         wanted.inference_mode = False
@@ -67,7 +66,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
         raise ModelError(
             config.error("model.lora.modules_to_save", found, f"both or none of {tables_}", hint)
         )
-    # Else PEFT trains two copies, of which a merged model that ties them has room for one.
+    # Otherwise PEFT trains two copies, and a merged model that ties them has room for one.
     wanted.ensure_weight_tying = ties and all(named)
     modules = list(wanted.modules_to_save or ()) or None
     try:
@@ -85,7 +84,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
     wanted.modules_to_save = modules  # PEFT writes other names of tied tables into it
     for parameter in adapted.parameters() if config.model.quantize else ():
         if parameter.requires_grad:
-            # they cannot follow integers, and PEFT takes another dtype each time
+            # quantized weights are integers: PEFT chooses varying dtypes beside them
             parameter.data = parameter.data.to(dtype_of(config.model.precision))
     if start is not None and not next(model.parameters()).is_meta:
         _fill(adapted, start.path, config)
@@ -138,6 +137,22 @@ def settings_of(path: str, config: Config) -> peft.LoraConfig:
     return settings
 
 
+def _of_this_base(settings: peft.LoraConfig, config: Config) -> peft.LoraConfig:
+    """The adapter's settings. Shapes say too little: those of many models are alike.
+
+    Raises:
+        ModelError: the adapter names another base model, and `other_base` is not set.
+    """
+    theirs, mine = settings.base_model_name_or_path, base_of(config)[0]
+    if theirs and not config.adapter.other_base and not same_model(theirs, mine):
+        hint = "The same model elsewhere? Set model.adapter: {path: ..., other_base: true}."
+        found = f"an adapter of {theirs!r}"
+        raise ModelError(
+            config.error(adapter_key(config), found, f"one of model.name = {mine!r}", hint)
+        )
+    return settings
+
+
 def source(path: str) -> str:
     """An adapter's folder, in a checkpoint of a run too, or a hub name as it is."""
     return str(adapter_folder(path) or path)
@@ -151,7 +166,7 @@ def adapter_key(config: Config) -> str:
 
 
 def tables(model: nn.Module) -> list[str]:
-    """The full names of the embedding and, where it has one over tokens, of the head."""
+    """The full names of the embedding and of the head over tokens, where there is one."""
     parts = [model.get_input_embeddings(), model.get_output_embeddings()]
     known = {id(part): name for name, part in model.named_modules()}
     return [known[id(part)] for part in parts if part is not None]
@@ -169,7 +184,7 @@ def saved(config: Config) -> LoraSection | peft.LoraConfig:
 
 
 def saves_tables(model: nn.Module, settings: LoraSection | peft.LoraConfig) -> list[bool]:
-    """Whether `modules_to_save` names the embedding, and the head: a value for each of `tables`."""
+    """Whether `modules_to_save` names each of `tables`: the embedding, and the head."""
     named = [names(settings.modules_to_save or (), table) for table in tables(model)]
     if any(named) and getattr(settings, "ensure_weight_tying", False):
         return [True] * len(named)  # PEFT adds the other one
@@ -195,7 +210,9 @@ def _linear(model: nn.Module) -> list[str]:
 
 
 def _check_names(model: nn.Module, config: Config) -> None:
-    """Each entry must match: PEFT is content if one does, and takes any ending, `head` say."""
+    """Check that each entry matches. PEFT is content if one does, and takes any ending, such as
+    `head`.
+    """
     lora, known = config.model.lora, [n for n, _ in model.named_modules() if n]
     lines = []
     for key in ("target_modules", "modules_to_save"):
@@ -219,7 +236,7 @@ def _check_names(model: nn.Module, config: Config) -> None:
 
 
 def _same(lora: LoraSection, trained: peft.LoraConfig, config: Config) -> None:
-    """Raise ModelError where `model.lora` says otherwise than the adapter that is trained on."""
+    """Raise ModelError where `model.lora` contradicts the adapter that training goes on with."""
     theirs = {
         "r": trained.r,
         "alpha": float(trained.lora_alpha),
@@ -275,27 +292,27 @@ def opened(folder: Path) -> nn.Module:
     base = AutoModelForSequenceClassification.from_pretrained(
         settings.base_model_name_or_path,
         revision=settings.revision,
-        config=AutoConfig.from_pretrained(folder),  # its labels are not the base model's
+        config=AutoConfig.from_pretrained(folder),  # its labels differ from the base model's
         ignore_mismatched_sizes=True,
     )
     return peft.PeftModel.from_pretrained(base, str(folder))
 
 
 def add_up(model: nn.Module, config: Config) -> nn.Module:
-    """The model with the adapter of `model.adapter` added to its weights.
+    """The model with the adapter of `model.adapter` merged into its weights.
 
     Args:
         model: in fp32; the parameters of the result have the dtype of training.
 
     Raises:
-        ModelError: the adapter is of another kind or model.
+        ModelError: the adapter is of another kind or base model.
     """
     path = config.adapter.path
-    settings_of(path, config)
+    _of_this_base(settings_of(path, config), config)
     tensors = peft.utils.load_peft_weights(source(path), device="cpu")
     ends = [f"{table}.{kind}weight" for table in tables(model) for kind in ("", "modules_to_save.")]
     rows = max((t.shape[0] for n, t in tensors.items() if n.endswith(tuple(ends))), default=0)
-    if rows > model.get_input_embeddings().weight.shape[0]:  # the adapter holds what is made here
+    if rows > model.get_input_embeddings().weight.shape[0]:  # the adapter overwrites the new rows
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         adapted = peft.PeftModel.from_pretrained(model, source(path), autocast_adapter_dtype=False)
@@ -316,13 +333,13 @@ def merge(
     quantize: str | None = None,
     precision: str = "fp32",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """An adapter's base model, in fp32, with the adapter added to its weights; and the tokenizer
-    beside the adapter.
+    """An adapter's base model, in fp32, with the adapter merged into its weights. Also the
+    tokenizer beside the adapter.
 
     Args:
         quantize, precision: `model.quantize` and `model.precision` of the run. An adapter that was
-            trained on quantized weights is added to their values, not to those before quantization:
-            that is the model whose loss was measured.
+            trained on quantized weights is added to the quantized values, not to the original ones.
+            That is the model whose loss was measured.
 
     Raises:
         ModelError: the base model cannot be loaded.

@@ -1,4 +1,4 @@
-"""What every part of this package raises."""
+"""The errors that this package raises."""
 
 
 class ModelError(ValueError):

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from mtl.models import adapters
 from mtl.models.errors import ModelError
 
-LOADER = "loader.json"  # of a module that no class of transformers or PEFT opens
+LOADER = "loader.json"  # for a module that no class of transformers or PEFT opens
+RECIPES = "mtl.recipes."  # whose classes need no leave: they are a part of this package
 
 
 def note(module: nn.Module, loader: str, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -30,16 +31,17 @@ def note(module: nn.Module, loader: str, keywords: dict[str, Any]) -> dict[str, 
 def load(folder: str | os.PathLike[str], allow_code: Collection[str] = ()) -> nn.Module:
     """The model of an exported folder, or of a checkpoint's `model/`, in the dtype of its weights.
 
-    A causal language model, a classifier of texts or a PEFT adapter on its base model. With
-    `loader.json` in the folder it is what its class makes: `Class.from_pretrained(folder)`.
+    It is a causal language model, a classifier of texts or a PEFT adapter on its base model. If the
+    folder has a `loader.json`, the class named there makes it: `Class.from_pretrained(folder)`.
 
     Args:
         folder: what a run or `launch/export.py` wrote.
-        allow_code: packages whose code `loader.json` may name; one in the current directory is
+        allow_code: packages whose code `loader.json` may name. One in the current directory is
             found too.
 
     Raises:
-        ModelError: there is no model in the folder, or its class is not allowed or cannot be had.
+        ModelError: there is no model in the folder, or its class is not allowed or cannot be
+            imported.
     """
     path = Path(folder).expanduser()
     if (path / LOADER).is_file():
@@ -61,18 +63,19 @@ def _kind(path: Path, allow_code: Collection[str]) -> Any:
     name = json.loads(path.read_text(encoding="utf-8"))["class"]
     module, _, attribute = name.partition(":")
     package = module.partition(".")[0]
-    if package not in allow_code:
+    if package not in allow_code and not module.startswith(RECIPES):
         raise ModelError(
             f"{path}: class: found {name}, wanted code that is allowed. To let it run: "
             f"mtl.load(..., allow_code=[{package!r}])."
         )
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # at the end: nothing here replaces what is installed
+        # At the end, so that nothing here hides an installed package.
+        sys.path.append(str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-        found.from_pretrained  # noqa: B018, asked for now, so that its absence is said well
+        found.from_pretrained  # noqa: B018, asked for now, for a clear error where it lacks it
     except (ImportError, AttributeError) as error:
         raise ModelError(
             f"{path}: class: found {name}, wanted a class with from_pretrained: {error}"

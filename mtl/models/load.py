@@ -28,8 +28,8 @@ class Family(NamedTuple):
 
     Attributes:
         auto: the class that loads it.
-        causal: whether it predicts next tokens: its head then runs on target positions only.
-        settings: entries of its configuration that are set.
+        causal: whether it predicts next tokens. If so, its head runs on target positions only.
+        settings: entries to set in its configuration.
         options: further keywords of `from_pretrained`.
     """
 
@@ -43,10 +43,10 @@ CAUSAL = Family(AutoModelForCausalLM, True)
 
 
 def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CAUSAL) -> nn.Module:
-    """Load the base model in the training dtype, add the LoRA adapter and activation checkpointing
-    where asked.
+    """Load the base model in the training dtype. Add the LoRA adapter and activation checkpointing
+    where the config asks.
 
-    At ZeRO 3 no rank holds the whole model. A collective there.
+    At ZeRO 3 it is a collective, and no rank holds the whole model.
 
     Raises:
         ModelError: the model cannot be loaded, or cannot be trained on target positions only.
@@ -72,8 +72,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CA
             model = adapters.add_up(model, config)
         if config.model.quantize:
             quantize.settle(model)
-        # Still within: PEFT and transformers gather what they read (DoRA's norms, rows of an
-        # embedding) only if they know of ZeRO 3.
+        # We are still within `loading`. PEFT and transformers gather what they read (DoRA's norms,
+        # rows of an embedding) only if they know of ZeRO 3.
         adapted = _adapt(model, config, tokenizer, family)
         if family.causal:
             head.install(adapted, config.model.loss_kernel)
@@ -83,7 +83,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CA
 def skeleton(
     config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CAUSAL
 ) -> nn.Module:
-    """What `load` gives, on the meta device: every parameter's name, shape and dtype, and no weight
+    """The result of `load` on the meta device: every parameter's name, shape and dtype. No weight
     is read.
 
     Raises:
@@ -164,7 +164,7 @@ def _refusals(config: Config) -> Iterator[None]:
 def _adapt(
     model: nn.Module, config: Config, tokenizer: PreTrainedTokenizerBase, family: Family
 ) -> nn.Module:
-    """The loaded model made ready to train: checked, fitted to the tokenizer, with adapters and
+    """The loaded model, ready to train: checked, fitted to the tokenizer, with adapters and
     checkpointing.
     """
     try:
@@ -194,8 +194,8 @@ def _adapt(
 
 
 def _fit_embeddings(model: nn.Module, config: Config, tokens: int) -> None:
-    """Add rows for tokens that the model does not know; rows beyond the tokenizer's (padding to a
-    round number) stay.
+    """Add rows for tokens that the model does not know. Rows beyond the tokenizer's stay: they pad
+    to a round number.
     """
     table = model.get_input_embeddings().weight
     rows = engine.shape(table)[0]

@@ -2,10 +2,12 @@
 
 A loader is one function, `loader(config, tokenizer, examples, *, empty)`.
 
-It loads the model in the training dtype, adds adapters and checkpointing where the config asks, and
-gives a module with `save_pretrained(folder, state_dict=...)`. Examples: one of each objective; they
-may tell what the model needs to know, such as a classifier's labels. Empty: on the meta device,
-without weights, for `check`.
+It loads the model in the training dtype, and adds adapters and checkpointing where the config asks.
+It returns a module with `save_pretrained(folder, state_dict=...)`.
+
+`examples` has one `Examples` of each objective. They may tell what the model needs to know, such as
+a classifier's labels. `empty` asks for a module on the meta device, without weights, for `check`.
+Of a module with `trained_only = True`, the trained parameters alone are saved.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ from mtl.models.errors import ModelError
 LOADERS = {
     "causal_lm": "mtl.models.loaders:causal_lm",
     "sequence_classification": "mtl.models.loaders:sequence_classification",
+    "kpe": "mtl.recipes.kpe.model:load",
 }
+PLAIN = ("causal_lm", "sequence_classification")  # a class of transformers opens what they save
 
 
 class Loader(Protocol):
@@ -41,7 +45,7 @@ def causal_lm(
     """Anything `AutoModelForCausalLM` loads, its head run on target positions only.
 
     Raises:
-        ModelError: the model cannot be had, or cannot be trained on target positions only.
+        ModelError: the model cannot be loaded, or cannot be trained on target positions only.
     """
     if empty:
         return load.skeleton(config, tokenizer)
@@ -57,7 +61,7 @@ def sequence_classification(
     `task: label` where there are several tasks.
 
     Raises:
-        ModelError: the model cannot be had, or no objective has labels.
+        ModelError: the model cannot be loaded, or no objective has labels.
     """
     labels = next((one.labels for one in examples if getattr(one, "labels", None)), None)
     if labels is None:
@@ -76,7 +80,7 @@ def sequence_classification(
         "label2id": {name: i for i, name in enumerate(names)},
         "pad_token_id": tokenizer.pad_token_id,
     }
-    # A classifier's head of another size begins anew: its labels were others.
+    # A classifier's head of another size is made new: it had other labels.
     family = load.Family(
         AutoModelForSequenceClassification, False, settings, {"ignore_mismatched_sizes": True}
     )

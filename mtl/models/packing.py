@@ -15,8 +15,8 @@ from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 
 LENGTHS = (5, 9, 7)
-# Relative to the largest logit. In bf16 the same sequence in another shape differs by rounding
-# alone (4 % in SmolLM2-135M), so this catches wrong positions only; leaks are caught by LEAK.
+# Relative to the largest logit. In bf16 rounding alone makes a sequence differ in another shape
+# (4 % in SmolLM2-135M). So this catches wrong positions only; LEAK catches leaks.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.15}
 # Same shapes, same kernels: another first sequence must not change the later ones, in any dtype.
 LEAK = 1e-5
@@ -24,12 +24,12 @@ LEAK = 1e-5
 
 @dataclass(frozen=True)
 class Isolation:
-    """How far packed logits are from where they should be, relative to the largest logit.
+    """How far packed logits are from the right ones, relative to the largest logit.
 
     Attributes:
         apart: three sequences packed in one row, against each in its own row.
         leak: how the later sequences' logits change when the first sequence has other tokens.
-        tolerance: what `apart` may be in the model's dtype.
+        tolerance: the largest `apart` allowed in the model's dtype.
     """
 
     apart: float
@@ -61,7 +61,7 @@ def measure(engine: Engine, vocabulary: int) -> Isolation:
     dtype = next(p.dtype for p in parameters if p.is_floating_point())
     if not all(
         p.is_floating_point() for p in parameters
-    ):  # quantized: products are in bf16, whatever the other weights are
+    ):  # quantized: products are in bf16, whatever the other weights' dtype
         dtype = torch.bfloat16
     return Isolation(
         apart=float((packed - apart).abs().max() / scale),
@@ -102,7 +102,7 @@ def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str],
 
 def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:
     """(sum of lengths, vocabulary) float32: the sequences packed into one row, without autocast."""
-    # Each gets one more token at its end, because `collate` cuts off what is only predicted.
+    # Each gets one more token at its end, because `collate` drops a row's last token.
     row = [(np.append(ids, 0), np.zeros(len(ids) + 1, dtype=bool), 0) for ids in sequences]
     batch = collate([row], pad_id=0, packed=True).to(engine.device)
     logits = engine.module(

@@ -1,4 +1,4 @@
-"""Weights held in 4 or 8 bits by bitsandbytes (extra `qlora`), beside adapters that are trained."""
+"""Weights that bitsandbytes (extra `qlora`) holds in 4 or 8 bits, beside trained adapters."""
 
 import importlib.util
 import logging
@@ -10,8 +10,8 @@ from transformers import BitsAndBytesConfig
 
 from mtl.models.errors import ModelError
 
-# Bytes of a quantized weight: nf4 holds a byte for the scale of 64 weights, and 4 bytes for 256
-# scales, besides the 4 bits.
+# Bytes of a quantized weight. Besides the 4 bits, nf4 holds a byte for the scale of 64 weights, and
+# 4 bytes for 256 scales.
 STORED = {"nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
@@ -37,12 +37,12 @@ def settings(
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": dtype,
     }
-    # Otherwise it warns at every product that int8 takes its input in fp16.
+    # Otherwise every product warns that int8 takes its input in fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         import bitsandbytes
 
-        if device.type != "meta":  # its kernels are found, or not, when they are first called
+        if device.type != "meta":  # it looks for its kernels at their first call
             tried = {"nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}[kind](
                 64, 64
             )
@@ -98,7 +98,7 @@ def settle(model: nn.Module) -> None:
 
 def stored_bytes(model: nn.Module, kind: str | None) -> dict[str, float]:
     """Bytes of an element of each quantized weight, by the parameter's name. A skeleton keeps the
-    shapes from before quantization.
+    original shapes.
     """
     if kind is None:
         return {}

@@ -30,11 +30,12 @@ def save(
     shape (0,) until they are gathered.
 
     Args:
-        loader: name and keywords of a loader that is not built in. `loader.json` then says what
-            opens the folder.
+        loader: name and keywords of a loader whose module no class of transformers opens.
+            `loader.json` then says what opens the folder.
     """
     is_adapter = adapters.is_adapted(trained.module)
-    state = trained.state_dict(trainable_only=is_adapter)
+    trained_only = is_adapter or getattr(trained.module, "trained_only", False)
+    state = trained.state_dict(trainable_only=trained_only)
     if is_adapter:  # PEFT asks for each name of a tied table
         state |= {name: state[other] for name, other in _aliases(trained.module) if other in state}
 
@@ -58,7 +59,7 @@ def save(
 
 
 def _aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Of parameters that have several names: each further one, and the first."""
+    """For parameters with several names: each further name, and the first."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (known := first.setdefault(id(parameter), name)) != name:

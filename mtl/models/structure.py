@@ -1,4 +1,4 @@
-"""What others need to know of a model's structure: its blocks, its dtype."""
+"""Facts about a model's structure: its blocks, its dtype."""
 
 from collections.abc import Sequence
 

@@ -1,11 +1,15 @@
 """An average of the trained weights along the run, beside the weights that are trained.
 
-Exponential, after every `every` updates:  a <- d a + (1 - d) w,  a = the weights at the start,
-d = min(decay, (1 + n) / (warmup + n)) at the average's n-th update, n = 0, 1 ... (Polyak and
-Juditsky 1992; the warm-up is TensorFlow's `ExponentialMovingAverage`). Or the mean of the weights
-at the last so many full validation passes (Izmailov et al. 2018, arXiv 1803.05407).
+Exponential, after every `every` updates:
 
-fp32, of this rank's part of the master weights (at ZeRO 0: of the parameters, on every rank).
+    a <- d a + (1 - d) w,    d = min(decay, (1 + n) / (warmup + n)) at its n-th update, n = 0, 1 ...
+
+It begins as the weights at the start (Polyak and Juditsky 1992). The warm-up is that of
+TensorFlow's `ExponentialMovingAverage`. With `last` it is the mean of the weights at that many last
+full validation passes (Izmailov et al. 2018, arXiv 1803.05407).
+
+Each rank averages its part of the fp32 master weights; at ZeRO 0 every rank averages all
+parameters.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +30,10 @@ from mtl.train.evaluate import ValidationResult
 
 @dataclass
 class Average:
-    """The average of one run. How often it has been updated is in the state: `averaged`.
+    """The average of one run. The state counts its updates: `averaged`.
 
     Attributes:
-        copies: what is averaged, by parameter, flat fp32: the exponential average alone, or the
+        copies: flat fp32 values by parameter. One copy is the exponential average; several are the
             weights at the last passes, oldest first.
     """
 
@@ -54,7 +58,7 @@ class Average:
         state.averaged += 1
 
     def at_pass(self, state: RunState) -> None:
-        """Take the weights at a full pass into a mean of the last ones; not those of the start."""
+        """Take the weights at a full pass into the mean of the last ones, but not at the start."""
         if self.settings.last is None or state.step == 0:
             return
         while len(self.copies) >= self.settings.last:
@@ -65,8 +69,8 @@ class Average:
     def measure(
         self, state: RunState, raw: ValidationResult, full_pass: Callable[[], ValidationResult]
     ) -> ValidationResult:
-        """The full pass with the averaged weights, `raw` where they are the trained ones still. A
-        collective.
+        """The full pass with the averaged weights. While they are still the trained ones it is
+        `raw`. A collective.
         """
         if not state.averaged:
             return raw
@@ -75,20 +79,20 @@ class Average:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within this context the module has the averaged weights; after it the trained ones again,
-        bit for bit. A collective.
+        """Within this context the module has the averaged weights. Afterwards it has the trained
+        ones again, bit for bit. A collective.
         """
         if not self.copies:
             yield
             return
         mean = self.copies[0] if len(self.copies) == 1 else self._mean()
         masters.exchange(self.engine, mean)
-        yield  # not in a `finally`: after an error the ranks are not together any more
+        yield  # not in a `finally`: after an error the ranks are no longer in step
         masters.exchange(self.engine, mean)
 
     def save(self, file: Path) -> None:
-        """Write all that is averaged, whole and by name, so that any number of processes reads it.
-        A collective.
+        """Write the copies whole and by name, so that any number of processes can read them. A
+        collective.
         """
         found: dict[str, Tensor] = {}
         for i, copy in enumerate(self.copies):

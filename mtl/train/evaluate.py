@@ -1,8 +1,8 @@
 """Per-task validation losses: the full pass, and the small probe a balancer reads.
 
-Validation rows are divided once into G groups of whole examples per task, and what is left over;
-probe p reads group p mod G of every task, and the full pass reads everything. So the full pass at
-step 0 gives each group's initial loss, and slopes can be fitted within groups.
+Each task's validation rows are divided once into G groups of whole examples, and what is left over.
+Probe p reads group p mod G of every task. The full pass reads everything. So the full pass at step
+0 gives each group's initial loss, and slopes can be fitted within groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from mtl.distributed.engine import Engine
 from mtl.losses.objective import Measure, Objective
 from mtl.train.step import GlobalBatch
 
-# micro-batches made before their forwards: ranks agree that none failed to, and all need not fit in
-# memory
+# Micro-batches that are made before their forwards. The ranks then agree that none failed; all of a
+# pass need not fit in memory.
 AT_ONCE = 64
 
 
@@ -31,7 +31,7 @@ class ValidationResult:
 
     Attributes:
         sums: (K, parts of the validation rows) float64, summed losses in nats.
-        tokens: as many, what they are divided by: target tokens, or examples.
+        tokens: of the same shape, the counts they are divided by: target tokens, or examples.
         measures: name -> (K, m) float64, what the objective added up.
     """
 
@@ -50,13 +50,16 @@ class ValidationResult:
             return self.sums[:, g] / self.tokens[:, g]
 
     def summary(self, names: Sequence[str]) -> dict[str, float]:
-        """The losses a run may be judged by: each task's, their mean, the token mean, the worst."""
+        """The losses that may judge a run: each task's, their mean, the token mean, the worst. Also
+        the mean of their logarithms, where all are above 0.
+        """
         losses = self.losses
         return {
             **dict(zip(names, losses.tolist(), strict=True)),
             "macro": float(losses.mean()),
             "token": float(self.sums.sum() / self.tokens.sum()),
             "worst": float(losses.max()),
+            **({"log": float(np.log(losses).mean())} if (losses > 0).all() else {}),
         }
 
     def measured(self, names: Sequence[str], kinds: Mapping[str, Measure]) -> dict[str, float]:
@@ -102,7 +105,8 @@ def _pass(
             coming = validation.group(group)
             some: list[Batch] | None = None
             while some is None or len(some) == AT_ONCE:
-                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023 (called at once)
+                # Called at once, so the loop's `coming` is right.
+                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023
                 for micro in some:
                     terms = objective(engine.evaluate, micro.to(engine.device), k)
                     totals[0, :, column] += terms.sums
@@ -117,8 +121,8 @@ def _pass(
 def replay(engine: Engine, objective: Objective, batch: GlobalBatch, k: int) -> np.ndarray:
     """(K,) losses of a training batch once more, nats per target token; nan = absent. A collective.
 
-    In training mode: with the random state that the update began with, dropout hides the same units
-    again.
+    It runs in training mode with the random state that the update began with. So dropout hides the
+    same units again.
     """
     sums = torch.zeros(k, dtype=torch.float64, device=engine.device)
     engine.train()

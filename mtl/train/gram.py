@@ -4,12 +4,11 @@ then multiplied.
     gram[i, j] = <grad L_i, grad L_j>    L_i: task i's loss over the global batch, nats per token
 
 Gradients are taken by `torch.autograd.grad` through the bare module. Through the engine's output it
-raises at ZeRO 0, 2 and 3, and at ZeRO 1 it silently spoils both the Gramian and the update. Inner
-products of one rank's gradients alone would be those of other losses, hence the sum over ranks
-first.
+raises at ZeRO 0, 2 and 3. At ZeRO 1 it silently spoils both the Gramian and the update. We sum over
+ranks first: one rank's gradients alone belong to other losses.
 
-Memory: K gradients of the chosen parameters in fp32, whole, on every rank's device (`valid_gram`: 2
-K), and the one that is being computed. At ZeRO 3 too.
+Memory: every rank's device holds K whole fp32 gradients of the chosen parameters (`valid_gram`: 2
+K), and the one being computed. ZeRO 3 does not partition them.
 """
 
 import re
@@ -35,7 +34,7 @@ MEASURED = (
     | Signal.REPLAY_LOSS
     | Signal.VALID_GRAM
 )  # by the trainer, for a balancer that declares it
-CHUNK = 2**20  # gradient entries that are made fp64 at a time: their products are summed in it
+CHUNK = 2**20  # gradient entries converted at a time: products are summed in fp64
 
 
 def select(module: nn.Module, which: str) -> dict[str, nn.Parameter]:
@@ -71,7 +70,7 @@ def select(module: nn.Module, which: str) -> dict[str, nn.Parameter]:
 
 
 def supply(needs: Signal, module: nn.Module, config: Config) -> list[nn.Parameter]:
-    """What gradients are to be taken by for a balancer with these needs: none where it reads no
+    """The parameters to differentiate by for a balancer with these needs. None where it reads no
     Gramian.
 
     Raises:
@@ -129,7 +128,7 @@ def gradients(
                 engine.device
             )
             for part, gradient in zip(parts, engine.gradients(loss, parameters), strict=True):
-                if gradient is not None:  # of a part that this micro-batch did not use
+                if gradient is not None:  # None: this micro-batch did not use the parameter
                     part += gradient.reshape(-1)
         comm.sum_(found[i])
     return found

@@ -1,9 +1,11 @@
-"""What the order of training rows leaves behind: a row's loss at the end by its place in the first
-epoch (Ju et al. 2024, arXiv 2410.03743).
+"""What the order of training rows leaves behind: how a row's last loss depends on its place in the
+first epoch.
+
+The question is that of Ju et al. (2024, arXiv 2410.03743).
 
     z_m(i) = l_m(i) - mean over runs of l(i)
 
-Rows differ in difficulty much more than in what their place did, hence the mean over runs that had
+Rows differ in difficulty much more than by their place. So we subtract the mean over runs that had
 the row in other places. Runs are replicas of an order (`train.order`).
 """
 
@@ -31,8 +33,8 @@ class Imbalance:
         curve: (B,) mean of z in each of B equal parts of the epoch, nats per target token.
         spearman: rank correlation of z and place.
         spread: (highest - lowest of the curve) / mean loss.
-        interval: 95 % of `spread` over bootstrap samples of rows. It is above 0 by chance alone:
-            compare with places that were shuffled.
+        interval: 95 % of `spread` over bootstrap samples of rows. Chance alone lifts it above 0:
+            compare with shuffled places.
     """
 
     curve: np.ndarray
@@ -42,8 +44,8 @@ class Imbalance:
 
 
 def places(mix: Mix, steps: int) -> list[np.ndarray]:
-    """Per task (n_k,) float64: when a row is first drawn, as a part of the task's epoch, 0 .. 1;
-    nan for a row that no batch of the run draws.
+    """Per task (n_k,) float64: the place of a row's first draw in the task's epoch, 0 .. 1. It is
+    nan for a row that the run never draws.
     """
     found = [np.full(n, np.nan) for n in mix.sizes]
     drawn = np.zeros(len(mix.sizes), dtype=np.int64)
@@ -93,12 +95,12 @@ def measure(
         losses: M arrays (n,), nats per target token of the same rows.
         place: M arrays (n,), from `places`; rows with a nan are left out.
         centre: (n,) what is subtracted from each row; None: the mean over the M runs. For a merged
-            model, M = 1, give the mean over the runs it is made of, and a run's places.
+            model (M = 1), give the mean over the runs it is made of, and the places of one of them.
         parts: B, of the epoch.
         samples: of the bootstrap, which draws rows and keeps each row's runs together.
 
     Raises:
-        ValueError: one run alone has no other to be centred by.
+        ValueError: there is one run and no `centre`.
     """
     given, where = np.array(losses), np.array(place)
     if centre is None and len(given) < 2:

@@ -13,11 +13,12 @@ from mtl.distributed.engine import shape
 def parameter_groups(
     model: nn.Module, weight_decay: float, scale: Mapping[str, float] | None = None
 ) -> list[dict]:
-    """Trainable parameters: matrices decay; vectors (norms, biases) do not, as is usual.
+    """Groups of the trainable parameters. As usual, matrices decay and vectors (norms, biases) do
+    not.
 
     Args:
-        scale: factors on the learning rate, by a regular expression that is searched for in the
-            names; of several that match the first counts.
+        scale: factors on the learning rate by a regular expression, which is searched for in the
+            names. The first that matches counts.
 
     Raises:
         ValueError: an expression matches no trainable parameter.

@@ -15,8 +15,8 @@ def lr(
 ) -> float:
     """The learning rate of update `step` (0-based).
 
-    Linear from peak/warmup to peak over the first `warmup` updates, then `name` from peak to floor
-    * peak, which the last update (steps - 1) reaches.
+    It rises linearly from peak/warmup to peak over the first `warmup` updates. Then `name` shapes
+    the way from peak to floor * peak, which the last update (steps - 1) reaches.
 
     Args:
         step: optimizer updates completed.

@@ -1,4 +1,4 @@
-"""One optimizer update. This is the function everything else exists for."""
+"""One optimizer update. Everything else exists for this function."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,13 +35,13 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update saw, the same on every rank.
+    """What one update measured, the same on every rank.
 
     Attributes:
         losses: (K,) float64, nats per target token over the global batch; nan where the task is
             absent.
         grad_norm: global gradient norm before clipping.
-        penalties: by name, what the loss holds beside the tasks' losses.
+        penalties: what the loss holds beside the tasks' losses, by name.
     """
 
     losses: np.ndarray
@@ -50,7 +50,7 @@ class StepReport:
 
 
 def fetch(micros: Callable[[], list[Batch]], k: int) -> GlobalBatch:
-    """Make this rank's micro-batches, agree that no rank failed to, and count target tokens. A
+    """Make this rank's micro-batches, check that every rank could, and count target tokens. A
     collective.
     """
     mine = comm.together(micros)
@@ -71,7 +71,7 @@ def train_step(
     """Update the parameters once. A collective.
 
     The loss is sum_k w_k * (summed losses of k) / (count of k), sums and counts over all ranks and
-    micro-batches. So the update does not depend on how the global batch was cut.
+    micro-batches. So the update does not depend on how the global batch is divided.
 
     Args:
         engine: the model and its optimizer.
@@ -82,8 +82,9 @@ def train_step(
         names: the K tasks' names, for errors.
 
     Raises:
-        NonFinite: on every rank, for a loss or a gradient. The parameters are as they were.
-        ValueError: on every rank: an objective counted something else than its batch announced.
+        NonFinite: on every rank: a loss or the gradient is not finite. The parameters stay as they
+            were.
+        ValueError: on every rank: an objective's counts differ from those that its batch announced.
     """
     k, last = len(names), len(batch.micros) - 1
     tokens, weights = batch.tokens.to(engine.device), torch.as_tensor(weights).to(engine.device)
@@ -121,7 +122,7 @@ def train_step(
 
 
 def _agree(counted: Tensor, announced: Tensor, names: list[str]) -> None:
-    """The sums were divided by what the batches announced: the objective must have counted that."""
+    """Check that the objective counted what the batches announced, which divided the sums."""
     for name, found, wanted in zip(names, counted.tolist(), announced.tolist(), strict=True):
         if found != wanted:
             raise ValueError(

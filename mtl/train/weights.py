@@ -1,5 +1,5 @@
-"""The weights of a step: what is measured for the balancer, and everything that alters a weight
-before the loss.
+"""The weights of a step: what the balancer reads, and everything that alters a weight before the
+loss.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,20 @@ def weigh(
 
     From the balancer to the loss, in this order:
 
-    1. `Grouped` (`tasks.X.group`): the balancer sees a group as one task; its weight is dealt
-    equally to the group's tasks.
+    1. `Grouped` (`tasks.X.group`): the balancer sees a group as one task. The group's tasks share
+       its weight equally.
     2. The balancer itself (`CoBa.update`), with whatever wraps it (`Bounded`, `Scheduled`).
     3. `Holder`: each weight times `tasks.X.loss_weight`, brought back to the balancer's sum.
-    4. Patience (`hold`): a task that is done has its held part, the others share the rest.
-    5. Broadcast: steps 1 to 4 happen on rank 0 alone, because numpy on unlike hosts differs in last
-    bits.
+    4. Patience (`hold`): a done task has its held part, the others share the rest.
+    5. Broadcast: steps 1 to 4 run on rank 0 alone, because numpy's last bits differ between unlike
+       hosts.
 
-    Nothing alters them after that: `terms.combine` multiplies each task's loss by its weight.
+    Nothing alters them afterwards: `terms.combine` multiplies each task's loss by its weight. Only
+    where draws follow the weights does it count what the batch has of each task instead
+    (`draws.loss_weights`).
 
     Args:
-        validation: the full pass at this step, where there was one: the probe is in it.
+        validation: the full pass at this step, where there was one. It contains the probe.
     """
     signals = measure(run, state, batch, validation)
 
@@ -52,7 +54,7 @@ def weigh(
 def measure(
     run: Run, state: RunState, batch: GlobalBatch, validation: ValidationResult | None
 ) -> Signals:
-    """What the balancer declares that it needs, and no more. A collective."""
+    """Measure what the balancer declares that it needs, and no more. A collective."""
     t, needs, k = state.step, run.holder.balancer.needs, len(run.names)
     signals: dict[str, object] = {"step": t}
     if Signal.TOKENS in needs:
@@ -65,7 +67,7 @@ def measure(
         group = t // run.probe_every % run.validation.groups
         if validation is None:
             losses = evaluate.probe(run.engine, run.objective, run.validation, group, k)
-        else:  # at these very parameters, it has read the group's rows in the same micro-batches
+        else:  # the pass has read the group's rows at these parameters, in the same micro-batches
             losses = validation.group(group)
         base = ValidationResult(state.base_sums, state.base_tokens).group(group)
         signals |= {"valid_loss": losses, "valid_base": base, "valid_group": group}
@@ -80,7 +82,8 @@ def _products(run: Run, step: int, group: int) -> dict[str, np.ndarray]:
 
     def gradients(make: Callable[[int], list[list[Batch]]], number: int) -> Tensor:
         streams = comm.together(lambda: make(number))
-        # A task that is another loss of others' rows reads their batches: a forward for each task.
+        # A task made `of` others' rows reads their batches, so each task takes a forward of its
+        # own.
         tasks = [
             [micro for stream in run.book.reads(task) for micro in streams[stream]]
             for task in range(len(run.names))
