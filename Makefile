@@ -3,9 +3,12 @@
 #   make test      install, run the tests that CI runs;   make test-all: the slow ones too
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
+#   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
 #   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
+#   make evidence  every method on a small mixture, several seeds each: hours, into benchmarks/evidence
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
+#   make merging   what merging is worth, row by row with six seeds: hours, and it goes on where it was
 #   make clean     remove .venv and .venv-bench; models, data and runs stay
 
 SHELL := /bin/bash
@@ -16,7 +19,7 @@ CONFIG ?= configs/quickstart.yaml
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify test test-all figure attack bench constraints clean
+.PHONY: train quickstart classify kpe kpe-arms test test-all figure attack bench evidence merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -27,6 +30,14 @@ quickstart: $(VENV)/with-quickstart
 classify: $(VENV)/with-quickstart
 	$(BIN)/python launch/quickstart.py --set classification
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/classification.yaml $(ARGS)
+
+kpe: $(VENV)/with-quickstart
+	$(BIN)/python launch/quickstart.py --set kpe
+	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/kpe.yaml $(ARGS)
+
+kpe-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6 --steps 2000"
+	$(BIN)/python launch/quickstart.py --set kpe
+	$(BIN)/python benchmarks/kpe.py $(ARGS)
 
 test: $(VENV)/with-test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -40,6 +51,14 @@ figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs th
 
 attack: $(VENV)/with-test  # 10,000 mutated configs; CI runs a short form
 	PYTHONPATH=tests $(BIN)/python tests/attack_config.py 10000 $(ARGS)
+
+evidence: $(VENV)/with-torchjd $(VENV)/with-plot  # hours, on M0; stopped, it goes on where it was
+	$(BIN)/python launch/quickstart.py --set strings
+	$(BIN)/python launch/compare.py benchmarks/evidence/m0.yaml --out benchmarks/evidence/m0 --page docs/evidence.md $(ARGS)
+
+merging: quickstart  # what merging is worth, six seeds: hours; goes on where it was (ARGS="--studies m0")
+	$(BIN)/python launch/quickstart.py --set strings
+	$(BIN)/python benchmarks/merging.py $(ARGS)
 
 bench: quickstart $(PEERS)/installed  # ARGS="--groups 'packed fp32'" for a part
 	$(BIN)/python benchmarks/bench.py --peer-python $(PEERS)/bin/python $(ARGS)

@@ -16,17 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
-from mtl.cli import options, positive
+from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
+    parser = cli.parser(__doc__, reads_config=True)
     add = parser.add_argument
-    add("--world", type=positive, default=1, metavar="N", help="processes (GPUs); default 1")
+    add("--world", type=cli.positive, default=1, metavar="N", help="processes (GPUs); default 1")
     add("--resume", action="store_true", help="of a run that goes on: `output` may hold it already")
     add("--prepare", action="store_true", help="only encode the data into the cache")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Losses of models by task: `python launch/evaluate.py --config x.yaml MODEL [MODEL ...]`.
+"""Losses and measures of models by task: `python launch/evaluate.py --config x.yaml MODEL ...`.
 
 A model is a folder, whole or an adapter. The rows are the YAML's validation rows, or with
 `--split test` those of `tasks.X.test`, which no training run reads. Starts under a launcher too.
@@ -12,21 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
-from mtl.cli import options
+from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
+    parser = cli.parser(__doc__, reads_config=True, is_launched=True)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="folders of models")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses there too")
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # launchers append it
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
 
@@ -34,19 +27,21 @@ def main() -> None:
     args = arguments()
     process.settle()  # before torch is imported
     from mtl import evaluation, plugins
-    from mtl.distributed import comm, engine
+    from mtl.distributed import comm, engine, rendezvous
     from mtl.merging.report import aligned
     from mtl.output.checkpoint import write_text
 
     config = plugins.read(args.config, args.set, args.allow_code)
-    tasks = evaluation.rows(config, args.split, args.allow_code)
+    rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
+    with rendezvous.telling():
+        data = evaluation.rows(config, args.split, args.allow_code)
     engine.init_process_group(config.engine.timeout_minutes)
-    evaluate = evaluation.evaluator(config, tasks, allow_code=args.allow_code)
-    losses, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)
+    evaluate = evaluation.evaluator(config, data, allow_code=args.allow_code)
+    found, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)
     if comm.rank() == 0:
-        print("\n".join(aligned(evaluation.table(losses, names))))
+        print("\n".join(aligned(evaluation.table(found, names, data))))
         if args.json:
-            write_text(args.json, evaluation.record(losses, names, args.split) + "\n")
+            write_text(args.json, evaluation.record(found, names, data, args.split) + "\n")
     comm.leave()
 
 

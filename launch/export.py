@@ -6,7 +6,6 @@ template, the generation config and a model card. Without --merge an adapter sta
 names its base model as the run's YAML does.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,13 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
+from mtl import cli, process
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder step-... of a run")
     add("out", type=Path, metavar="OUT", help="folder to write; an earlier export is replaced")

@@ -4,7 +4,6 @@ Formats are recognised by the rows, tasks are named by the files. Pairs are foun
 (code.train.jsonl, code.valid.jsonl); a validation file beside a training file need not be named.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,13 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
+from mtl import cli, process
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet")
     parser.add_argument("--out", type=Path, help="file to write; the terminal where left out")
     args = parser.parse_args()

@@ -11,13 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
-from mtl import process
+from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add, many = parser.add_argument, {"action": "append", "default": []}
     flag = {"action": "store_true"}
     add("--base", help="folder or hub name they were trained from; adapters and runs name it")

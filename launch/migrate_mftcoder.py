@@ -7,7 +7,6 @@ migrated/data/TASK.{train,validation}.jsonl, and says of every key what became o
 guessed: a key or a row it does not know is an error.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,14 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
+from mtl import cli, process
 from mtl.migrate.mftcoder import migrate
-from mtl.process import exit_code
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("config", type=Path, help="MFTCoder's training config")
     parser.add_argument(
         "--world",
@@ -38,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(process.exit_code(main))

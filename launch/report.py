@@ -2,7 +2,6 @@
 docs/quickstart.png]`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,14 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
+from mtl import cli, process
 from mtl.output import report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their `output:`)")
     parser.add_argument(
         "--figure", type=Path, help="also draw the runs side by side into this file"

@@ -12,20 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import process
-from mtl.cli import options
+from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options(parser)
-    add = parser.add_argument
+    parser = cli.parser(__doc__, reads_config=True, is_launched=True)
     going_on = "go on from the newest checkpoint in `output`, or from that of a step"
     step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
-    add("--resume", help=going_on, **step)
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
+    parser.add_argument("--resume", help=going_on, **step)
     return parser.parse_args()
 
 
@@ -35,7 +29,7 @@ def main() -> None:
     process.check_world()
 
     from mtl import build, plugins
-    from mtl.distributed import comm, engine
+    from mtl.distributed import comm, engine, rendezvous
     from mtl.output import lock
     from mtl.output.checkpoint import check_output
     from mtl.output.end import close, finish
@@ -43,11 +37,12 @@ def main() -> None:
 
     config = plugins.read(args.config, args.set, args.allow_code)
     output, is_resumed = Path(config.output).expanduser(), args.resume is not False
-    check_output(output, is_resumed)
-
-    # Slow and without a process group, whose collectives would time out meanwhile.
-    engine.build_ops(config, process.say_on_host)
-    data = build.encode(config, args.allow_code)
+    rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
+    with rendezvous.telling():
+        check_output(output, is_resumed)
+        # Slow and without a process group, whose collectives would time out meanwhile.
+        engine.build_ops(config, process.say_on_host)
+        data = build.encode(config, args.allow_code)
 
     engine.init_process_group(config.engine.timeout_minutes)
     build.agree(config, {"resume": args.resume, "allow_code": args.allow_code})

@@ -6,7 +6,6 @@ run = build(config, data)                   everything that the loop needs
 state = restore(run, resume)                where it stands
 """
 
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from balancers import Holder
-from mtl import plugins
+from mtl import plugins, process
 from mtl.config import Config, ConfigError
 from mtl.config.spec import resolve
 from mtl.data.batches import Layouts, TrainBatches
@@ -31,12 +30,13 @@ from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
 from mtl.losses.objective import maker_of_examples
 from mtl.models import packing
-from mtl.models.loaders import LOADERS
+from mtl.models.loaders import PLAIN
 from mtl.output import manifest, provenance, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
 from mtl.train import gram, reference
+from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.run import Run
@@ -60,17 +60,13 @@ class Data:
     examples: Sequence[Examples] = ()
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def say_once(text: str) -> None:
     """Print a message for people, on rank 0 alone."""
     if comm.rank() == 0:
-        _tell(text)
+        process.tell(text)
 
 
-def encode(config: Config, allow_code: Collection[str] = (), say: Say = _tell) -> Data:
+def encode(config: Config, allow_code: Collection[str] = (), say: Say = process.tell) -> Data:
     """Tokenize every task, or read what the cache has. Call it before there is a process group:
     collectives would time out.
 
@@ -177,7 +173,11 @@ def build(
     """
     tasks, goals = data.tasks, data.goals
     mix = mix_for(config, tasks)
-    identity = provenance.identity(config, tasks, steps_of(config, mix))
+    steps = steps_of(config, mix)
+    if config.schedule.warmup > steps:  # known here where the length is given in epochs
+        found, wanted = f"{config.schedule.warmup:,}", f"at most the run's steps, {steps:,}"
+        raise ConfigError([config.error("schedule.warmup", found, wanted)])
+    identity = provenance.identity(config, tasks, steps)
     comm.same(identity, "data")
     engine = engine or start_engine(config, data, allow_code, say)
     if packed is None:
@@ -194,18 +194,24 @@ def build(
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
     comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs
+    output = Path(config.output).expanduser()
+    batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
+    anchors, patience = None, config.evaluate.patience
+    if patience is not None and patience.action == "anchor":
+        folder = output / "anchors"
+        anchors = Anchors(engine, goals.each, tasks, evaluated, batches, folder, say)
     return Run(
         config=config,
         names=list(config.tasks),
         book=goals.book,
-        steps=steps_of(config, mix),
+        steps=steps,
         engine=engine,
         objective=goals.as_one,
         holder=holder,
-        batches=TrainBatches(tasks, mix, layouts(config.batch.tokens)),
+        batches=batches,
         validation=validation,
         checkpoints=Checkpoints(
-            output=Path(config.output).expanduser(),
+            output=output,
             keep=config.checkpoint.keep,
             identity=identity,
             tokenizer=data.tokenizer,
@@ -217,13 +223,14 @@ def build(
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
         average=config.average and Average(engine, config.average),
+        anchors=anchors,
     )
 
 
 def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:
-    """Name and keywords of a loader that is not built in."""
+    """Name and keywords of a loader whose module no class of transformers opens."""
     spec = config.model.loader
-    return None if spec.name in LOADERS else (spec.name, spec.keywords)
+    return None if spec.name in PLAIN else (spec.name, spec.keywords)
 
 
 def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
@@ -252,6 +259,8 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
                 f"{found}: is of step {state.step}, and the run has only {run.steps} steps "
                 "(train.steps, or train.epochs over the data)."
             )
+        if run.anchors:
+            run.anchors.restore(state)
         return state
     comm.together(run.checkpoints.check_beginning)
     return RunState()

@@ -16,27 +16,31 @@ from mtl import process
 
 PROGRAMS = (
     "init", "check", "train", "evaluate", "export", "merge", "report", "replicas",
-    "migrate_mftcoder",
+    "imbalance", "migrate_mftcoder", "compare",
 )  # fmt: skip
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which experiment: the same for every program that reads a config."""
-    parser.add_argument("--config", required=True, help="the experiment's YAML")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override, as in optimizer.lr=1e-5",
+def parser(
+    doc: str | None, *, reads_config: bool = False, is_launched: bool = False
+) -> argparse.ArgumentParser:
+    """A program's parser, with its docstring as the help.
+
+    Args:
+        reads_config: it has the options that say which experiment.
+        is_launched: it takes the rank that launchers append to their command.
+    """
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--allow-code",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="a package whose code the YAML may name",
-    )
+    add, many = made.add_argument, {"action": "append", "default": []}
+    if reads_config:
+        code = "a package whose code the YAML may name"
+        add("--config", required=True, help="the experiment's YAML")
+        add("--set", metavar="KEY=VALUE", help="override, as in optimizer.lr=1e-5", **many)
+        add("--allow-code", metavar="PACKAGE", help=code, **many)
+    if is_launched:
+        add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return made
 
 
 def positive(text: str) -> int:

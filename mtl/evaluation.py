@@ -17,13 +17,13 @@ from mtl import build, plugins
 from mtl.build import Data
 from mtl.config import Config, ConfigError
 from mtl.data.batches import ValidationGroups
-from mtl.data.cache import encode_split
+from mtl.data.cache import encode_split, sources_of
 from mtl.data.encoded import DataError, TaskData
 from mtl.data.plan import layouts_for
-from mtl.data.source import open_sources
 from mtl.distributed import comm
 from mtl.distributed.engine import device
 from mtl.losses import head
+from mtl.losses.objective import unit_of
 from mtl.models import adapters, packing
 from mtl.models.structure import dtype_of
 from mtl.train.evaluate import ValidationResult, full_pass
@@ -72,8 +72,7 @@ def rows(config: Config, split: Split, allow_code: Collection[str] = ()) -> Data
     for s, (name, form) in enumerate(plugins.formats(config, allow_code).items()):
         examples, label = data.examples[data.goals.of[s]], f"{name} ({split})"
         try:
-            named = config.tasks[name].test
-            sources = [one for each in named for one in open_sources(each, split)]
+            sources = sources_of(config.tasks[name], split)
             encoded = encode_split(root, sources, form, examples, None, label, _say)
         except DataError as e:
             where = config.where(("tasks", name, split))
@@ -106,22 +105,38 @@ def evaluator(
         raise ConfigError(
             config.error(("tasks", name, "validation"), found, wanted) for name in single
         )
-    packed: dict[type, bool] = {}  # measured once for an architecture
+    opened = opener(config, data, allow_code, say)
 
     def evaluate(folder: Path) -> ValidationResult:
+        model, packed = opened(folder)
+        tokens = config.evaluate.tokens or config.batch.tokens
+        ranks = comm.world(), comm.rank()
+        layouts = layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
+        groups = ValidationGroups(tasks, 2 if halves else 1, config.train.seed, layouts)
+        return full_pass(model, goals.as_one, groups, len(config.tasks))
+
+    return evaluate
+
+
+def opener(
+    config: Config,
+    data: Data,
+    allow_code: Collection[str] = (),
+    say: Say = lambda text: None,
+) -> Callable[[Path], tuple[Bare, bool]]:
+    """From a folder (a model, or an adapter) to the model, and whether rows are packed for it."""
+    packed: dict[type, bool] = {}  # measured once for an architecture
+
+    def opened(folder: Path) -> tuple[Bare, bool]:
         module = _load(config, folder, data, allow_code)
         model = Bare(module, device(), config.model.precision == "bf16_autocast")
         kind = type(module)
         if kind not in packed:
             can = any(one.packs for one in data.examples)
             packed[kind] = can and packing.decide(config, model, len(data.tokenizer), say)
-        tokens = config.evaluate.tokens or config.batch.tokens
-        ranks = comm.world(), comm.rank()
-        layouts = layouts_for(config, tasks, data.examples, goals.of, *ranks, packed[kind], tokens)
-        groups = ValidationGroups(tasks, 2 if halves else 1, config.train.seed, layouts)
-        return full_pass(model, goals.as_one, groups, len(config.tasks))
+        return model, packed[kind]
 
-    return evaluate
+    return opened
 
 
 def halves(path: str, allow_code: Collection[str] = ()) -> tuple[Evaluate, list[str]]:
@@ -136,23 +151,45 @@ def halves(path: str, allow_code: Collection[str] = ()) -> tuple[Evaluate, list[
     return evaluator(config, tasks, halves=True, allow_code=allow_code), list(config.tasks)
 
 
-def table(losses: Mapping[str, ValidationResult], names: list[str]) -> list[list[str]]:
-    """A row a model, a column a task, then their mean (macro) and that over tokens (token)."""
-    head = ["nats per target token", *names, "macro", "token"]
-    summaries = {name: one.summary(names) for name, one in losses.items()}
-    return [head, *([name, *(f"{s[k]:.4f}" for k in head[1:])] for name, s in summaries.items())]
+def table(found: Mapping[str, ValidationResult], names: list[str], data: Data) -> list[list[str]]:
+    """A row a model, a column a task, then their mean (macro) and that over tokens (token). The
+    same of every measure of the objective below, with the mean over the tasks that have it.
+    """
+    head = [unit(data), *names, "macro", "token"]
+    losses = {name: one.summary(names) for name, one in found.items()}
+    rows = [head, *([name, *(f"{s[k]:.4f}" for k in head[1:])] for name, s in losses.items())]
+    kinds = data.goals.as_one.measures
+    measured = {name: one.measured(names, kinds) for name, one in found.items()}
+    for kind in dict.fromkeys(k for each in measured.values() for k in each if k in kinds):
+        keys = [*(f"{name}/{kind}" for name in names), kind]
+        rows.append([kind, *names, "mean", ""])
+        rows += (
+            [name, *(f"{each[k]:.4f}" if k in each else "-" for k in keys), ""]
+            for name, each in measured.items()
+        )
+    return rows
 
 
-def record(losses: Mapping[str, ValidationResult], names: list[str], split: Split) -> str:
-    """The same as JSON, with target tokens."""
+def record(
+    found: Mapping[str, ValidationResult], names: list[str], data: Data, split: Split
+) -> str:
+    """The same as JSON, with target tokens. A measure of a task is `task/measure`."""
+    kinds = data.goals.as_one.measures
     models = {
         name: {
             "losses": one.summary(names),
+            "measures": one.measured(names, kinds),
             "tokens": dict(zip(names, one.tokens.sum(1).tolist(), strict=True)),
         }
-        for name, one in losses.items()
+        for name, one in found.items()
     }
-    return json.dumps({"split": split, "unit": "nats per target token", "models": models}, indent=2)
+    return json.dumps({"split": split, "unit": unit(data), "models": models}, indent=2)
+
+
+def unit(data: Data) -> str:
+    """What the losses are, such as nats per target token."""
+    units = dict.fromkeys(unit_of(one) for one in data.goals.each)
+    return "nats per " + " or ".join(units)
 
 
 def _load(config: Config, folder: Path, data: Data, allow_code: Collection[str]) -> nn.Module:

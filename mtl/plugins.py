@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from balancers import METHODS, Balancer, Grouped, Holder
+from balancers import METHODS, Balancer, Grouped, Holder, Signal
 from mtl.config import Config, ConfigError, load
 from mtl.config.document import Document, Problem, show
+from mtl.config.schema import BEST
 from mtl.config.spec import Kind, Maker, check, resolve
 from mtl.config.words import did_you_mean, either
 from mtl.data.examples import Book
 from mtl.data.formats import FORMATS, Format
-from mtl.losses.objective import OBJECTIVES, Objectives, losses_of, unit_of
+from mtl.losses.objective import OBJECTIVES, Objectives, losses_of, teacher_of, unit_of
 from mtl.models.loaders import LOADERS, Loader
 from mtl.output.trackers import TRACKERS
 
@@ -131,12 +132,25 @@ def _misfits(config: Config, goals: Goals) -> Iterator[Problem]:
                 hint = "Another loss of the same rows is a task of its own, with `of`."
                 yield document.problem(("tasks", name, "loss"), show(task.loss), first, hint)
     yield from _units(config, document, goals)
+    yield from _anchors(config, document, goals)
     best, measures = config.evaluate.best, goals.as_one.measures
     each = [f"{task}/{name}" for task in config.tasks for name in measures]
-    choices = ["macro", "token", "worst", *config.tasks, *measures]
+    choices = [*BEST, *config.tasks, *measures]
     if best not in (*choices, *each):
         hint = did_you_mean(best, [*choices, *each])
         yield document.problem(("evaluate", "best"), show(best), either(choices), hint)
+
+
+def _anchors(config: Config, document: Document, goals: Goals) -> Iterator[Problem]:
+    patience = config.evaluate.patience
+    if patience is None or patience.action != "anchor":
+        return
+    for name, number in zip(config.streams, goals.of, strict=True):
+        if teacher_of(goals.each[number]) is None:
+            found = f"anchor, and the task {name}, whose objective has no `teacher`"
+            hint = "causal_lm has one."
+            path = "evaluate", "patience", "action"
+            yield document.problem(path, found, "log, freeze or drop", hint)
 
 
 def _units(config: Config, document: Document, goals: Goals) -> Iterator[Problem]:
@@ -162,11 +176,24 @@ def holder(config: Config, allow_code: Collection[str] = ()) -> Holder:
             groups.setdefault(task.group, []).append(name)
     try:
         weights = [task.loss_weight for task in config.tasks.values()]
-        return Holder(
+        made = Holder(
             Grouped(balancer, groups) if groups else balancer, list(config.tasks), weights
         )
     except ValueError as error:
         raise ConfigError([f"{config.where('balancer')}: balancer: {error}"]) from error
+    if config.mix.follow is not None and (why := _cannot_steer(made.balancer)):
+        found = f"balancer, which is {config.balancer.name}"
+        raise ConfigError([config.error("mix.follow", found, "null, or another balancer", why)])
+    return made
+
+
+def _cannot_steer(balancer: Balancer) -> str:
+    """Why draws cannot follow its weights; nothing where they can."""
+    if not (balancer.sums_to_one and balancer.non_negative):
+        return "The scale or the sign of its weights has a meaning that shares of draws have not."
+    if Signal.TOKENS in balancer.needs:
+        return "Its weights follow the draws: the one would drive the other."
+    return ""
 
 
 def formats(config: Config, allow_code: Collection[str] = ()) -> dict[str, Format]:

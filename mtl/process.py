@@ -257,10 +257,15 @@ def is_first_on_host() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
+def tell(text: str) -> None:
+    """Print a message for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def say_on_host(text: str) -> None:
     """Print a message for people, once on this machine."""
     if is_first_on_host():
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
 
 def exit_code(main: Callable[[], None]) -> int:

@@ -29,6 +29,8 @@ class Study:
         scheme, of, epochs: as `train.order`.
         methods: of `launch/merge.py`.
         split: "validation" or "test": the rows that every model is evaluated on.
+        rows: whether to measure what the order left behind, too (`mtl.orders.applies`).
+        figure: whether to draw that.
     """
 
     config: Config
@@ -41,6 +43,8 @@ class Study:
     epochs: str
     methods: Sequence[str]
     split: str
+    rows: bool = False
+    figure: bool = False
 
     def __post_init__(self) -> None:
         if self.of < 2:
@@ -86,6 +90,15 @@ class Study:
             *map(str, models),
             *("--split", self.split, "--json", str(self.out / "losses.json")),
         ]
+        if self.rows:
+            made = [*merges, self.out / "long" / "model"]
+            drawn = ["--figure", str(self.out / "imbalance.png")] * self.figure
+            yield [
+                *self._program("imbalance"),
+                *self.experiment,
+                *("--runs", *map(str, self.replicas), "--models", *map(str, made)),
+                *("--json", str(self.out / "imbalance.json"), *drawn),
+            ]
 
     def _train(self, output: Path, *settings: str) -> list[str]:
         sets = [part for each in (f"output={output}", *settings) for part in ("--set", each)]
@@ -93,9 +106,17 @@ class Study:
         return [*self.launcher, program, *self.experiment, *sets, "--resume"]
 
     def _merge(self, method: str, models: Sequence[Path], target: Path) -> list[str]:
-        named = ["--base", self.config.model.name, "--models", *map(str, models)]
+        named = ["--base", self._base(), "--models", *map(str, models)]
         remote = ["--allow-remote-code"] * self.config.model.allow_remote_code
         return [*self._program("merge"), *named, "--method", method, "--out", str(target), *remote]
+
+    def _base(self) -> str:
+        """What the replicas start from."""
+        given = getattr(self.config.train, "from")
+        if given is None:
+            return self.config.model.name
+        inner = Path(given).expanduser() / "model"  # of a checkpoint
+        return str(inner if inner.is_dir() else given)
 
     def _program(self, name: str) -> list[str]:
         return [sys.executable, str(self.programs / f"{name}.py")]

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import toys
 from distributed import ROOT, run_distributed
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench
+import merging
 from turns import Contender, Turns
 
 TURNS = "2\n2\n"  # what the driver sends
@@ -282,3 +284,38 @@ def test_scaling_shows_what_grows(measured):
     assert [row[:2] for row in rows] == [[2, 0], [2, 10**6]]
     head, *rows = scaling.validation([16], k=2, times=1)
     assert rows[0][0] == 16 and rows[0][3] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_seed_of_the_merging_table(tmp_path):
+    """Every row on a toy: the figures are those of the models they name, and the page has them."""
+    yaml, page = runs.write(tmp_path), tmp_path / "page.md"
+    study = merging.Study(
+        str(yaml), "a toy", steps=12, every=2, cosine=8, ranges=((4, 8), (2, 12)), decay=0.8, tail=2,
+    )  # fmt: skip
+    made = merging.Bench(study, 0, tmp_path / "seed", [])
+    rows = merging.of_a_run(made)
+    assert len(rows) == 9 and made.tasks == ["copy", "chat", "prose"]
+    for name, row in rows.items():
+        assert row["figure"] == pytest.approx(sum(row["losses"].values()) / 3), name
+    own = rows["six models, each at its task's best"]
+    assert own["of"].keys() == set(made.tasks) and set(own["of"].values()) <= set(range(2, 13, 2))
+    assert rows == merging.of_a_run(made), "given again it repeats no training, and finds the same"
+
+    results = tmp_path / "results"
+    results.mkdir()
+    page.write_text("before\n<!-- benchmarks/merging.py: x -->\nold\n<!-- end -->\nafter\n")
+    for seed in range(2):
+        (results / f"m0-{seed}.json").write_text(json.dumps({"rows": rows}))
+    merging.write_tables(results, page)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- ") and text.endswith("<!-- end -->\nafter\n")
+    single = rows[merging.SINGLE]["figure"]
+    assert f"| best single checkpoint | {single:.3f} ± 0.000 |  |  |" in text and "old" not in text
+
+
+def test_an_interval_is_students():
+    mean, half = merging.interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
+    assert merging.interval([1.0])[0] == 1.0

@@ -311,9 +311,9 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "mix: {lr: 1}",
-            "mix.lr: found an unknown key, wanted shares or temperature. Did you mean optimizer.lr?",
+            "mix.lr: found an unknown key, wanted shares, temperature, follow, every or floor. Did you mean optimizer.lr?",
         ),
-        ("mix: {xyz: 1}", "mix.xyz: found an unknown key, wanted shares or temperature."),
+        ("mix: {xyz: 1}", "mix.xyz: found an unknown key, wanted shares, temperature, follow, every or floor."),
         (
             "batch: {tokens: '4096'}",
             "batch.tokens: found '4096', wanted a whole number >= 1. Remove the quotes.",
@@ -379,7 +379,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "evaluate: {best: defin}",
-            "evaluate.best: found 'defin', wanted macro, token, worst, define or v1.5. Did you mean define?",
+            "evaluate.best: found 'defin', wanted macro, token, worst, log, define or v1.5. Did you mean define?",
         ),
         (
             "evaluate: {tokens: 512}",
@@ -437,7 +437,7 @@ def test_one_wrong_line(line, error):
         ),
         (
             "macro: {train: a, validation: b, format: text}",
-            "tasks.macro: found the name 'macro', wanted none of macro, token, worst, average, ., ... Rename the task.",
+            "tasks.macro: found the name 'macro', wanted none of macro, token, worst, log, average, ., ... Rename the task.",
         ),
         (
             "a: {train: a, format: text}",
@@ -527,7 +527,7 @@ evaluate: {best: marco}
         "x.yaml:8: tasks.a/b.loss_weight: found -1, wanted a number > 0.",
         "x.yaml:9: batch.packing: found 'on', wanted auto, true or false. YAML 1.2 has true and false only, without quotes.",
         "x.yaml:9: batch.max_length: found 5000, wanted at most batch.tokens, 4096. A micro-batch holds whole examples.",
-        "x.yaml:10: evaluate.best: found 'marco', wanted macro, token, worst, define or a/b. Did you mean macro?",
+        "x.yaml:10: evaluate.best: found 'marco', wanted macro, token, worst, log, define or a/b. Did you mean macro?",
         "--set optimizer.lr: found text of another form, wanted KEY=VALUE. Write --set train.steps=10.",
         "--set batch.examples=none: batch.examples: found 'none', wanted a whole number >= 1.",
     ]

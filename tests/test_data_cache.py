@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from toys import CHAT, tokenizer, write_tasks
+from transformers import AutoTokenizer
 
 from mtl import build
 from mtl.config import parse
@@ -481,6 +482,20 @@ def test_a_long_row_gives_signs_while_it_lasts(tmp_path, monkeypatch):
 def test_long_rows_make_short_chunks():
     rows = [source.Row(i, {}, size=3 * 2**20) for i in range(5)] + [source.Row(5, {})] * 300
     assert [len(chunk) for chunk in cache._chunks(iter(rows))] == [2, 2, 256, 45]
+
+
+def test_a_tokenizers_fingerprint_is_the_same_before_and_after_a_call(tmp_path):
+    """A process that waited for another's encoding has made no call."""
+    fresh = tokenizer()
+    fresh.backend_tokenizer.enable_truncation(max_length=8)
+    fresh.backend_tokenizer.enable_padding(length=8)
+    fresh.save_pretrained(tmp_path)
+    made, plain = AutoTokenizer.from_pretrained(tmp_path), tokenizer_fingerprint(tokenizer())
+    assert made.backend_tokenizer.truncation["max_length"] == 8, "the file's own"
+    assert tokenizer_fingerprint(made) == tokenizer_fingerprint(made) == plain
+    assert made.backend_tokenizer.padding["length"] == 8, "it leaves the tokenizer as it was"
+    made("a text", truncation=True, max_length=3)
+    assert tokenizer_fingerprint(made) == plain
 
 
 def test_a_date_in_the_template_is_part_of_the_key_and_is_said(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def sequence(mix: Mix, steps: int) -> list[tuple[int, int]]:
 @given(mixes())
 def test_a_batch_depends_on_its_number_alone(mix):
     steps = 12
-    fresh = Mix(mix.names, mix.sizes, mix._shares, mix.examples, mix.seed)
+    fresh = Mix(mix.names, mix.sizes, mix.first.shares, mix.examples, mix.seed)
     backwards = [
         list(zip(*map(np.ndarray.tolist, fresh.batch(step)), strict=True))
         for step in reversed(range(steps))
@@ -51,7 +51,7 @@ def test_a_batch_depends_on_its_number_alone(mix):
 @settings(deadline=None)
 @given(mixes(), st.integers(1, 7))
 def test_the_size_of_a_batch_does_not_change_the_sequence(mix, examples):
-    other = Mix(mix.names, mix.sizes, mix._shares, examples, mix.seed)
+    other = Mix(mix.names, mix.sizes, mix.first.shares, examples, mix.seed)
     n = 60
     assert (
         sequence(mix, math.ceil(n / mix.examples))[:n]
@@ -66,7 +66,7 @@ def test_tasks_come_in_the_order_of_the_divisor_method(mix):
     counts, expected = [0] * len(mix.sizes), []
     for _ in range(5 * mix.examples):
         k = min(
-            range(len(counts)), key=lambda k: (Fraction(2 * counts[k] + 1, 2 * mix._shares[k]), k)
+            range(len(counts)), key=lambda k: (Fraction(2 * counts[k] + 1, 2 * mix.first.shares[k]), k)
         )
         expected.append(k)
         counts[k] += 1
@@ -79,8 +79,8 @@ def test_tasks_come_in_the_order_of_the_divisor_method(mix):
 def test_counts_stay_near_their_share(mix, step):
     drawn, m, k = mix.drawn(step), step * mix.examples, len(mix.sizes)
     assert drawn.sum() == m
-    for count, share in zip(drawn.tolist(), mix._shares, strict=True):
-        part = Fraction(share, sum(mix._shares))
+    for count, share in zip(drawn.tolist(), mix.first.shares, strict=True):
+        part = Fraction(share, sum(mix.first.shares))
         assert abs(count - part * m) <= (1 + part * (k - 2)) / 2
 
 

@@ -135,6 +135,14 @@ def test_earlier_thoughts_are_dropped_and_counted(chat):
     assert notes == DROPPED
 
 
+@pytest.mark.parametrize(("template", "count"), [(GLM, 2), (LLAMA3, 0), (GEMMA, 0), (PHI, 0)])
+def test_turns_that_nothing_ends_are_said(template, count):
+    notes = {}
+    targets(encoder(template), talk(("u", "q"), ("a", "one"), ("u", "r"), ("a", "two")), notes)
+    text = "turns that the chat template ends with no special token: no end is learned"
+    assert notes == ({text: count} if count else {})
+
+
 def test_channels_and_an_end_of_their_own_for_earlier_turns():
     notes = {}
     assert targets(encoder(GPT_OSS), KEYS, notes) == [

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from balancers import Holder, Signals
 from balancers.tokens import Tokens
+from mtl import build, plugins
 from mtl.config import Config, parse
 from mtl.data.batches import Layout, ValidationGroups
 from mtl.data.collate import MicroBatch, collate, deal
@@ -33,6 +34,7 @@ from mtl.models import load as models
 from mtl.models import packing
 from mtl.train import evaluate
 from mtl.train import optimizer as optimizers
+from mtl.train.run import Run
 from mtl.train.step import NonFinite, fetch, train_step
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all jobs
@@ -137,6 +139,18 @@ class Expose(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.copy_(p.grad)
+
+
+def exposed(config: Config, data: build.Data, allow_code: Sequence[str] = ()) -> Run:
+    """The run of a config. At a step its parameters become the gradients of the batch."""
+
+    def make(module: torch.nn.Module) -> Expose:
+        return Expose([p for p in module.parameters() if p.requires_grad])
+
+    model = plugins.loader(config)(config, data.tokenizer, data.examples, empty=False)
+    trained = engine.Engine(model, config, make)
+    settings = {"engine": trained, "packed": False, "say": lambda text: None}
+    return build.build(config, data, allow_code=allow_code, **settings)
 
 
 class Nudge(Expose):
@@ -787,6 +801,7 @@ def test_validation(name, results, folders):
     means = (losses * tokens).sum(1) / tokens.sum(1)
     wanted = dict(zip(NAMES, means, strict=True)) | {"macro": means.mean(), "worst": means.max()}
     wanted["token"] = (losses * tokens).sum() / tokens.sum()
+    wanted["log"] = np.log(means).mean()
     assert summary == pytest.approx(wanted, rel=1e-6)
 
 

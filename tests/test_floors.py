@@ -12,7 +12,8 @@ import mtl
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Packages, lowest first: a file imports from lower floors, or from its own without a cycle.
+# Packages (and the modules beside them), lowest first. A file imports from lower floors, or from its
+# own without a cycle.
 FLOORS = {
     "balancers": 0,
     "mtl.process": 0,  # before torch is imported
@@ -24,6 +25,7 @@ FLOORS = {
     "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
     "mtl.train": 7,
     "mtl.plugins": 8, "mtl.build": 8, "mtl.replicas": 8, "mtl.evaluation": 8,
+    "mtl.compare": 8, "mtl.orders": 8, "mtl.recipes": 8,
     "launch": 9, "mtl.cli": 9,
     "mtl": 0,  # the package itself: its version
 }  # fmt: skip
@@ -98,6 +100,12 @@ def test_imports_go_down():
     assert climbs(modules()) == []
 
 
+def test_programs_are_short():
+    """They read arguments, build and run; what they do lives in `mtl`."""
+    lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("launch/*.py")}
+    assert len(lines) > 8 and {name: n for name, n in lines.items() if n > 70} == {}
+
+
 def test_the_package_itself_is_light():
     code = "import sys, mtl\nprint(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     found = subprocess.run(
@@ -145,6 +153,23 @@ def test_one_package_imports_deepspeed():
         if "deepspeed" in imports(name, path, ours)
     }
     assert homes == {"mtl.distributed"}
+
+
+PUBLIC = {
+    "mtl.config", "mtl.data.encode", "mtl.data.encoded", "mtl.data.examples", "mtl.data.formats",
+    "mtl.losses.objective", "mtl.losses.terms",
+    "mtl.models.load", "mtl.models.errors", "mtl.models.structure",
+}  # fmt: skip
+
+
+def test_recipes_use_public_points_only():
+    ours = modules()
+    recipes = {name for name in ours if name.startswith("mtl.recipes")}
+    used = {other for name in recipes for other in imports(name, ours[name], ours) if other in ours}
+    assert recipes and used - recipes - PUBLIC - {"mtl"} == set()
+    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    listed = page.partition("public points only")[2].partition("trained_only")[0]
+    assert {word.strip("`,") for word in listed.split() if word.startswith("`mtl.")} == PUBLIC
 
 
 def test_one_file_knows_peft():

@@ -9,7 +9,7 @@ import pytest
 import runs
 
 from mtl.check import starter
-from mtl.config import load
+from mtl.config import load, parse
 
 ROWS = {
     "messages": {
@@ -92,12 +92,18 @@ def test_the_yaml_is_one_that_the_program_reads(tmp_path, monkeypatch, capsys):
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path):
     odd = write(tmp_path / "odd.jsonl", {"question": "q"})
-    lone = write(tmp_path / "lone.train.jsonl", ROWS["text"])
+    lone = write(tmp_path / "lone.valid.jsonl", ROWS["text"])
     mixed = write(tmp_path / "mixed.train.jsonl", ROWS["text"])
     write(tmp_path / "mixed.valid.jsonl", ROWS["alpaca"])
     with pytest.raises(ValueError) as error:
         starter.starter([str(odd), str(lone), str(mixed)])
     first, second, third = str(error.value).splitlines()
     assert first.startswith(f"{odd}: found rows with the keys question, wanted one of the formats")
-    assert second.startswith(f"{lone}: found no validation file of the task lone")
+    assert second.startswith(f"{lone}: found no train file of the task lone")
     assert third.startswith("task mixed: ") and "wanted one format in a task" in third
+
+
+def test_rows_are_held_out_where_no_file_has_validation_rows(tmp_path):
+    lone = write(tmp_path / "lone.train.jsonl", ROWS["text"])
+    (task,) = parse(starter.starter([str(lone)]), "x.yaml").tasks.values()
+    assert (task.train, task.validation) == ((str(lone),), 0.05)

@@ -54,7 +54,7 @@ def each(yaml) -> Path:
 
 
 def test_every_task_has_its_best_model(each):
-    found = state_of(each)["bests"]
+    found, single = state_of(each)["bests"], state_of(each)["single"]
     losses = {
         line["step"]: [line[f"eval/{name}/loss"] for name in TASKS]
         for line in runs.metrics(each)
@@ -64,7 +64,10 @@ def test_every_task_has_its_best_model(each):
     for k, name in enumerate(TASKS):
         best = steps[int(np.argmin([losses[s][k] for s in steps]))]
         assert found[name] == {"step": best, "value": losses[best][k]}
-    named = {f"step-{best['step']:08d}" for best in found.values() if best["step"]}
+    macro = [float(np.mean(losses[s])) for s in steps]
+    assert single == {"step": steps[int(np.argmin(macro))], "value": pytest.approx(min(macro))}
+    each_best = [*found.values(), single]
+    named = {f"step-{best['step']:08d}" for best in each_best if best["step"]}
     assert {path.name for path in (each / "bests").iterdir()} == named
     assert len(named) > 1, found
     for name in named:
@@ -93,17 +96,31 @@ def test_killed_and_resumed_the_bests_are_the_same(yaml, each, where):
 
 
 def test_gone_back_to_a_step_whose_best_was_replaced_since(yaml, each):
-    """At step 6 chat is at its best; step 8 has taken its place. Going on from 6 finds 8 again."""
+    """At step 4 chat is at its best; step 8 has taken its place. Going on from 4 finds 8 again."""
     output = yaml.parent / "back"
     shutil.copytree(each, output)
-    then = json.loads((each / "checkpoints" / "step-00000006" / "state.json").read_text())
+    then = json.loads((each / "checkpoints" / "step-00000004" / "state.json").read_text())
     lost = f"step-{then['run']['bests']['chat']['step']:08d}"
     assert not (each / "bests" / lost).exists()
     more = ["checkpoint.every=2", "checkpoint.keep=9", f"output={output}"]
-    ended = runs.train(yaml, OURS, *EACH, *more, resume=6).well()
+    ended = runs.train(yaml, OURS, *EACH, *more, resume=4).well()
     assert f"bests/{lost}, a task's best model so far, is gone" in ended.err
     assert state_of(output)["bests"] == state_of(each)["bests"]
     assert runs.contents(output / "bests") == runs.contents(each / "bests")
+
+
+def test_gone_back_and_killed_what_the_newest_checkpoint_names_is_there(yaml, each):
+    """From 6 on chat has a best at 7, which `latest`, of step 12, does not know."""
+    output = yaml.parent / "back and killed"
+    shutil.copytree(each, output)
+    named = {path.name for path in (each / "bests").iterdir()}
+    more = [OURS, *EACH, "checkpoint.every=2", "checkpoint.keep=9", f"output={output}"]
+    died = runs.train(yaml, *more, resume=6, MISFORTUNE="kill step 7 0")
+    assert died.codes == [-9] and "step-00000012" == (output / "checkpoints/latest").read_text()
+    assert (output / "bests" / "step-00000007").is_dir()
+    assert named <= {path.name for path in (output / "bests").iterdir()}
+    assert "is gone" not in runs.train(yaml, *more, resume=True).well().err
+    assert state_of(output)["bests"] == state_of(each)["bests"]
 
 
 def test_with_lora_a_best_is_an_adapter(yaml):
@@ -206,7 +223,9 @@ def test_an_average_may_be_the_best(yaml):
 def test_measures_and_their_direction_judge_both_weight_sets():
     accuracy = Measure(ratio)
     run = SimpleNamespace(
-        config=SimpleNamespace(evaluate=SimpleNamespace(best="a/accuracy")),
+        config=SimpleNamespace(
+            evaluate=SimpleNamespace(best="a/accuracy"), checkpoint=SimpleNamespace(bests="each")
+        ),
         objective=SimpleNamespace(measures={"accuracy": accuracy}),
     )
     state = RunState(step=4)
@@ -218,5 +237,6 @@ def test_measures_and_their_direction_judge_both_weight_sets():
         state.step = step
         _judge(run, state, {"model": {"a/accuracy": model}, "average": {"a/accuracy": average}})
         assert state.best == best
+        assert state.single == {"step": step, "value": model}
     with pytest.raises(ValueError, match="a/accuracy .evaluate.best. is nan"):
         _judge(run, state, {"model": {"a/accuracy": 0.1}, "average": {}})

@@ -187,6 +187,23 @@ def test_srun_and_mpirun_start_a_run(yaml, alike, launcher):
     alike(output)
 
 
+def mpirun() -> list[str]:
+    """`mpirun -n 2` of the MPI that is installed, with what Open MPI asks of root."""
+    found = shutil.which("mpirun")
+    if not found:
+        pytest.skip("no mpirun here: apt-get install openmpi-bin, or pip install mpich")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    more = ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version else []
+    return [found, *more, "-n", "2"]
+
+
+def test_a_real_mpirun_starts_a_run(yaml, alike):
+    output = yaml.parent / "real-mpirun"
+    ended = runs.launch([*mpirun(), sys.executable], yaml, *STEPS, f"output={output}")
+    ended.well()
+    alike(output)
+
+
 def test_accelerate_starts_a_run(yaml, alike):
     output = yaml.parent / "accelerate"
     port = str(runs.free_port())

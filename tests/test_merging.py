@@ -21,7 +21,9 @@ from mtl import process
 from mtl.merging import files, sources
 from mtl.merging import merge as merging
 from mtl.merging.average import average
+from mtl.merging.average_norm import average_norm
 from mtl.merging.merge import merge
+from mtl.merging.model_stock import model_stock
 from mtl.merging.piece import MergeError
 from mtl.merging.search import search
 from mtl.merging.select import select
@@ -407,13 +409,45 @@ def test_a_run_gives_base_and_models(models, tmp_path):
     assert [path.parent.name for path in found] == ["step-00000020", "step-00000030"]
     with pytest.raises(MergeError, match="checkpoint.bests: each"):
         merging.found(None, [], run, None)
-    for name, step in (("a", 10), ("c", 30), ("b", 20)):
-        (run / "bests").mkdir(exist_ok=True)
+    (run / "bests").mkdir()
+    for name, step in (("a", 10), ("c", 30), ("b", 20)):  # 20: the best single one, no task's
         (run / "bests" / f"step-{step:08d}").symlink_to(models / name)
     (run / "bests" / ".step-00000040.tmp").mkdir()  # of a run that was killed
-    assert [path.name[-2:] for path in sources.bests(run)] == ["10", "20", "30"]
+    state = {"x": {"step": 30}, "y": {"step": 10}, "z": {"step": 30}, "never": {"step": 0}}
+    write_state(run, {"bests": state, "single": {"step": 20}})
+    assert [path.name[-2:] for path in sources.bests(run)] == ["10", "30", "30"]
+    assert merging.found(None, [], run, None) == (str(models / "base"), sources.bests(run))
     with pytest.raises(MergeError, match="wanted FIRST:LAST"):
         merging.found(None, [], run, "15-30")
+
+
+def write_state(run: Path, state: dict) -> None:
+    newest = run / "checkpoints" / "step-00000030"
+    newest.mkdir(parents=True, exist_ok=True)
+    (newest / "state.json").write_text(json.dumps({"run": state}))
+    (newest.parent / "latest").write_text(newest.name)
+
+
+def test_a_model_given_twice_counts_twice(models, tmp_path):
+    """The mean of the tasks' own bests, where two tasks share one: theta = sum_k theta_{s_k} / K."""
+    a, b, _ = abc(models)
+    for method in (average, average_norm, task_arithmetic):
+        twice, weighed = tmp_path / f"{method.__name__}2", tmp_path / f"{method.__name__}w"
+        merge(str(models / "base"), [a, b, a], partial(method), twice, force=True)
+        given = partial(method, weights=[2.0, 1.0])
+        merge(str(models / "base"), [a, b], given, weighed, force=True)
+        assert tensors(twice).keys() == tensors(weighed).keys()
+        for name, tensor in tensors(weighed).items():
+            assert torch.equal(tensors(twice)[name], tensor), (method.__name__, name)
+    report = json.loads((tmp_path / "average2" / "merge.json").read_text())
+    assert report["models"] == [str(a), str(b)] and report["settings"] == {"weights": [2.0, 1.0]}
+    given = partial(average, weights=[1.0, 2.0, 3.0])
+    report = merge(str(models / "base"), [a, b, a], given, tmp_path / "given")
+    assert report.settings == {"weights": [4.0, 2.0]}
+    with pytest.raises(MergeError, match="weights: found .*, wanted 3, one for each"):
+        merge(str(models / "base"), [a, b, a], partial(average, weights=[1.0]), tmp_path / "few")
+    once = merge(str(models / "base"), [a, b, a], partial(model_stock), tmp_path / "stock")
+    assert once.models == [str(a), str(b)] and once.settings == {}
 
 
 MEASURE = """

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 import toys
 from distributed import run_distributed
-from test_equivalence import Expose
+from test_equivalence import exposed
 
 from mtl import build, plugins
 from mtl.config import ConfigError
 from mtl.data.formats import Completion, RowProblem
 from mtl.data.preference import preference
-from mtl.distributed import comm, engine
+from mtl.distributed import comm
 from mtl.losses.preference import PairExamples, Preference
 from mtl.train.reference import fill
 from mtl.train.step import fetch, train_step
@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
     ]
     plain = [{"text": word()} for _ in range(9)]
     for name, rows in (("pairs", pairs), ("plain", plain)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        toys.write_rows(root / f"{name}.jsonl", rows)
     return root
 
 
@@ -297,20 +297,14 @@ def gradients(folder: str) -> dict[int, dict[str, Any]]:
     for zero in STAGES:
         config = config_of(Path(folder), zero=zero)
         data = build.encode(config, say=silent)
-        model = plugins.loader(config)(config, data.tokenizer, data.examples, empty=False)
-
-        def make(module: torch.nn.Module) -> Expose:
-            return Expose([p for p in module.parameters() if p.requires_grad])
-
-        trained = engine.Engine(model, config, make)
-        run = build.build(config, data, engine=trained, packed=False, say=silent)
+        run = exposed(config, data)
         split = data.tasks[0].train
         kept = np.stack([split.columns(i)["reference"] for i in range(len(split))])
         # A policy that has left the reference: else every pair's score is 0.
         split.attach("reference", kept + np.array([[0.7, -0.4]], np.float32))
         batch = fetch(lambda run=run: run.batches.batch(0), len(run.names))
         report = train_step(run.engine, run.objective, batch, np.array(WEIGHTS), 0.0, run.names)
-        state = {n: t.numpy() for n, t in trained.state_dict().items()}
+        state = {n: t.numpy() for n, t in run.engine.state_dict().items()}
         dummies = sum(micro.is_dummy for micro in batch.micros)
         found[zero] = {
             "losses": report.losses, "state": state, "reference": kept, "dummies": dummies

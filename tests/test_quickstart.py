@@ -1,5 +1,6 @@
 """mtl/samples on small made-up inputs: readers, split, cache and errors. Nothing is downloaded."""
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -10,12 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
+from safetensors.torch import load_file
 
-from mtl.samples import quickstart, tasks
+from mtl.samples import quickstart, strings, tasks
 from mtl.samples.archives import Archive, BuildError, fetch, member
 from mtl.samples.build import part, recipe, whole
-from mtl.samples.rows import completion, split
+from mtl.samples.rows import Source, completion, split
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,15 +193,17 @@ def numbered(count: int, group=lambda i: None):
 
 
 def test_split_holds_out_exactly_so_many_rows_and_ignores_the_order_of_the_source():
-    train, valid = split(numbered(300), limit=200, validation=56)
+    train, valid, test = split(numbered(300), limit=200, validation=56)
     assert (len(train), len(valid)) == (200 - quickstart.VALIDATION, quickstart.VALIDATION)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
-    assert (train, valid) == split(numbered(300)[::-1], limit=200, validation=56)
+    assert [train, valid, test] == split(numbered(300)[::-1], limit=200, validation=56)
     assert [row["prompt"] for row in train] != sorted((row["prompt"] for row in train), key=int)
 
 
 def test_split_keeps_groups_whole():
-    train, valid = split(numbered(300, group=lambda i: f"file{i // 7}"), limit=300, validation=56)
+    train, valid, test = split(
+        numbered(300, group=lambda i: f"file{i // 7}"), limit=300, validation=56
+    )
     files = [{int(row["prompt"]) // 7 for row in side} for side in (train, valid)]
     assert len(valid) == 56 and len(files[1]) == 8 and not files[0] & files[1]
 
@@ -209,7 +214,7 @@ def test_split_keeps_one_row_of_a_key_and_no_training_row_close_to_a_held_out_on
     near = [
         completion(f"a b c d e f g h i x{i}", str(i), "") for i in range(100)
     ]  # 9 of 11 words shared
-    train, valid = split(near, limit=100, validation=56)
+    train, valid, test = split(near, limit=100, validation=56)
     assert (len(train), len(valid)) == (0, 56)
 
 
@@ -372,7 +377,9 @@ def test_too_few_rows_are_an_error_that_names_the_task(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "standard_library", lambda: [])
     with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w"):
         pass
-    with pytest.raises(BuildError, match="doc2code: found 0 training and 0 validation rows"):
+    with pytest.raises(
+        BuildError, match="doc2code: found 0 training, 0 validation and 0 test rows"
+    ):
         quickstart.build_data(tmp_path, tmp_path)
 
 
@@ -396,3 +403,67 @@ def test_labels_are_those_of_the_sources():
     assert [row.data for row in tasks.labeled_headlines(sample(headline, "1"))] == [
         {"text": headline, "label": "yes"}
     ]
+
+
+# ------------------------------------------------------------------------------------------------------------ strings
+
+
+def test_words_become_strings_to_spell():
+    source = 'export const dictionary = {\n  "\'em": "AH0 M",\n  "a(2)": "EY1",\n  ab: "AE1 B",\n'
+    source += '  cat: "K AE1 T",\n  "dog": "D AO1 G"\n}\n'
+    assert pairs(strings.pronunciations(source)) == [
+        ("g2p cat:", "K AE1 T"),
+        ("g2p dog:", "D AO1 G"),
+    ]
+    lookup = {"cats": "cat", "cat": "cat", "x-ray": "xray", "ab": "abc", "fünfzehnjährigen": "alt"}
+    assert pairs(strings.lemmas("en", lookup)) == [("en cats:", "cat")]
+
+
+def test_m0s_rows_are_known_by_their_hash_and_its_config_reads_them(tmp_path, monkeypatch):
+    def rows(task: str, count: int):
+        return [completion(f"{task}{i}", f"{task} {i}:", str(i)) for i in range(count)]
+
+    held, counts = strings.VALIDATION + strings.TEST, dict.fromkeys(strings.TRAIN, 30)
+    monkeypatch.setattr(strings, "TRAIN", counts)
+    found = {task: Source(rows(task, held + 40), "made up", "none") for task in counts}
+    monkeypatch.setattr(strings, "sources", lambda archives: found)
+    with pytest.raises(BuildError, match="found rows with SHA-256 [0-9a-f]{64}, wanted "):
+        strings.build_data(tmp_path, tmp_path)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    sum_ = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    monkeypatch.setattr(strings, "ROWS", sum_)
+    note = strings.build_data(tmp_path, tmp_path)
+    assert note["lt"] == {"train": 30, "valid": 150, "test": 300, "characters": 42} | {
+        "source": "made up", "licence": "none"
+    }  # fmt: skip
+    sides = [
+        {line for line in (tmp_path / f"lt.{side}.jsonl").read_text().splitlines()}
+        for side in ("train", "valid", "test")
+    ]
+    assert len(set.union(*sides)) == sum(map(len, sides)) == 30 + held
+
+    config = yaml.safe_load((ROOT / "configs" / "m0.yaml").read_text())
+    assert list(config["tasks"]) == list(counts)
+    paths = [
+        Path(task[side])
+        for task in config["tasks"].values()
+        for side in ("train", "validation", "test")
+    ]
+    assert {path.parent for path in paths} == {Path(".cache/quickstart/strings")}
+    assert sorted(path.name for path in paths) == [file.name for file in files]
+
+
+def test_m0s_model_is_seeded_and_its_tokenizer_reads_bytes(tmp_path):
+    note = strings.build_model(tmp_path, tmp_path)
+    assert note["parameters"] == 257 * 128 + 3 * (4 * 128**2 + 3 * 128 * 320 + 2 * 128) + 128
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("de Häuser:").input_ids
+    assert len(ids) == len("de Häuser:".encode()) and tokenizer.decode(ids) == "de Häuser:"
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 256
+    weights = load_file(tmp_path / "model.safetensors")
+    again = tmp_path / "again"
+    again.mkdir()
+    strings.build_model(tmp_path, again)
+    other = load_file(again / "model.safetensors")
+    assert weights.keys() == other.keys() and "lm_head.weight" not in weights
+    assert all((weights[name] == other[name]).all() for name in weights)

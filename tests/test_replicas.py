@@ -1,5 +1,9 @@
-"""The commands of a study of replicas, and a small one run to its end but for the merging."""
+"""The commands of a study of replicas, and small ones, of which one is killed and run to its end."""
 
+import json
+import os
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -88,3 +92,44 @@ def test_replicas_train_from_one_start_to_different_models(tmp_path):
     assert tokens[0] != tokens[1]
     one, other = (load_file(output / "model/model.safetensors") for output in made.replicas)
     assert any((one[name] != other[name]).any() for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_that_was_killed_goes_on_to_its_end(tmp_path):
+    """The long run dies at its step 9; the same command finishes the study from there."""
+    yaml, out = runs.write(tmp_path), tmp_path / "out"
+    command = [sys.executable, str(PROGRAMS / "replicas.py"), "--config", str(yaml), "--of", "2"]
+    command += ["--out", str(out), "--methods", "average", "select", "--allow-code", "outside"]
+    for each in ("train.steps=6", "checkpoint.every=3", "objective=outside:causal_lm"):
+        command += ["--set", each]
+    paths = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
+    environment = {**runs.without_a_launcher(), **runs.ENVIRONMENT, "PYTHONPATH": paths}
+
+    def study(**more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, env={**environment, **more}, capture_output=True, text=True, cwd=tmp_path
+        )
+
+    died = study(MISFORTUNE="kill step 9 0")
+    assert died.returncode == 1 and "exit code -9: " in died.stderr, died.stderr
+    assert (out / "long/checkpoints/latest").read_text() == "step-00000009"
+    assert {path.name for path in out.iterdir()} == {"replica-0", "replica-1", "long"}
+    ended = study()
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming from" in ended.stderr
+    models = json.loads((out / "losses.json").read_text())["models"]
+    merged = ["merged-average", "merged-select"]
+    names = ["replica-0/model", "replica-1/model", "long/model", *merged, "tail"]
+    assert list(models) == [str(out / name) for name in names]
+    tail = json.loads((out / "tail" / "merge.json").read_text())["models"]
+    assert [Path(one).parent.name for one in tail] == ["step-00000009", "step-00000012"]
+
+    found = json.loads((out / "imbalance.json").read_text())
+    made = [str(out / name) for name in (*merged, "tail", "long/model")]
+    assert list(found) == ["replicas", "by chance", *made]
+    # Two replicas of a rotation, each centred by their mean: what is high in one is low in the other.
+    curve = found["replicas"]["curve"]
+    assert len(curve) == 8 and curve[:4] == pytest.approx([-x for x in curve[4:]], abs=1e-9)
+    assert found["replicas"]["interval"][0] <= found["replicas"]["interval"][1]
+    assert "spearman" in ended.stdout and "by chance" in ended.stdout

@@ -102,6 +102,7 @@ def test_validation_comes_before_the_first_step_at_its_interval_and_at_the_end(f
             "eval/macro",
             "eval/token",
             "eval/worst",
+            "eval/log",
         } | {f"eval/{task}/loss" for task in TASKS}
         losses = np.array([line[f"eval/{task}/loss"] for task in TASKS])
         assert line["eval/macro"] == pytest.approx(losses.mean(), rel=1e-12)
@@ -109,6 +110,7 @@ def test_validation_comes_before_the_first_step_at_its_interval_and_at_the_end(f
             (losses * targets).sum() / targets.sum(), rel=1e-9
         )
         assert line["eval/worst"] == losses.max()
+        assert line["eval/log"] == np.log(losses).mean()
     assert evaluated[-1]["eval/macro"] < evaluated[0]["eval/macro"] - 0.3, "it learns"
 
 

@@ -204,12 +204,28 @@ def test_an_adapter_that_does_not_fit_is_refused(first, tmp_path):
         )  # fmt: skip
         assert ended.codes == [1] and text in ended.err, ended.err
     toys.tiny_llama(hidden_size=32).save_pretrained(tmp_path / "other")
-    other = [f"model.adapter={first}/run/model", f"output={tmp_path}/run"]
+    either = f"model.adapter={{path: {first}/run/model, other_base: true}}"
+    other = [either, f"output={tmp_path}/run"]
     toys.tokenizer().save_pretrained(tmp_path / "other")
     ended = runs.train(first / "x.yaml", *SHORT, *other, f"model.name={tmp_path}/other")
     assert ended.codes == [1] and "wanted an adapter of this model" in ended.err, ended.err
     ended = runs.train(first / "x.yaml", *SHORT, f"model.adapter={tmp_path}/x", other[1])
     assert "model.adapter.path: found" in ended.err and "Traceback" not in ended.err, ended.err
+
+
+@pytest.mark.parametrize("merge", ["false", "true"])
+def test_an_adapter_of_another_base_whose_shapes_fit_is_refused_unless_asked(
+    first, tmp_path, merge
+):
+    toys.save(toys.tiny_llama(seed=1), tmp_path / "other")
+    settings = [f"model.name={tmp_path}/other", f"output={tmp_path}/run"]
+    given = f"path: {first}/run/model, merge: {merge}"
+    ended = runs.train(first / "x.yaml", *SHORT, *settings, f"model.adapter={{{given}}}")
+    assert ended.codes == [1] and f"found an adapter of '{first}/model', wanted one" in ended.err
+    ended = runs.train(
+        first / "x.yaml", *SHORT, *settings, f"model.adapter={{{given}, other_base: true}}"
+    )
+    ended.well()
 
 
 # Weights of a checkpoint

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import toys
 from distributed import run_distributed
 from huggingface_hub import ModelCard
-from test_equivalence import Expose
+from test_equivalence import exposed
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import mtl
-from mtl import build, plugins
+from mtl import build, evaluation, plugins
 from mtl.config import ConfigError
 from mtl.data.examples import Piece
-from mtl.distributed import comm, engine
+from mtl.distributed import comm
 from mtl.losses.classification import macro_f1
 from mtl.output.export import ExportError, export
 from mtl.train import gram
@@ -63,13 +63,12 @@ def folder(tmp_path_factory) -> Path:
     draw = np.random.default_rng(0)
     for name, rows in (("a", 12), ("b", 9)):
         texts = ["".join(draw.choice(list("abcdef"), draw.integers(4, 20))) for _ in range(rows)]
-        lines = [json.dumps({"text": text}) for text in texts]
-        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        toys.write_rows(root / f"{name}.jsonl", [{"text": text} for text in texts])
         labels = ["yes" if "a" in text else "no" for text in texts]
         labels[:2] = ["yes", "no"]
         pairs = zip(texts, labels, strict=True)
-        lines = [json.dumps({"text": text, "label": label}) for text, label in pairs]
-        (root / f"{name}.labels.jsonl").write_text("\n".join(lines) + "\n")
+        rows = [{"text": text, "label": label} for text, label in pairs]
+        toys.write_rows(root / f"{name}.labels.jsonl", rows)
     return root
 
 
@@ -99,20 +98,12 @@ def gradients(folder: str, text: str) -> dict[int, dict[str, np.ndarray]]:
     for zero in STAGES:
         config = config_of(yaml_of(Path(folder), text, zero))
         data = build.encode(config, ["three"], say=lambda text: None)
-        model = plugins.loader(config)(config, data.tokenizer, data.examples, empty=False)
-
-        def make(module: torch.nn.Module) -> Expose:
-            return Expose([p for p in module.parameters() if p.requires_grad])
-
-        trained = engine.Engine(model, config, make)
-        run = build.build(
-            config, data, engine=trained, packed=False, allow_code=["three"], say=lambda text: None
-        )
+        run = exposed(config, data, ["three"])
         batch = fetch(lambda run=run: run.batches.batch(0), len(run.names))
         before = [len(run.batches.batch(0)), sum(micro.is_dummy for micro in batch.micros)]
         grams = {}
         if zero in (0, 3):
-            parameters = list(trained.module.parameters())
+            parameters = list(run.engine.module.parameters())
             streams = run.batches.by_stream(0)
             tasks = [
                 [micro for s in run.book.reads(k) for micro in streams[s]]
@@ -122,7 +113,7 @@ def gradients(folder: str, text: str) -> dict[int, dict[str, np.ndarray]]:
             mine = gram.gradients(run.engine, run.objective, tasks, parameters)
             grams = {"gram": gram.products(mine, mine)}
         report = train_step(run.engine, run.objective, batch, np.array(WEIGHTS), 0.0, run.names)
-        state = {n: t.numpy() for n, t in trained.state_dict().items()}
+        state = {n: t.numpy() for n, t in run.engine.state_dict().items()}
         found[zero] = {"losses": report.losses, "state": state, "before": before, **grams}
         run.batches.close()
     return found
@@ -324,6 +315,23 @@ def test_a_classifier_trains_and_its_export_is_transformers_own(bert):
     assert card.data.pipeline_tag == "text-classification"
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text
     assert "nats per example" in card.text
+
+    # launch/evaluate.py has what the run itself measured of that model, in table and JSON.
+    config = config_of(yaml)
+    data, names = evaluation.rows(config, "validation"), list(config.tasks)
+    found = {"best": evaluation.evaluator(config, data)(bert / "labels/model")}
+    record = json.loads(evaluation.record(found, names, data, "validation"))
+    assert record["unit"] == "nats per example"
+    measures = record["models"]["best"]["measures"]
+    for name in ("a/accuracy", "b/accuracy", "accuracy", "b/macro_f1", "macro_f1"):
+        assert measures[name] == pytest.approx(passes[best][f"eval/{name}"]), name
+    losses, of_losses, accuracy, of_accuracy, *_ = evaluation.table(found, names, data)
+    assert losses == ["nats per example", "a", "b", "macro", "token"]
+    assert accuracy == ["accuracy", "a", "b", "mean", ""]
+    assert of_accuracy[1:4] == [
+        f"{measures[k]:.4f}" for k in ("a/accuracy", "b/accuracy", "accuracy")
+    ]
+    assert of_losses[1] == f"{passes[best]['eval/a/loss']:.4f}"
 
 
 def test_an_adapter_of_a_classifier_opens_with_its_labels(bert):

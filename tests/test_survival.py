@@ -355,3 +355,12 @@ def test_a_step_beyond_the_last_one(yaml, whole, tmp_path):
     manifest.seal(folder)
     ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=True)
     assert ended.codes == [1, 1] and "is of step 13, and the run has only 12 steps" in ended.err
+
+
+# Bad configs
+
+
+def test_a_warm_up_beyond_a_run_given_in_epochs_is_refused(yaml):
+    ended = runs.train(yaml, "train={epochs: 0.1}", "schedule.warmup=500")
+    assert ended.codes == [1] and "Traceback" not in ended.err
+    assert "schedule.warmup: found 500, wanted at most the run's steps, " in ended.err

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,6 +98,11 @@ def save(model: PreTrainedModel, folder: Path | str, chat: bool = True) -> str:
     return str(folder)
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_tasks(
     folder: Path | str, train: int = 24, validation: int = 8, seed: int = 0
 ) -> dict[str, dict[str, str]]:
@@ -140,6 +146,6 @@ def write_tasks(
         tasks[name] = {"format": form}
         for split, rows in (("train", train), ("validation", validation)):
             path = folder / f"{name}.{split}.jsonl"
-            path.write_text("".join(json.dumps(row()) + "\n" for _ in range(max(1, rows // part))))
+            write_rows(path, [row() for _ in range(max(1, rows // part))])
             tasks[name][split] = str(path)
     return tasks

@@ -142,6 +142,11 @@ def batches(config: Config, data: Data, world: int) -> list[str]:
         for name, share, size, count in zip(mix.names, mix.shares, mix.sizes, drawn, strict=True)
     ]
     lines += _aligned([head, *table])
+    if config.mix.follow is not None:
+        lines.append(
+            f"from step {config.mix.every:,} on the shares are the balancer's weights "
+            "(mix.follow): what is said of batches and passes holds for the shares before"
+        )
 
     evaluate = config.evaluate
     for name, layout in layouts(

@@ -13,6 +13,7 @@ from mtl.data.encoded import DataError
 from mtl.data.formats import FORMATS, RowProblem
 from mtl.data.source import open_source
 
+HELD_OUT = "5%"  # of the training rows, where no file has validation rows
 SAMPLE = 200  # rows of a file that are looked at
 SIDES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -41,10 +42,12 @@ class Named(NamedTuple):
 
 def starter(files: Sequence[str]) -> str:
     """The YAML of a run on `files`: pairs by their names, as code.train.jsonl and code.valid.jsonl.
-    A validation file that stands beside a training file need not be named.
+    A validation file that stands beside a training file need not be named; where there is none,
+    HELD_OUT of the training rows is.
 
     Raises:
-        DataError: every file that cannot be read, has rows of no format, or lacks its other side.
+        DataError: every file that cannot be read, has rows of no format, or stands for validation
+            without a training file.
     """
     sides: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"train": [], "validation": []})
     for file in dict.fromkeys(files):
@@ -98,12 +101,12 @@ def _entry(task: str, paths: dict[str, list[str]]) -> dict[str, object]:
     if len(set(formats.values())) > 1:
         found = ", ".join(f"{file} is {form}" for file, form in formats.items())
         raise DataError(f"task {task}: {found}; wanted one format in a task.")
-    for side, other in (("train", "validation"), ("validation", "train")):
-        if not paths[side]:
-            raise DataError(
-                f"{', '.join(paths[other])}: found no {side} file of the task {task}, wanted one "
-                f"beside it, such as {task}.{side}.jsonl. Name it too."
-            )
+    if not paths["train"]:
+        raise DataError(
+            f"{', '.join(paths['validation'])}: found no train file of the task {task}, wanted one "
+            f"beside it, such as {task}.train.jsonl. Name it too."
+        )
+    paths = {**paths, "validation": paths["validation"] or [HELD_OUT]}
     entry = {side: some[0] if len(some) == 1 else some for side, some in paths.items()}
     return {**entry, "format": next(iter(formats.values()))}
 

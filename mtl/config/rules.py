@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mtl.config.document import Document, Keys, Problem, child, show
-from mtl.config.schema import RESERVED, Config, adapter_folder
+from mtl.config.schema import BEST, RESERVED, Config, adapter_folder
 from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
 OWN = ("train", "validation", "format")  # what a task with rows has
@@ -87,7 +87,7 @@ def _best(get: Get) -> Iterator[Finding]:
     ]
     if any(name not in ("causal_lm", None) for name in names):
         return  # an objective may have measures: `mtl.plugins.read` looks at them
-    best, choices = get("evaluate", "best"), ["macro", "token", "worst", *get("tasks")]
+    best, choices = get("evaluate", "best"), [*BEST, *get("tasks")]
     if best not in choices:
         yield ("evaluate", "best"), show(best), either(choices), did_you_mean(best, choices)
 
@@ -134,6 +134,43 @@ def _temperature(get: Get) -> Iterator[Finding]:
             "nothing",
             f"It has no meaning with mix.shares: {shares}.",
         )
+
+
+def _follow(get: Get) -> Iterator[Finding]:
+    follow, tasks = get("mix", "follow"), get("tasks")
+    if follow is None:
+        for key, default in ("every", 50), ("floor", None):
+            if (value := get("mix", key)) != default:
+                hint = "It has no meaning without mix.follow."
+                yield ("mix", key), show(value), "nothing", hint
+        return
+    if get("mix", "shares") == "epochs":
+        hint = "How often a task's rows are read is the balancer's, then."
+        yield ("mix", "shares"), "epochs", "other shares beside mix.follow", hint
+    floor = get("mix", "floor")
+    if floor is not None and floor * len(tasks) > 1:
+        most = f"at most {1 / len(tasks):.4g}"
+        yield ("mix", "floor"), show(floor), most, f"That is the equal share of {len(tasks)} tasks."
+    for name in tasks:
+        if get("tasks", name, "of") is not None:
+            found = f"{follow}, and the task {name}, which is a loss of other tasks' rows"
+            hint = "Such tasks share their draws."
+            yield ("mix", "follow"), found, "null", hint
+
+
+def _known_order(get: Get) -> Iterator[Finding]:
+    """Whole batches change places only where they are known from the start."""
+    if get("train", "order") is None or get("train", "order", "scheme") != "batch":
+        return
+    patience = get("evaluate", "patience")
+    action = "log" if patience is None else get("evaluate", "patience", "action")
+    for found, key in (
+        (get("mix", "follow") is not None, "mix.follow"),
+        (action in ("drop", "anchor"), f"evaluate.patience.action: {action}"),
+    ):
+        if found:
+            hint = f"With {key} later batches are not known when the run starts."
+            yield ("train", "order", "scheme"), "batch", "rotate or shuffle", hint
 
 
 def _lengths(get: Get) -> Iterator[Finding]:
@@ -315,6 +352,26 @@ def _average(get: Get) -> Iterator[Finding]:
         yield ("average",), "an average", "null with engine.offload.optimizer: nvme", hint
 
 
+def _anchor(get: Get) -> Iterator[Finding]:
+    if get("evaluate", "patience") is None:
+        return
+    path = "evaluate", "patience"
+    if get(*path, "action") != "anchor":
+        if (keep := get(*path, "keep")) != 0.25:
+            hint = "It has no meaning without action: anchor."
+            yield (*path, "keep"), show(keep), "nothing", hint
+        return
+    if get("engine", "offload", "optimizer") == "nvme":
+        hint = "The fp32 weights of a task's best are not in memory there."
+        wanted = "another action with engine.offload.optimizer: nvme"
+        yield (*path, "action"), "anchor", wanted, hint
+    for name in get("tasks"):
+        if get("tasks", name, "of") is not None:
+            found = f"anchor, and the task {name}, which is a loss of other tasks' rows"
+            hint = "A task is held on its own rows."
+            yield (*path, "action"), found, "log, freeze or drop", hint
+
+
 def _order(get: Get) -> Iterator[Finding]:
     if get("train", "order") is None:
         return
@@ -377,6 +434,8 @@ RULES = (
     _best,
     _scale,
     _temperature,
+    _follow,
+    _known_order,
     _lengths,
     _evaluation,
     _momentum,
@@ -388,6 +447,7 @@ RULES = (
     _kernel,
     _gram,
     _average,
+    _anchor,
     _order,
     _export,
 )

@@ -88,7 +88,8 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
-RESERVED = ("macro", "token", "worst", "average", ".", "..")
+RESERVED = ("macro", "token", "worst", "log", "average", ".", "..")
+BEST = ("macro", "token", "worst", "log")  # what every run may be judged by, besides a task
 
 
 class Section(BaseModel):
@@ -131,7 +132,7 @@ class AdapterSection(Section):
 
     model_config = ConfigDict(json_schema_extra=lambda schema: _or_text(schema))
 
-    wanted: ClassVar = "a path, or a mapping with path and merge"
+    wanted: ClassVar = "a path, or a mapping with path, merge and other_base"
 
     path: TextPath
     """A folder with an adapter_config.json, a checkpoint of a run (`RUN/checkpoints/step-...`), or
@@ -141,6 +142,10 @@ class AdapterSection(Section):
     """false: training goes on in the adapter, with its own settings. A `model.lora` beside it must
     have the same. true: it is first added to the model's weights, in fp32 (zero 0-2, without
     `model.lora` and `model.quantize`).
+    """
+    other_base: bool = False
+    """true: take the adapter though it names another base model than `model.name`: the same model
+    in another place, or one whose shapes fit.
     """
 
     @model_validator(mode="before")
@@ -188,7 +193,7 @@ class ModelSection(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub name; null: its main branch."""
     loader: Spec = Spec(name="causal_lm")
-    """What makes the model: causal_lm, sequence_classification, or a function of yours."""
+    """What makes the model: causal_lm, sequence_classification, kpe, or a function of yours."""
     allow_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     attention: Text | None = None
@@ -241,7 +246,7 @@ class TaskSection(Section):
     """Rows that only `launch/evaluate.py` reads, never a training run; named as `train`."""
     format: Spec | None = None
     """What a row holds: messages, prompt_completion, text, labeled, alpaca, sharegpt, chat_rounds,
-    or a function of yours.
+    preference, choices, or a function of yours.
     """
     of: Names | None = None
     """Other tasks. This task is another loss (`loss`) of their rows, in place of train, validation
@@ -276,6 +281,16 @@ class MixSection(Section):
     """
     temperature: Annotated[float, Ge(0.05), Le(1e6)] | None = None
     """1: proportional; large: nearly equal (`shares: temperature` only)."""
+    follow: Literal["balancer"] | None = None
+    """balancer: from step `every` on the shares are the balancer's weights, and a task's loss
+    counts what it has of the batch's examples. null: `shares` all along.
+    """
+    every: Steps = 50
+    """Optimizer steps between changes of the shares (with `follow` only)."""
+    floor: Fraction | None = None
+    """The least share of a task, before all are brought to the sum 1; null: 1/4 of an equal one
+    (with `follow` only).
+    """
 
 
 class BatchSection(Section):
@@ -419,12 +434,16 @@ class PatienceSection(Section):
 
     evaluations: Count
     """Full passes in a row without a new lowest loss of the task after which it is done."""
-    action: Literal["log", "freeze", "drop"] = "log"
+    action: Literal["log", "freeze", "drop", "anchor"] = "log"
     """log: say so, once. freeze: the task's part of all weights stays as it was. drop: its weight
-    is 0. The other tasks share the rest. When all tasks are done, the run ends.
+    is 0, and its rows are drawn no more. anchor: it keeps a part of its weight and of its draws,
+    and its loss becomes the divergence from its own best, until it improves again. The other tasks
+    share the rest. When all tasks are done, the run ends.
     """
     margin: NotNegative = 0.0
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
+    keep: Annotated[float, Gt(0), Le(1)] = 0.25
+    """What a task that is done keeps of its weight and of its draws (action `anchor` only)."""
 
 
 class AverageSection(Section):
@@ -458,8 +477,9 @@ class EvaluateSection(Section):
     """Token positions of a validation micro-batch; null: batch.tokens."""
     best: Text = "macro"
     """What picks the best checkpoint. A loss: macro (mean over tasks), token (mean over target
-    tokens), worst (the tasks' highest), or a task's name. Or one of the objective's measures, such
-    as accuracy, which is a mean over tasks; `task/accuracy` is one task's.
+    tokens), worst (the tasks' highest), log (mean over tasks of the logarithm, so that a per cent
+    counts the same in every task), or a task's name. Or one of the objective's measures, such as
+    accuracy, which is a mean over tasks; `task/accuracy` is one task's.
     """
     probe: ProbeSection = ProbeSection()
     """The balancer's probe."""
@@ -479,8 +499,8 @@ class CheckpointSection(Section):
     best: bool = True
     """Whether the checkpoint with the lowest `evaluate.best` loss is kept as well."""
     bests: Literal["each"] | None = None
-    """each: also keep every task's best model, weights only, in the output's `bests/step-...`.
-    Tasks with the same best step share a folder. null: none.
+    """each: also keep every task's best model and the best single one by `evaluate.best`, weights
+    only, in the output's `bests/step-...`. Those of the same step share a folder. null: none.
     """
 
 
@@ -519,6 +539,10 @@ class EngineSection(Section):
     """Offloading."""
     timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
+    rendezvous_minutes: Annotated[float, Gt(0), Le(10080)] = 10.0
+    """Minutes a process waits at the start until all others have started. A message every
+    10 s names the missing ones. Reading the data comes afterwards, without this limit.
+    """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.
     `"auto"` values are allowed. A key that contradicts one of ours is an error.

@@ -11,7 +11,7 @@ import torch
 from mtl.data.collate import Micro, deal
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.examples import Batch, Examples, Piece
-from mtl.data.mix import Mix, permutation
+from mtl.data.mix import Mix, Round, permutation
 from mtl.data.next_token import NextToken
 
 
@@ -149,8 +149,13 @@ def _layouts(given: Layout | Layouts) -> Layouts:
 class TrainBatches:
     """A rank's micro-batches of each optimizer step, prepared `ahead` steps early by a thread.
 
-    `.batch(step)` may be called in any order and with any step: a batch is a function of its
-    number. An error in the preparation is raised by the call for that step.
+    `.batch(step)` may be called in any order and with any step of the round: a batch is a function
+    of round and number. An error in the preparation is raised by the call for that step.
+
+    Attributes:
+        now: the present round of draws.
+        stop: the step at which another one begins; no batch is prepared from there on. None: no
+            such step is known.
     """
 
     def __init__(
@@ -160,6 +165,7 @@ class TrainBatches:
             len(task.train) for task in tasks
         ]
         self.mix, self.layouts, self.ahead = mix, _layouts(layout), ahead
+        self.now, self.stop = mix.first, None
         self._splits = [task.train for task in tasks]
         # Not run on CUDA yet. A thread begins on device 0, where pinning would open a context for
         # every rank.
@@ -175,12 +181,26 @@ class TrainBatches:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=settle)
         self._coming: dict[int, Future[list[Batch]]] = {}
 
+    def begin(self, now: Round, stop: int | None) -> None:
+        """Go on in a round of draws; another one than before forgets what was prepared."""
+        if now != self.now:
+            for late in self._coming.values():
+                late.cancel()
+            self._coming.clear()
+        self.now, self.stop = now, stop
+
+    def parts(self, step: int) -> np.ndarray:
+        """(S,) float64: each stream's part of the examples of global batch `step`; sums to 1."""
+        drawn = self.mix.drawn(step + 1, self.now) - self.mix.drawn(step, self.now)
+        return drawn / drawn.sum()
+
     def batch(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (0 is the first).
 
         Every rank has the same number of them, at least one.
         """
-        wanted = range(step, step + 1 + self.ahead)
+        stop = step + 1 + self.ahead
+        wanted = range(step, stop if self.stop is None else min(stop, self.stop))
         for late in [n for n in self._coming if n not in wanted]:
             self._coming.pop(late).cancel()
         for n in wanted:
@@ -191,7 +211,16 @@ class TrainBatches:
     def by_stream(self, step: int) -> list[list[Batch]]:
         """The examples of `batch(step)`, stream by stream: this rank's micro-batches of each."""
         make = functools.partial(self.layouts.by_stream, self._splits)
-        return self._worker.submit(lambda: make(*self.mix.batch(step), self._key(step))).result()
+        return self._worker.submit(
+            lambda: make(*self.mix.batch(step, self.now), self._key(step))
+        ).result()
+
+    def forget(self) -> None:
+        """Drop what was prepared, and wait until the thread reads no rows: they may change then."""
+        for late in self._coming.values():
+            late.cancel()
+        self._coming.clear()
+        self._worker.submit(lambda: None).result()  # after everything that it had begun
 
     def close(self) -> None:
         """Stop the thread and forget what it prepared."""
@@ -199,7 +228,7 @@ class TrainBatches:
 
     def make(self, step: int) -> list[Batch]:
         """The micro-batches of `batch`, made now and on this thread."""
-        stream, row = self.mix.batch(step)
+        stream, row = self.mix.batch(step, self.now)
         dealt = self.layouts.deal(self._splits, stream, row)
         micros = list(self.layouts.collate(dealt, self._splits, stream, row, self._key(step)))
         return [micro.pinned() for micro in micros] if self._pin else micros

@@ -19,13 +19,14 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from mtl import process
 from mtl.config import Config
+from mtl.config.schema import TaskSection
 from mtl.data.encode import Encoder, Note, hash_of
 from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
 from mtl.data.examples import LOSS, Examples
@@ -72,17 +73,12 @@ def prepare(
     root, problems, tasks = Path(config.cache).expanduser(), [], []
     for name, task in config.streams.items():
         splits = []
-        for split, names, cap in (
-            ("train", task.train, task.cap),
-            ("validation", task.validation, task.validation_cap),
-        ):
+        for split, cap in (("train", task.cap), ("validation", task.validation_cap)):
             try:
                 side = None
                 if not isinstance(task.validation, tuple):
-                    names, side = task.train, (task.validation, split == "validation")
-                sources = [
-                    one for each in names for one in open_sources(each, "train" if side else split)
-                ]
+                    side = (task.validation, split == "validation")
+                sources = sources_of(task, split)
                 if side and isinstance(side[0], int):
                     side = (_nearest(sources, formats[name], side[0]), side[1])
                 label = f"{name} ({split})"
@@ -104,6 +100,18 @@ def prepare(
     if problems:
         raise DataError("\n".join(problems))
     return [TaskData(name, *splits) for name, splits in tasks]
+
+
+def sources_of(task: TaskSection, split: Literal["train", "validation", "test"]) -> list[Source]:
+    """Where a split's rows come from: the training rows, where a part of them is held out.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    named = getattr(task, split)
+    if not isinstance(named, tuple):
+        split, named = "train", task.train
+    return [one for each in named for one in open_sources(each, split)]
 
 
 def encode_split(
@@ -307,7 +315,7 @@ def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None
 
     example = None
     try:
-        example = _example(row, to_example, note)
+        example = example_of(row, to_example, note)
         other = side is not None and (_fraction(example) < side[0]) != side[1]
         if other:
             return row.number, None, {}
@@ -320,7 +328,8 @@ def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None
         return row.number, None if lost else problem, {}
 
 
-def _example(row: Row, to_example: Format, note: Note) -> Any:
+def example_of(row: Row, to_example: Format, note: Note = lambda text, times: None) -> Any:
+    """What the format makes of a source's row. Raises RowProblem."""
     if row.value is None:
         raise RowProblem("unreadable", row.problem)
     value = row.value
@@ -364,7 +373,7 @@ def _nearest(sources: Sequence[Source], to_example: Format, rows: int) -> float:
     found = []
     for row in (row for one in sources for row in one.rows()):
         with suppress(RowProblem):
-            found.append(_fraction(_example(row, to_example, lambda text, times: None)))
+            found.append(_fraction(example_of(row, to_example)))
     if len(found) <= rows:
         raise DataError(f"found {len(found):,} usable rows, wanted more than validation: {rows:,}")
     return sorted(found)[rows - 1] + 2**-53

@@ -4,17 +4,19 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
 from mtl.data.formats import REASONING, Completion, Example, Messages, RowProblem, Text
-from mtl.data.turns import find_turns
+from mtl.data.turns import Turns, find_turns
 
 QUIET = {
     "verbose": False
@@ -159,6 +161,48 @@ class Encoder:
                 )
         return self._limited(np.array(ids, dtype=np.int32), np.array(target, dtype=bool))
 
+    def question(self, example: Example) -> tuple[np.ndarray, str]:
+        """What a model is given to go on from, and the right answer.
+
+        Returns:
+            (n,) int32 ids; the text, as `decode(ids, skip_special_tokens=True)` gives one. Of
+            Messages it is the last turn that is a target, as the template renders it.
+
+        Raises:
+            RowProblem: the example has no answer, or the template refuses it.
+        """
+        match example:
+            case Completion(prompt, completion):
+                return np.array([*self._opening, *self._ids(prompt)], np.int32), self._shown(
+                    completion
+                )
+            case Messages(turns):
+                last = max(
+                    i
+                    for i, turn in enumerate(turns)
+                    if turn["role"] == "assistant" and i not in example.context
+                )
+                prompt = self._text(replace(example, messages=turns[:last]), prompt=True)
+                text, spans, _ = self._turns(replace(example, messages=turns[: last + 1]))
+                if not spans or spans[-1].turn != last:
+                    raise RowProblem("template", f"the chat template leaves out turn {last + 1}")
+                answer = text[spans[-1].start : spans[-1].stop]
+                return np.array(self._ids(prompt), np.int32), self._shown(answer)
+        raise RowProblem(
+            "no question", f"found a {type(example).__name__}, wanted an example with an answer"
+        )
+
+    def _is_ended(self, text: str) -> bool:
+        """Whether a special token stands at the end, white space aside."""
+        near = text[-2 * self._widest :].rstrip()
+        return any(match.end() == len(near) for match in self._specials.finditer(near))
+
+    def _shown(self, text: str) -> str:
+        return self._specials.sub("", text)
+
+    def _turns(self, example: Messages) -> Turns:
+        return find_turns(example, self._text, self.tokenizer.eos_token or "", self._specials)
+
     def _look(self, texts: Iterable[str], note: Note) -> None:
         look_for(self._specials, texts, self.special_text, note)
 
@@ -258,14 +302,18 @@ class Encoder:
         for key in sorted({key for turn in example.messages for key in turn} - READ):
             if not re.search(rf"\b{re.escape(key)}\b", template):
                 note(f"rows whose turns have the key {key}, which nothing reads", 1)
-        text, spans, unreasoned = find_turns(
-            example, self._text, self.tokenizer.eos_token or "", self._specials
-        )
+        text, spans, unreasoned = self._turns(example)
         if unreasoned:
             note("turns that the chat template renders without their reasoning", unreasoned)
         spans = [span for span in spans if span.turn not in example.context]
         if not spans:
             raise RowProblem("no target", "the chat template leaves out every turn to train on")
+        endless = sum(not self._is_ended(text[: span.stop]) for span in spans)
+        if endless:
+            note(
+                "turns that the chat template ends with no special token: no end is learned",
+                endless,
+            )
         text = self._bounded(text, spans[-1].stop)
         if spans[0].start >= len(text):
             raise RowProblem(
@@ -403,16 +451,30 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     tokens, its template.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else _file(backend)
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     settings = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     parts = [type(tokenizer).__name__, rules, specials, settings, tokenizer.chat_template]
     parts += [datetime.now().strftime(one) for one in dates(tokenizer)]
     return hash_of(json.dumps(parts, sort_keys=True, default=repr))
+
+
+def _file(backend: Tokenizer) -> str:
+    """A tokenizer's own file without truncation and padding.
+
+    Some files have these. Every call sets them anew, so a process that has encoded a text would
+    otherwise have another fingerprint than one that waited.
+    """
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return backend.to_str()
+    finally:
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
 
 
 def dates(tokenizer: PreTrainedTokenizerBase) -> list[str]:

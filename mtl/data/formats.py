@@ -21,6 +21,7 @@ FORMATS = {
     "sharegpt": "mtl.data.formats:sharegpt",
     "chat_rounds": "mtl.data.formats:chat_rounds",
     "preference": "mtl.data.preference:preference",
+    "choices": "mtl.recipes.kpe.examples:choices",
 }
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn, by model family

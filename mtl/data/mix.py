@@ -1,10 +1,10 @@
 """Which rows stand in which global batch: arithmetic on the step number, so that a run resumes from
-one integer.
+one integer, or, where shares change, from the round that it is in.
 
 It has two independent parts; neither knows the world size. *Which task* the next example is from
-follows the divisor method (Webster / Sainte-Lague). Draw j of task k stands at time
-(2j + 1) / (2 s_k), and all draws are taken in the order of time. *Which row* of the task draw j is:
-element j mod n_k of a permutation keyed by (seed, task, epoch j // n_k).
+(`Round`) follows the divisor method (Webster / Sainte-Lague). Draw j of task k stands at time
+(2j + 1) / (2 s_k), and all draws are taken in the order of time. *Which row* of the task draw j is
+(`Mix`): element j mod n_k of a permutation keyed by (seed, task, epoch j // n_k).
 
 Replicas of a run (`Order`) differ in the second part alone, or in the order of whole batches.
 """
@@ -18,6 +18,79 @@ from fractions import Fraction
 import numpy as np
 
 Share = int | float | Fraction
+GRID = 2**20  # shares that are computed are multiples of 1 / GRID: sums of draws stay exact
+
+
+@dataclass(frozen=True)
+class Round:
+    """A stretch of batches with the same shares. Which task each of its draws is from.
+
+    A later round goes on where the one before stopped: what a task is behind or ahead of its
+    planned draws moves its own draws to an earlier or a later time. So after any number of rounds
+    a task has at most K draws more or fewer than planned.
+
+    Args:
+        shares: K integers >= 0, not all 0: in their proportion the tasks are drawn. One of 0 is
+            not drawn.
+        start: its first batch.
+        drawn: K integers, the draws of each task before it.
+        owed: K integers, the planned draws of each task before it less `drawn`, in parts of a draw
+            of which one has sum(shares).
+    """
+
+    shares: tuple[int, ...]
+    start: int = 0
+    drawn: tuple[int, ...] = ()
+    owed: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("drawn", "owed"):
+            object.__setattr__(self, name, getattr(self, name) or (0,) * len(self.shares))
+
+    @property
+    def parts(self) -> np.ndarray:
+        """(K,) float64, each task's part of the draws; sums to 1."""
+        total = sum(self.shares)
+        return np.array([share / total for share in self.shares])
+
+    def draws(self, first: int, last: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Draws per task before position `first` of the round's sequence, those before the round
+        included, and (task, draw) of the positions first..last-1.
+
+        With shares of sum 1 the draws of task k up to time x are floor(s_k x + o_k + 1/2), or none
+        where that is below 0; o_k is what it is owed. Over the tasks that can be drawn those
+        numbers sum up to within K/2 of x + sum o_k, and the zeros add at most what the others are
+        owed. At x = first - K/2 - sum max(o_k, 0) >= 0 there are therefore at most `first`, and at
+        x = last + K/2 - sum o_k at least `last`: only what is in between, about last - first + 2K
+        draws, has to be sorted. Exact: no float and no replay.
+        """
+        total = sum(self.shares)
+        active = [
+            (share, owed) for share, owed in zip(self.shares, self.owed, strict=True) if share
+        ]
+        early = sum(max(owed, 0) for _, owed in active)
+        late = sum(owed for _, owed in active)
+
+        def until(twice: int) -> list[int]:  # draws of each task up to time twice / (2 total)
+            return [
+                max(0, (share * twice + 2 * owed + total) // (2 * total)) if share else 0
+                for share, owed in zip(self.shares, self.owed, strict=True)
+            ]
+
+        begin = 2 * first - len(active) + -2 * early // total
+        low = until(begin) if begin > 0 else [0] * len(self.shares)
+        high = until(2 * last + len(active) - 2 * late // total)
+        draws = sorted(
+            (Fraction((2 * j + 1) * total - 2 * owed, share), k, j)
+            for k, (share, owed) in enumerate(zip(self.shares, self.owed, strict=True))
+            for j in range(low[k], high[k])
+        )
+        skip = first - sum(low)
+        for _, k, _ in draws[:skip]:
+            low[k] += 1
+        counts = [before + n for before, n in zip(self.drawn, low, strict=True)]
+        found = draws[skip : skip + last - first]
+        return counts, [(k, self.drawn[k] + j) for _, k, j in found]
 
 
 @dataclass(frozen=True)
@@ -88,7 +161,7 @@ class Mix:
             raise ValueError(f"found {examples} examples in a batch, wanted at least 1")
         self.names, self.sizes = list(names), [int(n) for n in sizes]
         self.examples, self.seed, self.order = int(examples), int(seed), order
-        self._shares = _integers(shares)
+        self.first = Round(_integers(shares))
         self._orders: dict[
             int, tuple[int, np.ndarray]
         ] = {}  # task -> (epoch, permutation): the epoch being read
@@ -96,50 +169,52 @@ class Mix:
     @property
     def shares(self) -> np.ndarray:
         """(K,) float64, each task's part of all draws; sums to 1."""
-        total = sum(self._shares)
-        return np.array([share / total for share in self._shares])
+        return self.first.parts
 
-    def drawn(self, step: int) -> np.ndarray:
+    def drawn(self, step: int, now: Round | None = None) -> np.ndarray:
         """(K,) int64: examples drawn from each task by the first `step` batches. With `scheme:
         batch` this holds at the ends of windows only.
+
+        Args:
+            now: the round that `step` is in; None: the first, which ends with the run.
         """
-        counts, draws = self._draws(step * self.examples, step * self.examples)
-        assert not draws
+        counts, _ = self._draws(step, step, now)
         return np.array(counts, dtype=np.int64)
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, step: int, now: Round | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The tasks (B,) and rows (B,) of global batch `step` (0 is the first), int64, in the order
         they are drawn.
+
+        Args:
+            now: as in `drawn`.
         """
         step = self._place(step)
-        _, draws = self._draws(step * self.examples, (step + 1) * self.examples)
+        _, draws = self._draws(step, step + 1, now)
         rows = [self._row(k, j) for k, j in draws]
         return np.array([k for k, _ in draws], dtype=np.int64), np.array(rows, dtype=np.int64)
 
-    def _draws(self, start: int, stop: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Draws per task before position `start`, and (task, draw) of the positions start..stop-1
-        of the sequence.
+    def next(self, now: Round, step: int, parts: np.ndarray) -> Round:
+        """The round that follows `now` from batch `step` on.
 
-        Task k has floor(s_k x + 1/2) draws up to time x, so all tasks together lie within K/2 of S
-        x. Hence there are at most `start` draws at x = (start - K/2) / S, and at least `stop` at
-        (stop + K/2) / S. Only the draws in between have to be sorted, at most stop - start + 2K.
-        This is exact: no float and no replay.
+        Args:
+            parts: (K,) float64 >= 0, not all 0: the tasks' parts of the draws, up to a factor.
         """
-        total, tasks = sum(self._shares), len(self._shares)
+        assert step >= now.start
+        n, total, drawn = (step - now.start) * self.examples, sum(now.shares), self.drawn(step, now)
+        owed = [
+            (owed + share * n - (after - before) * total) * GRID // total
+            for owed, share, after, before in zip(
+                now.owed, now.shares, drawn.tolist(), now.drawn, strict=True
+            )
+        ]
+        return Round(on_grid(parts), step, tuple(drawn.tolist()), tuple(owed))
 
-        def until(twice: int) -> list[int]:  # draws of each task up to time twice / (2 S)
-            return [max(0, (share * twice + total) // (2 * total)) for share in self._shares]
-
-        low, high = until(2 * start - tasks), until(2 * stop + tasks)
-        draws = sorted(
-            (Fraction(2 * j + 1, share), k, j)
-            for k, share in enumerate(self._shares)
-            for j in range(low[k], high[k])
-        )
-        skip = start - sum(low)
-        for _, k, _ in draws[:skip]:
-            low[k] += 1
-        return low, [(k, j) for _, k, j in draws[skip : stop - sum(low) + skip]]
+    def _draws(
+        self, step: int, stop: int, now: Round | None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        now = now or self.first
+        assert now.start <= step
+        return now.draws((step - now.start) * self.examples, (stop - now.start) * self.examples)
 
     def _row(self, k: int, j: int) -> int:
         n, order, replica = self.sizes[k], self.order, ""
@@ -214,6 +289,15 @@ def shares_for(
     )
 
 
+def on_grid(parts: np.ndarray) -> tuple[int, ...]:
+    """K integers of sum `GRID`, in the proportion of the (K,) parts to within 1 (the largest: K);
+    one below half of a `GRID`-th becomes 0. On the grid already: as they are.
+    """
+    whole = np.round(parts / parts.sum() * GRID).astype(np.int64)
+    whole[whole.argmax()] += GRID - whole.sum()
+    return tuple(whole.tolist())
+
+
 def steps_for(epochs: float, sizes: Sequence[int], examples: int) -> int:
     """Optimizer steps of `epochs` passes over all training rows together: ceil(epochs * sum n_k /
     examples).
@@ -243,10 +327,10 @@ def _decimal(value: Share) -> Fraction:
     return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
 
 
-def _integers(shares: Sequence[Share]) -> list[int]:
+def _integers(shares: Sequence[Share]) -> tuple[int, ...]:
     """The shares as integers in the same proportion, without a common factor."""
     exact = [_decimal(share) for share in shares]
     scale = math.lcm(*(share.denominator for share in exact))
     integers = [int(share * scale) for share in exact]
     factor = math.gcd(*integers)
-    return [n // factor for n in integers]
+    return tuple(n // factor for n in integers)

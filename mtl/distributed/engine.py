@@ -34,7 +34,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from mtl.config import Config, ConfigError
-from mtl.distributed import comm, reshard
+from mtl.distributed import comm, rendezvous, reshard
 from mtl.distributed.ds_config import ds_config, zero_stage
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -47,6 +47,9 @@ def init_process_group(timeout_minutes: float) -> None:
     Args:
         timeout_minutes: how long a collective may wait. Do slow work (tokenizing, downloading)
             before this call.
+
+    Raises:
+        RendezvousError: a rank is missing, or has failed before.
     """
     for name, value in {
         "RANK": "0",
@@ -63,6 +66,8 @@ def init_process_group(timeout_minutes: float) -> None:
         _keep_freed_memory()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if meeting := rendezvous.meet(timeout_minutes):
+        meeting.ready(timeout_minutes * 60)
     # Only `inference_all_reduce` needs this op. Compiling it would take half a minute at the first
     # start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

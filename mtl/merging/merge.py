@@ -1,9 +1,11 @@
 """The merge: every tensor through a method, into a folder that appears whole or not at all."""
 
 import functools
+import inspect
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from mtl.merging import fit, sources
 from mtl.merging.average import average
 from mtl.merging.candidates import Candidates, Losses
 from mtl.merging.files import Copy, Stored, carry, is_full
-from mtl.merging.piece import MergeError, Piece
+from mtl.merging.piece import MergeError, Piece, factors
 from mtl.merging.report import Counts, Report, count
 from mtl.merging.select import select
 
@@ -72,7 +74,8 @@ def merge(
 
     Args:
         base: a folder or hub name; None: the one that adapters name.
-        models: K folders. Adapters are first added to their base.
+        models: K folders. Adapters are first added to their base. One that is given n times counts
+            n times: its `weights` are added up. Methods without weights see it once.
         method: with its settings bound (`methods.named`).
         seed: of methods that draw.
         adapters: write an adapter, whole modules selected (`select`, granularity module or layer).
@@ -92,6 +95,7 @@ def merge(
         raise MergeError("found no sub-model, wanted at least one.")
     if getattr(method.func, "chooses", False) and evaluate is None:
         raise MergeError(f"{method.func.__name__}: it chooses on validation rows: add --config.")
+    models, method = _once(models, method)
     stream = functools.partial(_stream, seed=seed, memory=memory, threads=threads)
     with _folder(out) as (target, scratch):
         if adapters:
@@ -132,6 +136,18 @@ def merge(
         (target / REPORT).write_text(json.dumps(report.plain(), indent=1) + "\n", encoding="utf-8")
         (target / "README.md").write_text(_card(report, bool(adapters)), encoding="utf-8")
     return report
+
+
+def _once(models: Sequence[Path], method: Method) -> tuple[list[Path], Method]:
+    """Every folder once, and the method with the weights that follow."""
+    count = Counter(models)
+    if len(count) == len(models) or "weights" not in inspect.signature(method.func).parameters:
+        return list(count), method
+    each = factors(method.keywords.get("weights"), len(models), 1.0)
+    weights = dict.fromkeys(count, 0.0)
+    for model, weight in zip(models, each, strict=True):
+        weights[model] += weight
+    return list(count), functools.partial(method, weights=list(weights.values()))
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mtl.merging.files import Stored
 from mtl.merging.piece import MergeError
+from mtl.models.files import same_model
 
 ADAPTER = "adapter_config.json"
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -19,7 +21,8 @@ def of_run(run: Path, steps: tuple[int, int] | None) -> tuple[str, list[Path]]:
 
     Args:
         run: its `output:`.
-        steps: first and last step of the checkpoints that are meant; None: each task's best.
+        steps: first and last step of the checkpoints that are meant; None: each task's best, a
+            folder as often as tasks name it.
 
     Raises:
         MergeError: it is no run, or keeps none of these.
@@ -41,8 +44,23 @@ def of_run(run: Path, steps: tuple[int, int] | None) -> tuple[str, list[Path]]:
 
 
 def bests(run: Path) -> list[Path]:
-    """Each task's best model, a folder that several tasks share once: RUN/bests/step-*."""
-    return sorted(path for path in (run / "bests").glob("step-*") if path.is_dir())
+    """Each task's best model, RUN/bests/step-*: a folder that several tasks share so many times.
+
+    Which they are stands in the newest checkpoint. A task that was never better than at the start
+    has none: it adds nothing.
+    """
+    steps = sorted(int(best["step"]) for best in (_state(run).get("bests") or {}).values())
+    return [run / "bests" / f"step-{step:08d}" for step in steps if step]
+
+
+def _state(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of the run; nothing where there is none."""
+    pointer = run / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return {}
+    name = pointer.read_text(encoding="utf-8").strip()
+    state = run / "checkpoints" / name / "state.json"
+    return json.loads(state.read_text(encoding="utf-8"))["run"] if state.is_file() else {}
 
 
 def checkpoints(run: Path, first: int, last: int) -> list[Path]:
@@ -82,18 +100,13 @@ def base_of_adapters(models: list[Path], base: str | None) -> str | None:
     for model in filter(is_adapter, models):
         settings = json.loads((model / ADAPTER).read_text(encoding="utf-8"))
         theirs = settings["base_model_name_or_path"]
-        if base is not None and not _same(base, theirs):
+        if base is not None and not same_model(base, theirs):
             raise MergeError(
                 f"{model}: found an adapter of {theirs}, wanted one of {base}. Merge it with "
                 "others of its base, or name that base."
             )
         base = base or theirs
     return base
-
-
-def _same(one: str, two: str) -> bool:
-    paths = [Path(each).expanduser() for each in (one, two)]
-    return one == two or all(p.is_dir() for p in paths) and paths[0].samefile(paths[1])
 
 
 def whole(model: Path, scratch: Path, allow_remote_code: bool) -> Path:

@@ -21,6 +21,7 @@ from mtl.config.words import did_you_mean
 from mtl.distributed.engine import device, gathered
 from mtl.models import quantize as quantization
 from mtl.models.errors import ModelError
+from mtl.models.files import same_model
 from mtl.models.structure import dtype_of
 
 
@@ -37,7 +38,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
             two tied tables is named; the trained adapter is of another kind, model or settings.
     """
     lora, start = config.model.lora, config.adapter
-    trained = start and settings_of(start.path, config)
+    trained = start and _of_this_base(settings_of(start.path, config), config)
     if lora is None:
         wanted = trained
         wanted.inference_mode = False
@@ -133,6 +134,22 @@ def settings_of(path: str, config: Config) -> peft.LoraConfig:
     if not isinstance(settings, peft.LoraConfig):
         found = f"an adapter of type {settings.peft_type.value}"
         raise ModelError(config.error(key, found, "one of type LORA"))
+    return settings
+
+
+def _of_this_base(settings: peft.LoraConfig, config: Config) -> peft.LoraConfig:
+    """The adapter's settings. Shapes say too little: those of many models are alike.
+
+    Raises:
+        ModelError: the adapter names another base model, and `other_base` is not set.
+    """
+    theirs, mine = settings.base_model_name_or_path, base_of(config)[0]
+    if theirs and not config.adapter.other_base and not same_model(theirs, mine):
+        hint = "The same model elsewhere? Set model.adapter: {path: ..., other_base: true}."
+        found = f"an adapter of {theirs!r}"
+        raise ModelError(
+            config.error(adapter_key(config), found, f"one of model.name = {mine!r}", hint)
+        )
     return settings
 
 
@@ -288,10 +305,10 @@ def add_up(model: nn.Module, config: Config) -> nn.Module:
         model: in fp32; the parameters of the result have the dtype of training.
 
     Raises:
-        ModelError: the adapter is of another kind or model.
+        ModelError: the adapter is of another kind or base model.
     """
     path = config.adapter.path
-    settings_of(path, config)
+    _of_this_base(settings_of(path, config), config)
     tensors = peft.utils.load_peft_weights(source(path), device="cpu")
     ends = [f"{table}.{kind}weight" for table in tables(model) for kind in ("", "modules_to_save.")]
     rows = max((t.shape[0] for n, t in tensors.items() if n.endswith(tuple(ends))), default=0)

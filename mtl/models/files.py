@@ -14,3 +14,9 @@ def as_umask_says(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
+
+
+def same_model(one: str, two: str) -> bool:
+    """Whether two names are one folder, or one model of the hub."""
+    paths = [Path(each).expanduser() for each in (one, two)]
+    return one == two or all(p.is_dir() for p in paths) and paths[0].samefile(paths[1])

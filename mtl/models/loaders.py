@@ -7,6 +7,7 @@ It returns a module with `save_pretrained(folder, state_dict=...)`.
 
 `examples` has one `Examples` of each objective. They may tell what the model needs to know, such as
 a classifier's labels. `empty` asks for a module on the meta device, without weights, for `check`.
+Of a module with `trained_only = True`, the trained parameters alone are saved.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ from mtl.models.errors import ModelError
 LOADERS = {
     "causal_lm": "mtl.models.loaders:causal_lm",
     "sequence_classification": "mtl.models.loaders:sequence_classification",
+    "kpe": "mtl.recipes.kpe.model:load",
 }
+PLAIN = ("causal_lm", "sequence_classification")  # a class of transformers opens what they save
 
 
 class Loader(Protocol):

@@ -30,11 +30,12 @@ def save(
     shape (0,) until they are gathered.
 
     Args:
-        loader: name and keywords of a loader that is not built in. Then `loader.json` says what
-            opens the folder.
+        loader: name and keywords of a loader whose module no class of transformers opens.
+            `loader.json` then says what opens the folder.
     """
     is_adapter = adapters.is_adapted(trained.module)
-    state = trained.state_dict(trainable_only=is_adapter)
+    trained_only = is_adapter or getattr(trained.module, "trained_only", False)
+    state = trained.state_dict(trainable_only=trained_only)
     if is_adapter:  # PEFT asks for each name of a tied table
         state |= {name: state[other] for name, other in _aliases(trained.module) if other in state}
 

@@ -1,7 +1,8 @@
-"""Every task's best model of a run, weights only: `bests/step-00000040` in its folder.
+"""Every task's best model of a run, and the best single one, weights only: `bests/step-00000040`
+in its folder.
 
-Which task names which step stands in the state (`RunState.bests`), and so in every checkpoint's
-`state.json`. Tasks that share a step share a folder.
+Which task names which step stands in the state (`RunState.bests`, `RunState.single`), and so in
+every checkpoint's `state.json`. Those that share a step share a folder.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,8 +39,13 @@ def observe(state: RunState, names: Sequence[str], losses: np.ndarray) -> list[s
 
 def named(state: RunState) -> set[str]:
     """The folders that a state names."""
-    steps = {int(best["step"]) for best in (state.bests or {}).values()}
-    return {folder_name(step) for step in steps - {0}}
+    return folders_of(state.bests, state.single)
+
+
+def folders_of(bests: dict[str, Any] | None, single: dict[str, Any] | None) -> set[str]:
+    """The folders of a state's `bests` and `single`; of step 0 there is none."""
+    found = [*(bests or {}).values(), *([single] if single else [])]
+    return {folder_name(step) for step in {int(best["step"]) for best in found} - {0}}
 
 
 def folder_name(step: int) -> str:

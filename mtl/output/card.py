@@ -105,7 +105,7 @@ def _use(config: dict[str, Any], adapter: bool) -> list[str]:
         return _USE_ADAPTER if adapter else _USE_MODEL
     if loader == "sequence_classification" and not adapter:
         return [line.replace("CausalLM", "SequenceClassification") for line in _USE_MODEL]
-    allowed = "" if loader in _PIPELINES else f", allow_code=[{loader.partition('.')[0]!r}]"
+    allowed = f", allow_code=[{loader.partition('.')[0]!r}]" if ":" in loader else ""
     return [
         "import mtl",
         "from transformers import AutoTokenizer",

@@ -15,6 +15,7 @@
           state.json               step, best so far, balancer, identity, layout (processes, ZeRO)
           state.safetensors        the balancer's arrays, initial validation and last train losses
       bests/step-00000080/         a task's best model, weights only, where `checkpoint.bests` asks
+      anchors/                     what tasks that are done are held to, where `patience` asks
       model/                       the exported model, at the end
 
 Data order, learning rate and randomness are functions of seed, step and rank, so none of them is
@@ -46,7 +47,7 @@ from mtl.output.state import RunState
 
 FORMAT = 1
 SCRATCH = ".resharded"
-CHECKPOINT, RUN = "checkpoint", "run"  # kinds of our folders, beside EXPORT
+CHECKPOINT, RUN, ANCHORS = "checkpoint", "run", "anchors"  # kinds of our folders, beside EXPORT
 STEP = re.compile(r"step-(\d{8})")
 AVERAGE_FILE = "average.safetensors"
 STEPS = "steps of the run"  # in an identity: the only thing that may grow
@@ -63,7 +64,7 @@ def check_output(output: Path, resume: bool) -> None:
         CheckpointError: the folder holds a run and `resume` is false, or it holds what a run would
             write, not written by one. Nothing has been touched.
     """
-    written = ("metrics.jsonl", "run.json", "checkpoints", "bests")
+    written = ("metrics.jsonl", "run.json", "checkpoints", "bests", "anchors")
     found = [name for name in written if (output / name).exists()]
     if found and not manifest.is_ours(output, RUN):
         raise CheckpointError(
@@ -85,6 +86,7 @@ def check_output(output: Path, resume: bool) -> None:
     for folder in bests.folders(output / "bests"):
         if not manifest.is_whole(folder, bests.BEST):
             check_free(folder, bests.BEST, "a task's best model goes there")
+    check_free(output / "anchors", ANCHORS, "the best weights of tasks go there")
 
 
 def check_free(folder: Path, kind: str, why: str) -> None:
@@ -139,8 +141,8 @@ class Checkpoints:
         tokenizer: goes with every exported model.
         layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
             of another layout is re-partitioned.
-        versions: of the libraries; others than a checkpoint's are said.
-        loader: name and keywords of the model's loader, where it is not built in.
+        versions: of the libraries. A message names those that differ from a checkpoint's.
+        loader: as `mtl.models.save.save` takes it.
         say: takes messages for people about what differs from what was asked for.
 
     Attributes:
@@ -228,13 +230,14 @@ class Checkpoints:
     def save_bests(
         self, engine: Engine, state: RunState, names: Sequence[str], losses: np.ndarray
     ) -> list[str]:
-        """Keep the model for the tasks that the (K,) losses of a full pass show at their best;
-        returns these. A collective.
+        """Keep the model for the tasks that the (K,) losses of a full pass show at their best, and
+        where it is the best single one; returns these tasks. A collective.
 
         What the newest checkpoint names stays beside it: a killed run goes on from there.
         """
         better = bests.observe(state, names, losses)
-        if better and state.step:
+        is_single = state.single is not None and state.single["step"] == state.step
+        if (better or is_single) and state.step:
             folder = self.output / "bests"
             comm.together(lambda: _check_best(folder, bests.folder_name(state.step)))
             bests.write(engine, self.tokenizer, folder, state.step, self.loader)
@@ -296,8 +299,20 @@ class Checkpoints:
             **{k.removeprefix("run."): v for k, v in arrays.items() if k.startswith("run.")},
         )
         self._forget_lost_bests(state)
-        self.named = bests.named(state)
+        # `latest` may be a later checkpoint than this one: a run that is killed before it saves
+        # again, and goes on from there, wants what that one names.
+        self.named = bests.named(state) | comm.on_first(self._named_by_latest)
         return state
+
+    def _named_by_latest(self) -> set[str]:
+        pointer = self.folder / "latest"
+        if not pointer.is_file():
+            return set()
+        newest = self.folder / pointer.read_text(encoding="utf-8").strip() / "state.json"
+        if not newest.is_file():  # `find` has more to say of it
+            return set()
+        run = json.loads(newest.read_text(encoding="utf-8"))["run"]
+        return bests.folders_of(run.get("bests"), run.get("single"))
 
     def _forget_lost_bests(self, state: RunState) -> None:
         """After going back, a later step may have replaced a task's best of then. A collective."""
@@ -317,6 +332,8 @@ class Checkpoints:
                 for task, best in state.bests.items()
                 if bests.folder_name(int(best["step"])) not in lost
             }
+            if state.single and bests.folder_name(int(state.single["step"])) in lost:
+                state.single = None
 
     def check_beginning(self) -> None:
         """Raise CheckpointError where the folder holds another run, stopped before its first

@@ -35,8 +35,8 @@ def alone(output: Path, say: Say) -> Iterator[None]:
         CheckpointError: another run holds it, or the file system cannot lock.
     """
     path, done = output / NAME, threading.Event()
-    mine = comm.together(lambda: acquire(path, say) if comm.rank() == 0 else None)
-    if mine is None:
+    mine = comm.on_first(lambda: acquire(path, say))
+    if comm.rank() != 0:
         yield
         return
     beat = threading.Thread(target=_beat, args=(path, mine, done), daemon=True)

@@ -69,7 +69,7 @@ def record(
             for task in tasks
         },
         "versions": versions(),
-        "git": _git_revision(),
+        "git": git_revision(),
         "identity": identity,
     }
 
@@ -88,6 +88,11 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
         for key in path.split("."):
             value = value[key]
         same[path] = value
+    patience = same["evaluate.patience"]
+    if patience is not None and patience["action"] != "anchor":  # as before `keep` was there
+        same["evaluate.patience"] = {key: patience[key] for key in patience if key != "keep"}
+    if same["mix"]["follow"] is None:  # as in checkpoints of before it was there
+        same["mix"] = {key: same["mix"][key] for key in ("shares", "temperature")}
     order = same["train.order"]
     if order is not None and order["scheme"] == "batch":  # its last window ends where the run does
         same["train.order"] = {**order, "steps": steps}
@@ -103,7 +108,7 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
     return {"tasks": list(config.tasks), STEPS: steps, **same}
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     command = [
         "git",
         "-C",

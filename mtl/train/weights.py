@@ -35,7 +35,9 @@ def weigh(
     5. Broadcast: steps 1 to 4 run on rank 0 alone, because numpy's last bits differ between unlike
        hosts.
 
-    Nothing alters them afterwards: `terms.combine` multiplies each task's loss by its weight.
+    Nothing alters them afterwards: `terms.combine` multiplies each task's loss by its weight. Only
+    where draws follow the weights does it count what the batch has of each task instead
+    (`draws.loss_weights`).
 
     Args:
         validation: the full pass at this step, where there was one. It contains the probe.

@@ -1,0 +1,1 @@
+"""Arms of settings over one experiment, several seeds each: run, and compared."""

@@ -1,0 +1,184 @@
+"""A study's runs: each a process of the ordinary program, then one that reads the test rows.
+
+OUT/results/KIND.ARM.SEED.json says that a run is finished and holds what is reported of it; the
+run's own folder, OUT/KIND/ARM/seed-N, goes away with its checkpoints then.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl.compare.cost import forward_equivalents
+from mtl.compare.study import Run, Study, StudyError
+from mtl.output import provenance
+from mtl.output.files import write_json
+from mtl.output.report import History
+from mtl.output.report import read as read_history
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What runs a study's runs.
+
+    Args:
+        study: what is run.
+        out: the folder of runs and results.
+        programs: the folder of `train.py` and `evaluate.py`.
+        threads: OMP threads of a run.
+        keep: leave the finished runs' folders.
+    """
+
+    study: Study
+    out: Path
+    programs: Path
+    threads: int = 1
+    keep: bool = False
+
+    def path(self, run: Run) -> Path:
+        return self.out / "results" / f"{run.kind}.{run.arm}.{run.seed}.json"
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What is known of a finished run; None where it is not finished.
+
+        Raises:
+            StudyError: the study says something else of this run by now.
+        """
+        path = self.path(run)
+        if not path.is_file():
+            return None
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["key"] != self.study.key(run):
+            raise StudyError(
+                f"{path}: found the result of other settings than {self.study.path} or "
+                f"{self.study.base} has now for {run.name}. Move it away, or put these back."
+            )
+        return result
+
+    def perform(self, run: Run) -> dict[str, Any]:
+        """Train, or go on with it, read the test rows, write the result.
+
+        Raises:
+            StudyError: a program failed; its log is named.
+        """
+        folder, began = self.out / run.name, time.monotonic()
+        overrides = [*self.study.overrides(run), f"output={folder / 'run'}"]
+        experiment = ["--config", self.study.base]
+        experiment += [part for each in overrides for part in ("--set", each)]
+        experiment += [part for each in self.study.allow_code for part in ("--allow-code", each)]
+        self._start(folder, "train", *experiment, "--resume")
+        history = read_history(folder / "run")
+        models = self._models(folder / "run", history, self.study.config(run).model.name)
+        losses = folder / "test.json"
+        named = list(dict.fromkeys(models.values()))
+        self._start(folder, "evaluate", *experiment, "--split", "test", "--json", losses, *named)
+        found = json.loads(losses.read_text(encoding="utf-8"))["models"]
+        test = {what: found[model]["losses"] for what, model in models.items()}
+        names, steps = history.tasks, _steps(history)
+        config = self.study.config(run)
+        result = {
+            **asdict(run),
+            "key": self.study.key(run),
+            "tasks": names,
+            "test": {
+                "best": {task: test["best"][task] for task in names},
+                "last": {task: test["last"][task] for task in names},
+                "own": {task: test[task][task] for task in names},
+            },
+            "steps": {"run": config.train.steps or steps["last"], **steps},
+            "cost": forward_equivalents(config, steps["last"], self.study.allow_code),
+            "seconds": round(time.monotonic() - began),
+            "weights": _by_task(names, history.weights.mean(0)),
+            "validation": {
+                "steps": history.eval_steps.tolist(),
+                **_by_task(names, history.eval_losses.T),
+            },
+            "versions": provenance.versions(),
+            "git": provenance.git_revision(),
+        }
+        write_json(self.path(run), result)
+        if not self.keep:
+            shutil.rmtree(folder)
+        return result
+
+    def _models(self, output: Path, history: History, base: str) -> dict[str, str]:
+        """The folders to read: of the best and the last checkpoint, of each task's best step."""
+        last = max((output / "checkpoints").glob("step-*"))
+        average = last / "average"
+        found = {"best": output / "model", "last": average if average.is_dir() else last / "model"}
+        for task, step in _steps(history)["own"].items():
+            found[task] = output / "bests" / f"step-{step:08d}" if step else Path(base)
+        return {what: str(folder) for what, folder in found.items()}
+
+    def _start(self, folder: Path, program: str, *arguments: str | Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / f"{program}.log"
+        command = [sys.executable, str(self.programs / f"{program}.py"), *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        with log.open("a", encoding="utf-8") as file:
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            ).returncode
+        if code:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            last = lines[-1] if lines else ""
+            raise StudyError(f"{program}.py ended with exit code {code}; see {log}: {last}")
+
+
+def perform(runner: Runner, runs: list[Run], say: Say) -> list[str]:
+    """Run what is not finished, in order. Returns what went wrong: an arm that failed is left out
+    from then on, and the others go on.
+    """
+    problems: dict[tuple[str, str], str] = {}
+    for number, run in enumerate(runs, 1):
+        arm = (run.kind, run.arm)
+        if arm in problems or runner.result(run) is not None:
+            continue
+        say(f"{number}/{len(runs)}  {run.name}  {' '.join(run.overrides)}")
+        try:
+            result = runner.perform(run)
+        except StudyError as error:
+            problems[arm] = f"{run.name}: {error}"
+            say(problems[arm])
+            continue
+        score = float(np.mean(np.log(list(result["test"]["best"].values()))))
+        say(f"{number}/{len(runs)}  {run.name}  mean ln L {score:.4f}, {result['seconds']} s")
+    return list(problems.values())
+
+
+def _steps(history: History) -> dict[str, Any]:
+    """The last step, that of least mean log loss, and each task's own best; the first of equals,
+    as the run itself judges. Of the trained weights, whatever an average had.
+    """
+    at, losses = history.eval_steps, history.eval_losses
+    own = {task: int(at[k]) for task, k in zip(history.tasks, losses.argmin(0), strict=True)}
+    return {"last": int(at[-1]), "best": int(at[np.log(losses).mean(1).argmin()]), "own": own}
+
+
+def _by_task(names: list[str], values: np.ndarray) -> Mapping[str, Any]:
+    return {name: np.round(row, 5).tolist() for name, row in zip(names, values, strict=True)}
+
+
+def slurm(runner: Runner, program: Path) -> str:
+    """An sbatch script: one task of the array a run, then `--report` by hand."""
+    count = len(runner.study.runs())
+    options = f"{runner.study.path} --out {runner.out} --threads {runner.threads}"
+    return (
+        "#!/usr/bin/env bash\n"
+        f"#SBATCH --job-name={runner.study.path.stem} --array=1-{count} --ntasks=1\n"
+        f"#SBATCH --cpus-per-task={runner.threads} --output=slurm-%A-%a.out\n"
+        "# For GPUs add --gpus-per-task=1. Submitted again it goes on where it was; then:\n"
+        f"#   {sys.executable} {program} {options} --report\n"
+        f'cd "${{SLURM_SUBMIT_DIR:?submit this with sbatch}}"\n'
+        f'exec {sys.executable} {program} {options} --number "$SLURM_ARRAY_TASK_ID"\n'
+    )

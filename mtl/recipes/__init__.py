@@ -1,0 +1,1 @@
+"""Whole systems on the framework's public points: named in the YAML as built-ins are."""

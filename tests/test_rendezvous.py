@@ -1,0 +1,82 @@
+"""Ranks that do not come, or fail before there is a process group: who, and soon."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import runs
+
+from mtl.distributed import rendezvous
+from mtl.distributed.rendezvous import Meeting, RendezvousError
+
+
+def meet(ranks: list[int], world: int, seconds: float, then=lambda meeting: None) -> tuple:
+    """What each of some ranks, a thread each, said and raised."""
+    said, raised, port = {rank: [] for rank in ranks}, {}, runs.free_port()
+
+    def one(rank: int) -> None:
+        try:
+            then(Meeting(rank, world, "127.0.0.1", port, seconds, said[rank].append))
+        except Exception as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said, raised
+
+
+@pytest.fixture(autouse=True)
+def sooner(monkeypatch):
+    monkeypatch.setattr(rendezvous, "NEWS", 0.3)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def test_the_ranks_that_do_not_come_are_named():
+    said, raised = meet([0, 2], 4, 1.5)
+    assert set(said[0]) == {"waiting for ranks 1, 3 of 4 to come"} and not said[2]
+    assert "ranks 1, 3 of 4 did not come within 2 s (engine.rendezvous_minutes)" in str(raised[0])
+    assert isinstance(raised[2], RendezvousError)
+
+
+def test_nobody_answers():
+    said, raised = meet([1], 2, 1.0)
+    assert "rank 1 of 2 found nobody at 127.0.0.1:" in str(raised[1])
+    assert "Rank 0 has not started or has failed" in str(raised[1])
+    assert said[1] and said[1][0].startswith("waiting for rank 0 at 127.0.0.1:")
+
+
+def test_all_come_and_a_slow_one_is_waited_for():
+    slow = threading.Event()
+
+    def then(meeting: Meeting) -> None:
+        if meeting.rank == 1:
+            slow.wait(1.0)
+        meeting.ready(60)
+
+    said, raised = meet([0, 1, 2], 3, 60, then)
+    assert not raised and set(said[0]) == {"waiting for rank 1 of 3 to read their data"}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_that_fails_is_heard_by_all(failing):
+    def then(meeting: Meeting) -> None:
+        with meeting.telling():
+            if meeting.rank == failing:
+                raise ValueError("no such file")
+        meeting.ready(60)
+
+    _, raised = meet([0, 1, 2], 3, 60, then)
+    assert str(raised.pop(failing)) == "no such file" and len(raised) == 2
+    assert {str(error) for error in raised.values()} == {f"rank {failing} failed: no such file"}
+
+
+def test_a_run_one_of_whose_ranks_lacks_a_file_ends_on_all(tmp_path):
+    yaml: Path = runs.write(tmp_path)
+    missing = ["--set", "tasks.copy.train=elsewhere.jsonl"]
+    ended = runs.train(yaml, world=2, last=missing)
+    assert ended.codes == [1, 1] and "Traceback" not in ended.err
+    (told,) = [line for line in ended.err.splitlines() if "error: rank 1 failed: " in line]
+    assert "tasks.copy.train" in told and not (tmp_path / "run").exists()
