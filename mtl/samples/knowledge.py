@@ -119,7 +119,7 @@ def rare(index: str, data: str) -> tuple[list[dict], list[dict]]:
             held < 2 * HELD_OUT["rare"]
         )  # twice as many: their nouns are the wrong options too
         held += sum(len(under[each]) for each in named[name]) if is_held else 0
-        sides[is_held] += named[name]
+        sides[is_held].extend(named[name])
 
     def made(side: Sequence[str]) -> Iterator[dict]:
         nouns = [(noun, offset, each) for each in side for noun, offset in under[each]]
