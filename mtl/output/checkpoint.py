@@ -327,7 +327,7 @@ class Checkpoints:
         for name in sorted(lost):
             self.say(f"{folder / name}, a task's best model so far, is gone: from here on anew")
         if lost:
-            state.bests = {
+            state.bests = state.bests and {  # None where only the single best is kept
                 task: best
                 for task, best in state.bests.items()
                 if bests.folder_name(int(best["step"])) not in lost
