@@ -16,6 +16,12 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
+    sys.path.insert(0, str(ROOT))
+
+from mtl.compare.statistics import interval
+
+MARK = "<!-- table of benchmarks/kpe.py -->"
 LOADER = {"name": "kpe", "layers": 2, "width": 64}
 # By name: keywords of the loader, tasks beside the rows, balancer, and whose knowledge a row has.
 ARMS: dict[str, dict[str, Any]] = {
@@ -122,18 +128,51 @@ def cosine(name: str, args: argparse.Namespace) -> float:
     return right / len(rows)
 
 
+def control(arm: str) -> str:
+    """The arm that differs from this one in its knowledge alone, or `other`."""
+    return f"{arm}-other" if f"{arm}-other" in ARMS else "other"
+
+
 def table(args: argparse.Namespace) -> str:
-    """An arm a line: the accuracy of the last pass, mean over seeds, and each seed's."""
-    lines = ["| arm | seeds | accuracy | each seed |", "|---|---:|---:|---|"]
-    for arm in ARMS:
-        each = [
-            json.loads(p.read_text())["last"]
-            for p in sorted(args.output.glob(f"{arm}.[0-9]*.json"))
-        ]
-        if each:
-            seeds = ", ".join(f"{x:.3f}" for x in each)
-            lines.append(f"| {arm} | {len(each)} | {sum(each) / len(each):.3f} | {seeds} |")
+    """An arm a line: accuracy of the last pass, and, seed by seed, what it is above its control."""
+    each = {
+        arm: {
+            found["seed"]: found["last"]
+            for path in sorted(args.output.glob(f"{arm}.[0-9]*.json"))
+            for found in [json.loads(path.read_text())]
+            if found["steps"] == args.steps and found["tasks"] == args.tasks
+        }
+        for arm in ARMS
+    }
+    lines = ["| arm | seeds | accuracy | control | above it, 95 % |", "|---|---:|---:|---|---|"]
+    for name in args.tasks:
+        found = json.loads((args.output / f"cosine.{name}.json").read_text())["accuracy"]
+        lines.append(f"| cosine, no training ({name}) | | {found:.3f} | | |")
+    for arm, seeds in each.items():
+        if not seeds:
+            continue
+        against, said = control(arm), ""
+        pairs = [seeds[s] - each[against][s] for s in sorted(seeds) if s in each[against]]
+        if arm == against or not pairs:
+            against = ""
+        elif len(pairs) == 1:
+            said = f"{pairs[0]:+.3f}, one seed"
+        else:
+            low, high = interval(pairs)
+            said = f"{sum(pairs) / len(pairs):+.3f} ({low:+.3f} to {high:+.3f})"
+        mean = sum(seeds.values()) / len(seeds)
+        lines.append(f"| {arm} | {len(seeds)} | {mean:.3f} | {against} | {said} |")
     return "\n".join(lines)
+
+
+def put(page: Path, text: str, steps: int) -> None:
+    """The table between the page's two marks."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition(MARK)
+    _, end, after = rest.partition(MARK)
+    if not mark or not end:
+        raise ValueError(f"{page}: found no two lines {MARK}, wanted a place for the table")
+    made = f"{before}{MARK}\n{steps} steps.\n\n{text}\n{MARK}{after}"
+    page.write_text(made, encoding="utf-8")
 
 
 def main() -> None:
@@ -146,6 +185,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path(".cache/quickstart"))
     parser.add_argument("--output", type=Path, default=Path("runs/kpe-arms"))
+    parser.add_argument("--page", type=Path, help="write the table there too (docs/kpe.md)")
+    parser.add_argument("--report", action="store_true", help="start no run")
     args = parser.parse_args()
     args.data, args.output, args.root = args.data.resolve(), args.output.resolve(), Path.cwd()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -156,10 +197,12 @@ def main() -> None:
                 json.dumps({"arm": "cosine", "task": name, "accuracy": cosine(name, args)}) + "\n"
             )
         print(path.read_text().strip(), flush=True)
-    for seed in range(args.seeds):
+    for seed in range(0 if args.report else args.seeds):
         for arm in args.arms:
             run(arm, seed, args)
     print(table(args))
+    if args.page:
+        put(args.page, table(args), args.steps)
 
 
 if __name__ == "__main__":

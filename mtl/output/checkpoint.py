@@ -25,6 +25,7 @@ saved.
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -179,7 +180,11 @@ class Checkpoints:
         collective.
 
         A run killed at any moment leaves `latest` on a complete checkpoint.
+
+        Raises:
+            CheckpointError: the ranks hold other weights or another state. Nothing is written.
         """
+        _agree(engine, state)
         name = f"step-{state.step:08d}"
         folder = self.folder / name
         comm.on_first(lambda: self._clear(folder))
@@ -322,7 +327,7 @@ class Checkpoints:
         for name in sorted(lost):
             self.say(f"{folder / name}, a task's best model so far, is gone: from here on anew")
         if lost:
-            state.bests = {
+            state.bests = state.bests and {  # None where only the single best is kept
                 task: best
                 for task, best in state.bests.items()
                 if bests.folder_name(int(best["step"])) not in lost
@@ -462,6 +467,31 @@ class Checkpoints:
         scratch = self.folder / SCRATCH
         if manifest.is_ours(scratch, SCRATCH):  # of a run killed while re-partitioning
             manifest.discard(scratch, SCRATCH)
+
+
+def _agree(engine: Engine, state: RunState) -> None:
+    """Compare what every rank should hold alike: whole weights and the run's state. A collective.
+
+    The balancer's state is on rank 0 alone, and so is the length of metrics.jsonl.
+    """
+    plain = {k: v for k, v in asdict(state).items() if k != "metrics_bytes"}
+    for name in RunState.ARRAYS:
+        if plain[name] is not None:
+            plain[name] = zlib.crc32(plain[name].tobytes())
+    found = comm.differences({"state": plain, "weights": engine.checksums()})
+    if found:
+        more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+        raise CheckpointError(
+            "\n  ".join(
+                [
+                    f"step {state.step}: what the ranks should hold alike differs. "
+                    "No checkpoint was written; --resume goes on from the last one. If it comes "
+                    "again, look at the memory and the network of the hosts.",
+                    *found[:5],
+                    *more,
+                ]
+            )
+        )
 
 
 def _choose(complete: list[str]) -> str:
