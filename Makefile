@@ -23,6 +23,7 @@ ARGS ?=
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
+	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/choose.py --config $(CONFIG) $(filter-out --resume%,$(ARGS))
 
 quickstart: $(VENV)/with-quickstart
 	$(BIN)/python launch/quickstart.py

@@ -23,6 +23,8 @@ def main() -> None:
     histories = report.histories(args.runs)
     for name, history in histories.items():
         print(f"{name}\n{report.table(history)}\n")
+        if history.choice:
+            print(f"{report.choice(history.choice)}\n")
     if args.figure:
         report.figure(histories, args.figure)
         print(f"written: {args.figure}")

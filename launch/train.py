@@ -4,6 +4,7 @@ Builds everything top to bottom and runs it. Also starts under torchrun, and alo
 python.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,12 +15,16 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 from mtl import cli, process
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__, reads_config=True, is_launched=True)
     going_on = "go on from the newest checkpoint in `output`, or from that of a step"
     step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
     parser.add_argument("--resume", help=going_on, **step)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     process.settle()  # before torch is imported, and that after the arguments: help comes at once
     process.check_world()
 

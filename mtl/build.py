@@ -36,6 +36,7 @@ from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
 from mtl.train import gram, reference
+from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.run import Run
@@ -193,6 +194,12 @@ def build(
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
     comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs
+    output = Path(config.output).expanduser()
+    batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
+    anchors, patience = None, config.evaluate.patience
+    if patience is not None and patience.action == "anchor":
+        folder = output / "anchors"
+        anchors = Anchors(engine, goals.each, tasks, evaluated, batches, folder, say)
     return Run(
         config=config,
         names=list(config.tasks),
@@ -201,10 +208,10 @@ def build(
         engine=engine,
         objective=goals.as_one,
         holder=holder,
-        batches=TrainBatches(tasks, mix, layouts(config.batch.tokens)),
+        batches=batches,
         validation=validation,
         checkpoints=Checkpoints(
-            output=Path(config.output).expanduser(),
+            output=output,
             keep=config.checkpoint.keep,
             identity=identity,
             tokenizer=data.tokenizer,
@@ -216,6 +223,7 @@ def build(
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
         average=config.average and Average(engine, config.average),
+        anchors=anchors,
     )
 
 
@@ -251,6 +259,8 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
                 f"{found}: is of step {state.step}, and the run has only {run.steps} steps "
                 "(train.steps, or train.epochs over the data)."
             )
+        if run.anchors:
+            run.anchors.restore(state)
         return state
     comm.together(run.checkpoints.check_beginning)
     return RunState()

@@ -15,7 +15,7 @@ import mtl
 from mtl import process
 
 PROGRAMS = (
-    "init", "check", "train", "evaluate", "export", "merge", "report", "replicas",
+    "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replicas",
     "imbalance", "migrate_mftcoder", "compare",
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from mtl.config.spec import Kind, Maker, check, resolve
 from mtl.config.words import did_you_mean, either
 from mtl.data.examples import Book
 from mtl.data.formats import FORMATS, Format
-from mtl.losses.objective import OBJECTIVES, Objectives, losses_of, unit_of
+from mtl.losses.objective import OBJECTIVES, Objectives, losses_of, teacher_of, unit_of
 from mtl.models.loaders import LOADERS, Loader
 from mtl.output.trackers import TRACKERS
 
@@ -132,12 +132,25 @@ def _misfits(config: Config, goals: Goals) -> Iterator[Problem]:
                 hint = "Another loss of the same rows is a task of its own, with `of`."
                 yield document.problem(("tasks", name, "loss"), show(task.loss), first, hint)
     yield from _units(config, document, goals)
+    yield from _anchors(config, document, goals)
     best, measures = config.evaluate.best, goals.as_one.measures
     each = [f"{task}/{name}" for task in config.tasks for name in measures]
     choices = [*BEST, *config.tasks, *measures]
     if best not in (*choices, *each):
         hint = did_you_mean(best, [*choices, *each])
         yield document.problem(("evaluate", "best"), show(best), either(choices), hint)
+
+
+def _anchors(config: Config, document: Document, goals: Goals) -> Iterator[Problem]:
+    patience = config.evaluate.patience
+    if patience is None or patience.action != "anchor":
+        return
+    for name, number in zip(config.streams, goals.of, strict=True):
+        if teacher_of(goals.each[number]) is None:
+            found = f"anchor, and the task {name}, whose objective has no `teacher`"
+            hint = "causal_lm has one."
+            path = "evaluate", "patience", "action"
+            yield document.problem(path, found, "log, freeze or drop", hint)
 
 
 def _units(config: Config, document: Document, goals: Goals) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtl.config import Config
+from mtl.merging import sources
 
 METHODS = ("average", "average_norm", "select", "task_arithmetic", "ties", "dare", "model_stock")
 
@@ -106,17 +107,9 @@ class Study:
         return [*self.launcher, program, *self.experiment, *sets, "--resume"]
 
     def _merge(self, method: str, models: Sequence[Path], target: Path) -> list[str]:
-        named = ["--base", self._base(), "--models", *map(str, models)]
+        named = ["--base", sources.base(self.config), "--models", *map(str, models)]
         remote = ["--allow-remote-code"] * self.config.model.allow_remote_code
         return [*self._program("merge"), *named, "--method", method, "--out", str(target), *remote]
-
-    def _base(self) -> str:
-        """What the replicas start from."""
-        given = getattr(self.config.train, "from")
-        if given is None:
-            return self.config.model.name
-        inner = Path(given).expanduser() / "model"  # of a checkpoint
-        return str(inner if inner.is_dir() else given)
 
     def _program(self, name: str) -> list[str]:
         return [sys.executable, str(self.programs / f"{name}.py")]

@@ -1,7 +1,7 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
-First word: kill (SIGKILL), raise (a RuntimeError), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between
+First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight; "step" only), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between
 forward and backward). Then the step, and the rank, or "all".
 """
 
@@ -11,6 +11,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mtl.data.batches import TrainBatches
 from mtl.distributed.engine import Engine
@@ -32,12 +34,19 @@ def causal_lm(forward: Callable, batch: Any, k: int) -> Terms:
         ), "whole parameters"
     terms = objectives.causal_lm(forward, batch, k)
     if training and WHERE == "step" and forward.__self__._engine.global_steps == int(STEP):
-        strike()
+        strike(forward.__self__.module)
     return terms
 
 
-def strike() -> None:
+causal_lm.teacher = objectives.causal_lm.teacher
+
+
+def strike(module: torch.nn.Module | None = None) -> None:
     if RANK not in ("all", os.environ["RANK"]):
+        return
+    if WHAT == "flip":
+        for parameter in module.parameters():
+            parameter.data.view(torch.int32)[..., 0] ^= 1 << 20
         return
     if WHAT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -313,7 +313,10 @@ def test_a_config_cannot_be_changed():
             "mix: {lr: 1}",
             "mix.lr: found an unknown key, wanted shares, temperature, follow, every or floor. Did you mean optimizer.lr?",
         ),
-        ("mix: {xyz: 1}", "mix.xyz: found an unknown key, wanted shares, temperature, follow, every or floor."),
+        (
+            "mix: {xyz: 1}",
+            "mix.xyz: found an unknown key, wanted shares, temperature, follow, every or floor.",
+        ),
         (
             "batch: {tokens: '4096'}",
             "batch.tokens: found '4096', wanted a whole number >= 1. Remove the quotes.",

@@ -66,7 +66,8 @@ def test_tasks_come_in_the_order_of_the_divisor_method(mix):
     counts, expected = [0] * len(mix.sizes), []
     for _ in range(5 * mix.examples):
         k = min(
-            range(len(counts)), key=lambda k: (Fraction(2 * counts[k] + 1, 2 * mix.first.shares[k]), k)
+            range(len(counts)),
+            key=lambda k: (Fraction(2 * counts[k] + 1, 2 * mix.first.shares[k]), k),
         )
         expected.append(k)
         counts[k] += 1

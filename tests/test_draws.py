@@ -255,10 +255,10 @@ ROUNDS = ["objective=outside:causal_lm", "mix.follow=balancer", "mix.every=4"]
 
 def test_killed_in_the_middle_of_a_round(yaml):
     """Saved at step 5, of the round from 4 to 8; with CoBa, whose weights follow the losses."""
-    given = [*ROUNDS, "checkpoint.every=5", "evaluate.every=6", "evaluate.probe.every=2"]
+    given = [*ROUNDS, "checkpoint.every=5", "evaluate.every=4", "evaluate.probe.every=2"]
     at_once, killed = (yaml.parent / how for how in ("at once", "killed"))
     runs.train(yaml, *given, f"output={at_once}", world=2).well()
-    died = runs.train(yaml, *given, f"output={killed}", world=2, MISFORTUNE="kill step 6 1")
+    died = runs.train(yaml, *given, f"output={killed}", world=2, MISFORTUNE="kill step 7 1")
     assert -9 in died.codes and newest(killed).name == "step-00000005"
     runs.train(yaml, *given, f"output={killed}", world=2, resume=True).well()
     assert_each_step_once(killed)

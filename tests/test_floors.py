@@ -12,7 +12,8 @@ import mtl
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Packages, lowest first: a file imports from lower floors, or from its own without a cycle.
+# Packages (and the modules beside them), lowest first. A file imports from lower floors, or from its
+# own without a cycle.
 FLOORS = {
     "balancers": 0,
     "mtl.process": 0,  # before torch is imported
@@ -24,7 +25,7 @@ FLOORS = {
     "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
     "mtl.train": 7,
     "mtl.plugins": 8, "mtl.build": 8, "mtl.replicas": 8, "mtl.evaluation": 8,
-    "mtl.compare": 8, "mtl.orders": 8, "mtl.recipes": 8,
+    "mtl.compare": 8, "mtl.orders": 8, "mtl.choice": 8, "mtl.recipes": 8,
     "launch": 9, "mtl.cli": 9,
     "mtl": 0,  # the package itself: its version
 }  # fmt: skip
@@ -97,6 +98,12 @@ def cycle(ours: dict[str, Path]) -> list[str]:
 def test_imports_go_down():
     assert len(modules()) > 30
     assert climbs(modules()) == []
+
+
+def test_programs_are_short():
+    """They read arguments, build and run; what they do lives in `mtl`."""
+    lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("launch/*.py")}
+    assert len(lines) > 8 and {name: n for name, n in lines.items() if n > 70} == {}
 
 
 def test_the_package_itself_is_light():

@@ -223,7 +223,9 @@ def test_an_average_may_be_the_best(yaml):
 def test_measures_and_their_direction_judge_both_weight_sets():
     accuracy = Measure(ratio)
     run = SimpleNamespace(
-        config=SimpleNamespace(evaluate=SimpleNamespace(best="a/accuracy")),
+        config=SimpleNamespace(
+            evaluate=SimpleNamespace(best="a/accuracy"), checkpoint=SimpleNamespace(bests="each")
+        ),
         objective=SimpleNamespace(measures={"accuracy": accuracy}),
     )
     state = RunState(step=4)
@@ -235,5 +237,6 @@ def test_measures_and_their_direction_judge_both_weight_sets():
         state.step = step
         _judge(run, state, {"model": {"a/accuracy": model}, "average": {"a/accuracy": average}})
         assert state.best == best
+        assert state.single == {"step": step, "value": model}
     with pytest.raises(ValueError, match="a/accuracy .evaluate.best. is nan"):
         _judge(run, state, {"model": {"a/accuracy": 0.1}, "average": {}})

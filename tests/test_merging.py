@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -29,6 +30,7 @@ from mtl.merging.search import search
 from mtl.merging.select import select
 from mtl.merging.soup import soup
 from mtl.merging.task_arithmetic import task_arithmetic
+from mtl.output import manifest
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -426,6 +428,16 @@ def write_state(run: Path, state: dict) -> None:
     newest.mkdir(parents=True, exist_ok=True)
     (newest / "state.json").write_text(json.dumps({"run": state}))
     (newest.parent / "latest").write_text(newest.name)
+
+
+def test_a_sub_models_manifest_is_not_carried_over(models, tmp_path):
+    """It lists other checksums: an export of the merge would be refused as damaged."""
+    shutil.copytree(models / "a", tmp_path / "a")
+    manifest.mark(tmp_path / "a", "best")
+    manifest.seal(tmp_path / "a")
+    merge(str(models / "base"), [tmp_path / "a", models / "b"], partial(average), tmp_path / "out")
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {path.name for path in (models / "a").iterdir()} | {"merge.json", "README.md"}
 
 
 def test_a_model_given_twice_counts_twice(models, tmp_path):

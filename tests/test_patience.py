@@ -57,6 +57,32 @@ def test_drop_and_the_end_of_the_run():
     assert patience.done(state).all()
 
 
+def test_anchor_keeps_a_part_until_the_task_improves_again():
+    patience = Patience(2, "anchor", keep=0.4)
+    state = RunState(weights=np.array([0.75, 0.25]))
+    seen = []
+    for step, losses in enumerate([[3, 1], [2, 1.5], [1, 1.25], [0.9, 1.1], [0.8, 0.9]]):
+        state.step = 10 * step
+        told = patience.observe(state, np.array(losses), NAMES)
+        seen.append((state.held.copy(), state.anchored.copy(), patience.done(state).tolist(), told))
+    free = [NAN, NAN]
+    for held, anchored, done, told in seen[:2]:
+        np.testing.assert_array_equal([held, anchored], [free, free])
+        assert done == [False, False] and told == []
+    held, anchored, done, told = seen[2]
+    np.testing.assert_array_equal([held, anchored], [[NAN, 0.4 * 0.25], [NAN, 0]])
+    assert done == [False, True] and told == [
+        "b is done: its lowest loss is 1.0000, full passes since: 2; its part of the weights is now "
+        "0.100, and its loss the divergence from its own best"
+    ]
+    np.testing.assert_array_equal(hold(held, np.array([1.0, 1.0])), [1.8, 0.2])
+    np.testing.assert_array_equal(seen[3][1], [NAN, 0])
+    held, anchored, done, told = seen[4]
+    np.testing.assert_array_equal([held, anchored], [free, free])
+    assert done == [False, False] and told == ["b goes on after all, with a loss of 0.9000"]
+    np.testing.assert_array_equal(state.best_at, [40, 40])
+
+
 def test_the_margin():
     state, _ = observe(Patience(1, margin=0.1), [[1, 1], [0.95, 0.85]])
     np.testing.assert_array_equal(state.stalled, [1, 0])

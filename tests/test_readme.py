@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from contract import CHECKS
 
+from balancers.methods import METHODS, method
+from balancers.wrapper import Wrapper
 from mtl.config import load
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -48,6 +50,14 @@ def test_the_balancer_in_the_readme_is_found_where_the_command_runs(tmp_path):
     )  # fmt: skip
     assert "mybalancers" in ended.stdout, ended.stderr  # the YAML with its defaults
     assert "model.name" in ended.stderr, "nothing is wrong but the model, which is not there"
+
+
+def test_the_readme_counts_the_other_methods():
+    wrappers = {name for name in METHODS if issubclass(method(name), Wrapper)}
+    assert wrappers == {"Apart", "Bounded", "Grouped", "Scheduled"}
+    others = METHODS.keys() - wrappers - {"CoBa"}
+    (word,) = re.findall(r"(\w+) \[other methods\]", README)
+    assert {"Fourteen": 14, "Fifteen": 15, "Sixteen": 16, "Seventeen": 17}[word] == len(others)
 
 
 def test_every_page_the_readme_links_to_exists():

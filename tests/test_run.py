@@ -177,6 +177,7 @@ def test_a_task_that_turned_is_told_by_the_table():
         np.array([[4.0, 3.0], [2.0, 2.5], [3.0, 2.0]]),
         np.arange(8),
         np.tile([0.25, 0.75], (8, 1)),
+        np.full(3, np.nan),
     )
     a, b, macro = (re.split(r"\s{2,}", line) for line in report.table(history).splitlines()[2:])
     assert a[:6] == ["a", "4.000", "2.000", "4", "3.000", "50.0 %"] and b[:6] == [

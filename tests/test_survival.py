@@ -191,6 +191,17 @@ def test_other_versions_are_a_warning(yaml, whole, tmp_path):
     assert "warning: step-00000012 was written with torch 1.0, here is" in ended.err
 
 
+def test_ranks_that_drifted_apart_stop_before_a_checkpoint(yaml, tmp_path):
+    output = tmp_path / "run"
+    settings = [OURS, *SAVING, "engine.zero=0", f"output={output}"]
+    ended = runs.train(yaml, *settings, world=2, MISFORTUNE="flip step 5 1")
+    assert ended.codes == [1, 1] and "step 8: what the ranks should hold alike differs" in ended.err
+    shown = next(each for each in ended.err.splitlines() if "  weights." in each)
+    assert " on rank 0; " in shown and shown.endswith(" on rank 1") and "state." not in ended.err
+    assert (output / "checkpoints" / "latest").read_text() == "step-00000004"
+    assert not (output / "checkpoints" / "step-00000008").exists()
+
+
 # Preemption
 
 

@@ -163,10 +163,10 @@ def _known_order(get: Get) -> Iterator[Finding]:
     if get("train", "order") is None or get("train", "order", "scheme") != "batch":
         return
     patience = get("evaluate", "patience")
-    drops = patience is not None and get("evaluate", "patience", "action") == "drop"
+    action = "log" if patience is None else get("evaluate", "patience", "action")
     for found, key in (
         (get("mix", "follow") is not None, "mix.follow"),
-        (drops, "evaluate.patience.action: drop"),
+        (action in ("drop", "anchor"), f"evaluate.patience.action: {action}"),
     ):
         if found:
             hint = f"With {key} later batches are not known when the run starts."
@@ -352,6 +352,26 @@ def _average(get: Get) -> Iterator[Finding]:
         yield ("average",), "an average", "null with engine.offload.optimizer: nvme", hint
 
 
+def _anchor(get: Get) -> Iterator[Finding]:
+    if get("evaluate", "patience") is None:
+        return
+    path = "evaluate", "patience"
+    if get(*path, "action") != "anchor":
+        if (keep := get(*path, "keep")) != 0.25:
+            hint = "It has no meaning without action: anchor."
+            yield (*path, "keep"), show(keep), "nothing", hint
+        return
+    if get("engine", "offload", "optimizer") == "nvme":
+        hint = "The fp32 weights of a task's best are not in memory there."
+        wanted = "another action with engine.offload.optimizer: nvme"
+        yield (*path, "action"), "anchor", wanted, hint
+    for name in get("tasks"):
+        if get("tasks", name, "of") is not None:
+            found = f"anchor, and the task {name}, which is a loss of other tasks' rows"
+            hint = "A task is held on its own rows."
+            yield (*path, "action"), found, "log, freeze or drop", hint
+
+
 def _order(get: Get) -> Iterator[Finding]:
     if get("train", "order") is None:
         return
@@ -427,6 +447,7 @@ RULES = (
     _kernel,
     _gram,
     _average,
+    _anchor,
     _order,
     _export,
 )

@@ -434,13 +434,16 @@ class PatienceSection(Section):
 
     evaluations: Count
     """Full passes in a row without a new lowest loss of the task after which it is done."""
-    action: Literal["log", "freeze", "drop"] = "log"
+    action: Literal["log", "freeze", "drop", "anchor"] = "log"
     """log: say so, once. freeze: the task's part of all weights stays as it was. drop: its weight
-    is 0, and its rows are drawn no more. The other tasks share the rest. When all tasks are done,
-    the run ends.
+    is 0, and its rows are drawn no more. anchor: it keeps a part of its weight and of its draws,
+    and its loss becomes the divergence from its own best, until it improves again. The other tasks
+    share the rest. When all tasks are done, the run ends.
     """
     margin: NotNegative = 0.0
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
+    keep: Annotated[float, Gt(0), Le(1)] = 0.25
+    """What a task that is done keeps of its weight and of its draws (action `anchor` only)."""
 
 
 class AverageSection(Section):
@@ -537,8 +540,8 @@ class EngineSection(Section):
     timeout_minutes: Annotated[float, Gt(0), Le(10080)] = 30.0
     """Minutes a process waits for the others before it gives up."""
     rendezvous_minutes: Annotated[float, Gt(0), Le(10080)] = 10.0
-    """Minutes a process waits at the start until all others have started. Who is missing is said
-    every 10 s. Reading the data comes after it, and is not limited by it.
+    """Minutes a process waits at the start until all others have started. A message every
+    10 s names the missing ones. Reading the data comes afterwards, without this limit.
     """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.

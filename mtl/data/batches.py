@@ -215,6 +215,13 @@ class TrainBatches:
             lambda: make(*self.mix.batch(step, self.now), self._key(step))
         ).result()
 
+    def forget(self) -> None:
+        """Drop what was prepared, and wait until the thread reads no rows: they may change then."""
+        for late in self._coming.values():
+            late.cancel()
+        self._coming.clear()
+        self._worker.submit(lambda: None).result()  # after everything that it had begun
+
     def close(self) -> None:
         """Stop the thread and forget what it prepared."""
         self._worker.shutdown(wait=True, cancel_futures=True)

@@ -7,8 +7,9 @@ ranks do not depend on it.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd, inf
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,20 @@ Row = list[int]  # indices of the examples that share a row
 Micro = list[Row]
 
 
+class Teacher(NamedTuple):
+    """What a teacher says at the T targets of a micro-batch (`mtl.losses.teacher`).
+
+    Attributes:
+        has: (T,) bool, the targets that have one; elsewhere the others are zeros.
+        ids: (T, m) int64, its likeliest tokens.
+        log_p: (T, m + 1) float32, their log-probabilities and the rest's; (T, m) where m is all.
+    """
+
+    has: Tensor
+    ids: Tensor
+    log_p: Tensor
+
+
 @dataclass(frozen=True)
 class MicroBatch(Batch):
     """R rows of L token positions with T target tokens, the input of one forward on one rank.
@@ -45,6 +60,7 @@ class MicroBatch(Batch):
         labels: (T,) int64, the ids to predict there.
         task: (T,) int64, the task of each target.
         most: the largest T of any rank's micro-batch of this forward.
+        teacher: what targets' losses are taken from, where that is a teacher; None: nowhere.
     """
 
     input_ids: Tensor
@@ -54,6 +70,7 @@ class MicroBatch(Batch):
     labels: Tensor
     task: Tensor
     most: int
+    teacher: Teacher | None = field(default=None, kw_only=True)
 
     @property
     def positions(self) -> int:

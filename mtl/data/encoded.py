@@ -61,7 +61,7 @@ class Report:
     shown: dict[str, list[tuple[int, int, str]]] = field(
         default_factory=dict
     )  # reason -> first (source, row, text)
-    notes: dict[str, int] = field(default_factory=dict)  # what is said of kept rows -> how often
+    notes: dict[str, int] = field(default_factory=dict)  # remark on kept rows -> how often
 
     def drop(self, source: int, row: int, reason: str, text: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -127,7 +127,7 @@ class Encoded:
             name: _Ragged(table.column(name), kind.to_pandas_dtype())
             for name, kind in columns.items()
         }
-        self._columns: dict[str, _Ragged | np.ndarray] = dict(stored)
+        self._columns: dict[str, _Ragged | Flat | np.ndarray] = dict(stored)
         lengths = {name: column.lengths for name, column in stored.items()}
         self.lengths = lengths[self.names[0]]
         self.positions = positions(lengths)
@@ -187,11 +187,16 @@ class Encoded:
         """Row i: its 1-D arrays by name, read-only."""
         return {name: column[i] for name, column in self._columns.items()}
 
-    def attach(self, name: str, values: np.ndarray) -> None:
-        """Add a column in memory, or replace the one of that name; values[i] is row i's, (m,)."""
+    def attach(self, name: str, values: "np.ndarray | Flat") -> None:
+        """Add a column in memory, or replace the one of that name; values[i] is row i's array."""
         assert len(values) == len(self), f"{name}: {len(values)} for {_rows(len(self))}"
-        values.setflags(write=False)
+        if isinstance(values, np.ndarray):
+            values.setflags(write=False)
         self._columns[name] = values
+
+    def detach(self, name: str) -> None:
+        """Take an attached column away, where there is one."""
+        self._columns.pop(name, None)
 
     def ids(self, i: int) -> np.ndarray:
         """Of next-token prediction: (lengths[i],) int32, read-only."""
@@ -257,6 +262,26 @@ def answer(targets: np.ndarray) -> int:
 
 def _rows(n: int) -> str:
     return f"{n:,} row{'s' * (n != 1)}"
+
+
+class Flat:
+    """Rows of different lengths, one after the other in an array.
+
+    Args:
+        values: (sum of counts, ...), read-only or memory-mapped.
+        counts: (n,) int64, elements of each row.
+    """
+
+    def __init__(self, values: np.ndarray, counts: np.ndarray):
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        assert len(values) == self._starts[-1], f"{len(values)} elements, not {self._starts[-1]}"
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self._values[self._starts[i] : self._starts[i + 1]]
 
 
 class _Ragged:

@@ -87,7 +87,8 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch: the input of one forward on one rank. A dataclass of tensors derives from it.
+    """A micro-batch: the input of one forward on one rank. A dataclass of tensors, and named tuples
+    of tensors, derives from it.
 
     Attributes:
         objective: the number of its objective among the run's.
@@ -115,9 +116,13 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-        return type(self)(**changed)
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            return type(value)(*map(change, value)) if isinstance(value, tuple) else value
+
+        names = [field.name for field in fields(self)]
+        return type(self)(**{name: changed(getattr(self, name)) for name in names})
 
 
 class Examples(Protocol):

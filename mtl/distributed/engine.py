@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import socket
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
@@ -371,6 +372,17 @@ class Engine:
                 if n in persistent
             }
         return state
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of every parameter that this rank holds whole, by name. Ranks must agree on them.
+
+        At ZeRO 3 every parameter is DeepSpeed's, so there are none.
+        """
+        return {
+            name: zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy())
+            for name, p in self.module.named_parameters()
+            if not hasattr(p, "ds_id")
+        }
 
     def _read_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
         # DeepSpeed's strict load refuses a checkpoint without the frozen parameters. Its lax load

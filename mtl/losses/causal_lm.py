@@ -5,6 +5,9 @@ token losses, not logits.
 """
 
 from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 from mtl.data.collate import MicroBatch
 from mtl.losses.head import Targets
@@ -13,7 +16,7 @@ from mtl.losses.terms import Terms
 
 def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: float = 0.0) -> Terms:
     """Next-token cross-entropy, in fp32, on target tokens only. A mixture of experts may add its
-    router loss as a penalty.
+    router loss as a penalty. A target that has a teacher counts the divergence from it.
 
     The head also runs without a target: at ZeRO 3 every rank must gather the head's weights.
 
@@ -27,11 +30,8 @@ def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: floa
         ValueError: a router loss is asked of a model that has none.
     """
     outputs = forward(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        targets=Targets(batch.at, batch.labels, batch.most),
+        **_inputs(batch),
+        targets=Targets(batch.at, batch.labels, batch.most, batch.teacher),
         **({"output_router_logits": True} if router_loss else {}),
     )
     penalties = {}
@@ -43,3 +43,20 @@ def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: floa
             )
         penalties["router_loss"] = router_loss * outputs.aux_loss
     return Terms.by_task(outputs.loss, batch.task, k, penalties)
+
+
+def _teacher(forward: Callable, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    targets = Targets(batch.at, batch.labels, batch.most)
+    return forward(**_inputs(batch), targets=targets, summarize=True).logits
+
+
+def _inputs(batch: MicroBatch) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
+
+
+causal_lm.teacher = _teacher

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mtl.data.collate import Teacher
+from mtl.losses import teacher
+
 
 def slice_rows(hidden: int) -> int:
     """Targets in a slice, for hidden states of that size: its logits are half as large as the
@@ -38,11 +41,14 @@ class Targets(NamedTuple):
         labels: (T,) int64, the ids to predict there.
         most: the largest T of any rank in this forward. Every rank makes as many slices, because at
             ZeRO 3 each slice gathers the head's weights.
+        teacher: of targets whose loss is the divergence from a teacher, not the cross-entropy.
+            None: there are none.
     """
 
     at: Tensor
     labels: Tensor
     most: int
+    teacher: Teacher | None = None
 
 
 def decoder_of(model: nn.Module) -> tuple[nn.Module, str]:
@@ -64,6 +70,9 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
     """Let `model.forward` take `targets=Targets(...)`. Then its outputs have `loss`, (T,) float32
     in nats, and `logits` None.
 
+    With `summarize=True` beside it there is no loss, and `logits` is (ids, log_p), what
+    `teacher.summary` keeps of the T distributions.
+
     Without `targets` it answers as before. We wrap the `forward` of this one object, not its
     class's.
 
@@ -80,14 +89,21 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
     """
     causal, name = decoder_of(model)
     plain = causal.forward
-    losses_of = _Fused(causal, name) if kernel else functools.partial(_sliced, causal, name)
+    sliced = functools.partial(_sliced, causal, name)
+    fused = _Fused(causal, name) if kernel else None
 
     @functools.wraps(plain)
-    def forward(*args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
+    def forward(
+        *args: Any, targets: Targets | None = None, summarize: bool = False, **kwargs: Any
+    ) -> Any:
         run = functools.partial(plain, *args, **kwargs)
         if targets is None:
             return run()
-        outputs, losses = losses_of(run, targets)
+        if summarize:
+            outputs, kept = sliced(run, targets, _summary)
+            outputs.loss, outputs.logits = None, kept
+            return outputs
+        outputs, losses = fused(run, targets) if fused else sliced(run, targets)
         outputs.loss, outputs.logits = losses, None
         return outputs
 
@@ -95,14 +111,24 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
 
 
 def _sliced(
-    causal: nn.Module, name: str, run: Callable[[], Any], targets: Targets
-) -> tuple[Any, Tensor]:
-    """The outputs of `run`, the model's own forward, for the first slice; and (T,) losses of all
-    slices.
+    causal: nn.Module,
+    name: str,
+    run: Callable[[], Any],
+    targets: Targets,
+    take: Callable[..., Any] | None = None,
+) -> tuple[Any, Any]:
+    """The outputs of `run`, the model's own forward, for the first slice; and what `take` makes of
+    all slices, put together: (T,) losses.
+
+    Args:
+        take: from a slice's logits (1, n, V) and what belongs to its n targets to a tensor, or a
+            tuple of them, with n rows. None: losses.
     """
     decoder, answers = causal.get_submodule(name), []
     parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
-    labels = targets.labels.tensor_split(parts)
+    take = take or _token_losses
+    of_targets = (targets.labels, *(targets.teacher or ()))
+    mine, *others = zip(*(of.tensor_split(parts) for of in of_targets), strict=True)
 
     def first(*args: Any, **kwargs: Any) -> Any:
         answer = decoder(*args, **kwargs)
@@ -110,16 +136,18 @@ def _sliced(
         answers.extend(_at(answer, targets).tensor_split(parts))
         return _with_hidden(answer, answers[1])
 
-    def again(hidden: Tensor, labels: Tensor) -> Tensor:
+    def again(hidden: Tensor, *mine: Tensor) -> Any:
         with _standing_in(causal, name, lambda *args, **kwargs: _with_hidden(answers[0], hidden)):
-            return _token_losses(run().logits, labels)
+            return take(run().logits, *mine)
 
     with _standing_in(causal, name, first):
         outputs = run()
-    losses = [_token_losses(outputs.logits, labels[0])]
-    for part in zip(answers[2:], labels[1:], strict=True):
-        losses.append(checkpoint(again, *part, use_reentrant=False))
-    return outputs, torch.cat(losses)
+    found = [take(outputs.logits, *mine)]
+    for hidden, mine in zip(answers[2:], others, strict=True):
+        found.append(checkpoint(again, hidden, *mine, use_reentrant=False))
+    if isinstance(found[0], Tensor):
+        return outputs, torch.cat(found)
+    return outputs, tuple(torch.cat(of) for of in zip(*found, strict=True))
 
 
 def linear_head(causal: nn.Module) -> nn.Linear:
@@ -152,7 +180,7 @@ class _Fused:
         linear_head(causal)
 
     def __call__(self, run: Callable[[], Any], targets: Targets) -> tuple[Any, Tensor]:
-        if not len(targets.at):
+        if not len(targets.at) or targets.teacher is not None:
             return _sliced(self._causal, self._name, run, targets)
         decoder, answers = self._causal.get_submodule(self._name), []
 
@@ -237,6 +265,17 @@ def _with_hidden(answer: Any, hidden: Tensor) -> Any:
     return type(answer)(**{**answer, "last_hidden_state": hidden[None]})
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) float32 cross-entropy in nats, from logits (1, n, V) of any float dtype."""
-    return F.cross_entropy(logits[0].float(), labels, reduction="none")
+def _token_losses(logits: Tensor, labels: Tensor, *taught: Tensor) -> Tensor:
+    """(n,) float32 in nats, from logits (1, n, V) of any float dtype: cross-entropy, or where there
+    is a teacher the divergence from it.
+    """
+    logits = logits[0].float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if not taught:
+        return losses
+    has, ids, log_p = taught
+    return torch.where(has, teacher.divergence(logits, ids, log_p), losses)
+
+
+def _summary(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return teacher.summary(logits[0].float())

@@ -13,6 +13,9 @@ module's in evaluation. An objective may have these attributes:
     reference   reference(forward, batch) -> (B, m): what the model says of each of a batch's B
                 pieces. It is asked once, of the starting model, before step 1 (train/reference.py);
                 from then on a piece has the answer as its column "reference". Default: none
+    teacher     teacher(forward, batch) -> (ids, log_p): what is kept of the model's distributions
+                at a batch's targets (losses/teacher.py). A piece that has it back as columns is
+                then trained on the divergence from it. Default: none
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +80,11 @@ def maker_of_examples(objective: Any) -> Callable[..., Any] | None:
 def reference_of(objective: Any) -> Callable[..., Tensor] | None:
     """`reference(forward, batch)` of the objective, where it compares with the starting model."""
     return getattr(_plain(objective), "reference", None)
+
+
+def teacher_of(objective: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`teacher(forward, batch)` of the objective, where it can hold a task to its own best."""
+    return getattr(_plain(objective), "teacher", None)
 
 
 def _plain(objective: Any) -> Any:

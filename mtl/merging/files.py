@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtl.merging.piece import MergeError
+from mtl.output import manifest
 
 INDEX, WHOLE, ADAPTER = (
     "model.safetensors.index.json",
     "model.safetensors",
     "adapter_model.safetensors",
 )
+NOT_CARRIED = ("README.md", manifest.NAME)  # both are about the sub-model alone
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -132,7 +134,7 @@ def carry(source: Path, target: Path) -> None:
     """Copy what stands beside a model's weights: config, tokenizer, template, index, code."""
     for path in source.iterdir():
         is_text = path.is_file() and path.suffix not in WEIGHTS and path.stat().st_size < 2**26
-        if is_text and path.name != "README.md" and not path.name.startswith("."):
+        if is_text and path.name not in NOT_CARRIED and not path.name.startswith("."):
             (target / path.name).write_bytes(path.read_bytes())
 
 

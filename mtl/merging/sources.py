@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from mtl.config import Config
 from mtl.merging.files import Stored
 from mtl.merging.piece import MergeError
 from mtl.models.files import same_model
@@ -49,18 +50,28 @@ def bests(run: Path) -> list[Path]:
     Which they are stands in the newest checkpoint. A task that was never better than at the start
     has none: it adds nothing.
     """
-    steps = sorted(int(best["step"]) for best in (_state(run).get("bests") or {}).values())
+    state = newest(run).get("run", {})
+    steps = sorted(int(best["step"]) for best in (state.get("bests") or {}).values())
     return [run / "bests" / f"step-{step:08d}" for step in steps if step]
 
 
-def _state(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint says of the run; nothing where there is none."""
+def newest(run: Path) -> dict[str, Any]:
+    """The newest checkpoint's `state.json` and its folder's "name"; nothing where there is none."""
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         return {}
     name = pointer.read_text(encoding="utf-8").strip()
     state = run / "checkpoints" / name / "state.json"
-    return json.loads(state.read_text(encoding="utf-8"))["run"] if state.is_file() else {}
+    return json.loads(state.read_text(encoding="utf-8")) | {"name": name} if state.is_file() else {}
+
+
+def base(config: Config) -> str:
+    """What an experiment's runs start from."""
+    given = getattr(config.train, "from")
+    if given is None:
+        return config.model.name
+    inner = Path(given).expanduser() / "model"  # of a checkpoint
+    return str(inner if inner.is_dir() else given)
 
 
 def checkpoints(run: Path, first: int, last: int) -> list[Path]:

@@ -191,7 +191,8 @@ def _losses(
 
 def _base(checkpoint: Path) -> str | None:
     """The base model that an adapter names; of a whole model None."""
-    return _json(checkpoint / "model" / "adapter_config.json").get("base_model_name_or_path")
+    found = [_json(checkpoint / name / "adapter_config.json") for name in ("model", "")]
+    return next((one["base_model_name_or_path"] for one in found if one), None)
 
 
 def _page(metadata: dict[str, Any], lines: list[str]) -> str:

@@ -15,6 +15,7 @@
           state.json               step, best so far, balancer, identity, layout (processes, ZeRO)
           state.safetensors        the balancer's arrays, initial validation and last train losses
       bests/step-00000080/         a task's best model, weights only, where `checkpoint.bests` asks
+      anchors/                     what tasks that are done are held to, where `patience` asks
       model/                       the exported model, at the end
 
 Data order, learning rate and randomness are functions of seed, step and rank, so none of them is
@@ -24,6 +25,7 @@ saved.
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -45,7 +47,7 @@ from mtl.output.state import RunState
 
 FORMAT = 1
 SCRATCH = ".resharded"
-CHECKPOINT, RUN = "checkpoint", "run"  # kinds of our folders, beside EXPORT
+CHECKPOINT, RUN, ANCHORS = "checkpoint", "run", "anchors"  # kinds of our folders, beside EXPORT
 STEP = re.compile(r"step-(\d{8})")
 AVERAGE_FILE = "average.safetensors"
 STEPS = "steps of the run"  # in an identity: the only thing that may grow
@@ -62,7 +64,7 @@ def check_output(output: Path, resume: bool) -> None:
         CheckpointError: the folder holds a run and `resume` is false, or it holds what a run would
             write, not written by one. Nothing has been touched.
     """
-    written = ("metrics.jsonl", "run.json", "checkpoints", "bests")
+    written = ("metrics.jsonl", "run.json", "checkpoints", "bests", "anchors")
     found = [name for name in written if (output / name).exists()]
     if found and not manifest.is_ours(output, RUN):
         raise CheckpointError(
@@ -84,6 +86,7 @@ def check_output(output: Path, resume: bool) -> None:
     for folder in bests.folders(output / "bests"):
         if not manifest.is_whole(folder, bests.BEST):
             check_free(folder, bests.BEST, "a task's best model goes there")
+    check_free(output / "anchors", ANCHORS, "the best weights of tasks go there")
 
 
 def check_free(folder: Path, kind: str, why: str) -> None:
@@ -138,7 +141,7 @@ class Checkpoints:
         tokenizer: goes with every exported model.
         layout: {"processes": ..., "zero": ...}: how the engine's state is partitioned. A checkpoint
             of another layout is re-partitioned.
-        versions: of the libraries; others than a checkpoint's are said.
+        versions: of the libraries. A message names those that differ from a checkpoint's.
         loader: as `mtl.models.save.save` takes it.
         say: takes messages for people about what differs from what was asked for.
 
@@ -177,7 +180,11 @@ class Checkpoints:
         collective.
 
         A run killed at any moment leaves `latest` on a complete checkpoint.
+
+        Raises:
+            CheckpointError: the ranks hold other weights or another state. Nothing is written.
         """
+        _agree(engine, state)
         name = f"step-{state.step:08d}"
         folder = self.folder / name
         comm.on_first(lambda: self._clear(folder))
@@ -460,6 +467,31 @@ class Checkpoints:
         scratch = self.folder / SCRATCH
         if manifest.is_ours(scratch, SCRATCH):  # of a run killed while re-partitioning
             manifest.discard(scratch, SCRATCH)
+
+
+def _agree(engine: Engine, state: RunState) -> None:
+    """Compare what every rank should hold alike: whole weights and the run's state. A collective.
+
+    The balancer's state is on rank 0 alone, and so is the length of metrics.jsonl.
+    """
+    plain = {k: v for k, v in asdict(state).items() if k != "metrics_bytes"}
+    for name in RunState.ARRAYS:
+        if plain[name] is not None:
+            plain[name] = zlib.crc32(plain[name].tobytes())
+    found = comm.differences({"state": plain, "weights": engine.checksums()})
+    if found:
+        more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+        raise CheckpointError(
+            "\n  ".join(
+                [
+                    f"step {state.step}: what the ranks should hold alike differs. "
+                    "No checkpoint was written; --resume goes on from the last one. If it comes "
+                    "again, look at the memory and the network of the hosts.",
+                    *found[:5],
+                    *more,
+                ]
+            )
+        )
 
 
 def _choose(complete: list[str]) -> str:

@@ -45,12 +45,13 @@ def export(
     first. The run's log and record are not needed: without them the card says less.
 
     Args:
-        checkpoint: a folder `step-...` of a run, or an adapter's.
+        checkpoint: a folder `step-...` of a run, or an adapter's; with `weights` empty a model's.
         target: where to; its parent is made.
         dtype: "fp32", "bf16", or None: as trained.
         merge: add an adapter to its base model, in fp32, and write the whole.
         allow_remote_code: whether code that comes with the base model may run (`merge` only).
-        weights: "model", the trained ones, or "average" (`average:` of the YAML).
+        weights: "model", the trained ones, "average" (`average:` of the YAML), or "": those in
+            `checkpoint` itself. A card that stands there is kept: a merge's.
 
     Raises:
         ExportError: there is no model in `checkpoint`, or it is damaged; nothing to merge, no base
@@ -75,6 +76,7 @@ def export(
         )
     # Every checkpoint has a manifest, half a one too. Without it the folder was made otherwise.
     under = "" if source == checkpoint else f"{weights}/"
+    has_card = weights == "" and (source / "merge.json").is_file()
     has_manifest = (checkpoint / manifest.NAME).exists()
     if has_manifest and (damage := manifest.damage(checkpoint, under)):
         raise ExportError(
@@ -94,10 +96,9 @@ def export(
             )
             if dtype is not None:
                 _cast(temporary, dtype)
-        (temporary / "README.md").write_text(
-            card.card(checkpoint, adapter=is_adapter and not merge, weights=weights),
-            encoding="utf-8",
-        )
+        if not has_card:
+            text = card.card(checkpoint, adapter=is_adapter and not merge, weights=weights)
+            (temporary / "README.md").write_text(text, encoding="utf-8")
         as_umask_says(temporary)
         manifest.seal(temporary)
         manifest.discard(target, EXPORT)

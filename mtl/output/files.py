@@ -1,4 +1,4 @@
-"""Small files that are written whole or not at all, and are on the disk when that is said."""
+"""Small files, written whole or not at all, and on the disk when the call returns."""
 
 import json
 import os

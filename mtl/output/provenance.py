@@ -88,6 +88,9 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
         for key in path.split("."):
             value = value[key]
         same[path] = value
+    patience = same["evaluate.patience"]
+    if patience is not None and patience["action"] != "anchor":  # as before `keep` was there
+        same["evaluate.patience"] = {key: patience[key] for key in patience if key != "keep"}
     if same["mix"]["follow"] is None:  # as in checkpoints of before it was there
         same["mix"] = {key: same["mix"][key] for key in ("shares", "temperature")}
     order = same["train.order"]

@@ -2,17 +2,20 @@
 README.
 """
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mtl.output.trackers import read_metrics
 
 TASK_LOSS = re.compile(r"eval/[^/]+/loss")
+CHOICE = "choice.json"  # of launch/choose.py
 PARTS = 5  # of a run, over which a task's weight is averaged in the table
 
 
@@ -26,6 +29,8 @@ class History:
         eval_losses: (E, K) nats per target token.
         steps: (T,) updates.
         weights: (T, K) of each update.
+        averages: (E,) macro losses of the averaged weights; nan where there is no average.
+        choice: what launch/choose.py found; None: it has not run.
     """
 
     tasks: list[str]
@@ -33,6 +38,8 @@ class History:
     eval_losses: np.ndarray
     steps: np.ndarray
     weights: np.ndarray
+    averages: np.ndarray
+    choice: dict[str, Any] | None = None
 
 
 def histories(outputs: Sequence[Path]) -> dict[str, History]:
@@ -89,12 +96,15 @@ def read(output: Path) -> History:
     if not evals:
         raise ValueError(f"{path}: no validation pass in it yet.")
     tasks = [tag[5:-5] for tag in evals[0] if TASK_LOSS.fullmatch(tag)]
+    chosen = Path(output) / CHOICE
     return History(
         tasks,
         np.array([r["step"] for r in evals]),
         np.array([[r[f"eval/{t}/loss"] for t in tasks] for r in evals]),
         np.array([r["step"] for r in trains]),
         np.array([[r[f"train/{t}/weight"] for t in tasks] for r in trains]).reshape(-1, len(tasks)),
+        np.array([r.get("eval/average/macro", np.nan) for r in evals]),
+        json.loads(chosen.read_text(encoding="utf-8")) if chosen.is_file() else None,
     )
 
 
@@ -142,8 +152,24 @@ def table(history: History) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def choice(record: dict[str, Any]) -> str:
+    """The models of a run that were compared at its end: losses by task on the rows that report."""
+    models = record["models"]
+    first = next(iter(models.values()))
+    names = [name for name in first["reported"] if name not in ("token", "worst", "log")]
+    rows = [[f"{record['unit']} on {record['rows']}", *names, "chosen by " + record["by"]]]
+    for name, one in models.items():
+        mark = "*" if name == record["chosen"] else " "
+        figures = [f"{one['reported'][n]:.3f}" for n in names]
+        rows.append([f"{mark} {name}", *figures, f"{one['chosen by']:.3f}"])
+    wide, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(wide), *map(str.rjust, row[1:], widths)]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def figure(runs: dict[str, History], path: Path) -> None:
-    """Per task: validation loss over its start, one line a run; below, the weights. Needs
+    """Per task: validation loss over its start, one line a run; below, the weights; last, the macro
+    loss of the trained weights, of their average, and of what was chosen from at the end. Needs
     matplotlib (`coba-mtl[plot]`).
     """
     try:
@@ -154,7 +180,7 @@ def figure(runs: dict[str, History], path: Path) -> None:
     except ImportError as e:
         raise ValueError("matplotlib is not installed: pip install 'coba-mtl[plot]'.") from e
     fig, axes = plt.subplots(
-        2, len(runs), figsize=(4.6 * len(runs), 6), sharex=True, sharey="row", squeeze=False
+        3, len(runs), figsize=(4.6 * len(runs), 8.5), sharex=True, sharey="row", squeeze=False
     )
     for column, (name, history) in enumerate(runs.items()):
         ratios = history.eval_losses / history.eval_losses[0]
@@ -169,11 +195,28 @@ def figure(runs: dict[str, History], path: Path) -> None:
                 history.steps, history.weights[:, k], color=line.get_color(), linewidth=1
             )
         axes[0, column].set_title(name)
-        axes[1, column].set_xlabel("optimizer steps")
+        _macro(axes[2, column], history)
+        axes[2, column].set_xlabel("optimizer steps")
     axes[0, 0].set_ylabel("validation loss / its start  (dot: best)")
     axes[1, 0].set_ylabel("weight")
+    axes[2, 0].set_ylabel("macro validation loss")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)
+
+
+def _macro(axes: Any, history: History) -> None:
+    """Macro losses: along the run, and as lines those of merges."""
+    macro = history.eval_losses.mean(1)
+    axes.plot(history.eval_steps, macro, color="black", label="trained weights")
+    if np.isfinite(history.averages).any():
+        axes.plot(history.eval_steps, history.averages, "--", color="black", label="their average")
+    models = (history.choice or {"models": {}})["models"]
+    merges = {n: one["validation"]["macro"] for n, one in models.items() if " of task bests" in n}
+    for i, (name, loss) in enumerate(merges.items()):
+        axes.axhline(loss, color=f"C{i}", linestyle=":", label=name)
+    low = min([macro.min(), *merges.values()])  # the start is far above what is to be compared
+    axes.set_ylim(low - 0.1 * (np.median(macro) - low) - 1e-6, 2 * np.median(macro) - low + 1e-6)
+    axes.legend(frameon=False, fontsize="small")

@@ -14,7 +14,7 @@ class RunState:
         target_tokens: target tokens trained on.
         best: {"step": ..., "value": ...} of what picks the best checkpoint (`evaluate.best`), and
             {"weights": "average"} where the averaged weights have it.
-        single: as `best`, of the trained weights alone.
+        single: as `best`, of the trained weights alone, where `checkpoint.bests` asks.
         bests: the same of every task's own loss, by its name, where `checkpoint.bests` asks.
         averaged: updates of `average:`.
         evaluated: step of the last full validation pass; -1 before the first.
@@ -27,6 +27,8 @@ class RunState:
         stalled: (K,) float64, full passes since.
         held: (K,) float64, the part of all weights at which a task that is done is held; nan = not
             held.
+        best_at: (K,) float64, step of `lowest`; nan = none. This and the next with `anchor` only.
+        anchored: (K,) float64, step of the weights that a task is held to; nan = not held.
         round_start: first step of the present round of draws (`mtl.data.mix.Round`).
         shares, drawn, owed: (S,) int64, the round's; None: the first round's.
     """
@@ -47,6 +49,8 @@ class RunState:
     lowest: np.ndarray | None = None
     stalled: np.ndarray | None = None
     held: np.ndarray | None = None
+    best_at: np.ndarray | None = None
+    anchored: np.ndarray | None = None
     round_start: int = 0
     shares: np.ndarray | None = None
     drawn: np.ndarray | None = None
@@ -61,6 +65,8 @@ class RunState:
         "lowest",
         "stalled",
         "held",
+        "best_at",
+        "anchored",
         "shares",
         "drawn",
         "owed",

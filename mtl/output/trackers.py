@@ -230,7 +230,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def cut_metrics(output: Path, length: int, say: Callable[[str], None]) -> None:
     """Cut metrics.jsonl back to what a checkpoint knew of it, so that no step stands in it twice.
 
-    What is missing or torn in it is said, and no obstacle: nothing but reports and cards reads it.
+    A missing or torn line gives a message and no error: only reports and cards read the file.
     """
     path, found = output / "metrics.jsonl", metrics_bytes(output)
     if found < length:

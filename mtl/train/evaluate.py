@@ -105,7 +105,8 @@ def _pass(
             coming = validation.group(group)
             some: list[Batch] | None = None
             while some is None or len(some) == AT_ONCE:
-                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023 (called at once)
+                # Called at once, so the loop's `coming` is right.
+                some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023
                 for micro in some:
                     terms = objective(engine.evaluate, micro.to(engine.device), k)
                     totals[0, :, column] += terms.sums

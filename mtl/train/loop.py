@@ -12,7 +12,7 @@ from mtl.config import Config
 from mtl.distributed import comm
 from mtl.output import trackers
 from mtl.output.state import RunState
-from mtl.train import draws, evaluate, schedule
+from mtl.train import anchor, draws, evaluate, schedule
 from mtl.train.evaluate import ValidationResult
 from mtl.train.randomness import seed_step
 from mtl.train.run import Run
@@ -52,16 +52,17 @@ def train(run: Run, state: RunState) -> RunState:
         seed_step(config.train.seed, t)
         lr = _lr(config, t, run.steps)
         report = train_step(run.engine, run.objective, batch, weights, lr, names)
-        state.step, state.train_loss = t + 1, report.losses
+        state.step, state.train_loss = t + 1, anchor.unseen(state, report.losses)
         if run.average:
             run.average.after_update(state)
         state.target_tokens += int(batch.tokens.sum())
         if Signal.REPLAY_LOSS in run.holder.balancer.needs:
             seed_step(config.train.seed, t)
-            state.replay_loss = evaluate.replay(run.engine, run.objective, batch, k)
+            replayed = evaluate.replay(run.engine, run.objective, batch, k)
+            state.replay_loss = anchor.unseen(state, replayed)
 
         now = time.monotonic()
-        values = _train_values(names, weights, report, batch, run.holder)
+        values = _train_values(names, weights, report, batch, run.holder, anchor.held(state))
         values |= drawn
         values["train/lr"] = lr
         values["train/target_tokens"] = state.target_tokens
@@ -115,6 +116,8 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     if run.patience:
         for text in run.patience.observe(state, validation.losses, run.names):
             _say(run, f"step {state.step}/{run.steps}  {text}")
+    if run.anchors:
+        run.anchors.at_pass(state)
     _judge(run, state, found)
     if run.config.checkpoint.bests:
         better = run.checkpoints.save_bests(run.engine, state, run.names, validation.losses)
@@ -153,15 +156,24 @@ def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) 
             state.best = {"step": state.step, "value": value}
             if weights != "model":
                 state.best["weights"] = weights
-        if weights == "model" and (
-            state.single is None or sign * value < sign * state.single["value"]
-        ):
+        is_single = weights == "model" and run.config.checkpoint.bests
+        if is_single and (state.single is None or sign * value < sign * state.single["value"]):
             state.single = {"step": state.step, "value": value}
 
 
 def _train_values(
-    names: list[str], weights: np.ndarray, report: StepReport, batch: GlobalBatch, holder: Holder
+    names: list[str],
+    weights: np.ndarray,
+    report: StepReport,
+    batch: GlobalBatch,
+    holder: Holder,
+    is_held: np.ndarray | None,
 ) -> dict[str, float]:
+    """What is logged of a step.
+
+    Args:
+        is_held: (K,) bool, the tasks whose loss is the divergence from their own best.
+    """
     present = ~np.isnan(report.losses)
     values = {} if present.all() else {"train/present_weight": float(weights[present].sum())}
     values |= {
@@ -171,7 +183,8 @@ def _train_values(
     }
     values |= {f"train/{name}": value for name, value in report.penalties.items()}
     for i, name in enumerate(names):
-        values[f"train/{name}/loss"] = float(report.losses[i])
+        what = "loss" if is_held is None or not is_held[i] else "kl"
+        values[f"train/{name}/{what}"] = float(report.losses[i])
         values[f"train/{name}/weight"] = float(weights[i])
         values[f"train/{name}/tokens"] = int(batch.tokens[i])
     values["train/positions"] = batch.positions
@@ -198,6 +211,8 @@ def _save(run: Run, state: RunState, is_best: bool) -> None:
     folder = run.checkpoints.save(
         run.engine, run.holder, state, is_best=is_best, average=run.average
     )
+    if run.anchors:
+        run.anchors.after_save(state)
     best = (
         f", the best so far ({run.config.evaluate.best} {state.best['value']:.4f}"
         f"{', averaged weights' if 'weights' in state.best else ''})"

@@ -10,22 +10,26 @@ from mtl.output.state import RunState
 
 @dataclass(frozen=True)
 class Patience:
-    """`evaluate.patience` of the YAML. What changes is in the `RunState`: `lowest`, `stalled` and
-    `held`.
+    """`evaluate.patience` of the YAML. What changes is in the `RunState`: `lowest`, `stalled`,
+    `held`, and with "anchor" `best_at` and `anchored`.
 
     Args:
         evaluations: full passes in a row without improvement after which a task is done, >= 1.
         action: what a done task's weight is. "log": the balancer's. A task that improves again
             is no longer done. "freeze": its part of all weights stays as it was. "drop": 0, and
             none of its rows are drawn. With these two the others share the rest in the balancer's
-            proportions, and a done task stays done.
+            proportions, and a done task stays done. "anchor": `keep` times its part as it was, and
+            as much of its draws, until it improves again; its loss is meanwhile the divergence from
+            its own best (`mtl.train.anchor`).
         margin: an improvement is a loss more than this below the lowest so far, in nats per target
             token, >= 0.
+        keep: above 0, at most 1; with "anchor" only.
     """
 
     evaluations: int
     action: str = "log"
     margin: float = 0.0
+    keep: float = 0.25
 
     def observe(self, state: RunState, losses: np.ndarray, names: Sequence[str]) -> list[str]:
         """Take the (K,) losses of a full pass into `state`. Returns messages: which tasks are done,
@@ -38,23 +42,34 @@ class Patience:
                 np.zeros(k),
                 np.full(k, np.nan),
             )
+            if self.action == "anchor":
+                state.best_at, state.anchored = np.full(k, np.nan), np.full(k, np.nan)
         was = self.done(state)
         better = losses < state.lowest - self.margin
         state.lowest = np.where(better, losses, state.lowest)
         state.stalled = np.where(better, 0.0, state.stalled + 1)
         if self.action != "log":
             part = np.zeros(len(names))
-            if self.action == "freeze" and state.weights is not None and state.weights.sum():
+            if self.action != "drop" and state.weights is not None and state.weights.sum():
                 part = state.weights / state.weights.sum()
+            if self.action == "anchor":
+                part = self.keep * part
+                state.best_at = np.where(better, state.step, state.best_at)
+                state.held = np.where(better, np.nan, state.held)
             state.held = np.where(
                 np.isnan(state.held) & (state.stalled >= self.evaluations), part, state.held
             )
+            if self.action == "anchor":
+                first = np.where(np.isnan(state.anchored), state.best_at, state.anchored)
+                state.anchored = np.where(np.isnan(state.held), np.nan, first)
         now, told = self.done(state), []
         for i in np.flatnonzero(now & ~was):
             what = {
                 "log": "",
                 "freeze": f"; its part of the weights stays {state.held[i]:.3f}",
                 "drop": "; its weight is now 0",
+                "anchor": f"; its part of the weights is now {state.held[i]:.3f}, and its loss the "
+                "divergence from its own best",
             }
             since = (
                 f"its lowest loss is {state.lowest[i]:.4f}, full passes since: "
@@ -70,6 +85,8 @@ class Patience:
         """(K,) float64: the part of its draws that each task keeps. A row that counts nothing is
         not drawn.
         """
+        if self.action == "anchor":
+            return np.where(np.isnan(state.held), 1.0, self.keep)
         return np.where(state.held == 0, 0.0, 1.0)
 
     def done(self, state: RunState) -> np.ndarray:

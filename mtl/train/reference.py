@@ -1,12 +1,14 @@
 """What an objective asks of the starting model, once for every row. No second model is held."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from mtl.data.batches import Layout, Layouts
+from mtl.data.collate import Micro
 from mtl.data.encoded import Encoded, TaskData
+from mtl.data.examples import Batch
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.losses.objective import Objective, reference_of
@@ -47,16 +49,25 @@ def _answers(
 ) -> np.ndarray:
     """(n, m) float32: the answers for all n rows of stream s, the same on every rank."""
     row = np.arange(len(splits[s]))
-    stream = np.full(len(row), s)
     found = None
-    engine.eval()
     with torch.no_grad():
-        for micro, most in layout.deal(splits, stream, row):
-            batch = layout.collate(micro, most, splits, stream, row)
-            answers = ask(engine.evaluate, batch.to(engine.device)).double()
+        for micro, batch in micro_batches(engine, layout, splits, s, row):
+            answers = ask(engine.evaluate, batch).double()
             if found is None:
                 shape = len(row), answers.shape[1]
                 found = torch.zeros(shape, dtype=torch.float64, device=engine.device)
             if not batch.is_dummy:
                 found[[i for indices in micro for i in indices]] = answers
     return comm.sum_(found).float().cpu().numpy()
+
+
+def micro_batches(
+    engine: Engine, layout: Layout, splits: Sequence[Encoded], s: int, row: np.ndarray
+) -> Iterator[tuple[Micro, Batch]]:
+    """This rank's micro-batches of some rows of stream s, as many on every rank, for the module in
+    eval mode. Beside each stands which of `row` it has.
+    """
+    stream = np.full(len(row), s)
+    engine.eval()
+    for micro, most in layout.deal(splits, stream, row):
+        yield micro, layout.collate(micro, most, splits, stream, row).to(engine.device)

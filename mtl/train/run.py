@@ -13,6 +13,7 @@ from mtl.distributed.engine import Engine
 from mtl.losses.objective import Objectives
 from mtl.output.checkpoint import Checkpoints
 from mtl.output.trackers import Tracker
+from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.patience import Patience
 
@@ -31,6 +32,7 @@ class Run:
         probe_every: optimizer steps between the probes that a balancer reads.
         trackers: empty on every rank but 0.
         average: of the trained weights; None where the config asks for none.
+        anchors: what tasks that are done are held to; None where the config asks for none.
     """
 
     config: Config
@@ -47,8 +49,9 @@ class Run:
     probe_every: int = 1
     trackers: Sequence[Tracker] = ()
     average: Average | None = None
+    anchors: Anchors | None = None
 
     @property
     def patience(self) -> Patience | None:
         given = self.config.evaluate.patience
-        return given and Patience(given.evaluations, given.action, given.margin)
+        return given and Patience(given.evaluations, given.action, given.margin, given.keep)
