@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtl.config import Config
-from mtl.merging import sources
 
 METHODS = ("average", "average_norm", "select", "task_arithmetic", "ties", "dare", "model_stock")
 
@@ -107,6 +106,8 @@ class Study:
         return [*self.launcher, program, *self.experiment, *sets, "--resume"]
 
     def _merge(self, method: str, models: Sequence[Path], target: Path) -> list[str]:
+        from mtl.merging import sources  # imports torch, which `--help` does without
+
         named = ["--base", sources.base(self.config), "--models", *map(str, models)]
         remote = ["--allow-remote-code"] * self.config.model.allow_remote_code
         return [*self._program("merge"), *named, "--method", method, "--out", str(target), *remote]
