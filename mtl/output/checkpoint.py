@@ -311,8 +311,11 @@ class Checkpoints:
         newest = self.folder / pointer.read_text(encoding="utf-8").strip() / "state.json"
         if not newest.is_file():  # `find` has more to say of it
             return set()
-        run = json.loads(newest.read_text(encoding="utf-8"))["run"]
-        return bests.folders_of(run.get("bests"), run.get("single"))
+        try:
+            run = json.loads(newest.read_text(encoding="utf-8"))["run"]
+            return bests.folders_of(run.get("bests"), run.get("single"))
+        except (ValueError, KeyError, TypeError):  # damaged, which is why the run goes back
+            return set()
 
     def _forget_lost_bests(self, state: RunState) -> None:
         """After going back, a later step may have replaced a task's best of then. A collective."""
