@@ -4,7 +4,6 @@ import gc
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
 import torch
 import toys
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from mtl.check import memory
 from mtl.config import parse
 from mtl.distributed import comm, engine, masters
-from mtl.losses import head
 from mtl.output.state import RunState
 from mtl.train.average import Average
 from mtl.train.evaluate import ValidationResult
@@ -58,16 +56,7 @@ engine: {{zero: {stage}, deepspeed: {{zero_optimization: {{stage3_param_persiste
 
 
 def module(kind: str) -> torch.nn.Module:
-    made = toys.tiny_llama()
-    if kind == "bf16":
-        made = made.to(torch.bfloat16)
-    if kind == "lora":
-        torch.manual_seed(0)
-        made = peft.get_peft_model(
-            made, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear")
-        )
-    head.install(made)
-    return made
+    return toys.trainable(toys.tiny_llama(), kind)
 
 
 def batch(step: int) -> torch.Tensor:

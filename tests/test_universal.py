@@ -7,7 +7,6 @@ import gc
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import runs
 import torch
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 from mtl.config import parse
 from mtl.distributed import comm, engine
 from mtl.distributed.reshard import FP32, Files
-from mtl.losses import head
 from mtl.train.optimizer import optimizer
 
 KINDS = {
@@ -76,14 +74,7 @@ output: x
 engine: {{zero: {stage}, deepspeed: {{zero_optimization: {{stage3_param_persistence_threshold: 0}}}}}}
 """)
     made = toys.tiny_gpt2() if kind == "momentum" else toys.tiny_llama()
-    if kind == "bf16":
-        made = made.to(torch.bfloat16)
-    if kind == "lora":
-        torch.manual_seed(0)
-        made = peft.get_peft_model(
-            made, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear")
-        )
-    head.install(made)
+    made = toys.trainable(made, kind)
     return engine.Engine(made, config, optimizer(config))
 
 

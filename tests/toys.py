@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import peft
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -46,6 +47,21 @@ def tokenizer(chat: bool = True, template: str | None = None) -> PreTrainedToken
     result = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
     result.chat_template = template or (CHAT if chat else None)
     return result
+
+
+def trainable(model: torch.nn.Module, kind: str) -> torch.nn.Module:
+    """The model as a run trains it: in bf16 ("bf16"), with adapters ("lora"), else as it is."""
+    if kind == "bf16":
+        model = model.to(torch.bfloat16)
+    if kind == "lora":
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear")
+        )
+    from mtl.losses import head  # here: toys also serve processes that never train
+
+    head.install(model)
+    return model
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
