@@ -210,7 +210,7 @@ def test_a_space_that_a_tokenizer_puts_before_every_text_is_not_put_inside_one()
 def test_formats_that_are_listed_are_there():
     for dotted in FORMATS.values():
         module, name = dotted.split(":")
-        assert module.startswith("mtl.data.") and callable(getattr(import_module(module), name))
+        assert module.startswith("mtl.") and callable(getattr(import_module(module), name))
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
