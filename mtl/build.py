@@ -7,9 +7,9 @@ state = restore(run, resume)                where it stands
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from mtl import plugins, process
 from mtl.config import Config, ConfigError
 from mtl.config.spec import resolve
 from mtl.data.batches import Layouts, TrainBatches
-from mtl.data.cache import prepare
+from mtl.data.cache import prepare, sources_of
 from mtl.data.encode import Encoder, dates, load_tokenizer
 from mtl.data.encoded import TaskData
 from mtl.data.examples import Book, Examples
@@ -28,7 +28,8 @@ from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validatio
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.losses.objective import maker_of_examples
+from mtl.generation.asking import Asking, ask
+from mtl.losses.objective import Measure, maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
 from mtl.output import manifest, provenance, trackers
@@ -52,12 +53,19 @@ class Data:
         tasks: each stream's encoded rows, in the order of the YAML.
         goals: the objectives, and which task each loss counts for; None: next-token prediction.
         examples: of each objective.
+        asking: the questions that the tasks' metrics need; None: none are asked.
     """
 
     tokenizer: PreTrainedTokenizerBase
     tasks: list[TaskData]
     goals: plugins.Goals | None = None
     examples: Sequence[Examples] = ()
+    asking: Asking | None = None
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """What is measured beside losses: by objectives, and of generated answers."""
+        return self.goals.as_one.measures | (self.asking.kinds if self.asking else {})
 
 
 def say_once(text: str) -> None:
@@ -91,7 +99,38 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say = process.
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
-    return Data(tokenizer, tasks, goals, examples)
+    data = Data(tokenizer, tasks, goals, examples)
+    given = config.evaluate.generate
+    if given.every is None:
+        return data
+    return replace(data, asking=asking(config, data, "validation", given.rows, allow_code))
+
+
+def asking(
+    config: Config,
+    data: Data,
+    split: Literal["validation", "test"],
+    rows: int | None = None,
+    allow_code: Collection[str] = (),
+) -> Asking | None:
+    """The questions of every task that has metrics; None where no task has.
+
+    Args:
+        data: its tasks' validation rows are those of `split`.
+        rows: of each task at most; None: all.
+
+    Raises:
+        DataError: a row has no question.
+    """
+    forms, names, asked = plugins.formats(config, allow_code), list(config.tasks), []
+    encoded = {task.name: task.validation for task in data.tasks}
+    for name, mine in plugins.metrics(config, allow_code).items():
+        if mine:
+            sources, number = sources_of(config.tasks[name], split), names.index(name)
+            made = encoded[name], sources, forms[name], data.tokenizer, rows
+            asked.append(ask(name, number, mine, *made))
+    settings = config.evaluate.generate
+    return Asking(asked, len(names), data.tokenizer, settings) if asked else None
 
 
 def agree(config: Config, flags: Mapping[str, object], say: Say = say_once) -> None:
@@ -224,6 +263,7 @@ def build(
         probe_every=probe_every(config, validation),
         average=config.average and Average(engine, config.average),
         anchors=anchors,
+        asking=data.asking,
     )
 
 

@@ -22,7 +22,7 @@ FLOORS = {
     "mtl.losses": 3,
     "mtl.distributed": 4,
     "mtl.models": 5, "mtl.integrations": 5,
-    "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
+    "mtl.generation": 6, "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
     "mtl.train": 7,
     "mtl.plugins": 8, "mtl.build": 8, "mtl.replicas": 8, "mtl.evaluation": 8,
     "mtl.compare": 8, "mtl.orders": 8, "mtl.choice": 8, "mtl.recipes": 8,

@@ -256,6 +256,11 @@ class TaskSection(Section):
     """Which loss of the objective this task is (with `of`); null: the first."""
     objective: Spec | None = None
     """What is minimized on these rows; null: the run's `objective`."""
+    metrics: Annotated[tuple[Spec, ...], Strict(False)] = ()
+    """What is measured of the answers that the model gives to these rows: exact_match, f1, bleu,
+    chrf, rouge_l, choice, json, code, or functions of yours (docs/generation.md).
+    `launch/evaluate.py` reports them, and training every `evaluate.generate.every` steps.
+    """
     share: Positive | None = None
     """Share of the examples drawn, relative to the other tasks' (`mix.shares: explicit` only)."""
     epochs: Positive | None = None
@@ -468,6 +473,30 @@ class AverageSection(Section):
     """cpu: hold it in the host's memory; null: beside the optimizer's state."""
 
 
+class GenerateSection(Section):
+    """How answers are generated for the metrics of `tasks.<task>.metrics`: greedily, with a
+    key-value cache, up to the token that ends the turn.
+    """
+
+    every: Count | None = None
+    """Optimizer steps between generations during training, a multiple of `evaluate.every`; also
+    before the first step and after the last. Predictions stand in the output's `predictions/`.
+    null: only `launch/evaluate.py` generates.
+    """
+    rows: Count | None = 64
+    """Validation rows of each task that are asked during training, spread evenly; null: all.
+    `launch/evaluate.py` asks all.
+    """
+    max_new_tokens: Count = 256
+    """Tokens of the longest answer. A longer one is cut there."""
+    batch: Count = 16
+    """Rows that a process answers at once."""
+    run_code: bool = False
+    """Whether metrics may run code that the model writes. docs/generation.md says what keeps it
+    apart from this machine, and what is not promised.
+    """
+
+
 class EvaluateSection(Section):
     """Validation."""
 
@@ -479,8 +508,11 @@ class EvaluateSection(Section):
     """What picks the best checkpoint. A loss: macro (mean over tasks), token (mean over target
     tokens), worst (the tasks' highest), log (mean over tasks of the logarithm, so that a per cent
     counts the same in every task), or a task's name. Or one of the objective's measures, such as
-    accuracy, which is a mean over tasks; `task/accuracy` is one task's.
+    accuracy, which is a mean over tasks; `task/accuracy` is one task's. Or one of the tasks'
+    `metrics`, with `generate.every`.
     """
+    generate: GenerateSection = GenerateSection()
+    """Answers, for the tasks' metrics."""
     probe: ProbeSection = ProbeSection()
     """The balancer's probe."""
     patience: PatienceSection | None = None
@@ -673,6 +705,11 @@ def adapter_folder(path: str) -> Path | None:
     """The folder of a PEFT adapter, if the path is one."""
     folder = model_folder(path)
     return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def short_name(name: str) -> str:
+    """`package.module:Class.attribute` -> `attribute`; a built-in's name is itself."""
+    return name.rpartition(":")[2].rpartition(".")[2]
 
 
 def plain(value: Any) -> Any:

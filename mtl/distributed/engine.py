@@ -236,6 +236,18 @@ class Engine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self.module(**inputs)
 
+    @property
+    def in_step(self) -> bool:
+        """Whether every forward is a collective, so that all ranks must make as many (ZeRO 3)."""
+        return self._stage == 3 and self.world > 1
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """transformers' `generate` of the bare module, in the training precision. At ZeRO 3 a
+        collective: a rank that is done goes on until all are.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.module.generate(**inputs, synced_gpus=self.in_step)
+
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """This rank's whole gradients of a loss that `evaluate` computed; None = unused. The
         engine's own gradients do not change.

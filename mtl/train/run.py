@@ -10,7 +10,8 @@ from mtl.config import Config
 from mtl.data.batches import TrainBatches, ValidationGroups
 from mtl.data.examples import Book
 from mtl.distributed.engine import Engine
-from mtl.losses.objective import Objectives
+from mtl.generation.asking import Asking
+from mtl.losses.objective import Measure, Objectives
 from mtl.output.checkpoint import Checkpoints
 from mtl.output.trackers import Tracker
 from mtl.train.anchor import Anchors
@@ -33,6 +34,7 @@ class Run:
         trackers: empty on every rank but 0.
         average: of the trained weights; None where the config asks for none.
         anchors: what tasks that are done are held to; None where the config asks for none.
+        asking: the questions whose answers are measured; None where the config asks for none.
     """
 
     config: Config
@@ -50,6 +52,12 @@ class Run:
     trackers: Sequence[Tracker] = ()
     average: Average | None = None
     anchors: Anchors | None = None
+    asking: Asking | None = None
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """What may be measured at a pass beside losses."""
+        return self.objective.measures | (self.asking.kinds if self.asking else {})
 
     @property
     def patience(self) -> Patience | None:
