@@ -262,7 +262,7 @@ def test_an_arm_reads_anothers_result(base, tmp_path):
     assert filled == f'evaluate.patience={{from: "{tmp_path}/results/arms.equal.5.json", action: drop}}'  # fmt: skip
     result(runner, run, [2.0, 1.0], [1.0, 1.0])
     assert cost.pilot_cost(load(base, [filled])) == 300
-    assert cost.pilot_cost(load(base, ["evaluate.patience={from: runs/x}"])) == 0
+    assert cost.pilot_cost(load(base, ["evaluate.patience={from: runs/x, action: drop}"])) == 0
     assert best_steps(runner.path(run)) == {"a": 90, "b": 50}
 
 

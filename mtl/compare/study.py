@@ -199,7 +199,8 @@ def _check(study: Study) -> None:
                 )
     if study.against in study.primary:
         raise StudyError(
-            f"{study.path}: primary: found {study.against!r}, wanted arms that are compared with it."
+            f"{study.path}: primary: found {study.against!r}, wanted arms that are compared with "
+            "it."
         )
     both = sorted(set(study.seeds["arms"]) & set(study.seeds["tuning"]))
     if both:

@@ -25,8 +25,8 @@ class Patience:
         margin: an improvement is a loss more than this below the lowest so far, in nats per target
             token, >= 0.
         keep: above 0, at most 1; with "anchor" only.
-        times: (K,) steps from which on the tasks are done, and stay so, whatever their losses; None:
-            `evaluations` decides.
+        times: (K,) steps from which on the tasks are done, and stay so, whatever their losses;
+            None: `evaluations` decides.
     """
 
     evaluations: int | None = None
