@@ -476,6 +476,7 @@ def test_a_run_of_pairs_alone_learns_to_prefer(folder):
 # --- rows
 
 USER, OTHER = {"role": "user", "content": "u"}, {"role": "user", "content": "v"}
+SYSTEM = {"role": "system", "content": "s"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
 
 
@@ -501,6 +502,36 @@ def test_texts_are_put_together():
     assert (found.chosen, found.rejected) == (Completion("u", "good"), Completion("u", "bad"))
 
 
+def test_texts_part_where_both_go_on_with_a_word_of_their_own():
+    start = "\n\nHuman: say it\n\nAssistant:"
+    found = preference({"chosen": f"{start} I would", "rejected": f"{start} I wonder"})
+    assert found.chosen == Completion(f"{start} I", " would")
+    assert found.rejected == Completion(f"{start} I", " wonder")
+    found = preference({"chosen": f"{start}  yes", "rejected": f"{start}  yesterday"})
+    assert found.rejected == Completion(start, "  yesterday")
+    found = preference({"chosen": f"{start} a b", "rejected": f"{start} a"})
+    assert found.chosen == Completion(start, " a b")
+
+
+def test_a_chat_has_tools_system_roles_and_weights_as_in_messages():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    answered = [{"role": "tool", "content": "1"}]
+    sides = {
+        "chosen": [{"role": "human", "content": "u"}, {**GOOD, "weight": 0}, OTHER, GOOD],
+        "rejected": [{"role": "human", "content": "u"}, GOOD, OTHER, {**call, "train": False}],
+    }
+    sides["rejected"] += [*answered, BAD]
+    row = {**sides, "tools": [tool], "system": "s"}
+    found = preference(row, roles={"human": "user"}, may_drop=["reasoning"])
+    assert found.chosen.messages == [SYSTEM, USER, GOOD, OTHER, GOOD] and found.shared == 4
+    assert found.rejected.messages[4:] == [call, *answered, BAD]
+    # The call is context; what the first answer weighs does not matter: it is the prompt's.
+    assert found.chosen.context == {2} and found.rejected.context == {4}
+    assert found.chosen.tools == found.rejected.tools == [tool]
+    assert found.chosen.may_drop == found.rejected.may_drop == ("reasoning",)
+
+
 @pytest.mark.parametrize(
     "row, reason, text",
     [
@@ -509,7 +540,12 @@ def test_texts_are_put_together():
         ({"chosen": [USER, GOOD, OTHER], "rejected": [USER, GOOD]}, "differing prompts", "after 2 turns that both have, chosen goes on with user"),
         ({"prompt": "w", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "differing prompts", "another one"),
         ({"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "differing prompts", "another one"),
-        ({"chosen": "a", "rejected": "b"}, "missing key", "wanted prompt"),
+        ({"chosen": "a", "rejected": "b"}, "differing prompts", "conversations that begin alike"),
+        ({"chosen": "ab c", "rejected": "abc"}, "differing prompts", "conversations that begin alike"),
+        ({"chosen": "a", "rejected": [USER, BAD]}, "missing key", "wanted prompt"),
+        ({"prompt": [USER], "chosen": [{**GOOD, "weight": 0}], "rejected": [GOOD]}, "no target", "context"),
+        ({"chosen": [USER, {**GOOD, "weight": 1}], "rejected": [USER, GOOD]}, "equal sides", "alike"),
+        ({"system": "s", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, "bad value", "wanted one of them"),
         ({"prompt": "u", "chosen": "a"}, "missing key", "wanted rejected"),
         ({"prompt": "u", "chosen": 3, "rejected": "b"}, "bad value", "chosen: found 3"),
         ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [BAD]}, "missing key", "wanted content"),
@@ -533,6 +569,11 @@ def test_only_the_last_answer_is_a_target(folder):
     assert one.show(row.columns, False).count("[[") == 2
     assert row.counts == (1, len("good") + 1)  # bytes, and the end of the turn
     assert "[[good<|end|>]]" in one.show(row.columns, False)
+    more = [{**GOOD, "weight": 0}, OTHER, BAD]
+    both = {"chosen": more, "rejected": [GOOD, OTHER, GOOD]}
+    row = one.encode(preference({"prompt": turns, **both}))
+    assert row.counts == (1, len("bad") + 1)  # of two answers the weighted one
+    assert int(row.columns["rejected_target"].sum()) == 2 * (len("good") + 1)
     plain = one.encode(preference({"prompt": "u ", "chosen": "good", "rejected": "bad"}))
     assert one.show(plain.columns, False) == (
         "chosen: u [[good<|end|>]]\nrejected: u [[bad<|end|>]]"
