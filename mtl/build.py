@@ -159,8 +159,8 @@ def build(
 ) -> Run:
     """The parts of a run. A collective; the process group exists.
 
-    The engine holds the starting weights here, in a resumed run too: an objective's reference is
-    computed from them, before `restore` reads the checkpoint.
+    The engine holds the starting weights here, in a resumed run too: an objective's reference
+    belongs to them, before `restore` reads the checkpoint.
 
     Args:
         engine: None: `start_engine`.
@@ -191,7 +191,10 @@ def build(
         return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
 
     evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
-    reference.fill(engine, goals.each, tasks, evaluated, say)
+    settings = config.resolved()["model"]
+    weights = reference.fill(engine, goals.each, tasks, evaluated, settings, say)
+    if weights is not None:
+        identity["starting model (content)"] = weights
     validation = validation_groups_for(config, tasks, evaluated)
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)

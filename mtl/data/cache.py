@@ -3,7 +3,8 @@
 A hash of everything that decides a split's content names its folder. It covers the sources' bytes,
 the tokenizer with its chat template, and the format with its keywords. It also covers the length
 policy, the cap and the code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a
-row an example; `datasets.Dataset.from_file` reads it too) and `report.json`.
+row an example; `datasets.Dataset.from_file` reads it too) and `report.json`. What a starting model
+says of the rows comes beside them (`mtl/train/reference.py`).
 """
 
 import hashlib
@@ -443,7 +444,7 @@ def _key(
         "side": side,
         # We hash the code itself. Nobody needs to remember to raise a version number.
         "code": [
-            _module_hash(thing)
+            module_hash(thing)
             for thing in (
                 *(function, open_source, RowProblem, Encoder, find_turns, Report),
                 type(examples),
@@ -453,7 +454,8 @@ def _key(
     return hash_of(json.dumps(identity, sort_keys=True, default=repr))
 
 
-def _module_hash(thing: Callable[..., object]) -> str:
+def module_hash(thing: Callable[..., object]) -> str:
+    """Equal for equal source text of the module that has this function or class."""
     try:
         return hash_of(inspect.getsource(sys.modules[thing.__module__]))
     except (OSError, TypeError, KeyError):  # typed in at a prompt, or compiled

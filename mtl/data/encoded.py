@@ -109,6 +109,7 @@ class Encoded:
         answers: (n,) int64, the same number for the same answer (`examples.Row.answer`).
         fingerprint: hexadecimal; equal for equal content that is encoded in the same way.
         report: what became of the source's rows.
+        folder: where the rows lie; None: in memory alone.
     """
 
     def __init__(
@@ -119,9 +120,10 @@ class Encoded:
         report: Report,
         columns: Mapping[str, pa.DataType] = NEXT_TOKEN,
         positions: Positions = next_token_positions,
+        folder: Path | None = None,
     ):
         self._table, self._places = table, list(places)
-        self.fingerprint, self.report = fingerprint, report
+        self.fingerprint, self.report, self.folder = fingerprint, report, folder
         self.names = tuple(columns)
         stored = {
             name: _Ragged(table.column(name), kind.to_pandas_dtype())
@@ -165,7 +167,7 @@ class Encoded:
                 f"the encoded data in {folder} is damaged ({error}). Remove the folder: it is made "
                 "again"
             ) from error
-        return Encoded(table, places, fingerprint, report, columns, positions)
+        return Encoded(table, places, fingerprint, report, columns, positions, folder)
 
     @staticmethod
     def of(rows: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "memory") -> "Encoded":
