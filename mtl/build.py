@@ -31,7 +31,7 @@ from mtl.distributed.engine import Engine
 from mtl.losses.objective import maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
-from mtl.output import manifest, provenance, trackers
+from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
@@ -40,6 +40,7 @@ from mtl.train import gram, reference
 from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
+from mtl.train.patience import Patience
 from mtl.train.run import Run
 
 Say = Callable[[str], None]
@@ -197,7 +198,7 @@ def build(
     comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs
     output = Path(config.output).expanduser()
     batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
-    anchors, patience = None, config.evaluate.patience
+    anchors, patience = None, _patience(config)
     if patience is not None and patience.action == "anchor":
         folder = output / "anchors"
         anchors = Anchors(engine, goals.each, tasks, evaluated, batches, folder, say)
@@ -224,8 +225,30 @@ def build(
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
         average=config.average and Average(engine, config.average),
+        patience=patience,
         anchors=anchors,
     )
+
+
+def _patience(config: Config) -> Patience | None:
+    """Raises ConfigError where the run that says when tasks are done cannot be read."""
+    given = config.evaluate.patience
+    if given is None:
+        return None
+    source, times = getattr(given, "from"), None
+    if source is not None:
+        where = "evaluate", "patience", "from"
+        try:
+            known = report.best_steps(Path(source).expanduser())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wanted = "a run's folder, or the JSON of one in a study's results"
+            raise ConfigError([config.error(where, source, wanted, f"{error}.")]) from None
+        missing = [name for name in config.tasks if name not in known]
+        if missing:
+            found = f"{source}, a run of {', '.join(known)}"
+            raise ConfigError([config.error(where, found, f"one with {', '.join(missing)} too")])
+        times = tuple(float(known[name]) for name in config.tasks)
+    return Patience(given.evaluations, given.action, given.margin, given.keep, times)
 
 
 def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:

@@ -33,7 +33,7 @@ from mtl.data.examples import LOSS, Examples
 from mtl.data.examples import Row as EncodedRow
 from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
-from mtl.data.source import Row, Source, open_source, open_sources
+from mtl.data.source import JsonLines, Row, Source, open_source, open_sources
 from mtl.data.turns import find_turns
 
 CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
@@ -151,6 +151,7 @@ def encode_split(
                 cap,
                 lambda text: progress(f"{label}: {text}"),
                 side,
+                label,
             )
 
         build_once(folder, build, say)
@@ -176,6 +177,7 @@ def _write(
     cap: int | None,
     progress: Say,
     side: Side | None = None,
+    label: str = "",
 ) -> None:
     """Encode into `rows.arrow` and `report.json`, with a few chunks of rows in memory at a time."""
     report, pending = Report(), []
@@ -185,12 +187,16 @@ def _write(
         return record_batch(pending, columns, losses)
 
     # A thread reports progress, because a single row may take longer than NEWS.
+    total, unit, step = _work(sources, cap)
     with (
         _signs(lambda: progress(f"{report.read:,} rows")),
+        process.bar(f"encode {label}", total, unit, scale=True) as bar,
         (folder / "rows.arrow").open("wb") as file,
         pa.ipc.new_stream(file, schema(columns, losses)) as writer,
     ):
-        for s, number, result, notes in _outcomes(sources, to_example, examples, cap, side):
+        for s, number, result, notes in _outcomes(
+            sources, to_example, examples, cap, side, lambda row: bar.update(step(row))
+        ):
             if report.kept == cap:
                 break
             if result is None:
@@ -211,6 +217,18 @@ def _write(
                 pending.clear()
         writer.write_batch(batch())
     report.save(folder / "report.json")
+
+
+def _work(
+    sources: Sequence[Source], cap: int | None
+) -> tuple[int | None, str, Callable[[Row], int]]:
+    """How much there is to encode, where that is known; its unit; and how much of it a row is."""
+    counts = [one.count for one in sources]
+    if cap is not None or None not in counts:
+        return cap if cap is not None else sum(counts), "row", lambda row: 1
+    if all(isinstance(one, JsonLines) and one.path.suffix == ".jsonl" for one in sources):
+        return sum(one.size for one in sources), "B", lambda row: row.size
+    return None, "row", lambda row: 1
 
 
 @contextmanager
@@ -237,9 +255,13 @@ def _outcomes(
     examples: Examples,
     cap: int | None,
     side: Side | None,
+    taken: Callable[[Row], object],
 ) -> Iterator[tuple[int, int, EncodedRow | RowProblem | None, Notes]]:
     """(source, row number, what became of it, notes), in the order of the rows. The number of
     processes does not change the order.
+
+    Args:
+        taken: is told each row that is read.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -256,7 +278,7 @@ def _outcomes(
     pool = None if alone else ProcessPoolExecutor(cores, spawn, *end)
     try:
         for s, one in enumerate(sources):
-            rows = one.rows()
+            rows = _told(one.rows(), taken)
             if pool is None:
                 results = ([_outcome(row, to_example, examples, side)] for row in rows)
             else:
@@ -266,6 +288,12 @@ def _outcomes(
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _told(rows: Iterator[Row], taken: Callable[[Row], object]) -> Iterator[Row]:
+    for row in rows:
+        taken(row)
+        yield row
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -122,7 +122,9 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     for text in told:
         _say(run, f"step {state.step}/{run.steps}  {text}")
     if run.anchors:
-        run.anchors.at_pass(state)
+        rows = run.anchors.at_pass(state)
+        if rows:
+            _log(run, state.step, {"anchor/rows": rows})
     _judge(run, state, found)
     if run.config.checkpoint.bests:
         better = run.checkpoints.save_bests(run.engine, state, run.names, validation.losses)

@@ -32,6 +32,7 @@ class Run:
         probe_every: optimizer steps between the probes that a balancer reads.
         trackers: empty on every rank but 0.
         average: of the trained weights; None where the config asks for none.
+        patience: when a task is done; None where the config does not ask.
         anchors: what tasks that are done are held to; None where the config asks for none.
     """
 
@@ -49,9 +50,5 @@ class Run:
     probe_every: int = 1
     trackers: Sequence[Tracker] = ()
     average: Average | None = None
+    patience: Patience | None = None
     anchors: Anchors | None = None
-
-    @property
-    def patience(self) -> Patience | None:
-        given = self.config.evaluate.patience
-        return given and Patience(given.evaluations, given.action, given.margin, given.keep)
