@@ -10,8 +10,9 @@ def near(found: Any, wanted: Any, units: float) -> None:
 
     Args:
         found: a tensor; its dtype says what a rounding is.
-        wanted: of the same shape, of any dtype.
+        wanted: of the same shape, of any dtype; numbers of a closed form are taken in float64.
     """
-    found, wanted = torch.as_tensor(found).detach(), torch.as_tensor(wanted).detach().double()
+    found = torch.as_tensor(found).detach()
+    wanted = torch.as_tensor(wanted, dtype=torch.float64).detach()
     bound = units * torch.finfo(found.dtype).eps * float(wanted.abs().max())
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
