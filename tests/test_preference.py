@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import toys
 from distributed import run_distributed
+from near import near
 from test_equivalence import exposed
 
 from mtl import build, evaluation, plugins
@@ -256,7 +257,7 @@ def _same(found: Any, wanted: Any, mine: list, theirs: list) -> None:
     found.backward()
     wanted.backward()
     for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+        near(one.grad, other.grad, units=16)
 
 
 @pytest.mark.parametrize("loss", ["orpo", "simpo"])
@@ -436,7 +437,7 @@ def test_resume_is_exact_and_measures_are_logged(folder):
     lines = runs.metrics(whole)
     first = next(line for line in lines if "eval/pairs/reward_accuracy" in line)
     # At step 0 the model is its own reference: the loss is log 2, no reward differs from 0.
-    assert first["eval/pairs/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert first["eval/pairs/loss"] == pytest.approx(np.log(2), rel=2e-5)
     assert first["eval/pairs/reward_margin"] == pytest.approx(0.0, abs=1e-5)
     final = [line for line in lines if "eval/pairs/reward_accuracy" in line][-1]
     assert "eval/better/reward_accuracy" not in final and "eval/better/loss" in final
