@@ -16,7 +16,7 @@ from mtl import process
 
 PROGRAMS = (
     "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replicas",
-    "imbalance", "migrate_mftcoder", "compare",
+    "imbalance", "migrate_mftcoder", "compare", "zeroae",
 )  # fmt: skip
 
 
