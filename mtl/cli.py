@@ -15,8 +15,8 @@ import mtl
 from mtl import process
 
 PROGRAMS = (
-    "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replicas",
-    "imbalance", "migrate_mftcoder", "compare", "zeroae",
+    "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replay",
+    "replicas", "imbalance", "migrate_mftcoder", "compare", "zeroae",
 )  # fmt: skip
 
 

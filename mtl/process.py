@@ -257,9 +257,18 @@ def is_first_on_host() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
+_told: list[str] = []
+
+
 def tell(text: str) -> None:
     """Print a message for people."""
+    _told.append(text)
     print(text, file=sys.stderr, flush=True)
+
+
+def told() -> list[str]:
+    """The messages of this process so far."""
+    return list(_told)
 
 
 def say_on_host(text: str) -> None:

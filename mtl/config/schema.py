@@ -596,7 +596,9 @@ class Config(Section):
         Spec(name="console"),
         Spec(name="jsonl"),
     )
-    """Where metrics go: console, jsonl, tensorboard, or classes of yours. Also wandb, mlflow,
+    """Where metrics go: console, jsonl, report, tensorboard, or classes of yours. jsonl and report
+    are always there; `{name: report, every: 5}` writes report.html at every fifth full pass. Also
+    wandb, mlflow,
     trackio, comet_ml, clearml, swanlab: each needs its package, and takes `project:` and the
     keywords of its start.
     """

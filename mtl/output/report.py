@@ -43,24 +43,16 @@ class History:
 
 
 def histories(outputs: Sequence[Path]) -> dict[str, History]:
-    """The curves of runs of the same tasks, by what their paths do not share.
+    """The curves of runs, by what their paths do not share.
 
     Raises:
-        ValueError: a folder that is no run or is given twice; runs of unlike tasks.
+        ValueError: a folder that is no run or is given twice.
     """
-    names = _names(outputs)
-    found = {name: read(output) for name, output in zip(names, outputs, strict=True)}
-    (first, known), *others = found.items()
-    for name, history in others:
-        if set(history.tasks) != set(known.tasks):
-            raise ValueError(
-                f"{name}: found a run of {', '.join(history.tasks)}, wanted one of the tasks of "
-                f"{first}, {', '.join(known.tasks)}. Report runs of unlike tasks apart."
-            )
-    return found
+    names = names_of(outputs)
+    return {name: read(output) for name, output in zip(names, outputs, strict=True)}
 
 
-def _names(outputs: Sequence[Path]) -> list[str]:
+def names_of(outputs: Sequence[Path]) -> list[str]:
     """Each path without the folders that all of them begin and end with: s0/run s1/run -> s0 s1."""
     paths = [Path(os.path.abspath(output)).parts for output in outputs]
     for i, path in enumerate(paths):
@@ -171,7 +163,17 @@ def figure(runs: dict[str, History], path: Path) -> None:
     """Per task: validation loss over its start, one line a run; below, the weights; last, the macro
     loss of the trained weights, of their average, and of what was chosen from at the end. Needs
     matplotlib (`coba-mtl[plot]`).
+
+    Raises:
+        ValueError: runs of unlike tasks; no matplotlib.
     """
+    (first, known), *others = runs.items()
+    for name, history in others:
+        if set(history.tasks) != set(known.tasks):
+            raise ValueError(
+                f"{name}: found a run of {', '.join(history.tasks)}, wanted one of the tasks of "
+                f"{first}, {', '.join(known.tasks)}. Draw runs of unlike tasks apart."
+            )
     try:
         import matplotlib
 

@@ -19,12 +19,16 @@ from tqdm import tqdm
 TRACKERS = {
     "console": "mtl.output.trackers:Console",
     "jsonl": "mtl.output.trackers:Jsonl",
+    "report": "mtl.report.tracker:Report",
     "tensorboard": "mtl.output.trackers:TensorBoard",
     **{
         name: f"mtl.output.trackers:{name}"
         for name in ("wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")
     },
 }
+
+
+LOG = "log.txt"  # what a run told, a line each
 
 
 class Tracker(Protocol):

@@ -50,12 +50,16 @@ def loss_weights(run: Run, state: RunState) -> np.ndarray:
 
 
 def values(run: Run, state: RunState) -> dict[str, float]:
-    """What is logged of batch `state.step`, once shares are others than the config's."""
-    follows = run.config.mix.follow is not None
-    if not follows and state.shares is None:
+    """What is logged of batch `state.step`. Nothing where whole batches change places: which rows
+    a batch has is then known at the ends of windows only.
+    """
+    mix, now, t = run.batches.mix, present(run, state), state.step
+    if mix.order is not None and mix.order.scheme == "batch":
         return {}
-    found = {"planned": present(run, state).parts, "actual": run.batches.parts(state.step)}
-    found |= {"weight": state.weights} if follows else {}
+    drawn = mix.drawn(t + 1, now)
+    actual = (drawn - mix.drawn(t, now)) / mix.examples
+    found = {"planned": now.parts, "actual": actual, "epoch": drawn / mix.sizes}
+    found |= {"weight": state.weights} if run.config.mix.follow is not None else {}
     return {
         f"draws/{name}/{what}": float(value)
         for what, array in found.items()

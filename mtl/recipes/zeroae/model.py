@@ -286,7 +286,7 @@ class ZeroAE(nn.Module):
         *,
         end: int,
         top_k: int = 40,
-        most: int = 40,
+        most: int = 32,
     ) -> list[list[int] | None]:
         """B texts of one prompt: token ids without the end; None: no end within `most`.
 

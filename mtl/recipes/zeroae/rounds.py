@@ -29,10 +29,10 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+import mtl
 from mtl import plugins
 from mtl.config import Config
 from mtl.data.encode import load_tokenizer
-from mtl.models import folder as folders
 from mtl.recipes.zeroae.baselines import Floats, softmax, without_prior
 from mtl.recipes.zeroae.examples import PairExamples, TextExamples, padded, pairs
 from mtl.recipes.zeroae.model import ZeroAE
@@ -144,7 +144,7 @@ def classify(
     last = go(config_path, texts, _texts(valid), plan, out, train, sets)
     base = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
     config = plugins.read(str(_yaml(out, base, out, dict.fromkeys(FILES, 1), None)), sets)
-    model, reader = folders.load(last), Reader(config)
+    model, reader = mtl.load(last), Reader(config)
     names = reader.classes.names
     chance = softmax(reader.scores(model, texts))
     rows = [
@@ -262,7 +262,7 @@ def _write_round(
     reader = Reader(config)
     names, seed = reader.classes.names, config.train.seed
     if number:
-        model = folders.load(before / "run" / "model")
+        model = mtl.load(before / "run" / "model")
         earlier = _read(before / "pseudo.jsonl")
     else:
         torch.manual_seed(seed)
