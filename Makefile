@@ -4,6 +4,7 @@
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
 #   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
+#   make zeroae    build the encoder, the decoder and unlabelled texts of ten topics, classify them
 #   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
 #   make evidence  every method on a small mixture, several seeds each: hours, into benchmarks/evidence; STUDY=m1 m1-lora m2 m3: the real ones
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
@@ -20,7 +21,7 @@ STUDY ?= m0
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify kpe kpe-arms test test-all figure attack bench evidence merging constraints clean
+.PHONY: train quickstart classify kpe kpe-arms zeroae test test-all figure attack bench evidence merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -36,6 +37,11 @@ classify: $(VENV)/with-quickstart
 kpe: $(VENV)/with-quickstart
 	$(BIN)/python launch/quickstart.py --set kpe
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/kpe.yaml $(ARGS)
+
+zeroae: $(VENV)/with-quickstart  # resumable
+	$(BIN)/python launch/quickstart.py --set zeroae
+	$(BIN)/python launch/zeroae.py --config configs/zeroae.yaml --pool .cache/quickstart/zeroae/pool.jsonl \
+	    --gold .cache/quickstart/zeroae/pool.gold.jsonl .cache/quickstart/zeroae/test.gold.jsonl $(ARGS)
 
 kpe-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6 --steps 2000"
 	$(BIN)/python launch/quickstart.py --set kpe
