@@ -68,9 +68,17 @@ def say_once(text: str) -> None:
         process.tell(text)
 
 
-def encode(config: Config, allow_code: Collection[str] = (), say: Say = process.tell) -> Data:
+def encode(
+    config: Config,
+    allow_code: Collection[str] = (),
+    say: Say = process.tell,
+    rebuild: bool = False,
+) -> Data:
     """Tokenize every task, or read what the cache has. Call it before there is a process group:
     collectives would time out.
+
+    Args:
+        rebuild: encode anew what is damaged in the cache.
 
     Raises:
         DataError: every problem of every task.
@@ -89,7 +97,7 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say = process.
         raise ConfigError([config.error("batch.packing", found, "auto or false")])
     formats = plugins.formats(config, allow_code)
     of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
-    tasks = prepare(config, of_stream, formats, say)
+    tasks = prepare(config, of_stream, formats, say, rebuild)
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})

@@ -3,8 +3,8 @@
 A hash of everything that decides a split's content names its folder. It covers the sources' bytes,
 the tokenizer with its chat template, and the format with its keywords. It also covers the length
 policy, the cap and the code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a
-row an example; `datasets.Dataset.from_file` reads it too) and `report.json`. What a starting model
-says of the rows comes beside them (`mtl/train/reference.py`).
+row an example; `datasets.Dataset.from_file` reads it too), `report.json` and `checksums.json`. What
+a starting model says of the rows comes beside them (`mtl/train/reference.py`).
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 from collections import deque
@@ -28,8 +29,21 @@ import pyarrow as pa
 from mtl import process
 from mtl.config import Config
 from mtl.config.schema import TaskSection
+from mtl.data.blocks import Summing
 from mtl.data.encode import Encoder, Note, hash_of
-from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
+from mtl.data.encoded import (
+    REPORT,
+    ROWS,
+    SUMS,
+    DataError,
+    Encoded,
+    Report,
+    TaskData,
+    damage,
+    record_batch,
+    save_sums,
+    schema,
+)
 from mtl.data.examples import LOSS, Examples
 from mtl.data.examples import Row as EncodedRow
 from mtl.data.formats import Format, RowProblem, Watched, without_nulls
@@ -54,6 +68,7 @@ def prepare(
     examples: Mapping[str, Examples],
     formats: Mapping[str, Format],
     say: Say = lambda text: print(text, file=sys.stderr, flush=True),
+    rebuild: bool = False,
 ) -> list[TaskData]:
     """Both splits of every task, encoded: read from `config.cache` if they are there, else made.
 
@@ -64,6 +79,7 @@ def prepare(
         examples: how each stream's rows are encoded.
         formats: each stream's format, its keywords bound.
         say: takes messages for people: what is encoded, and whom this process waits for.
+        rebuild: compare all that the cache has with its checksums, and encode anew what is damaged.
 
     Returns:
         the streams in the order of `config.tasks`.
@@ -85,7 +101,7 @@ def prepare(
                 label = f"{name} ({split})"
                 splits.append(
                     encode_split(
-                        root, sources, formats[name], examples[name], cap, label, say, side
+                        root, sources, formats[name], examples[name], cap, label, say, side, rebuild
                     )
                 )
             except DataError as error:
@@ -124,6 +140,7 @@ def encode_split(
     label: str,
     say: Say,
     side: Side | None = None,
+    rebuild: bool = False,
 ) -> Encoded:
     """The encoded rows of `sources`, one source after the other. Rows already cached under `root`
     are read from there.
@@ -133,6 +150,7 @@ def encode_split(
             all.
         label: what to call it in messages.
         side: keep only the rows whose content falls on this side of a split; None = all.
+        rebuild: encode anew where what is cached is damaged.
 
     Raises:
         DataError: a source cannot be read, no row is left, or a row is too long and `too_long:
@@ -140,6 +158,9 @@ def encode_split(
     """
     key = _key(sources, to_example, examples, cap, side)
     folder = root / key
+    if rebuild and folder.exists() and (found := damage(folder)):
+        say(f"{label}: the encoded data in {folder} is damaged ({found}): encoding it anew")
+        _remove(folder)
     if not folder.exists():
 
         def build(partial: Path, progress: Say) -> None:
@@ -157,7 +178,7 @@ def encode_split(
 
         build_once(folder, build, say)
     split = Encoded.open(
-        folder, [one.where for one in sources], key, examples.columns, examples.positions
+        folder, [one.where for one in sources], key, examples.columns, examples.positions, label
     )
     long = split.report.dropped.get("too long", 0)
     if len(split) == 0 or getattr(examples, "too_long", "drop") == "error" and long:
@@ -180,7 +201,7 @@ def _write(
     side: Side | None = None,
     label: str = "",
 ) -> None:
-    """Encode into `rows.arrow` and `report.json`, with a few chunks of rows in memory at a time."""
+    """Encode into a folder's files, with a few chunks of rows in memory at a time."""
     report, pending = Report(), []
     columns, losses = examples.columns, len(getattr(examples, "losses", (LOSS,)))
 
@@ -192,7 +213,7 @@ def _write(
     with (
         _signs(lambda: progress(f"{report.read:,} rows")),
         process.bar(f"encode {label}", total, unit, scale=True) as bar,
-        (folder / "rows.arrow").open("wb") as file,
+        Summing(folder / ROWS) as file,
         pa.ipc.new_stream(file, schema(columns, losses)) as writer,
     ):
         for s, number, result, notes in _outcomes(
@@ -217,7 +238,21 @@ def _write(
                 writer.write_batch(batch())
                 pending.clear()
         writer.write_batch(batch())
-    report.save(folder / "report.json")
+    report.save(folder / REPORT)
+    save_sums(folder, file.blocks)
+
+
+def _remove(folder: Path) -> None:
+    """Take a folder of the cache away in one step. Processes that read it go on with what it had;
+    a file of somebody else stays.
+    """
+    gone = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.damaged")
+    with suppress(FileNotFoundError):  # another process came first
+        folder.rename(gone)
+        answers = [path.name for path in gone.glob("reference-*.npy")]  # of a starting model
+        for name in (ROWS, REPORT, SUMS, *answers):
+            (gone / name).unlink(missing_ok=True)
+        gone.rmdir()
 
 
 def _work(
@@ -446,7 +481,7 @@ def _key(
         "code": [
             module_hash(thing)
             for thing in (
-                *(function, open_source, RowProblem, Encoder, find_turns, Report),
+                *(function, open_source, RowProblem, Encoder, find_turns, Report, Summing),
                 type(examples),
             )
         ],

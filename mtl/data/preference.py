@@ -28,8 +28,8 @@ def preference(
     Texts are joined as in `prompt_completion`. Where anything is a list, the row is a chat. A text
     beside a list is one turn, of the user (prompt) or of the assistant. `chosen` and `rejected` may
     be whole conversations. Then the prompt is what both begin with: turns of lists, whole words of
-    texts. A given `prompt` must be among these turns. Of a list, what follows the prompt is a target
-    where it is the assistant's.
+    texts. A given `prompt` must be among these turns. Of a list, what follows the prompt is a
+    target where it is the assistant's.
 
     Args:
         roles, may_drop: as in `messages`, whose `weight` and `train` hold for a side's turns too.
