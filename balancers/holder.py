@@ -21,6 +21,7 @@ class Holder:
         weights: (K,) float64, those of the newest update; before the first one equal, times
             ``loss_weight``.
         explain: name to array, the newest update's reasons; empty where it had no new measurement.
+        signals: what the newest update was given; None before the first.
 
     Raises:
         ValueError: bad names, loss weights, signals or weights, and a state that belongs to
@@ -57,6 +58,7 @@ class Holder:
         self._state = self.balancer.init(k)
         self.weights: Array = self._apply_loss_weight(np.full(k, 1 / k))
         self.explain: dict[str, Array] = {}
+        self.signals: Signals | None = None
 
     def update(self, signals: Signals) -> Array:
         """The weights (K,) float64 for the global batch about to be trained on."""
@@ -64,7 +66,7 @@ class Holder:
         returned = self.balancer.update(self._state, signals)
         state, weights, explain = self._parts(returned, signals.step)
         self._check(weights, signals.step)
-        self._state = state
+        self._state, self.signals = state, signals
         self.weights, self.explain = self._apply_loss_weight(weights), explain
         return self.weights
 

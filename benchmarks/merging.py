@@ -150,6 +150,8 @@ class Bench:
         if not (output / "model" / "README.md").is_file():
             given = [part for one in (*sets, f"output={output}") for part in ("--set", one)]
             self.run("train", "--config", self.yaml, *self.sets, *given, "--resume")
+            for state in (output / "checkpoints").glob("step-*/engine"):
+                shutil.rmtree(state)  # the optimizer's: 20 GB of a seed of SmolLM2
         return output
 
     def merge(self, name: str, *given: object) -> Path:

@@ -20,7 +20,7 @@ from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = cli.parser(__doc__, reads_config=True)
+    parser = cli.parser(__doc__, reads_config=True, encodes=True)
     add = parser.add_argument
     add("--world", type=cli.positive, default=1, metavar="N", help="processes (GPUs); default 1")
     add("--resume", action="store_true", help="of a run that goes on: `output` may hold it already")
@@ -38,7 +38,7 @@ def main() -> None:
 
     sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what the terminal cannot show
     config = plugins.read(args.config, args.set, args.allow_code)
-    encode = partial(build.encode, config, args.allow_code)
+    encode = partial(build.encode, config, args.allow_code, rebuild=args.rebuild_cache)
     if args.prepare:
         show("Data", dryrun.data(encode().tasks))
         print(f"encoded in {Path(config.cache).expanduser()}")

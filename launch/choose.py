@@ -29,6 +29,7 @@ def main() -> None:
     from mtl import build, choice, plugins
     from mtl.distributed import comm, engine, rendezvous
     from mtl.output import lock, report
+    from mtl.report import page
 
     config = plugins.read(args.config, args.set, args.allow_code)
     if config.checkpoint.bests is None and config.average is None:
@@ -43,6 +44,7 @@ def main() -> None:
         record = choice.choose(config, rows, found, args.allow_code)
     if record is not None:
         print(f"{report.choice(record)}\nexported: {record['chosen']}: {output / 'model'}")
+        print(page.attempt(output) or f"report: {output / page.NAME}")  # now with this table
     comm.leave()
 
 

@@ -1,5 +1,7 @@
-"""What runs did: `python launch/report.py runs/quickstart [runs/quickstart-equal ...] [--figure
-docs/quickstart.png]`.
+"""What runs did: `python launch/report.py runs/quickstart [runs/quickstart-equal ...]`.
+
+Prints each run's table and writes a report that a browser shows: into RUN/report.html for one run,
+into report.html for several. `--figure docs/quickstart.png` draws the runs side by side.
 """
 
 import sys
@@ -11,13 +13,15 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 
 from mtl import cli, process
 from mtl.output import report
+from mtl.report import page
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their `output:`)")
+    parser.add_argument("--out", type=Path, help="where to write the report")
     parser.add_argument(
-        "--figure", type=Path, help="also draw the runs side by side into this file"
+        "--figure", type=Path, help="also draw the runs side by side into this file (matplotlib)"
     )
     args = parser.parse_args()
     histories = report.histories(args.runs)
@@ -28,6 +32,8 @@ def main() -> None:
     if args.figure:
         report.figure(histories, args.figure)
         print(f"written: {args.figure}")
+    out = args.out or (None if len(args.runs) == 1 else Path(page.NAME))
+    print(f"written: {page.write(args.runs, out)}")
 
 
 if __name__ == "__main__":

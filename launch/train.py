@@ -16,7 +16,7 @@ from mtl import cli, process
 
 
 def arguments() -> argparse.Namespace:
-    parser = cli.parser(__doc__, reads_config=True, is_launched=True)
+    parser = cli.parser(__doc__, reads_config=True, is_launched=True, encodes=True)
     going_on = "go on from the newest checkpoint in `output`, or from that of a step"
     step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
     parser.add_argument("--resume", help=going_on, **step)
@@ -42,7 +42,7 @@ def main() -> None:
         check_output(output, is_resumed)
         # Slow and without a process group, whose collectives would time out meanwhile.
         engine.build_ops(config, process.say_on_host)
-        data = build.encode(config, args.allow_code)
+        data = build.encode(config, args.allow_code, rebuild=args.rebuild_cache)
 
     engine.init_process_group(config.engine.timeout_minutes)
     build.agree(config, {"resume": args.resume, "allow_code": args.allow_code})

@@ -32,14 +32,16 @@ from mtl.generation.asking import Asking, ask
 from mtl.losses.objective import Measure, maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
-from mtl.output import manifest, provenance, trackers
+from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
+from mtl.report.tracker import Report
 from mtl.train import gram, reference
 from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
+from mtl.train.patience import Patience
 from mtl.train.run import Run
 
 Say = Callable[[str], None]
@@ -74,9 +76,17 @@ def say_once(text: str) -> None:
         process.tell(text)
 
 
-def encode(config: Config, allow_code: Collection[str] = (), say: Say = process.tell) -> Data:
+def encode(
+    config: Config,
+    allow_code: Collection[str] = (),
+    say: Say = process.tell,
+    rebuild: bool = False,
+) -> Data:
     """Tokenize every task, or read what the cache has. Call it before there is a process group:
     collectives would time out.
+
+    Args:
+        rebuild: encode anew what is damaged in the cache.
 
     Raises:
         DataError: every problem of every task.
@@ -95,7 +105,7 @@ def encode(config: Config, allow_code: Collection[str] = (), say: Say = process.
         raise ConfigError([config.error("batch.packing", found, "auto or false")])
     formats = plugins.formats(config, allow_code)
     of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
-    tasks = prepare(config, of_stream, formats, say)
+    tasks = prepare(config, of_stream, formats, say, rebuild)
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
@@ -196,8 +206,8 @@ def build(
 ) -> Run:
     """The parts of a run. A collective; the process group exists.
 
-    The engine holds the starting weights here, in a resumed run too: an objective's reference is
-    computed from them, before `restore` reads the checkpoint.
+    The engine holds the starting weights here, in a resumed run too: an objective's reference
+    belongs to them, before `restore` reads the checkpoint.
 
     Args:
         engine: None: `start_engine`.
@@ -228,14 +238,17 @@ def build(
         return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
 
     evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
-    reference.fill(engine, goals.each, tasks, evaluated, say)
+    settings = config.resolved()["model"]
+    weights = reference.fill(engine, goals.each, tasks, evaluated, settings, say)
+    if weights is not None:
+        identity["starting model (content)"] = weights
     validation = validation_groups_for(config, tasks, evaluated)
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
     comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs
     output = Path(config.output).expanduser()
     batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
-    anchors, patience = None, config.evaluate.patience
+    anchors, patience = None, _patience(config)
     if patience is not None and patience.action == "anchor":
         folder = output / "anchors"
         anchors = Anchors(engine, goals.each, tasks, evaluated, batches, folder, say)
@@ -262,9 +275,31 @@ def build(
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
         average=config.average and Average(engine, config.average),
+        patience=patience,
         anchors=anchors,
         asking=data.asking,
     )
+
+
+def _patience(config: Config) -> Patience | None:
+    """Raises ConfigError where the run that says when tasks are done cannot be read."""
+    given = config.evaluate.patience
+    if given is None:
+        return None
+    source, times = getattr(given, "from"), None
+    if source is not None:
+        where = "evaluate", "patience", "from"
+        try:
+            known = report.best_steps(Path(source).expanduser())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wanted = "a run's folder, or the JSON of one in a study's results"
+            raise ConfigError([config.error(where, source, wanted, f"{error}.")]) from None
+        missing = [name for name in config.tasks if name not in known]
+        if missing:
+            found = f"{source}, a run of {', '.join(known)}"
+            raise ConfigError([config.error(where, found, f"one with {', '.join(missing)} too")])
+        times = tuple(float(known[name]) for name in config.tasks)
+    return Patience(given.evaluations, given.action, given.margin, given.keep, times)
 
 
 def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:
@@ -326,11 +361,10 @@ def open_trackers(
         settings = {"output": output, "steps": run.steps, "start": state.step}
         paths = [("trackers", str(i)) for i in range(len(config.trackers))]
         opened = [resolve(config, path, plugins.TRACKER, allow_code)(**settings) for path in paths]
-        if not any(
-            isinstance(one, trackers.Jsonl) for one in opened
-        ):  # always: the last table and resume read it
-            opened.append(trackers.Jsonl(**settings))
-        return opened
+        for always in (trackers.Jsonl, Report):  # the last table and resume read the first
+            if not any(isinstance(one, always) for one in opened):
+                opened.append(always(**settings))
+        return sorted(opened, key=lambda one: isinstance(one, Report))  # it reads the others' files
 
     run.trackers = comm.together(open_on_first)
 

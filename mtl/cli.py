@@ -15,19 +15,24 @@ import mtl
 from mtl import process
 
 PROGRAMS = (
-    "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replicas",
-    "imbalance", "migrate_mftcoder", "compare",
+    "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replay",
+    "replicas", "imbalance", "migrate_mftcoder", "compare", "zeroae",
 )  # fmt: skip
 
 
 def parser(
-    doc: str | None, *, reads_config: bool = False, is_launched: bool = False
+    doc: str | None,
+    *,
+    reads_config: bool = False,
+    is_launched: bool = False,
+    encodes: bool = False,
 ) -> argparse.ArgumentParser:
     """A program's parser, with its docstring as the help.
 
     Args:
         reads_config: it has the options that say which experiment.
         is_launched: it takes the rank that launchers append to their command.
+        encodes: it has the option to encode damaged data of the cache anew.
     """
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,6 +43,9 @@ def parser(
         add("--config", required=True, help="the experiment's YAML")
         add("--set", metavar="KEY=VALUE", help="override, as in optimizer.lr=1e-5", **many)
         add("--allow-code", metavar="PACKAGE", help=code, **many)
+    if encodes:
+        anew = "compare the whole cache with its checksums, and encode anew what is damaged"
+        add("--rebuild-cache", action="store_true", help=anew)
     if is_launched:
         add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return made

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from mtl import build, plugins
 from mtl.build import Data
 from mtl.config import Config, ConfigError
-from mtl.data.batches import ValidationGroups
+from mtl.config.schema import model_folder
+from mtl.data.batches import Layouts, ValidationGroups
 from mtl.data.cache import encode_split, sources_of
 from mtl.data.encoded import DataError, TaskData
 from mtl.data.plan import layouts_for
 from mtl.distributed import comm
 from mtl.distributed.engine import device
 from mtl.losses import head
-from mtl.losses.objective import unit_of
+from mtl.losses.objective import reference_of, unit_of
 from mtl.models import adapters, packing
 from mtl.models.structure import dtype_of
+from mtl.train import reference
 from mtl.train.evaluate import ValidationResult, full_pass
 
 Say = Callable[[str], None]
@@ -129,16 +131,26 @@ def evaluator(
         )
     opened, asked = opener(config, data, allow_code, say), False
 
-    def evaluate(folder: Path) -> ValidationResult:
-        model, packed = opened(folder)
+    def layouts(packed: bool) -> Layouts:
         tokens = config.evaluate.tokens or config.batch.tokens
         ranks = comm.world(), comm.rank()
-        layouts = layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
-        groups = ValidationGroups(tasks, 2 if halves else 1, config.train.seed, layouts)
+        return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
+
+    if any(map(reference_of, goals.each)):  # losses that compare with the model training began at
+        name, revision = adapters.base_of(config)
+        start = (config.adapter.path, None) if config.adapter else (name, revision)
+        model, packed = opened(*start)
+        settings = config.resolved()["model"]
+        reference.fill(model, goals.each, tasks, layouts(packed), settings, say)
+        del model
+
+    def evaluate(folder: Path) -> ValidationResult:
+        nonlocal asked
+        model, packed = opened(folder)
+        groups = ValidationGroups(tasks, 2 if halves else 1, config.train.seed, layouts(packed))
         found = full_pass(model, goals.as_one, groups, len(config.tasks))
         if data.asking is None:
             return found
-        nonlocal asked
         answers = data.asking.measure(
             model, predictions, append=asked, about={"model": str(folder)}
         )
@@ -157,8 +169,8 @@ def opener(
     """From a folder (a model, or an adapter) to the model, and whether rows are packed for it."""
     packed: dict[type, bool] = {}  # measured once for an architecture
 
-    def opened(folder: Path) -> tuple[Bare, bool]:
-        module = _load(config, folder, data, allow_code)
+    def opened(folder: Path | str, revision: str | None = None) -> tuple[Bare, bool]:
+        module = _load(config, model_folder(str(folder)), data, allow_code, revision)
         model = Bare(module, device(), config.model.precision == "bf16_autocast")
         kind = type(module)
         if kind not in packed:
@@ -222,7 +234,9 @@ def unit(data: Data) -> str:
     return "nats per " + " or ".join(units)
 
 
-def _load(config: Config, folder: Path, data: Data, allow_code: Collection[str]) -> nn.Module:
+def _load(
+    config: Config, folder: Path, data: Data, allow_code: Collection[str], revision: str | None
+) -> nn.Module:
     if (folder / "adapter_config.json").is_file():
         quantize, precision = config.model.quantize, config.model.precision
         remote = config.model.allow_remote_code
@@ -230,8 +244,8 @@ def _load(config: Config, folder: Path, data: Data, allow_code: Collection[str])
         model = model.to(dtype_of(config.model.precision))
         head.install(model, None)
         return model.to(device())
-    plain = {"name": str(folder), "revision": None, "lora": None, "quantize": None, "adapter": None}
-    plain |= {"activation_checkpointing": False, "compile": False}
+    plain = {"name": str(folder), "revision": revision, "lora": None, "quantize": None}
+    plain |= {"adapter": None, "activation_checkpointing": False, "compile": False}
     changes = {
         "model": config.model.model_copy(update=plain),
         "engine": config.engine.model_copy(update={"zero": 0}),

@@ -193,7 +193,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 def untimed(output: Path) -> list[dict[str, Any]]:
     """The same without what a clock decides."""
-    timed = ("time/", "train/tokens_per_second")
+    timed = ("time/", "memory/", "train/tokens_per_second")
     return [
         {tag: value for tag, value in line.items() if not tag.startswith(timed)}
         for line in metrics(output)

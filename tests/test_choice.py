@@ -89,10 +89,14 @@ def test_the_best_is_exported_and_all_are_shown(yaml, tmp_path, monkeypatch, cap
     assert exported.keys() == weights(model).keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in weights(model).items())
     shown = out.splitlines()
-    assert [line[2:].split("  ")[0] for line in shown[-5:-1]] == list(models)
+    assert [line[2:].split("  ")[0] for line in shown[-6:-2]] == list(models)
     marked = [line for line in shown if line.startswith("* ")]
     assert len(marked) == 1 and f"{models[record['chosen']]['reported']['copy']:.3f}" in marked[0]
-    assert shown[-1] == f"exported: {record['chosen']}: {run / 'model'}"
+    assert shown[-2:] == [
+        f"exported: {record['chosen']}: {run / 'model'}",
+        f"report: {run / 'report.html'}",
+    ]
+    assert "average of task bests" in (run / "report.html").read_text()
     assert not list(run.glob(".choice.*"))
 
 

@@ -415,7 +415,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "evaluate: {patience: {}}",
-            "evaluate.patience.evaluations: found nothing, wanted a whole number >= 1.",
+            "evaluate.patience: found neither evaluations nor from, wanted one of them. For instance evaluations: 2.",
         ),
         (
             "checkpoint: {best: false}",

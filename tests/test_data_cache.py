@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import attack_files
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -222,7 +224,13 @@ def test_fingerprints_follow_content_not_place(tmp_path, monkeypatch):
 
 
 def encode(
-    root: Path, *names: str, cap=None, form=formats.text, encoder=None, say=lambda text: None
+    root: Path,
+    *names: str,
+    cap=None,
+    form=formats.text,
+    encoder=None,
+    say=lambda text: None,
+    rebuild=False,
 ) -> Encoded:
     return encode_split(
         root,
@@ -232,6 +240,7 @@ def encode(
         cap,
         "task (train)",
         say,
+        rebuild=rebuild,
     )
 
 
@@ -326,10 +335,99 @@ def test_a_damaged_cache_is_an_error_that_says_what_to_do(tmp_path, left):
     name = write(tmp_path / "a.jsonl", *[json.dumps(ROWS[0])] * 600)
     file = tmp_path / encode(tmp_path, name).fingerprint / "rows.arrow"
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(
-        DataError, match=f"the encoded data in {file.parent} is damaged .*Remove the folder"
-    ):
+    found = rf"task \(train\): the encoded data in {file} is damaged: found [\d,]+ bytes, "
+    with pytest.raises(DataError, match=found + ".*--rebuild-cache"):
         encode(tmp_path, name)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory) -> tuple[Path, str, bytes]:
+    """The folder of 600 encoded rows of up to 1,500 tokens, their source, and all they are."""
+    root = tmp_path_factory.mktemp("cached")
+    lines = [json.dumps({"text": chr(97 + i % 26) * (i * 53 % 1500 + 1)}) for i in range(600)]
+    name = write(root / "a.jsonl", *lines)
+    split = encode(root, name, encoder=Encoder(TOK, 2000))
+    return root / split.fingerprint, name, everything(split)
+
+
+def everything(split: Encoded) -> bytes:
+    """All that a run can read of a split."""
+    rows = [part.tobytes() for i in range(len(split)) for part in split.columns(i).values()]
+    table = [split.lengths, split.positions, split.counts, split.answers]
+    places = repr([split.origin(i) for i in range(len(split))]) + repr(split.report)
+    return b"".join([*rows, *(one.tobytes() for one in table), places.encode()])
+
+
+def test_no_flipped_bit_of_the_cache_is_read_in_silence(cached, tmp_path):
+    """Anywhere in its three files; most of them are found only when the row is read."""
+    folder, name, whole = cached
+    here = shutil.copytree(folder, tmp_path / folder.name)
+    late = 0
+    for path, tries in (("rows.arrow", 60), ("report.json", 16), ("checksums.json", 16)):
+        for content in attack_files.flips(folder / path, tries):
+            (here / path).write_bytes(content)
+            opened = False
+            try:
+                split = encode(tmp_path, name, encoder=Encoder(TOK, 2000))
+                opened = True
+                assert everything(split) == whole
+            except DataError as error:
+                assert f"task (train): the encoded data in {here}/rows.arrow is dam" in str(error)
+                late += opened
+        shutil.copy(folder / path, here / path)
+    assert late > 40
+
+
+def test_a_block_is_compared_when_its_row_is_first_read(cached, tmp_path):
+    folder, name, _ = cached
+    here = shutil.copytree(folder, tmp_path / folder.name)
+    split = encode(tmp_path, name, encoder=Encoder(TOK, 2000))
+    first, times = split.ids(3).tolist(), (here / "rows.arrow").stat()
+    with (here / "rows.arrow").open("r+b") as file:  # as a bad disk would, which tells nobody
+        file.seek(-(2**15), 2)
+        (byte,) = file.read(1)
+        file.seek(-(2**15), 2)
+        file.write(bytes([byte ^ 1]))
+    os.utime(here / "rows.arrow", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert split.ids(3).tolist() == first
+    with pytest.raises(DataError, match="are not what was written"):
+        everything(split)
+
+
+def test_a_cache_cut_or_changed_under_a_run_is_an_error(cached, tmp_path):
+    """It is memory-mapped: reading behind its end would kill the process (SIGBUS)."""
+    folder, name, whole = cached
+    for change in (
+        lambda path: os.truncate(path, 5000),
+        lambda path: path.write_bytes(path.read_bytes()),
+    ):
+        here = shutil.copytree(folder, tmp_path / folder.name, dirs_exist_ok=True)
+        split = encode(tmp_path, name, encoder=Encoder(TOK, 2000))
+        change(here / "rows.arrow")
+        with pytest.raises(DataError, match="it was changed while it was in use"):
+            split.columns(len(split) - 1)
+        with pytest.raises(DataError, match="it was changed while it was in use"):
+            split.where(len(split) - 1)
+    shutil.copytree(folder, here, dirs_exist_ok=True)
+    split = encode(tmp_path, name, encoder=Encoder(TOK, 2000))
+    shutil.rmtree(here)
+    assert everything(split) == whole, "what is open stays readable"
+
+
+def test_a_damaged_cache_is_made_again_when_asked(cached, tmp_path):
+    folder, name, whole = cached
+    here = shutil.copytree(folder, tmp_path / folder.name)
+    (damaged,) = attack_files.flips(here / "rows.arrow", 1)
+    (here / "rows.arrow").write_bytes(damaged)
+    said = []
+    again = partial(encode, tmp_path, name, encoder=Encoder(TOK, 2000), say=said.append)
+    assert everything(again(rebuild=True)) == whole
+    assert said[0].startswith(f"task (train): the encoded data in {here} is damaged (the ")
+    assert said[1:] == [f"encoding task (train): {name}"]
+    inode = (here / "rows.arrow").stat().st_ino
+    assert everything(again(rebuild=True)) == whole, "and what is whole stays"
+    assert (here / "rows.arrow").stat().st_ino == inode and len(said) == 2
+    assert [one.name for one in tmp_path.iterdir()] == [folder.name]
 
 
 def test_cap_keeps_the_first_usable_rows_and_reads_no_further(tmp_path):

@@ -48,6 +48,7 @@ def test_each_row_of_a_split_is_read_again(tmp_path):
     assert {path.name for path in (tmp_path / "cache").rglob("*.*")} == {
         "rows.arrow",
         "report.json",
+        "checksums.json",
     }
 
 

@@ -35,7 +35,9 @@ def call(monkeypatch, *arguments: object) -> None:
 def test_runs_of_equal_names_are_all_shown(tmp_path, monkeypatch, capsys):
     """By the last part of their paths there would be one."""
     folders = [write(tmp_path / f"s{n}" / "run", scale=n + 1) for n in range(2)]
+    monkeypatch.chdir(tmp_path)
     call(monkeypatch, *folders)
+    assert (tmp_path / "report.html").is_file()
     out = capsys.readouterr().out.splitlines()
     assert [line for line in out if line in ("s0", "s1", "run")] == ["s0", "s1"]
     firsts = [line.split()[1] for line in out if line.startswith("a ")]
@@ -55,7 +57,7 @@ def test_runs_of_equal_names_are_all_shown(tmp_path, monkeypatch, capsys):
 )
 def test_names(paths, names, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    found = report._names([Path(path) for path in paths])
+    found = report.names_of([Path(path) for path in paths])
     if "r" in paths:  # their shared folder is the current one
         names = [f"{tmp_path.name}/{name}" for name in names]
     assert found == names
@@ -65,7 +67,7 @@ def test_names(paths, names, monkeypatch, tmp_path):
     st.lists(st.lists(st.sampled_from("abc"), max_size=4).map("/".join), min_size=1, unique=True)
 )
 def test_different_paths_have_different_names(paths):
-    names = report._names([Path("/top") / path for path in paths])
+    names = report.names_of([Path("/top") / path for path in paths])
     assert len(set(names)) == len(paths) and all(names)
 
 
@@ -78,7 +80,7 @@ def test_the_same_run_twice_is_an_error(tmp_path):
 def test_unlike_tasks_are_an_error_that_says_which(tmp_path):
     one, two = write(tmp_path / "one", "ab"), write(tmp_path / "two", "ac")
     with pytest.raises(ValueError, match="^two: found a run of a, c, wanted .* of one, a, b"):
-        report.histories([one, two])
+        report.figure(report.histories([one, two]), tmp_path / "figure.png")
 
 
 def test_tasks_in_another_order_keep_their_names(tmp_path, monkeypatch):

@@ -51,9 +51,11 @@ def test_every_step_has_its_tags_and_no_other(finished):
         for what in ("loss", "positions", "grad_norm", "lr", "target_tokens", "tokens_per_second")
     }
     every |= {"step", "time/step_seconds", "time/left_seconds"}
+    every |= {f"draws/{task}/{what}" for task in TASKS for what in ("planned", "actual", "epoch")}
     probed = {
         f"coba/{task}/{what}" for task in TASKS for what in ("slope", "rcs", "acs", "panel")
-    } | {"coba/df"}
+    } | {"coba/df", "probe/group"}
+    probed |= {f"probe/{task}/{what}" for task in TASKS for what in ("loss", "base")}
     for line in steps(finished[0]):
         missing = (
             {f"coba/{task}/slope" for task in TASKS} if line["step"] == 0 else set()
@@ -99,6 +101,7 @@ def test_validation_comes_before_the_first_step_at_its_interval_and_at_the_end(f
         assert line.keys() == {
             "step",
             "time/evaluate_seconds",
+            "memory/host_gib",
             "eval/macro",
             "eval/token",
             "eval/worst",
@@ -116,6 +119,9 @@ def test_validation_comes_before_the_first_step_at_its_interval_and_at_the_end(f
 
 def test_tokens_of_a_step_follow_the_shares(finished):
     """6 examples a batch at equal shares: 2 of each task, so over an epoch each row counts as often as it is drawn."""
+    for line in steps(finished[0]):
+        assert line["draws/chat/planned"] == line["draws/chat/actual"] == pytest.approx(1 / 3)
+        assert line["draws/chat/epoch"] == 2 * (line["step"] + 1) / 12
     chat = [line["train/chat/tokens"] for line in steps(finished[0])]
     assert sum(chat[:6]) == 68, "2 x 6 draws are the task's 12 rows, each once"
     assert sum(chat[6:]) == 68

@@ -37,6 +37,13 @@ def interval(differences: Sequence[float], resamples: int = 9999) -> tuple[float
     return float(low), float(high)
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's interval of the mean at `LEVEL`, of n >= 2 values."""
+    x = np.asarray(values, float)
+    reach = _student((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return float(x.mean() - reach), float(x.mean() + reach)
+
+
 def sign_flip(differences: Sequence[float]) -> float:
     """Two-sided p of a mean as far from 0, where each pair's sign is a coin's. Exact up to `EXACT`
     pairs, beyond from 2 ** `EXACT` seeded assignments.
@@ -55,6 +62,11 @@ def sign_flip(differences: Sequence[float]) -> float:
 def least_p(pairs: int) -> float:
     """The least p that `sign_flip` can give: every difference has the same sign."""
     return 2.0 ** (1 - min(pairs, EXACT))
+
+
+def pairs_for(tests: int) -> int:
+    """The fewest pairs with which the first of so many tests can pass `holm` at `LEVEL`."""
+    return next(n for n in range(1, EXACT + 1) if least_p(n) * tests <= 1 - LEVEL)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -388,6 +388,14 @@ def _anchor(get: Get) -> Iterator[Finding]:
     if get("evaluate", "patience") is None:
         return
     path = "evaluate", "patience"
+    evaluations, times = get(*path, "evaluations"), get(*path, "from")
+    if (evaluations is None) == (times is None):
+        found = "neither evaluations nor from" if times is None else "evaluations and from"
+        hint = "For instance evaluations: 2." if times is None else "Delete the other."
+        yield path, found, "one of them", hint
+    if times is not None and get(*path, "action") == "log":
+        hint = "What another run says changes nothing here."
+        yield path, "from with action: log", "freeze, drop or anchor", hint
     if get(*path, "action") != "anchor":
         if (keep := get(*path, "keep")) != 0.25:
             hint = "It has no meaning without action: anchor."

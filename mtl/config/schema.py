@@ -434,10 +434,12 @@ class GramSection(Section):
     """Optimizer steps between them. In between the balancer keeps its weights."""
 
 
-class PatienceSection(Section):
-    """What happens to a task whose validation loss on the full passes has stopped improving."""
+class _Patience(Section):
+    """What happens to a task whose validation loss on the full passes has stopped improving: one of
+    evaluations and from says when that is.
+    """
 
-    evaluations: Count
+    evaluations: Count | None = None
     """Full passes in a row without a new lowest loss of the task after which it is done."""
     action: Literal["log", "freeze", "drop", "anchor"] = "log"
     """log: say so, once. freeze: the task's part of all weights stays as it was. drop: its weight
@@ -449,6 +451,20 @@ class PatienceSection(Section):
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
     keep: Annotated[float, Gt(0), Le(1)] = 0.25
     """What a task that is done keeps of its weight and of its draws (action `anchor` only)."""
+
+
+_TIMES = Field(
+    None,
+    description="An earlier run (its folder, or its JSON among a study's results): each task is "
+    "done at the first full pass at or after its best step there, and stays done. null: this run's "
+    "own passes say when.",
+)
+PatienceSection = create_model(
+    "PatienceSection",
+    __base__=_Patience,
+    __doc__=_Patience.__doc__,
+    **{"from": (TextPath | None, _TIMES)},
+)
 
 
 class AverageSection(Section):
@@ -628,7 +644,9 @@ class Config(Section):
         Spec(name="console"),
         Spec(name="jsonl"),
     )
-    """Where metrics go: console, jsonl, tensorboard, or classes of yours. Also wandb, mlflow,
+    """Where metrics go: console, jsonl, report, tensorboard, or classes of yours. jsonl and report
+    are always there; `{name: report, every: 5}` writes report.html at every fifth full pass. Also
+    wandb, mlflow,
     trackio, comet_ml, clearml, swanlab: each needs its package, and takes `project:` and the
     keywords of its start.
     """

@@ -3,7 +3,8 @@
 A hash of everything that decides a split's content names its folder. It covers the sources' bytes,
 the tokenizer with its chat template, and the format with its keywords. It also covers the length
 policy, the cap and the code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a
-row an example; `datasets.Dataset.from_file` reads it too) and `report.json`.
+row an example; `datasets.Dataset.from_file` reads it too), `report.json` and `checksums.json`. What
+a starting model says of the rows comes beside them (`mtl/train/reference.py`).
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 from collections import deque
@@ -27,13 +29,26 @@ import pyarrow as pa
 from mtl import process
 from mtl.config import Config
 from mtl.config.schema import TaskSection
+from mtl.data.blocks import Summing
 from mtl.data.encode import Encoder, Note, hash_of
-from mtl.data.encoded import DataError, Encoded, Report, TaskData, record_batch, schema
+from mtl.data.encoded import (
+    REPORT,
+    ROWS,
+    SUMS,
+    DataError,
+    Encoded,
+    Report,
+    TaskData,
+    damage,
+    record_batch,
+    save_sums,
+    schema,
+)
 from mtl.data.examples import LOSS, Examples
 from mtl.data.examples import Row as EncodedRow
 from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
-from mtl.data.source import Row, Source, open_source, open_sources
+from mtl.data.source import JsonLines, Row, Source, open_source, open_sources
 from mtl.data.turns import find_turns
 
 CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
@@ -53,6 +68,7 @@ def prepare(
     examples: Mapping[str, Examples],
     formats: Mapping[str, Format],
     say: Say = lambda text: print(text, file=sys.stderr, flush=True),
+    rebuild: bool = False,
 ) -> list[TaskData]:
     """Both splits of every task, encoded: read from `config.cache` if they are there, else made.
 
@@ -63,6 +79,7 @@ def prepare(
         examples: how each stream's rows are encoded.
         formats: each stream's format, its keywords bound.
         say: takes messages for people: what is encoded, and whom this process waits for.
+        rebuild: compare all that the cache has with its checksums, and encode anew what is damaged.
 
     Returns:
         the streams in the order of `config.tasks`.
@@ -84,7 +101,7 @@ def prepare(
                 label = f"{name} ({split})"
                 splits.append(
                     encode_split(
-                        root, sources, formats[name], examples[name], cap, label, say, side
+                        root, sources, formats[name], examples[name], cap, label, say, side, rebuild
                     )
                 )
             except DataError as error:
@@ -123,6 +140,7 @@ def encode_split(
     label: str,
     say: Say,
     side: Side | None = None,
+    rebuild: bool = False,
 ) -> Encoded:
     """The encoded rows of `sources`, one source after the other. Rows already cached under `root`
     are read from there.
@@ -132,6 +150,7 @@ def encode_split(
             all.
         label: what to call it in messages.
         side: keep only the rows whose content falls on this side of a split; None = all.
+        rebuild: encode anew where what is cached is damaged.
 
     Raises:
         DataError: a source cannot be read, no row is left, or a row is too long and `too_long:
@@ -139,6 +158,9 @@ def encode_split(
     """
     key = _key(sources, to_example, examples, cap, side)
     folder = root / key
+    if rebuild and folder.exists() and (found := damage(folder)):
+        say(f"{label}: the encoded data in {folder} is damaged ({found}): encoding it anew")
+        _remove(folder)
     if not folder.exists():
 
         def build(partial: Path, progress: Say) -> None:
@@ -151,11 +173,12 @@ def encode_split(
                 cap,
                 lambda text: progress(f"{label}: {text}"),
                 side,
+                label,
             )
 
         build_once(folder, build, say)
     split = Encoded.open(
-        folder, [one.where for one in sources], key, examples.columns, examples.positions
+        folder, [one.where for one in sources], key, examples.columns, examples.positions, label
     )
     long = split.report.dropped.get("too long", 0)
     if len(split) == 0 or getattr(examples, "too_long", "drop") == "error" and long:
@@ -176,8 +199,9 @@ def _write(
     cap: int | None,
     progress: Say,
     side: Side | None = None,
+    label: str = "",
 ) -> None:
-    """Encode into `rows.arrow` and `report.json`, with a few chunks of rows in memory at a time."""
+    """Encode into a folder's files, with a few chunks of rows in memory at a time."""
     report, pending = Report(), []
     columns, losses = examples.columns, len(getattr(examples, "losses", (LOSS,)))
 
@@ -185,12 +209,16 @@ def _write(
         return record_batch(pending, columns, losses)
 
     # A thread reports progress, because a single row may take longer than NEWS.
+    total, unit, step = _work(sources, cap)
     with (
         _signs(lambda: progress(f"{report.read:,} rows")),
-        (folder / "rows.arrow").open("wb") as file,
+        process.bar(f"encode {label}", total, unit, scale=True) as bar,
+        Summing(folder / ROWS) as file,
         pa.ipc.new_stream(file, schema(columns, losses)) as writer,
     ):
-        for s, number, result, notes in _outcomes(sources, to_example, examples, cap, side):
+        for s, number, result, notes in _outcomes(
+            sources, to_example, examples, cap, side, lambda row: bar.update(step(row))
+        ):
             if report.kept == cap:
                 break
             if result is None:
@@ -210,7 +238,33 @@ def _write(
                 writer.write_batch(batch())
                 pending.clear()
         writer.write_batch(batch())
-    report.save(folder / "report.json")
+    report.save(folder / REPORT)
+    save_sums(folder, file.blocks)
+
+
+def _remove(folder: Path) -> None:
+    """Take a folder of the cache away in one step. Processes that read it go on with what it had;
+    a file of somebody else stays.
+    """
+    gone = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.damaged")
+    with suppress(FileNotFoundError):  # another process came first
+        folder.rename(gone)
+        answers = [path.name for path in gone.glob("reference-*.npy")]  # of a starting model
+        for name in (ROWS, REPORT, SUMS, *answers):
+            (gone / name).unlink(missing_ok=True)
+        gone.rmdir()
+
+
+def _work(
+    sources: Sequence[Source], cap: int | None
+) -> tuple[int | None, str, Callable[[Row], int]]:
+    """How much there is to encode, where that is known; its unit; and how much of it a row is."""
+    counts = [one.count for one in sources]
+    if cap is not None or None not in counts:
+        return cap if cap is not None else sum(counts), "row", lambda row: 1
+    if all(isinstance(one, JsonLines) and one.path.suffix == ".jsonl" for one in sources):
+        return sum(one.size for one in sources), "B", lambda row: row.size
+    return None, "row", lambda row: 1
 
 
 @contextmanager
@@ -237,9 +291,13 @@ def _outcomes(
     examples: Examples,
     cap: int | None,
     side: Side | None,
+    taken: Callable[[Row], object],
 ) -> Iterator[tuple[int, int, EncodedRow | RowProblem | None, Notes]]:
     """(source, row number, what became of it, notes), in the order of the rows. The number of
     processes does not change the order.
+
+    Args:
+        taken: is told each row that is read.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -256,7 +314,7 @@ def _outcomes(
     pool = None if alone else ProcessPoolExecutor(cores, spawn, *end)
     try:
         for s, one in enumerate(sources):
-            rows = one.rows()
+            rows = _told(one.rows(), taken)
             if pool is None:
                 results = ([_outcome(row, to_example, examples, side)] for row in rows)
             else:
@@ -266,6 +324,12 @@ def _outcomes(
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _told(rows: Iterator[Row], taken: Callable[[Row], object]) -> Iterator[Row]:
+    for row in rows:
+        taken(row)
+        yield row
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -415,9 +479,9 @@ def _key(
         "side": side,
         # We hash the code itself. Nobody needs to remember to raise a version number.
         "code": [
-            _module_hash(thing)
+            module_hash(thing)
             for thing in (
-                *(function, open_source, RowProblem, Encoder, find_turns, Report),
+                *(function, open_source, RowProblem, Encoder, find_turns, Report, Summing),
                 type(examples),
             )
         ],
@@ -425,7 +489,8 @@ def _key(
     return hash_of(json.dumps(identity, sort_keys=True, default=repr))
 
 
-def _module_hash(thing: Callable[..., object]) -> str:
+def module_hash(thing: Callable[..., object]) -> str:
+    """Equal for equal source text of the module that has this function or class."""
     try:
         return hash_of(inspect.getsource(sys.modules[thing.__module__]))
     except (OSError, TypeError, KeyError):  # typed in at a prompt, or compiled

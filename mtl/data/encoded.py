@@ -3,13 +3,16 @@ source row.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from mtl.data.blocks import Block, BlockError, Mapped
 from mtl.data.examples import Row
 
 Positions = Callable[[Mapping[str, np.ndarray]], np.ndarray]
@@ -42,6 +45,11 @@ def schema(columns: Mapping[str, pa.DataType], losses: int = 1) -> pa.Schema:
 
 
 EXAMPLES = 3  # dropped rows of each reason that a report shows
+
+
+# Of a folder of the cache.
+ROWS, REPORT, SUMS = "rows.arrow", "report.json", "checksums.json"
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, pa.ArrowException)
 
 
 class DataError(ValueError):
@@ -109,6 +117,7 @@ class Encoded:
         answers: (n,) int64, the same number for the same answer (`examples.Row.answer`).
         fingerprint: hexadecimal; equal for equal content that is encoded in the same way.
         report: what became of the source's rows.
+        folder: where the rows lie; None: in memory alone.
     """
 
     def __init__(
@@ -119,12 +128,16 @@ class Encoded:
         report: Report,
         columns: Mapping[str, pa.DataType] = NEXT_TOKEN,
         positions: Positions = next_token_positions,
+        mapped: Mapped | None = None,
+        label: str = "",
+        folder: Path | None = None,
     ):
         self._table, self._places = table, list(places)
-        self.fingerprint, self.report = fingerprint, report
+        self._mapped, self._label = mapped, label
+        self.fingerprint, self.report, self.folder = fingerprint, report, folder
         self.names = tuple(columns)
         stored = {
-            name: _Ragged(table.column(name), kind.to_pandas_dtype())
+            name: _Ragged(table.column(name), kind.to_pandas_dtype(), mapped)
             for name, kind in columns.items()
         }
         self._columns: dict[str, _Ragged | Flat | np.ndarray] = dict(stored)
@@ -136,7 +149,7 @@ class Encoded:
             np.int64
         )
         self.targets = self.counts[:, 0]
-        self.answers = table.column("answer").to_numpy()
+        self.answers = np.array(table.column("answer").to_numpy())
 
     @staticmethod
     def open(
@@ -145,27 +158,29 @@ class Encoded:
         fingerprint: str,
         columns: Mapping[str, pa.DataType] = NEXT_TOKEN,
         positions: Positions = next_token_positions,
+        label: str = "",
     ) -> "Encoded":
         """Memory-map `folder`; `places[s](r)` says where row r of source s stands.
 
+        Args:
+            label: what to call the split in an error.
+
         Raises:
-            DataError: the folder is damaged.
+            DataError: the folder is damaged. Reading a row raises it too: rows are compared with
+                their checksums when they are first read.
         """
         try:
-            with (
-                pa.memory_map(str(folder / "rows.arrow")) as file,
-                pa.ipc.open_stream(file) as reader,
-            ):
+            report, blocks = _report_and_blocks(folder)
+            mapped = Mapped(folder / ROWS, blocks)
+            with pa.ipc.open_stream(mapped.buffer) as reader:
                 table = reader.read_all()
-            report = Report.load(folder / "report.json")
             if len(table) != report.kept:  # Arrow takes the end of the file for the end of the rows
                 raise ValueError(f"found {_rows(len(table))}, wanted {report.kept:,}")
-        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-            raise DataError(
-                f"the encoded data in {folder} is damaged ({error}). Remove the folder: it is made "
-                "again"
-            ) from error
-        return Encoded(table, places, fingerprint, report, columns, positions)
+        except _UNREADABLE as error:
+            raise DataError(_damaged(folder, label, error)) from error
+        return Encoded(
+            table, places, fingerprint, report, columns, positions, mapped, label, folder
+        )
 
     @staticmethod
     def of(rows: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "memory") -> "Encoded":
@@ -184,8 +199,21 @@ class Encoded:
         return len(self.lengths)
 
     def columns(self, i: int) -> dict[str, np.ndarray]:
-        """Row i: its 1-D arrays by name, read-only."""
-        return {name: column[i] for name, column in self._columns.items()}
+        """Row i: its 1-D arrays by name, read-only.
+
+        Raises:
+            DataError: its bytes in the cache are not what was written.
+        """
+        with self._whole():
+            return {name: column[i] for name, column in self._columns.items()}
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Within it, a damaged block is an error that names the split."""
+        try:
+            yield
+        except BlockError as error:
+            raise DataError(_damaged(self._mapped.path.parent, self._label, error)) from error
 
     def attach(self, name: str, values: "np.ndarray | Flat") -> None:
         """Add a column in memory, or replace the one of that name; values[i] is row i's array."""
@@ -200,14 +228,16 @@ class Encoded:
 
     def ids(self, i: int) -> np.ndarray:
         """Of next-token prediction: (lengths[i],) int32, read-only."""
-        return self._columns["ids"][i]
+        with self._whole():
+            return self._columns["ids"][i]
 
     def target(self, i: int) -> np.ndarray:
         """Of next-token prediction: (lengths[i],) bool, read-only.
 
         Token j is predicted, from position j - 1, and trained. Element 0 is False.
         """
-        return self._columns["target"][i].view(np.bool_)
+        with self._whole():
+            return self._columns["target"][i].view(np.bool_)
 
     def where(self, i: int) -> str:
         """The place of row i in its source: `file:line`, or `source, row n`."""
@@ -216,7 +246,10 @@ class Encoded:
 
     def origin(self, i: int) -> tuple[int, int]:
         """Which of the split's sources row i comes from, and its number there, both from 0."""
-        return tuple(self._table.column(name)[i].as_py() for name in ("source", "row"))
+        with self._whole():
+            if self._mapped is not None:
+                self._mapped.check_unchanged()
+            return tuple(self._table.column(name)[i].as_py() for name in ("source", "row"))
 
     def problems(self) -> list[str]:
         """The report as lines, with places."""
@@ -254,6 +287,35 @@ def record_batch(
     )
 
 
+def save_sums(folder: Path, blocks: Sequence[Block]) -> None:
+    """Write down what `Encoded.open` compares a finished folder with."""
+    sums = {REPORT: zlib.crc32((folder / REPORT).read_bytes()), ROWS: blocks}
+    (folder / SUMS).write_text(json.dumps(sums))
+
+
+def damage(folder: Path) -> str:
+    """What is not as it was written in a folder of the cache; empty where all is well."""
+    try:
+        Mapped(folder / ROWS, _report_and_blocks(folder)[1]).check_all()
+    except _UNREADABLE as error:
+        return str(error)
+    return ""
+
+
+def _report_and_blocks(folder: Path) -> tuple[Report, list[Block]]:
+    sums = json.loads((folder / SUMS).read_text())
+    if zlib.crc32((folder / REPORT).read_bytes()) != sums[REPORT]:
+        raise ValueError(f"{REPORT} is not what was written")
+    return Report.load(folder / REPORT), sums[ROWS]
+
+
+def _damaged(folder: Path, label: str, error: Exception) -> str:
+    return (
+        f"{label}: the encoded data in {folder / ROWS} is damaged: {error}. Start again with "
+        "--rebuild-cache, which encodes anew what is damaged"
+    )
+
+
 def answer(targets: np.ndarray) -> int:
     """One number for a row of ids: the first three, 21 bits each, in the order of the ids."""
     padded = [*targets[:3].tolist(), 0, 0, 0]
@@ -285,13 +347,22 @@ class Flat:
 
 
 class _Ragged:
-    """An Arrow column of lists as numpy views. Element i takes no copy and about a microsecond."""
+    """An Arrow column of lists as numpy views. Element i takes no copy and a few microseconds.
 
-    def __init__(self, column: pa.ChunkedArray, dtype: type):
+    Args:
+        mapped: the file that holds the column; its checksums are compared. None: it is in memory.
+    """
+
+    def __init__(self, column: pa.ChunkedArray, dtype: type, mapped: Mapped | None = None):
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        # In memory: a file that is cut takes only what `check` has a look at with it.
+        self._offsets = [np.array(chunk.offsets.to_numpy()) for chunk in chunks]
         self._values = [chunk.values.to_numpy().view(dtype) for chunk in chunks]
         self._starts = np.cumsum([0, *map(len, chunks)])
+        self._mapped, self._size = mapped, np.dtype(dtype).itemsize
+        self._places = [
+            mapped and values.ctypes.data - mapped.buffer.address for values in self._values
+        ]
         self.lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, self._offsets)]).astype(
             np.int64
         )
@@ -301,4 +372,8 @@ class _Ragged:
             raise IndexError(f"row {i} of {self._starts[-1]}")
         chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
         local = i - self._starts[chunk]
-        return self._values[chunk][self._offsets[chunk][local] : self._offsets[chunk][local + 1]]
+        start, stop = self._offsets[chunk][local : local + 2].tolist()
+        if self._mapped is not None and start < stop:
+            place = self._places[chunk]
+            self._mapped.check(place + start * self._size, place + stop * self._size)
+        return self._values[chunk][start:stop]

@@ -31,6 +31,7 @@ class History:
         weights: (T, K) of each update.
         averages: (E,) macro losses of the averaged weights; nan where there is no average.
         choice: what launch/choose.py found; None: it has not run.
+        teacher_rows: training rows that best weights of tasks have read, for `action: anchor`.
     """
 
     tasks: list[str]
@@ -40,27 +41,40 @@ class History:
     weights: np.ndarray
     averages: np.ndarray
     choice: dict[str, Any] | None = None
+    teacher_rows: int = 0
+
+    @property
+    def best_steps(self) -> dict[str, int]:
+        """Task -> the step of its least validation loss, the first of equals."""
+        at = self.eval_steps[self.eval_losses.argmin(0)]
+        return dict(zip(self.tasks, at.tolist(), strict=True))
+
+
+def best_steps(path: Path) -> dict[str, int]:
+    """The same, of a run's folder or of its JSON among a study's results.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it cannot be read, or is something else.
+    """
+    if path.suffix == ".json":
+        return {
+            task: int(step)
+            for task, step in json.loads(path.read_text(encoding="utf-8"))["steps"]["own"].items()
+        }
+    return read(path).best_steps
 
 
 def histories(outputs: Sequence[Path]) -> dict[str, History]:
-    """The curves of runs of the same tasks, by what their paths do not share.
+    """The curves of runs, by what their paths do not share.
 
     Raises:
-        ValueError: a folder that is no run or is given twice; runs of unlike tasks.
+        ValueError: a folder that is no run or is given twice.
     """
-    names = _names(outputs)
-    found = {name: read(output) for name, output in zip(names, outputs, strict=True)}
-    (first, known), *others = found.items()
-    for name, history in others:
-        if set(history.tasks) != set(known.tasks):
-            raise ValueError(
-                f"{name}: found a run of {', '.join(history.tasks)}, wanted one of the tasks of "
-                f"{first}, {', '.join(known.tasks)}. Report runs of unlike tasks apart."
-            )
-    return found
+    names = names_of(outputs)
+    return {name: read(output) for name, output in zip(names, outputs, strict=True)}
 
 
-def _names(outputs: Sequence[Path]) -> list[str]:
+def names_of(outputs: Sequence[Path]) -> list[str]:
     """Each path without the folders that all of them begin and end with: s0/run s1/run -> s0 s1."""
     paths = [Path(os.path.abspath(output)).parts for output in outputs]
     for i, path in enumerate(paths):
@@ -105,6 +119,7 @@ def read(output: Path) -> History:
         np.array([[r[f"train/{t}/weight"] for t in tasks] for r in trains]).reshape(-1, len(tasks)),
         np.array([r.get("eval/average/macro", np.nan) for r in evals]),
         json.loads(chosen.read_text(encoding="utf-8")) if chosen.is_file() else None,
+        int(sum(r.get("anchor/rows", 0) for r in records)),
     )
 
 
@@ -171,7 +186,17 @@ def figure(runs: dict[str, History], path: Path) -> None:
     """Per task: validation loss over its start, one line a run; below, the weights; last, the macro
     loss of the trained weights, of their average, and of what was chosen from at the end. Needs
     matplotlib (`coba-mtl[plot]`).
+
+    Raises:
+        ValueError: runs of unlike tasks; no matplotlib.
     """
+    (first, known), *others = runs.items()
+    for name, history in others:
+        if set(history.tasks) != set(known.tasks):
+            raise ValueError(
+                f"{name}: found a run of {', '.join(history.tasks)}, wanted one of the tasks of "
+                f"{first}, {', '.join(known.tasks)}. Draw runs of unlike tasks apart."
+            )
     try:
         import matplotlib
 

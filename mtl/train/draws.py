@@ -9,7 +9,7 @@ that hardly counts.
 
 import numpy as np
 
-from mtl.data.mix import Round, on_grid
+from mtl.data.mix import GRID, Round, on_grid
 from mtl.output.state import RunState
 from mtl.train.patience import hold
 from mtl.train.run import Run
@@ -50,12 +50,16 @@ def loss_weights(run: Run, state: RunState) -> np.ndarray:
 
 
 def values(run: Run, state: RunState) -> dict[str, float]:
-    """What is logged of batch `state.step`, once shares are others than the config's."""
-    follows = run.config.mix.follow is not None
-    if not follows and state.shares is None:
+    """What is logged of batch `state.step`. Nothing where whole batches change places: which rows
+    a batch has is then known at the ends of windows only.
+    """
+    mix, now, t = run.batches.mix, present(run, state), state.step
+    if mix.order is not None and mix.order.scheme == "batch":
         return {}
-    found = {"planned": present(run, state).parts, "actual": run.batches.parts(state.step)}
-    found |= {"weight": state.weights} if follows else {}
+    drawn = mix.drawn(t + 1, now)
+    actual = (drawn - mix.drawn(t, now)) / mix.examples
+    found = {"planned": now.parts, "actual": actual, "epoch": drawn / mix.sizes}
+    found |= {"weight": state.weights} if run.config.mix.follow is not None else {}
     return {
         f"draws/{name}/{what}": float(value)
         for what, array in found.items()
@@ -80,7 +84,8 @@ def _parts(run: Run, state: RunState, now: Round) -> np.ndarray | None:
             return None
         held = np.full(k, np.nan) if state.held is None else state.held
         floor = FLOOR / k if given.floor is None else given.floor
-        return hold(held, np.maximum(state.weights, floor))
+        # Never 0: a task that is left out now and again could be owed any number of draws.
+        return hold(held, np.maximum(state.weights, max(floor, 1 / GRID)))
     if run.patience is None or state.held is None:
         return None
     kept = run.patience.kept(state)

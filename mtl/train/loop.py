@@ -1,5 +1,6 @@
 """The loop: next micro-batches -> probe -> weights -> step -> log -> save, until done."""
 
+import resource
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -64,7 +65,7 @@ def train(run: Run, state: RunState) -> RunState:
 
         now = time.monotonic()
         values = _train_values(names, weights, report, batch, run.holder, anchor.held(state))
-        values |= drawn
+        values |= drawn | _signal_values(names, run.holder, state)
         values["train/lr"] = lr
         values["train/target_tokens"] = state.target_tokens
         values["train/tokens_per_second"] = int(batch.tokens.sum()) / (now - began)
@@ -118,12 +119,18 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     values = _eval_values("eval", found["model"], run.names)
     if run.average:
         values |= _eval_values("eval/average", found["average"], run.names)
-    _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
+    told = run.patience.observe(state, validation.losses, run.names) if run.patience else []
     if run.patience:
-        for text in run.patience.observe(state, validation.losses, run.names):
-            _say(run, f"step {state.step}/{run.steps}  {text}")
+        done = zip(run.names, run.patience.done(state).tolist(), strict=True)
+        values |= {f"patience/{name}/done": float(is_done) for name, is_done in done}
+    values |= _memory(run.engine.device)
+    _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
+    for text in told:
+        _say(run, f"step {state.step}/{run.steps}  {text}")
     if run.anchors:
-        run.anchors.at_pass(state)
+        rows = run.anchors.at_pass(state)
+        if rows:
+            _log(run, state.step, {"anchor/rows": rows})
     if asks or run.config.evaluate.best.rpartition("/")[2] not in _kinds_asked(run):
         _judge(run, state, found)
     if run.config.checkpoint.bests:
@@ -215,6 +222,29 @@ def _train_values(
                 f"{method}/{name}/{what}": float(x) for name, x in zip(names, array, strict=True)
             }
     return {tag: value for tag, value in values.items() if np.isfinite(value)}
+
+
+def _signal_values(names: list[str], holder: Holder, state: RunState) -> dict[str, float]:
+    """What the balancer read that nothing else logs, so that another can be replayed on it. On
+    rank 0, whose balancer it is.
+    """
+    given, found = holder.signals, {}
+    if given is not None and given.valid_loss is not None:
+        found["probe/group"] = given.valid_group
+        found |= {f"probe/{n}/loss": x for n, x in zip(names, given.valid_loss, strict=True)}
+        found |= {f"probe/{n}/base": x for n, x in zip(names, given.valid_base, strict=True)}
+    if state.replay_loss is not None:
+        found |= {f"replay/{n}/loss": x for n, x in zip(names, state.replay_loss, strict=True)}
+    return {tag: float(value) for tag, value in found.items() if np.isfinite(value)}
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process has held so far, in GiB: of the host, of the device."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    found = {"memory/host_gib": peak}
+    if device.type != "cpu":
+        found["memory/device_gib"] = torch.accelerator.max_memory_allocated(device) / 2**30
+    return found
 
 
 def _log(run: Run, step: int, values: Mapping[str, float]) -> None:

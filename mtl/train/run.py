@@ -33,6 +33,7 @@ class Run:
         probe_every: optimizer steps between the probes that a balancer reads.
         trackers: empty on every rank but 0.
         average: of the trained weights; None where the config asks for none.
+        patience: when a task is done; None where the config does not ask.
         anchors: what tasks that are done are held to; None where the config asks for none.
         asking: the questions whose answers are measured; None where the config asks for none.
     """
@@ -51,6 +52,7 @@ class Run:
     probe_every: int = 1
     trackers: Sequence[Tracker] = ()
     average: Average | None = None
+    patience: Patience | None = None
     anchors: Anchors | None = None
     asking: Asking | None = None
 
@@ -58,8 +60,3 @@ class Run:
     def measures(self) -> dict[str, Measure]:
         """What may be measured at a pass beside losses."""
         return self.objective.measures | (self.asking.kinds if self.asking else {})
-
-    @property
-    def patience(self) -> Patience | None:
-        given = self.config.evaluate.patience
-        return given and Patience(given.evaluations, given.action, given.margin, given.keep)
