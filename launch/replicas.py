@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
-from mtl import cli, process, replicas
+from mtl import cli, process
+from mtl.compare import replicas
 
 
 def main() -> None:
@@ -30,7 +31,8 @@ def main() -> None:
     add("--dry-run", action="store_true", help="print the runs' commands, and start none")
     args = parser.parse_args()
     # No `process.settle()`: the runs are started from here and share the cores themselves.
-    from mtl import orders, plugins
+    from mtl import plugins
+    from mtl.compare import orders
 
     config = plugins.read(args.config, args.set, args.allow_code)
     experiment = ["--config", args.config]

@@ -7,9 +7,9 @@ state = restore(run, resume)                where it stands
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from mtl import plugins, process
 from mtl.config import Config, ConfigError
 from mtl.config.spec import resolve
 from mtl.data.batches import Layouts, TrainBatches
-from mtl.data.cache import prepare
+from mtl.data.cache import prepare, sources_of
 from mtl.data.encode import Encoder, dates, load_tokenizer
 from mtl.data.encoded import TaskData
 from mtl.data.examples import Book, Examples
@@ -28,10 +28,11 @@ from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validatio
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.losses.objective import maker_of_examples
+from mtl.generation.asking import Asking, ask
+from mtl.losses.objective import Measure, maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
-from mtl.output import manifest, provenance, trackers
+from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
@@ -40,6 +41,7 @@ from mtl.train import gram, reference
 from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
+from mtl.train.patience import Patience
 from mtl.train.run import Run
 
 Say = Callable[[str], None]
@@ -53,12 +55,19 @@ class Data:
         tasks: each stream's encoded rows, in the order of the YAML.
         goals: the objectives, and which task each loss counts for; None: next-token prediction.
         examples: of each objective.
+        asking: the questions that the tasks' metrics need; None: none are asked.
     """
 
     tokenizer: PreTrainedTokenizerBase
     tasks: list[TaskData]
     goals: plugins.Goals | None = None
     examples: Sequence[Examples] = ()
+    asking: Asking | None = None
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """What is measured beside losses: by objectives, and of generated answers."""
+        return self.goals.as_one.measures | (self.asking.kinds if self.asking else {})
 
 
 def say_once(text: str) -> None:
@@ -100,7 +109,38 @@ def encode(
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
-    return Data(tokenizer, tasks, goals, examples)
+    data = Data(tokenizer, tasks, goals, examples)
+    given = config.evaluate.generate
+    if given.every is None:
+        return data
+    return replace(data, asking=asking(config, data, "validation", given.rows, allow_code))
+
+
+def asking(
+    config: Config,
+    data: Data,
+    split: Literal["validation", "test"],
+    rows: int | None = None,
+    allow_code: Collection[str] = (),
+) -> Asking | None:
+    """The questions of every task that has metrics; None where no task has.
+
+    Args:
+        data: its tasks' validation rows are those of `split`.
+        rows: of each task at most; None: all.
+
+    Raises:
+        DataError: a row has no question.
+    """
+    forms, names, asked = plugins.formats(config, allow_code), list(config.tasks), []
+    encoded = {task.name: task.validation for task in data.tasks}
+    for name, mine in plugins.metrics(config, allow_code).items():
+        if mine:
+            sources, number = sources_of(config.tasks[name], split), names.index(name)
+            made = encoded[name], sources, forms[name], data.tokenizer, rows
+            asked.append(ask(name, number, mine, *made))
+    settings = config.evaluate.generate
+    return Asking(asked, len(names), data.tokenizer, settings) if asked else None
 
 
 def agree(config: Config, flags: Mapping[str, object], say: Say = say_once) -> None:
@@ -166,8 +206,8 @@ def build(
 ) -> Run:
     """The parts of a run. A collective; the process group exists.
 
-    The engine holds the starting weights here, in a resumed run too: an objective's reference is
-    computed from them, before `restore` reads the checkpoint.
+    The engine holds the starting weights here, in a resumed run too: an objective's reference
+    belongs to them, before `restore` reads the checkpoint.
 
     Args:
         engine: None: `start_engine`.
@@ -198,14 +238,17 @@ def build(
         return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
 
     evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
-    reference.fill(engine, goals.each, tasks, evaluated, say)
+    settings = config.resolved()["model"]
+    weights = reference.fill(engine, goals.each, tasks, evaluated, settings, say)
+    if weights is not None:
+        identity["starting model (content)"] = weights
     validation = validation_groups_for(config, tasks, evaluated)
     _describe(config, tasks, mix.shares, validation.groups, say)
     holder = holder or plugins.holder(config, allow_code)
     comm.same(holder.state_dict()["meta"], "balancers")  # all measure what it needs
     output = Path(config.output).expanduser()
     batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
-    anchors, patience = None, config.evaluate.patience
+    anchors, patience = None, _patience(config)
     if patience is not None and patience.action == "anchor":
         folder = output / "anchors"
         anchors = Anchors(engine, goals.each, tasks, evaluated, batches, folder, say)
@@ -232,8 +275,31 @@ def build(
         differentiated=gram.supply(holder.balancer.needs, engine.module, config),
         probe_every=probe_every(config, validation),
         average=config.average and Average(engine, config.average),
+        patience=patience,
         anchors=anchors,
+        asking=data.asking,
     )
+
+
+def _patience(config: Config) -> Patience | None:
+    """Raises ConfigError where the run that says when tasks are done cannot be read."""
+    given = config.evaluate.patience
+    if given is None:
+        return None
+    source, times = getattr(given, "from"), None
+    if source is not None:
+        where = "evaluate", "patience", "from"
+        try:
+            known = report.best_steps(Path(source).expanduser())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wanted = "a run's folder, or the JSON of one in a study's results"
+            raise ConfigError([config.error(where, source, wanted, f"{error}.")]) from None
+        missing = [name for name in config.tasks if name not in known]
+        if missing:
+            found = f"{source}, a run of {', '.join(known)}"
+            raise ConfigError([config.error(where, found, f"one with {', '.join(missing)} too")])
+        times = tuple(float(known[name]) for name in config.tasks)
+    return Patience(given.evaluations, given.action, given.margin, given.keep, times)
 
 
 def _own_loader(config: Config) -> tuple[str, dict[str, Any]] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mtl import evaluation
+from mtl import evaluation, plugins
 from mtl.build import Data
 from mtl.config import Config
 from mtl.distributed import comm
@@ -57,7 +57,9 @@ def rows(config: Config, allow_code: Collection[str] = ()) -> Rows:
     """Encoded, or from the cache. Call it before there is a process group."""
     tested = all(task.test is not None for task in config.streams.values())
     test = evaluation.rows(config, "test", allow_code) if tested else None
-    return Rows(evaluation.rows(config, "validation", allow_code), test)
+    key = config.evaluate.best.rpartition("/")[2]
+    asks = any(key in mine for mine in plugins.metrics(config, allow_code).values())
+    return Rows(evaluation.rows(config, "validation", allow_code, asks), test)
 
 
 @contextmanager
@@ -126,7 +128,7 @@ def choose(
         ValueError: `evaluate.best` is a measure, and there are no test rows: halves have losses.
     """
     names, key = list(config.tasks), config.evaluate.best
-    kind = given.validation.goals.as_one.measures.get(key.rpartition("/")[2])
+    kind = given.validation.measures.get(key.rpartition("/")[2])
     if kind is not None and given.test is None:
         raise ValueError(
             f"{config.where('evaluate.best')}: evaluate.best: found the measure {key}, and tasks "
@@ -143,7 +145,7 @@ def choose(
 
     def value(name: str) -> float:
         one = chosen[name]
-        every = one.summary(names) | one.measured(names, given.validation.goals.as_one.measures)
+        every = one.summary(names) | one.measured(names, given.validation.measures)
         return (-1 if kind is not None and kind.highest else 1) * every[key]
 
     best = min(found, key=value)

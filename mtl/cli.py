@@ -16,7 +16,7 @@ from mtl import process
 
 PROGRAMS = (
     "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replay",
-    "replicas", "imbalance", "migrate_mftcoder", "compare",
+    "replicas", "imbalance", "migrate_mftcoder", "compare", "zeroae",
 )  # fmt: skip
 
 

@@ -8,24 +8,26 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtl import build, plugins
 from mtl.build import Data
 from mtl.config import Config, ConfigError
-from mtl.data.batches import ValidationGroups
+from mtl.config.schema import model_folder
+from mtl.data.batches import Layouts, ValidationGroups
 from mtl.data.cache import encode_split, sources_of
 from mtl.data.encoded import DataError, TaskData
 from mtl.data.plan import layouts_for
 from mtl.distributed import comm
 from mtl.distributed.engine import device
 from mtl.losses import head
-from mtl.losses.objective import unit_of
+from mtl.losses.objective import reference_of, unit_of
 from mtl.models import adapters, packing
 from mtl.models.structure import dtype_of
+from mtl.train import reference
 from mtl.train.evaluate import ValidationResult, full_pass
 
 Say = Callable[[str], None]
@@ -40,6 +42,7 @@ class Bare:
     module: nn.Module
     device: torch.device
     autocast: bool = False
+    in_step: ClassVar[bool] = False  # every rank has the whole model
 
     def eval(self) -> None:
         self.module.eval()
@@ -48,10 +51,19 @@ class Bare:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.module(**inputs)
 
+    def generate(self, **inputs: Any) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module.generate(**inputs, synced_gpus=False)
 
-def rows(config: Config, split: Split, allow_code: Collection[str] = ()) -> Data:
+
+def rows(
+    config: Config, split: Split, allow_code: Collection[str] = (), asks: bool = False
+) -> Data:
     """Every stream's rows of a split, encoded or from the cache. Call it before there is a process
     group, as `build.encode`.
+
+    Args:
+        asks: whether the tasks' metrics of generated answers are wanted too.
 
     Raises:
         ConfigError: a task has no such rows.
@@ -65,9 +77,18 @@ def rows(config: Config, split: Split, allow_code: Collection[str] = ()) -> Data
         )
     data = build.encode(config, allow_code, _say)  # labels and the like are those of training
     if split == "validation":
-        return replace(
-            data, tasks=[TaskData(t.name, t.validation, t.validation) for t in data.tasks]
-        )
+        found = [TaskData(t.name, t.validation, t.validation) for t in data.tasks]
+    else:
+        found = _other_rows(config, split, data, allow_code)
+    data = replace(data, tasks=found, asking=None)
+    if not asks:
+        return data
+    return replace(data, asking=build.asking(config, data, split, allow_code=allow_code))
+
+
+def _other_rows(
+    config: Config, split: Split, data: Data, allow_code: Collection[str]
+) -> list[TaskData]:
     root, found = Path(config.cache).expanduser(), []
     for s, (name, form) in enumerate(plugins.formats(config, allow_code).items()):
         examples, label = data.examples[data.goals.of[s]], f"{name} ({split})"
@@ -78,7 +99,7 @@ def rows(config: Config, split: Split, allow_code: Collection[str] = ()) -> Data
             where = config.where(("tasks", name, split))
             raise DataError(f"{where}: tasks.{name}.{split}: {e}") from e
         found.append(TaskData(name, encoded, encoded))
-    return replace(data, tasks=found)
+    return found
 
 
 def evaluator(
@@ -88,10 +109,13 @@ def evaluator(
     halves: bool = False,
     allow_code: Collection[str] = (),
     say: Say = lambda text: None,
+    predictions: Path | None = None,
 ) -> Evaluate:
-    """From a folder (a model, or an adapter) to its losses on `rows`.
+    """From a folder (a model, or an adapter) to its losses on `rows`. Where `rows` has questions,
+    the metrics of its answers too.
 
     Args:
+        predictions: where rank 0 writes these answers, those of all models; None: nowhere.
         halves: divide every task's rows into two alike halves, groups 0 and 1 of the result: one to
             choose by, one to report. They are the same for every model and world size.
 
@@ -105,15 +129,33 @@ def evaluator(
         raise ConfigError(
             config.error(("tasks", name, "validation"), found, wanted) for name in single
         )
-    opened = opener(config, data, allow_code, say)
+    opened, asked = opener(config, data, allow_code, say), False
 
-    def evaluate(folder: Path) -> ValidationResult:
-        model, packed = opened(folder)
+    def layouts(packed: bool) -> Layouts:
         tokens = config.evaluate.tokens or config.batch.tokens
         ranks = comm.world(), comm.rank()
-        layouts = layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
-        groups = ValidationGroups(tasks, 2 if halves else 1, config.train.seed, layouts)
-        return full_pass(model, goals.as_one, groups, len(config.tasks))
+        return layouts_for(config, tasks, data.examples, goals.of, *ranks, packed, tokens)
+
+    if any(map(reference_of, goals.each)):  # losses that compare with the model training began at
+        name, revision = adapters.base_of(config)
+        start = (config.adapter.path, None) if config.adapter else (name, revision)
+        model, packed = opened(*start)
+        settings = config.resolved()["model"]
+        reference.fill(model, goals.each, tasks, layouts(packed), settings, say)
+        del model
+
+    def evaluate(folder: Path) -> ValidationResult:
+        nonlocal asked
+        model, packed = opened(folder)
+        groups = ValidationGroups(tasks, 2 if halves else 1, config.train.seed, layouts(packed))
+        found = full_pass(model, goals.as_one, groups, len(config.tasks))
+        if data.asking is None:
+            return found
+        answers = data.asking.measure(
+            model, predictions, append=asked, about={"model": str(folder)}
+        )
+        asked = True
+        return replace(found, measures={**found.measures, **answers})
 
     return evaluate
 
@@ -127,8 +169,8 @@ def opener(
     """From a folder (a model, or an adapter) to the model, and whether rows are packed for it."""
     packed: dict[type, bool] = {}  # measured once for an architecture
 
-    def opened(folder: Path) -> tuple[Bare, bool]:
-        module = _load(config, folder, data, allow_code)
+    def opened(folder: Path | str, revision: str | None = None) -> tuple[Bare, bool]:
+        module = _load(config, model_folder(str(folder)), data, allow_code, revision)
         model = Bare(module, device(), config.model.precision == "bf16_autocast")
         kind = type(module)
         if kind not in packed:
@@ -153,12 +195,12 @@ def halves(path: str, allow_code: Collection[str] = ()) -> tuple[Evaluate, list[
 
 def table(found: Mapping[str, ValidationResult], names: list[str], data: Data) -> list[list[str]]:
     """A row a model, a column a task, then their mean (macro) and that over tokens (token). The
-    same of every measure of the objective below, with the mean over the tasks that have it.
+    same of every measure below, with the mean over the tasks that have it.
     """
     head = [unit(data), *names, "macro", "token"]
     losses = {name: one.summary(names) for name, one in found.items()}
     rows = [head, *([name, *(f"{s[k]:.4f}" for k in head[1:])] for name, s in losses.items())]
-    kinds = data.goals.as_one.measures
+    kinds = data.measures
     measured = {name: one.measured(names, kinds) for name, one in found.items()}
     for kind in dict.fromkeys(k for each in measured.values() for k in each if k in kinds):
         keys = [*(f"{name}/{kind}" for name in names), kind]
@@ -174,7 +216,7 @@ def record(
     found: Mapping[str, ValidationResult], names: list[str], data: Data, split: Split
 ) -> str:
     """The same as JSON, with target tokens. A measure of a task is `task/measure`."""
-    kinds = data.goals.as_one.measures
+    kinds = data.measures
     models = {
         name: {
             "losses": one.summary(names),
@@ -192,7 +234,9 @@ def unit(data: Data) -> str:
     return "nats per " + " or ".join(units)
 
 
-def _load(config: Config, folder: Path, data: Data, allow_code: Collection[str]) -> nn.Module:
+def _load(
+    config: Config, folder: Path, data: Data, allow_code: Collection[str], revision: str | None
+) -> nn.Module:
     if (folder / "adapter_config.json").is_file():
         quantize, precision = config.model.quantize, config.model.precision
         remote = config.model.allow_remote_code
@@ -200,8 +244,8 @@ def _load(config: Config, folder: Path, data: Data, allow_code: Collection[str])
         model = model.to(dtype_of(config.model.precision))
         head.install(model, None)
         return model.to(device())
-    plain = {"name": str(folder), "revision": None, "lora": None, "quantize": None, "adapter": None}
-    plain |= {"activation_checkpointing": False, "compile": False}
+    plain = {"name": str(folder), "revision": revision, "lora": None, "quantize": None}
+    plain |= {"adapter": None, "activation_checkpointing": False, "compile": False}
     changes = {
         "model": config.model.model_copy(update=plain),
         "engine": config.engine.model_copy(update={"zero": 0}),

@@ -1,7 +1,7 @@
 """What the YAML may name, and reading it with all of that checked at once."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,12 @@ import numpy as np
 from balancers import METHODS, Balancer, Grouped, Holder, Signal
 from mtl.config import Config, ConfigError, load
 from mtl.config.document import Document, Problem, show
-from mtl.config.schema import BEST
+from mtl.config.schema import BEST, short_name
 from mtl.config.spec import Kind, Maker, check, resolve
 from mtl.config.words import did_you_mean, either
 from mtl.data.examples import Book
 from mtl.data.formats import FORMATS, Format
+from mtl.generation.metrics import METRICS, Metric, plain
 from mtl.losses.objective import OBJECTIVES, Objectives, losses_of, teacher_of, unit_of
 from mtl.models.loaders import LOADERS, Loader
 from mtl.output.trackers import TRACKERS
@@ -23,12 +24,14 @@ BALANCER = Kind(METHODS, base=Balancer, build=True, inner="balancer")
 OBJECTIVE = Kind(OBJECTIVES, arguments=3, made_once=True)
 FORMAT = Kind(FORMATS, arguments=1)
 LOADER = Kind(LOADERS, arguments=3, keywords=("empty",))
+METRIC = Kind(METRICS, arguments=1, made_once=True)
 TRACKER = Kind(TRACKERS, keywords=("output", "steps", "start"))
 KINDS = {
     "balancer": BALANCER,
     "objective": OBJECTIVE,
     "tasks.*.objective": OBJECTIVE,
     "tasks.*.format": FORMAT,
+    "tasks.*.metrics.*": METRIC,
     "model.loader": LOADER,
     "trackers.*": TRACKER,
 }
@@ -49,7 +52,8 @@ def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str]
     if allow_code and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # at the end: nothing here replaces what is installed
     config = load(path, overrides, check(KINDS, allow_code))
-    problems = list(_misfits(config, objectives(config, allow_code)))
+    generated = metrics(config, allow_code)
+    problems = list(_misfits(config, objectives(config, allow_code), generated))
     if problems:
         raise ConfigError(problems)
     holder(config, allow_code)
@@ -103,7 +107,9 @@ def _built(target: Callable) -> Callable:
     return target() if isinstance(target, Maker) else target
 
 
-def _misfits(config: Config, goals: Goals) -> Iterator[Problem]:
+def _misfits(
+    config: Config, goals: Goals, generated: Mapping[str, Mapping[str, Metric]]
+) -> Iterator[Problem]:
     """What names and losses of objectives do not fit together."""
     document, streams = config.document, list(config.streams)
     taken: dict[tuple[str, str], str] = {
@@ -133,12 +139,37 @@ def _misfits(config: Config, goals: Goals) -> Iterator[Problem]:
                 yield document.problem(("tasks", name, "loss"), show(task.loss), first, hint)
     yield from _units(config, document, goals)
     yield from _anchors(config, document, goals)
+    yield from _metrics(config, document, goals, generated)
     best, measures = config.evaluate.best, goals.as_one.measures
     each = [f"{task}/{name}" for task in config.tasks for name in measures]
     choices = [*BEST, *config.tasks, *measures]
+    if config.evaluate.generate.every is not None:
+        each += [f"{task}/{name}" for task, mine in generated.items() for name in mine]
+        choices += dict.fromkeys(name for mine in generated.values() for name in mine)
     if best not in (*choices, *each):
         hint = did_you_mean(best, [*choices, *each])
         yield document.problem(("evaluate", "best"), show(best), either(choices), hint)
+
+
+def _metrics(
+    config: Config,
+    document: Document,
+    goals: Goals,
+    generated: Mapping[str, Mapping[str, Metric]],
+) -> Iterator[Problem]:
+    taken, loader = goals.as_one.measures, config.model.loader.name
+    for task, mine in generated.items():
+        if mine and loader in LOADERS and loader != "causal_lm":
+            found = f"metrics of generated answers, with model.loader: {loader}"
+            yield document.problem(("tasks", task, "metrics"), found, "a causal language model")
+        for number, (name, metric) in enumerate(mine.items()):
+            path = ("tasks", task, "metrics", str(number))
+            if getattr(plain(metric), "runs_code", False) and not config.evaluate.generate.run_code:
+                hint = "It runs what the model writes: see docs/generation.md before."
+                wanted = "evaluate.generate.run_code: true beside it"
+                yield document.problem(path, show(name), wanted, hint)
+            if name in taken or name in (*BEST, "loss", "average", "time"):
+                yield document.problem(path, f"the name {show(name)}, which is taken", "another")
 
 
 def _anchors(config: Config, document: Document, goals: Goals) -> Iterator[Problem]:
@@ -201,6 +232,21 @@ def formats(config: Config, allow_code: Collection[str] = ()) -> dict[str, Forma
     return {
         name: resolve(config, ("tasks", name, "format"), FORMAT, allow_code)
         for name in config.streams
+    }
+
+
+def metrics(config: Config, allow_code: Collection[str] = ()) -> dict[str, dict[str, Metric]]:
+    """Each stream's metrics of generated answers by name: a built-in's, or that of your
+    attribute.
+    """
+    return {
+        stream: {
+            short_name(spec.name): _built(
+                resolve(config, ("tasks", stream, "metrics", i), METRIC, allow_code)
+            )
+            for i, spec in enumerate(task.metrics)
+        }
+        for stream, task in config.streams.items()
     }
 
 

@@ -16,8 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: started again, with --resume, it goes on
 GRACE = 30.0  # seconds that a run whose launcher has ended may take to save
+SHORT = 2.0  # seconds of work without a bar
 LAUNCHERS = ("torchrun", "torch.distributed", "torch/distributed", "deepspeed", "accelerate")
 
 
@@ -269,6 +272,18 @@ def tell(text: str) -> None:
 def told() -> list[str]:
     """The messages of this process so far."""
     return list(_told)
+
+
+def bar(what: str, total: float | None, unit: str, *, scale: bool = False) -> tqdm:
+    """A bar with the time left, for work that may take long: on a terminal, once on this machine,
+    and only where the work takes more than `SHORT` seconds.
+
+    Args:
+        scale: show large numbers as 12.3M.
+    """
+    show = is_first_on_host() and sys.stderr.isatty()
+    look = {"leave": False, "dynamic_ncols": True, "delay": SHORT, "disable": not show}
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=scale, **look)
 
 
 def say_on_host(text: str) -> None:

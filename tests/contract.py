@@ -79,7 +79,7 @@ def check_weights(make: Make) -> None:
         assert weights.shape == (4,) and weights.dtype == np.float64
         assert np.isfinite(weights).all()
         assert not held.balancer.non_negative or (weights >= 0).all()
-        assert not held.balancer.sums_to_one or abs(weights.sum() - 1) < 1e-9
+        assert not held.balancer.sums_to_one or abs(weights.sum() - 1) < 1e-12
         assert all(
             isinstance(each, np.ndarray) and each.shape in ((), (4,))
             for each in held.explain.values()
@@ -91,7 +91,7 @@ def check_one_task(make: Make) -> None:
     weights = run(held, stream(1, 150, held.balancer.needs))
     assert np.isfinite(weights).all()
     if held.balancer.sums_to_one:
-        np.testing.assert_allclose(weights, 1, atol=1e-9)
+        np.testing.assert_allclose(weights, 1, rtol=1e-12)
 
 
 def check_absent_tasks(make: Make) -> None:

@@ -29,12 +29,19 @@ SETTINGS = (
     "optimizer.lr=5.0e-3",
     "schedule={name: constant, warmup: 0}",
 )
+LORA = ("model.lora={r: 4}", "optimizer.lr=2.0e-2")
+FOLLOW = ("mix={shares: equal, follow: balancer, every: 4}", "balancer=RLW")
 CASES = {
     "one process": (1, ["engine.zero=0"]),
     "zero 0": (2, ["engine.zero=0"]),
     "zero 2": (2, ["engine.zero=2"]),
     "zero 3": (2, ["engine.zero=3"]),
-    "lora": (2, ["engine.zero=2", "model.lora={r: 4}", "optimizer.lr=2.0e-2"]),
+    "lora": (2, ["engine.zero=2", *LORA]),
+    "lora, one process": (1, ["engine.zero=0", *LORA]),
+    "lora, zero 0": (2, ["engine.zero=0", *LORA]),
+    "lora, zero 3": (2, ["engine.zero=3", *LORA]),
+    "follow": (2, ["engine.zero=2", *FOLLOW]),
+    "follow, one process": (1, ["engine.zero=0", *FOLLOW]),
 }
 
 
@@ -66,7 +73,7 @@ def steps(output: Path) -> list[dict]:
     return [line for line in runs.metrics(output) if "train/loss" in line]
 
 
-FULL = [case for case in CASES if case != "lora"]
+FULL = ["one process", "zero 0", "zero 2", "zero 3"]
 
 
 @pytest.mark.timeout(600)
@@ -94,9 +101,12 @@ def test_it_comes_back(at_once):
         assert sum(line[f"train/{name}/weight"] for name in NAMES) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("case", ["zero 0", "zero 2", "zero 3"])
+@pytest.mark.parametrize(
+    "case", ["zero 0", "zero 2", "zero 3", "lora", "lora, zero 0", "lora, zero 3", "follow"]
+)
 def test_two_processes_train_as_one(case, at_once):
-    ours, theirs = steps(at_once[case]), steps(at_once["one process"])
+    alone = {"lora": "lora, one process", "foll": "follow, one process"}.get(case[:4], "one process")
+    ours, theirs = steps(at_once[case]), steps(at_once[alone])
     for mine, wanted in zip(ours, theirs, strict=True):
         for tag in wanted:
             if tag.endswith(("/loss", "/kl", "/weight", "grad_norm")):
@@ -124,7 +134,9 @@ def test_the_cache_is_what_the_best_model_says(case, at_once, yaml):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("case", ["zero 0", "zero 2", "zero 3", "lora"])
+@pytest.mark.parametrize(
+    "case", ["zero 0", "zero 2", "zero 3", "lora", "lora, zero 3", "follow"]
+)
 def test_a_run_killed_while_a_task_is_held_goes_on_bit_for_bit(case, at_once, yaml):
     world, given = CASES[case]
     output = yaml.parent / f"{case} killed"
@@ -146,6 +158,17 @@ def test_a_cache_that_is_gone_is_made_anew(yaml):
     assert f"{cache} is gone: prose begins anew, not done and without a best" in ended.err
     weights = [line["train/prose/weight"] for line in steps(output)]
     assert weights[9] == pytest.approx(0.25 / 3) and weights[10] == pytest.approx(1 / 3)
+
+
+def test_with_draws_that_follow_a_held_task_keeps_its_part_of_both(at_once):
+    """The part of the weights is the part of the draws; rounds begin at every pass too."""
+    lines = steps(at_once["follow"])
+    first = next(i for i, line in enumerate(lines) if "train/prose/kl" in line)
+    kept = lines[first]["draws/prose/weight"]
+    for line in lines[first:]:
+        assert line["draws/prose/weight"] == pytest.approx(kept)
+        assert line["draws/prose/planned"] == pytest.approx(kept, abs=1e-5)
+        assert sum(line[f"draws/{name}/planned"] for name in NAMES) == pytest.approx(1)
 
 
 class Batches:

@@ -207,7 +207,7 @@ def test_the_module_computes_with_the_average(jobs, case):
     made.eval()
     with torch.no_grad():
         wanted = float(made(input_ids=batch(99), labels=batch(99)).loss)
-    assert one["losses"][1] == pytest.approx(wanted, abs=1e-6)
+    assert one["losses"][1] == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.timeout(900)

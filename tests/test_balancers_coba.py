@@ -186,7 +186,7 @@ def test_first_probe_is_the_base():
     ratio, loss = curves(30), curves(30) * [2.0, 5.0, 0.5]
     plain, _ = run(CoBa(window=8, warmup=3), ratio)
     scaled, _ = run(CoBa(window=8, warmup=3), loss)
-    np.testing.assert_allclose(scaled, plain, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(scaled, plain, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("base", [[4.0, 14.0, 4.5], [4.0, np.nan, np.nan]])

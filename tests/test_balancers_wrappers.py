@@ -66,7 +66,7 @@ def test_bounded_keeps_the_bounds_with_the_least_mixing(given_weights, low, high
     mixed = held.explain["mixed"]
     np.testing.assert_allclose(weights[0], (1 - mixed) * plain + mixed / k, atol=1e-12)
     slack = min(weights[0].min() - floor, ceiling - weights[0].max())
-    assert mixed == 0 or abs(slack) < 1e-9
+    assert mixed == 0 or abs(slack) < 1e-12
 
 
 def test_bounded_bounds_shares_of_a_scale():

@@ -415,7 +415,7 @@ def test_a_config_cannot_be_changed():
         ),
         (
             "evaluate: {patience: {}}",
-            "evaluate.patience.evaluations: found nothing, wanted a whole number >= 1.",
+            "evaluate.patience: found neither evaluations nor from, wanted one of them. For instance evaluations: 2.",
         ),
         (
             "checkpoint: {best: false}",
@@ -741,6 +741,9 @@ def test_resolved_holds_every_key():
         "tokens": None,
         "best": "macro",
         "probe": probe,
+        "generate": {
+            "every": None, "rows": 64, "max_new_tokens": 256, "batch": 16, "run_code": False
+        },
         "patience": None,
     }
     assert resolved["balancer"] == "CoBa" and resolved["tasks"]["v1.5"]["format"] == {

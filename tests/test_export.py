@@ -14,6 +14,7 @@ import torch
 import toys
 import yaml as pyyaml
 from huggingface_hub import HfApi, ModelCard
+from near import near
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,7 +137,7 @@ def test_merged_is_base_and_adapter_together(adapter, tmp_path):
     apart = peft.AutoPeftModelForCausalLM.from_pretrained(adapter / "model")
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-5)
+        near(merged(ids).logits, apart(ids).logits, units=100)
         assert (merged(ids).logits - toys.tiny_llama()(ids).logits).abs().max() > 1e-4, (
             "the adapter does something"
         )

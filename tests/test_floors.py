@@ -22,10 +22,10 @@ FLOORS = {
     "mtl.losses": 3,
     "mtl.distributed": 4,
     "mtl.models": 5, "mtl.integrations": 5,
-    "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
+    "mtl.generation": 6, "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
     "mtl.train": 7,
-    "mtl.plugins": 8, "mtl.build": 8, "mtl.replicas": 8, "mtl.evaluation": 8,
-    "mtl.compare": 8, "mtl.report": 8, "mtl.orders": 8, "mtl.choice": 8, "mtl.recipes": 8,
+    "mtl.plugins": 8, "mtl.build": 8, "mtl.evaluation": 8,
+    "mtl.compare": 8, "mtl.report": 8, "mtl.choice": 8, "mtl.recipes": 8,
     "launch": 9, "mtl.cli": 9,
     "mtl": 0,  # the package itself: its version
 }  # fmt: skip
@@ -158,7 +158,7 @@ def test_one_package_imports_deepspeed():
 PUBLIC = {
     "mtl.config", "mtl.data.encode", "mtl.data.encoded", "mtl.data.examples", "mtl.data.formats",
     "mtl.losses.objective", "mtl.losses.terms",
-    "mtl.models.load", "mtl.models.errors", "mtl.models.structure",
+    "mtl.models.load", "mtl.models.errors", "mtl.models.structure", "mtl.plugins",
 }  # fmt: skip
 
 

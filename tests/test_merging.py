@@ -15,6 +15,7 @@ import pytest
 import runs
 import torch
 import toys
+from near import near
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,7 +75,7 @@ def test_the_average_loads_and_is_the_mean(models, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, tensor in found.state_dict().items():
         mean = torch.stack([part[name].double() for part in parts]).mean(0)
-        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=7e-8)
+        near(tensor, mean, units=0.6)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == toys.CHAT
     assert (tmp_path / "out" / "generation_config.json").is_file()
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
@@ -177,7 +178,7 @@ def test_adapters_are_averaged_as_products(models, adapters, tmp_path):
         apart.append(peft.PeftModel.from_pretrained(base, one).merge_and_unload().state_dict())
     for name, tensor in found.state_dict().items():
         mean = torch.stack([part[name].double() for part in apart]).mean(0)
-        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=2e-7)
+        near(tensor, mean, units=2)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
@@ -346,7 +347,7 @@ def test_soup_and_search_choose_on_one_half_and_report_on_the_other(models, tmp_
         assert report.weights == pytest.approx([0.5, 0, 0.5], abs=0.1)
         assert report.tasks["rows"] == "the half of validation that did not choose"
         assert report.tasks["losses"]["merged"][0] == pytest.approx(
-            1 + evaluate(out).losses[0], abs=1e-6
+            1 + evaluate(out).losses[0], rel=1e-6
         )
     assert report.tasks["losses"].keys() == {*map(str, abc(models)), "merged"}
     with pytest.raises(MergeError, match="add --config"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from near import near
 from scipy import stats
 
 from mtl.config import ConfigError
@@ -42,7 +43,7 @@ def drift(k: int, n: int = 4096, dtype=torch.float32, seed: int = 0) -> Piece:
 
 
 def close(found: torch.Tensor, wanted) -> None:
-    torch.testing.assert_close(found.double(), torch.tensor(wanted).double(), rtol=0, atol=1e-6)
+    near(found.float(), wanted, units=2)  # the models are in fp32
 
 
 # --- closed forms

@@ -83,6 +83,36 @@ def test_anchor_keeps_a_part_until_the_task_improves_again():
     np.testing.assert_array_equal(state.best_at, [40, 40])
 
 
+def test_it_does_not_matter_for_its_part_which_task_was_done_first():
+    """Each of four keeps a quarter of the quarter that it had; the last has what the others gave up."""
+    patience, names = Patience(1, "anchor"), list("abcd")
+    weights = np.full(4, 0.25)
+    state = RunState(weights=weights)
+    for step, losses in enumerate([[1] * 4, [1, 0.9, 0.9, 0.9], [1, 1, 0.8, 0.8], [1, 1, 1, 0.7]]):
+        state.step = step
+        patience.observe(state, np.array(losses), names)
+        state.weights = hold(state.held, weights)
+    np.testing.assert_allclose(state.weights, [0.0625, 0.0625, 0.0625, 0.8125])
+    # Draws, in any shares: the same rule.
+    shares = np.array([0.1, 0.2, 0.3, 0.4])
+    held = np.where(patience.kept(state) < 1, patience.kept(state) * shares, NAN)
+    np.testing.assert_allclose(hold(held, shares), [0.025, 0.05, 0.075, 0.85])
+
+
+@pytest.mark.parametrize("action", ["freeze", "drop", "anchor"])
+def test_times_of_another_run(action):
+    """Task b is done from step 10 on and stays so, though its loss falls."""
+    patience, state = Patience(None, action, times=(25.0, 10.0)), RunState(weights=np.ones(2) / 2)
+    seen = []
+    for step in (0, 10, 20, 30):
+        state.step = step
+        told = patience.observe(state, np.array([2.0, 1.0]) - 0.01 * step, NAMES)
+        seen.append((patience.done(state).tolist(), len(told)))
+    assert seen == [([False, False], 0), ([False, True], 1), ([False, True], 0), ([True, True], 1)]
+    if action == "anchor":
+        np.testing.assert_array_equal(state.anchored, [30, 10])
+
+
 def test_the_margin():
     state, _ = observe(Patience(1, margin=0.1), [[1, 1], [0.95, 0.85]])
     np.testing.assert_array_equal(state.stalled, [1, 0])

@@ -9,6 +9,7 @@ import pytest
 import runs
 import torch
 import toys
+from near import near
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -107,7 +108,7 @@ def test_merged_is_the_model_that_was_trained(run, yaml, tmp_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         wanted = trained(ids).logits
-        torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+        near(merged(ids).logits, wanted, units=100)
         assert (other(ids).logits - wanted).abs().max() > 1e-3
 
 

@@ -11,7 +11,7 @@ import pytest
 import runs
 from safetensors.torch import load_file
 
-from mtl import replicas
+from mtl.compare import replicas
 from mtl.config import load, parse
 
 EXPERIMENT = ["--config", "x.yaml"]

@@ -1,1 +1,2 @@
-"""Arms of settings over one experiment, several seeds each: run, and compared."""
+"""Several runs of one experiment side by side: arms of settings with seeds, and replicas that
+differ in the order of rows only."""

@@ -58,7 +58,7 @@ def comparison(runner: Runner) -> dict[str, Any]:
             shared = sorted(set(arms[arm]) & set(arms[study.equal]))
             row["captured"] = _captured(arms[arm], arms[study.equal], shared)
             row["cost_of_equal"] = row["cost"] / equal["cost"]
-    tested = [row for row in rows.values() if "p" in row]
+    tested = [rows[arm] for arm in study.tested if "p" in rows.get(arm, {})]
     for row, p in zip(tested, statistics.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
     runs = study.runs()
@@ -67,14 +67,17 @@ def comparison(runner: Runner) -> dict[str, Any]:
         "study": str(study.path), "base": study.base, "runs": {"finished": done, "all": len(runs)},
         "unit": "G: nats, a mean of ln(L / R); losses: nats per target token",
         "against": study.against, "equal": study.equal, "explore": study.explore,
+        "primary": list(study.primary), "shortfall": study.shortfall,
+        "tuning": _tuning(results["tuning"]),
         "references": reference, "arms": rows,
     }  # fmt: skip
 
 
 def _results(runner: Runner) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {"arms": {}, "references": {}}
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]]
+    found = {"arms": {}, "references": {}, "tuning": {}}
     for run in runner.study.runs():
-        if run.kind in found and (result := runner.result(run)) is not None:
+        if (result := runner.result(run)) is not None:
             found[run.kind].setdefault(run.arm, {})[run.seed] = result
     order = runner.study.arms["arms"]
     found["arms"] = {arm: found["arms"][arm] for arm in order if arm in found["arms"]}
@@ -97,6 +100,20 @@ def _references(seeds: Sequence[int], results: Results) -> dict[str, float]:
     return {task: test for task, (_, test) in chosen.items()}
 
 
+def _tuning(results: Results) -> dict[str, dict[str, Any]]:
+    """By arm its seeds, and the least mean log validation loss of a pass, the mean of the seeds.
+    Test rows are not looked at.
+    """
+    found = {}
+    for arm, runs in results.items():
+        scores = [
+            float(np.log([one["validation"][task] for task in one["tasks"]]).mean(0).min())
+            for one in runs.values()
+        ]
+        found[arm] = {"seeds": sorted(runs), "validation": float(np.mean(scores))}
+    return found
+
+
 def _score(losses: Mapping[str, float], reference: Mapping[str, float] | None = None) -> float:
     """G of one run."""
     ratios = [loss / (reference[task] if reference else 1) for task, loss in losses.items()]
@@ -114,7 +131,6 @@ def _row(found: Mapping[int, dict[str, Any]], reference: Mapping[str, float] | N
         "G": float(np.mean(scores)),
         "G_by_seed": scores,
         "G_last": float(np.mean([_score(one["last"], reference) for one in each])),
-        "G_own": float(np.mean([_score(one["own"], reference) for one in each])),
         "macro": float(np.mean(best)),
         "worst": float(np.mean(np.max(best, axis=1))),
         "spread": float(np.mean(np.array(spread) / lengths)),
@@ -168,7 +184,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     rows = sorted(found["arms"].items(), key=lambda item: item[1]["G"])
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(_cells(arm, row)) + " |" for arm, row in rows]
-    runs, tested = found["runs"], [row for _, row in rows if "p" in row]
+    runs = found["runs"]
     notes = [
         f"{runs['finished']} of {runs['all']} runs of `{found['study']}` are finished.",
         "G: mean over tasks of ln(L / R) on test rows, at the checkpoint of least mean log "
@@ -182,6 +198,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     if found["explore"]:
         notes.append("`explore: true`: nothing is tested.")
+    elif found["primary"]:
+        notes.append(
+            f"p (Holm) is over {', '.join(f'`{arm}`' for arm in found['primary'])}, which were "
+            "named before; the other p are no claims."
+        )
     few = [row["pairs"] for _, row in rows if "pairs" in row and "p" not in row]
     if few and not found["explore"]:
         least = statistics.least_p(max(few))
@@ -189,13 +210,11 @@ def markdown(found: Mapping[str, Any]) -> str:
             f"Arms without p have at most {max(few)} pairs, which cannot give a p below "
             f"{least:.3f}: no claim about them."
         )
-    if tested:
-        least = statistics.least_p(max(row["pairs"] for row in tested)) * len(tested)
-        if least > 1 - statistics.LEVEL:
-            notes.append(
-                f"With {len(tested)} arms tested Holm's p cannot be below {least:.3f} for the "
-                "first: more seeds, or fewer arms."
-            )
+    if found["shortfall"]:
+        notes.append(found["shortfall"])
+    for arm, row in sorted(found["tuning"].items(), key=lambda item: item[1]["validation"]):
+        seeds = ", ".join(map(str, row["seeds"]))
+        notes.append(f"Tuning, seeds {seeds}: `{arm}` {row['validation']:+.4f} (validation).")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 

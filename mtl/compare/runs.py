@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mtl.compare.cost import forward_equivalents
+from mtl import plugins
+from mtl.compare.cost import forward_equivalents, pilot_cost
 from mtl.compare.study import Run, Study, StudyError
 from mtl.output import provenance
 from mtl.output.files import write_json
@@ -72,31 +73,34 @@ class Runner:
             StudyError: a program failed; its log is named.
         """
         folder, began = self.out / run.name, time.monotonic()
-        overrides = [*self.study.overrides(run), f"output={folder / 'run'}"]
+        overrides = [self._filled(run, each) for each in self.study.overrides(run)]
+        overrides.append(f"output={folder / 'run'}")
         experiment = ["--config", self.study.base]
         experiment += [part for each in overrides for part in ("--set", each)]
         experiment += [part for each in self.study.allow_code for part in ("--allow-code", each)]
         self._start(folder, "train", *experiment, "--resume")
         history = read_history(folder / "run")
-        models = self._models(folder / "run", history, self.study.config(run).model.name)
+        config = plugins.read(self.study.base, overrides, self.study.allow_code)
+        models = self._models(run, folder / "run", history, config.model.name)
         losses = folder / "test.json"
         named = list(dict.fromkeys(models.values()))
         self._start(folder, "evaluate", *experiment, "--split", "test", "--json", losses, *named)
         found = json.loads(losses.read_text(encoding="utf-8"))["models"]
         test = {what: found[model]["losses"] for what, model in models.items()}
         names, steps = history.tasks, _steps(history)
-        config = self.study.config(run)
+        reported = {what: {task: test[what][task] for task in names} for what in ("best", "last")}
+        if f"own {names[0]}" in test:
+            reported["own"] = {task: test[f"own {task}"][task] for task in names}
         result = {
             **asdict(run),
             "key": self.study.key(run),
             "tasks": names,
-            "test": {
-                "best": {task: test["best"][task] for task in names},
-                "last": {task: test["last"][task] for task in names},
-                "own": {task: test[task][task] for task in names},
-            },
+            "test": reported,
             "steps": {"run": config.train.steps or steps["last"], **steps},
-            "cost": forward_equivalents(config, steps["last"], self.study.allow_code),
+            "cost": forward_equivalents(
+                config, steps["last"], self.study.allow_code, history.teacher_rows
+            )
+            + pilot_cost(config),
             "seconds": round(time.monotonic() - began),
             "weights": _by_task(names, history.weights.mean(0)),
             "validation": {
@@ -111,13 +115,23 @@ class Runner:
             shutil.rmtree(folder)
         return result
 
-    def _models(self, output: Path, history: History, base: str) -> dict[str, str]:
-        """The folders to read: of the best and the last checkpoint, of each task's best step."""
+    def _filled(self, run: Run, override: str) -> str:
+        """An override with `{results}` and `{seed}` filled in: so an arm reads another's result."""
+        return override.replace("{results}", str(self.out / "results")).replace(
+            "{seed}", str(run.seed)
+        )
+
+    def _models(self, run: Run, output: Path, history: History, base: str) -> dict[str, str]:
+        """The folders to read: of the best and the last checkpoint; of the arm that gives the
+        headroom each task's best step too.
+        """
         last = max((output / "checkpoints").glob("step-*"))
         average = last / "average"
         found = {"best": output / "model", "last": average if average.is_dir() else last / "model"}
+        if (run.kind, run.arm) != ("arms", self.study.equal):
+            return {what: str(folder) for what, folder in found.items()}
         for task, step in _steps(history)["own"].items():
-            found[task] = output / "bests" / f"step-{step:08d}" if step else Path(base)
+            found[f"own {task}"] = output / "bests" / f"step-{step:08d}" if step else Path(base)
         return {what: str(folder) for what, folder in found.items()}
 
     def _start(self, folder: Path, program: str, *arguments: str | Path) -> None:
@@ -161,8 +175,8 @@ def _steps(history: History) -> dict[str, Any]:
     as the run itself judges. Of the trained weights, whatever an average had.
     """
     at, losses = history.eval_steps, history.eval_losses
-    own = {task: int(at[k]) for task, k in zip(history.tasks, losses.argmin(0), strict=True)}
-    return {"last": int(at[-1]), "best": int(at[np.log(losses).mean(1).argmin()]), "own": own}
+    best = int(at[np.log(losses).mean(1).argmin()])
+    return {"last": int(at[-1]), "best": best, "own": history.best_steps}
 
 
 def _by_task(names: list[str], values: np.ndarray) -> Mapping[str, Any]:

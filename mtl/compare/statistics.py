@@ -64,6 +64,11 @@ def least_p(pairs: int) -> float:
     return 2.0 ** (1 - min(pairs, EXACT))
 
 
+def pairs_for(tests: int) -> int:
+    """The fewest pairs with which the first of so many tests can pass `holm` at `LEVEL`."""
+    return next(n for n in range(1, EXACT + 1) if least_p(n) * tests <= 1 - LEVEL)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p adjusted for as many tests (Holm 1979): the i-th smallest times the number of tests left,
     never below one before it.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mtl import plugins
-from mtl.compare.statistics import LEVEL, least_p
+from mtl.compare.statistics import LEVEL, least_p, pairs_for
 from mtl.config import Config, ConfigError
 from mtl.config.words import did_you_mean
 
@@ -22,6 +22,7 @@ KEYS = {
     "equal": "the arm whose tasks stopped one by one give the headroom",
     "arms": "a mapping from names to lists of overrides",
     "first": "arms whose runs come first",
+    "primary": "arms whose differences are tested for a claim; without it all",
     "explore": "true: fewer seeds than a claim needs",
     "references": "seeds and arms of runs on one task alone",
     "tuning": "seeds and arms of runs that are not reported",
@@ -64,6 +65,7 @@ class Study:
         arms: kind -> arm -> its overrides; `references` without a task.
         seeds: kind -> seeds.
         first: names of arms whose runs come first.
+        primary: names of the arms that Holm's adjustment is over; none: all.
         against, equal: names of arms.
         explore: no claim is meant.
         allow_code: packages whose code the YAMLs may name.
@@ -75,6 +77,7 @@ class Study:
     arms: Mapping[str, Mapping[str, tuple[str, ...]]]
     seeds: Mapping[str, tuple[int, ...]]
     first: tuple[str, ...]
+    primary: tuple[str, ...]
     against: str
     equal: str
     explore: bool
@@ -87,6 +90,26 @@ class Study:
     def overrides(self, run: Run) -> list[str]:
         """In the order they are set: ours, the study's, the arm's, the seed."""
         return [*ALWAYS, *self.common, *run.overrides, f"train.seed={run.seed}"]
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """The arms whose differences are tested for a claim."""
+        return self.primary or tuple(arm for arm in self.arms["arms"] if arm != self.against)
+
+    @property
+    def shortfall(self) -> str | None:
+        """Why no arm can be significant after Holm's adjustment, and what could be done; None: one
+        can.
+        """
+        n, tests = len(self.seeds["arms"]), len(self.tested)
+        least = least_p(n) * tests
+        if self.explore or least <= 1 - LEVEL:
+            return None
+        return (
+            f"With {n} seeds and {tests} arms tested Holm's p cannot be below {least:.3f} for the "
+            f"first, so no claim can be made: wanted {pairs_for(tests)} seeds, or fewer arms "
+            "under `primary`."
+        )
 
     def key(self, run: Run) -> str:
         """What decides a run's outcome as far as the study says it: a short SHA-256."""
@@ -154,6 +177,7 @@ def read(path: Path, allow_code: Sequence[str] = ()) -> Study:
         arms={kind: _arms(path, kind, part.get("arms") or {}) for kind, part in kinds.items()},
         seeds={kind: _seeds(path, kind, part.get("seeds") or []) for kind, part in kinds.items()},
         first=_overrides(path, "first", given.get("first") or []),
+        primary=_overrides(path, "primary", given.get("primary") or []),
         against=str(given["against"]),
         equal=str(given.get("equal") or given["against"]),
         explore=bool(given.get("explore", False)),
@@ -165,7 +189,7 @@ def read(path: Path, allow_code: Sequence[str] = ()) -> Study:
 
 def _check(study: Study) -> None:
     arms, n = study.arms["arms"], len(study.seeds["arms"])
-    for key in ("against", "equal", "first"):
+    for key in ("against", "equal", "first", "primary"):
         value = getattr(study, key)
         for name in (value,) if isinstance(value, str) else value:
             if name not in arms:
@@ -173,6 +197,11 @@ def _check(study: Study) -> None:
                 raise StudyError(
                     f"{study.path}: {key}: found {name!r}, wanted an arm: {', '.join(arms)}. {hint}"
                 )
+    if study.against in study.primary:
+        raise StudyError(
+            f"{study.path}: primary: found {study.against!r}, wanted arms that are compared with "
+            "it."
+        )
     both = sorted(set(study.seeds["arms"]) & set(study.seeds["tuning"]))
     if both:
         raise StudyError(

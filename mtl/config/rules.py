@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mtl.config.document import Document, Keys, Problem, child, show
-from mtl.config.schema import BEST, RESERVED, Config, adapter_folder
+from mtl.config.schema import BEST, RESERVED, Config, adapter_folder, short_name
 from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
 OWN = ("train", "validation", "format")  # what a task with rows has
@@ -85,8 +85,10 @@ def _best(get: Get) -> Iterator[Finding]:
     names = [
         getattr(one, "name", one.get("name") if isinstance(one, dict) else one) for one in specs
     ]
-    if any(name not in ("causal_lm", None) for name in names):
-        return  # an objective may have measures: `mtl.plugins.read` looks at them
+    if any(name not in ("causal_lm", None) for name in names) or any(
+        task.get("metrics") for task in tasks
+    ):
+        return  # an objective may have measures: `mtl.plugins.read` looks at all
     best, choices = get("evaluate", "best"), [*BEST, *get("tasks")]
     if best not in choices:
         yield ("evaluate", "best"), show(best), either(choices), did_you_mean(best, choices)
@@ -199,6 +201,36 @@ def _evaluation(get: Get) -> Iterator[Finding]:
     longest, tokens = get("batch", "max_length"), get("evaluate", "tokens")
     if tokens is not None and longest > tokens:
         yield ("evaluate", "tokens"), show(tokens), f"at least batch.max_length, {longest}", ""
+
+
+def _generate(get: Get) -> Iterator[Finding]:
+    every, passes = get("evaluate", "generate", "every"), get("evaluate", "every")
+    if every is None:
+        return
+    key = "evaluate", "generate", "every"
+    if every % passes:
+        hint = "Answers are measured beside the losses of a full pass."
+        yield key, show(every), f"a multiple of evaluate.every, {passes}", hint
+    if not any(get("tasks", name, "metrics") for name in get("tasks")):
+        hint = "No task says what is measured: for instance tasks.NAME.metrics: [exact_match]."
+        yield key, show(every), "null without tasks.<task>.metrics", hint
+
+
+def _metrics(get: Get, name: str) -> Iterator[Finding]:
+    metrics = get("tasks", name, "metrics")
+    if metrics and get("tasks", name, "of") is not None:
+        hint = "The task is a loss of other tasks' rows."
+        yield ("tasks", name, "metrics"), "metrics", "nothing beside `of`", hint
+    names = [_spec_name(spec) for spec in metrics]
+    names = [short_name(one) if isinstance(one, str) else None for one in names]
+    for i, one in enumerate(names):
+        if one is not None and one in names[:i]:
+            path = ("tasks", name, "metrics", str(i))
+            yield path, f"{show(one)} a second time", "each metric once", ""
+
+
+def _spec_name(spec: Any) -> Any:
+    return child(spec, "name") if isinstance(spec, dict) else getattr(spec, "name", spec)
 
 
 def _momentum(get: Get) -> Iterator[Finding]:
@@ -356,6 +388,14 @@ def _anchor(get: Get) -> Iterator[Finding]:
     if get("evaluate", "patience") is None:
         return
     path = "evaluate", "patience"
+    evaluations, times = get(*path, "evaluations"), get(*path, "from")
+    if (evaluations is None) == (times is None):
+        found = "neither evaluations nor from" if times is None else "evaluations and from"
+        hint = "For instance evaluations: 2." if times is None else "Delete the other."
+        yield path, found, "one of them", hint
+    if times is not None and get(*path, "action") == "log":
+        hint = "What another run says changes nothing here."
+        yield path, "from with action: log", "freeze, drop or anchor", hint
     if get(*path, "action") != "anchor":
         if (keep := get(*path, "keep")) != 0.25:
             hint = "It has no meaning without action: anchor."
@@ -404,10 +444,7 @@ def _warmup(get: Get) -> Iterator[Finding]:
 
 
 def _trackers(get: Get) -> Iterator[Finding]:
-    names = [
-        child(spec, "name") if isinstance(spec, dict) else getattr(spec, "name", spec)
-        for spec in get("trackers")
-    ]
+    names = [_spec_name(spec) for spec in get("trackers")]
     for i, name in enumerate(names):
         # A user's own class may be there twice, with other keywords.
         if isinstance(name, str) and ":" not in name and name in names[:i]:
@@ -438,6 +475,7 @@ RULES = (
     _known_order,
     _lengths,
     _evaluation,
+    _generate,
     _momentum,
     _offload,
     _start,
@@ -451,7 +489,7 @@ RULES = (
     _order,
     _export,
 )
-TASK_RULES = (_name, *(functools.partial(_own, key=key) for key in OWN), _of, _share)
+TASK_RULES = (_name, *(functools.partial(_own, key=key) for key in OWN), _of, _share, _metrics)
 
 
 class _Broken(Exception):

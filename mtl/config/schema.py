@@ -256,6 +256,11 @@ class TaskSection(Section):
     """Which loss of the objective this task is (with `of`); null: the first."""
     objective: Spec | None = None
     """What is minimized on these rows; null: the run's `objective`."""
+    metrics: Annotated[tuple[Spec, ...], Strict(False)] = ()
+    """What is measured of the answers that the model gives to these rows: exact_match, f1, bleu,
+    chrf, rouge_l, choice, json, code, or functions of yours (docs/generation.md).
+    `launch/evaluate.py` reports them, and training every `evaluate.generate.every` steps.
+    """
     share: Positive | None = None
     """Share of the examples drawn, relative to the other tasks' (`mix.shares: explicit` only)."""
     epochs: Positive | None = None
@@ -429,10 +434,12 @@ class GramSection(Section):
     """Optimizer steps between them. In between the balancer keeps its weights."""
 
 
-class PatienceSection(Section):
-    """What happens to a task whose validation loss on the full passes has stopped improving."""
+class _Patience(Section):
+    """What happens to a task whose validation loss on the full passes has stopped improving: one of
+    evaluations and from says when that is.
+    """
 
-    evaluations: Count
+    evaluations: Count | None = None
     """Full passes in a row without a new lowest loss of the task after which it is done."""
     action: Literal["log", "freeze", "drop", "anchor"] = "log"
     """log: say so, once. freeze: the task's part of all weights stays as it was. drop: its weight
@@ -444,6 +451,20 @@ class PatienceSection(Section):
     """How much lower than the lowest so far counts as an improvement, in nats per target token."""
     keep: Annotated[float, Gt(0), Le(1)] = 0.25
     """What a task that is done keeps of its weight and of its draws (action `anchor` only)."""
+
+
+_TIMES = Field(
+    None,
+    description="An earlier run (its folder, or its JSON among a study's results): each task is "
+    "done at the first full pass at or after its best step there, and stays done. null: this run's "
+    "own passes say when.",
+)
+PatienceSection = create_model(
+    "PatienceSection",
+    __base__=_Patience,
+    __doc__=_Patience.__doc__,
+    **{"from": (TextPath | None, _TIMES)},
+)
 
 
 class AverageSection(Section):
@@ -468,6 +489,30 @@ class AverageSection(Section):
     """cpu: hold it in the host's memory; null: beside the optimizer's state."""
 
 
+class GenerateSection(Section):
+    """How answers are generated for the metrics of `tasks.<task>.metrics`: greedily, with a
+    key-value cache, up to the token that ends the turn.
+    """
+
+    every: Count | None = None
+    """Optimizer steps between generations during training, a multiple of `evaluate.every`; also
+    before the first step and after the last. Predictions stand in the output's `predictions/`.
+    null: only `launch/evaluate.py` generates.
+    """
+    rows: Count | None = 64
+    """Validation rows of each task that are asked during training, spread evenly; null: all.
+    `launch/evaluate.py` asks all.
+    """
+    max_new_tokens: Count = 256
+    """Tokens of the longest answer. A longer one is cut there."""
+    batch: Count = 16
+    """Rows that a process answers at once."""
+    run_code: bool = False
+    """Whether metrics may run code that the model writes. docs/generation.md says what keeps it
+    apart from this machine, and what is not promised.
+    """
+
+
 class EvaluateSection(Section):
     """Validation."""
 
@@ -479,8 +524,11 @@ class EvaluateSection(Section):
     """What picks the best checkpoint. A loss: macro (mean over tasks), token (mean over target
     tokens), worst (the tasks' highest), log (mean over tasks of the logarithm, so that a per cent
     counts the same in every task), or a task's name. Or one of the objective's measures, such as
-    accuracy, which is a mean over tasks; `task/accuracy` is one task's.
+    accuracy, which is a mean over tasks; `task/accuracy` is one task's. Or one of the tasks'
+    `metrics`, with `generate.every`.
     """
+    generate: GenerateSection = GenerateSection()
+    """Answers, for the tasks' metrics."""
     probe: ProbeSection = ProbeSection()
     """The balancer's probe."""
     patience: PatienceSection | None = None
@@ -675,6 +723,11 @@ def adapter_folder(path: str) -> Path | None:
     """The folder of a PEFT adapter, if the path is one."""
     folder = model_folder(path)
     return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def short_name(name: str) -> str:
+    """`package.module:Class.attribute` -> `attribute`; a built-in's name is itself."""
+    return name.rpartition(":")[2].rpartition(".")[2]
 
 
 def plain(value: Any) -> Any:

@@ -302,9 +302,17 @@ class ValidationGroups:
         Over all ranks every row of the group stands in exactly one of them.
         """
         stream, row = self.examples(group)
+        dealt = self._deal(group)
+        yield from self.layouts.collate(dealt, self.splits, stream, row, self._key)
+
+    def forwards(self, group: int) -> int:
+        """How many micro-batches `group` gives."""
+        return len(self._deal(group))
+
+    def _deal(self, group: int) -> list[tuple[Layout, Micro, int]]:
         if group not in self._dealt:  # the same every time, and the costly part of a large group
-            self._dealt[group] = self.layouts.deal(self.splits, stream, row)
-        yield from self.layouts.collate(self._dealt[group], self.splits, stream, row, self._key)
+            self._dealt[group] = self.layouts.deal(self.splits, *self.examples(group))
+        return self._dealt[group]
 
     def by_stream(self, group: int) -> list[list[Batch]]:
         """The examples of `group`, stream by stream: this rank's micro-batches of each."""

@@ -3,7 +3,8 @@
 A hash of everything that decides a split's content names its folder. It covers the sources' bytes,
 the tokenizer with its chat template, and the format with its keywords. It also covers the length
 policy, the cap and the code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a
-row an example; `datasets.Dataset.from_file` reads it too), `report.json` and `checksums.json`.
+row an example; `datasets.Dataset.from_file` reads it too), `report.json` and `checksums.json`. What
+a starting model says of the rows comes beside them (`mtl/train/reference.py`).
 """
 
 import hashlib
@@ -47,7 +48,7 @@ from mtl.data.examples import LOSS, Examples
 from mtl.data.examples import Row as EncodedRow
 from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
-from mtl.data.source import Row, Source, open_source, open_sources
+from mtl.data.source import JsonLines, Row, Source, open_source, open_sources
 from mtl.data.turns import find_turns
 
 CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
@@ -172,6 +173,7 @@ def encode_split(
                 cap,
                 lambda text: progress(f"{label}: {text}"),
                 side,
+                label,
             )
 
         build_once(folder, build, say)
@@ -197,6 +199,7 @@ def _write(
     cap: int | None,
     progress: Say,
     side: Side | None = None,
+    label: str = "",
 ) -> None:
     """Encode into a folder's files, with a few chunks of rows in memory at a time."""
     report, pending = Report(), []
@@ -206,12 +209,16 @@ def _write(
         return record_batch(pending, columns, losses)
 
     # A thread reports progress, because a single row may take longer than NEWS.
+    total, unit, step = _work(sources, cap)
     with (
         _signs(lambda: progress(f"{report.read:,} rows")),
+        process.bar(f"encode {label}", total, unit, scale=True) as bar,
         Summing(folder / ROWS) as file,
         pa.ipc.new_stream(file, schema(columns, losses)) as writer,
     ):
-        for s, number, result, notes in _outcomes(sources, to_example, examples, cap, side):
+        for s, number, result, notes in _outcomes(
+            sources, to_example, examples, cap, side, lambda row: bar.update(step(row))
+        ):
             if report.kept == cap:
                 break
             if result is None:
@@ -242,9 +249,22 @@ def _remove(folder: Path) -> None:
     gone = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.damaged")
     with suppress(FileNotFoundError):  # another process came first
         folder.rename(gone)
-        for name in (ROWS, REPORT, SUMS):
+        answers = [path.name for path in gone.glob("reference-*.npy")]  # of a starting model
+        for name in (ROWS, REPORT, SUMS, *answers):
             (gone / name).unlink(missing_ok=True)
         gone.rmdir()
+
+
+def _work(
+    sources: Sequence[Source], cap: int | None
+) -> tuple[int | None, str, Callable[[Row], int]]:
+    """How much there is to encode, where that is known; its unit; and how much of it a row is."""
+    counts = [one.count for one in sources]
+    if cap is not None or None not in counts:
+        return cap if cap is not None else sum(counts), "row", lambda row: 1
+    if all(isinstance(one, JsonLines) and one.path.suffix == ".jsonl" for one in sources):
+        return sum(one.size for one in sources), "B", lambda row: row.size
+    return None, "row", lambda row: 1
 
 
 @contextmanager
@@ -271,9 +291,13 @@ def _outcomes(
     examples: Examples,
     cap: int | None,
     side: Side | None,
+    taken: Callable[[Row], object],
 ) -> Iterator[tuple[int, int, EncodedRow | RowProblem | None, Notes]]:
     """(source, row number, what became of it, notes), in the order of the rows. The number of
     processes does not change the order.
+
+    Args:
+        taken: is told each row that is read.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -290,7 +314,7 @@ def _outcomes(
     pool = None if alone else ProcessPoolExecutor(cores, spawn, *end)
     try:
         for s, one in enumerate(sources):
-            rows = one.rows()
+            rows = _told(one.rows(), taken)
             if pool is None:
                 results = ([_outcome(row, to_example, examples, side)] for row in rows)
             else:
@@ -300,6 +324,12 @@ def _outcomes(
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _told(rows: Iterator[Row], taken: Callable[[Row], object]) -> Iterator[Row]:
+    for row in rows:
+        taken(row)
+        yield row
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -449,7 +479,7 @@ def _key(
         "side": side,
         # We hash the code itself. Nobody needs to remember to raise a version number.
         "code": [
-            _module_hash(thing)
+            module_hash(thing)
             for thing in (
                 *(function, open_source, RowProblem, Encoder, find_turns, Report, Summing),
                 type(examples),
@@ -459,7 +489,8 @@ def _key(
     return hash_of(json.dumps(identity, sort_keys=True, default=repr))
 
 
-def _module_hash(thing: Callable[..., object]) -> str:
+def module_hash(thing: Callable[..., object]) -> str:
+    """Equal for equal source text of the module that has this function or class."""
     try:
         return hash_of(inspect.getsource(sys.modules[thing.__module__]))
     except (OSError, TypeError, KeyError):  # typed in at a prompt, or compiled

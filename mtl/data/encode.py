@@ -177,11 +177,7 @@ class Encoder:
                     completion
                 )
             case Messages(turns):
-                last = max(
-                    i
-                    for i, turn in enumerate(turns)
-                    if turn["role"] == "assistant" and i not in example.context
-                )
+                last = example.last
                 prompt = self._text(replace(example, messages=turns[:last]), prompt=True)
                 text, spans, _ = self._turns(replace(example, messages=turns[: last + 1]))
                 if not spans or spans[-1].turn != last:

@@ -117,6 +117,7 @@ class Encoded:
         answers: (n,) int64, the same number for the same answer (`examples.Row.answer`).
         fingerprint: hexadecimal; equal for equal content that is encoded in the same way.
         report: what became of the source's rows.
+        folder: where the rows lie; None: in memory alone.
     """
 
     def __init__(
@@ -129,10 +130,11 @@ class Encoded:
         positions: Positions = next_token_positions,
         mapped: Mapped | None = None,
         label: str = "",
+        folder: Path | None = None,
     ):
         self._table, self._places = table, list(places)
         self._mapped, self._label = mapped, label
-        self.fingerprint, self.report = fingerprint, report
+        self.fingerprint, self.report, self.folder = fingerprint, report, folder
         self.names = tuple(columns)
         stored = {
             name: _Ragged(table.column(name), kind.to_pandas_dtype(), mapped)
@@ -176,7 +178,9 @@ class Encoded:
                 raise ValueError(f"found {_rows(len(table))}, wanted {report.kept:,}")
         except _UNREADABLE as error:
             raise DataError(_damaged(folder, label, error)) from error
-        return Encoded(table, places, fingerprint, report, columns, positions, mapped, label)
+        return Encoded(
+            table, places, fingerprint, report, columns, positions, mapped, label, folder
+        )
 
     @staticmethod
     def of(rows: Iterable[tuple[Sequence[int], Sequence[bool]]], name: str = "memory") -> "Encoded":

@@ -45,6 +45,12 @@ class Messages:
     context: frozenset[int] = field(default=frozenset())
     may_drop: tuple[str, ...] = ()
 
+    @property
+    def last(self) -> int:
+        """The number of the last turn that is a target."""
+        said = (i for i, turn in enumerate(self.messages) if turn["role"] == "assistant")
+        return max(i for i in said if i not in self.context)
+
 
 @dataclass(frozen=True)
 class Completion:

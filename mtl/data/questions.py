@@ -4,6 +4,7 @@ Nothing is kept for them on disk: an encoded row knows its place in its source, 
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from mtl.data.cache import example_of
 from mtl.data.encode import Encoder
 from mtl.data.encoded import DataError, Encoded
-from mtl.data.formats import Example, Format, RowProblem
+from mtl.data.formats import Completion, Example, Format, Messages, RowProblem
 from mtl.data.source import Source
 
 
@@ -33,6 +34,21 @@ class Question(NamedTuple):
     answer: str
     example: Example
     row: Mapping[str, Any]
+
+    @property
+    def said(self) -> str:
+        """The right text as the row has it: of a conversation the turn's content alone."""
+        if isinstance(self.example, Messages):
+            return str(self.example.messages[self.example.last].get("content") or "")
+        return self.answer
+
+    def saying(self, text: str) -> Example:
+        """The example with this text in place of the right one, which is its only target."""
+        if not isinstance(self.example, Messages):
+            return Completion(self.example.prompt, text)
+        *before, last = self.example.messages[: self.example.last + 1]
+        turns = [*before, {"role": last["role"], "content": text}]
+        return replace(self.example, messages=turns, context=frozenset(range(len(before))))
 
 
 def questions(

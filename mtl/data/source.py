@@ -59,6 +59,11 @@ class Source(ABC):
     name: str
     size: int
 
+    @property
+    def count(self) -> int | None:
+        """How many rows it has, where that is known without reading them."""
+        return None
+
     @abstractmethod
     def rows(self) -> Iterator[Row]:
         """All rows, from the first. Raises DataError where the reading cannot go on."""
@@ -231,6 +236,13 @@ class Parquet(Source):
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.where(number)}: not readable as Parquet: {error}") from error
 
+    @property
+    def count(self) -> int | None:
+        try:
+            return pyarrow.parquet.read_metadata(self.path).num_rows
+        except (OSError, pa.ArrowException):  # reading the rows will say why
+            return None
+
     def fingerprint(self) -> str:
         return _file_fingerprint(self.path)
 
@@ -245,6 +257,10 @@ class Table(Source):
     def rows(self) -> Iterator[Row]:
         for number, value in enumerate(self._dataset):
             yield Row(number, value, columnar=True)
+
+    @property
+    def count(self) -> int:
+        return len(self._dataset)
 
     def fingerprint(self) -> str:
         return self._fingerprint

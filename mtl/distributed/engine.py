@@ -10,6 +10,7 @@ This file relies on these facts of DeepSpeed 0.19.8, which the tests measure aga
 """
 
 import ctypes
+import hashlib
 import io
 import logging
 import os
@@ -167,6 +168,36 @@ def shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def fingerprint(module: nn.Module) -> str:
+    """Hexadecimal, the same on every rank and at every stage; equal for equal parameters and
+    persistent buffers. A collective.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, each in _whole(module):
+        digest.update(f"{name} {each.dtype} {tuple(each.shape)}".encode())
+        digest.update(each.cpu().flatten().view(torch.uint8).numpy())
+    return comm.on_first(digest.hexdigest)
+
+
+def _whole(module: nn.Module, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """On rank 0 each whole parameter and persistent buffer by name, one at a time; elsewhere
+    nothing. A collective: go through it to its end.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad or not trainable_only:
+            with gathered([parameter]):
+                if comm.rank() == 0:
+                    assert parameter.shape == shape(parameter), (
+                        f"{name} is not whole: {parameter.shape}"
+                    )
+                    yield name, parameter.detach()
+    if comm.rank() == 0 and not trainable_only:
+        persistent = module.state_dict(keep_vars=True)
+        for name, buffer in module.named_buffers():
+            if name in persistent:
+                yield name, buffer.detach()
+
+
 class Engine:
     """A model, its optimizer and DeepSpeed.
 
@@ -235,6 +266,18 @@ class Engine:
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self.module(**inputs)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every forward is a collective, so that all ranks must make as many (ZeRO 3)."""
+        return self._stage == 3 and self.world > 1
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """transformers' `generate` of the bare module, in the training precision. At ZeRO 3 a
+        collective: a rank that is done goes on until all are.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.module.generate(**inputs, synced_gpus=self.in_step)
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """This rank's whole gradients of a loss that `evaluate` computed; None = unused. The
@@ -355,23 +398,7 @@ class Engine:
         They are gathered one parameter at a time. So only rank 0 holds the model, in the host's
         memory.
         """
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad or not trainable_only:
-                with gathered([parameter]):
-                    if comm.rank() == 0:
-                        state[name] = parameter.detach().cpu().clone()
-                        assert state[name].shape == shape(parameter), (
-                            f"{name} is not whole: {state[name].shape}"
-                        )
-        if comm.rank() == 0 and not trainable_only:
-            persistent = self.module.state_dict(keep_vars=True)
-            state |= {
-                n: b.detach().cpu().clone()
-                for n, b in self.module.named_buffers()
-                if n in persistent
-            }
-        return state
+        return {name: each.cpu().clone() for name, each in _whole(self.module, trainable_only)}
 
     def checksums(self) -> dict[str, int]:
         """CRC-32 of every parameter that this rank holds whole, by name. Ranks must agree on them.

@@ -45,6 +45,12 @@ def causal_lm(forward: Callable, batch: MicroBatch, k: int, *, router_loss: floa
     return Terms.by_task(outputs.loss, batch.task, k, penalties)
 
 
+def token_losses(forward: Callable, batch: MicroBatch) -> Tensor:
+    """(T,) float32, nats of each target of the batch."""
+    targets = Targets(batch.at, batch.labels, batch.most)
+    return forward(**_inputs(batch), targets=targets).loss
+
+
 def _teacher(forward: Callable, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     targets = Targets(batch.at, batch.labels, batch.most)
     return forward(**_inputs(batch), targets=targets, summarize=True).logits

@@ -34,6 +34,8 @@ OBJECTIVES = {
     "classification": "mtl.losses.classification:Classification",
     "preference": "mtl.losses.preference:Preference",
     "kpe": "mtl.recipes.kpe.objective:KPE",
+    "zeroae_classify": "mtl.recipes.zeroae.objective:Classify",
+    "zeroae_generate": "mtl.recipes.zeroae.objective:Generate",
 }
 
 

@@ -24,6 +24,7 @@ LOADERS = {
     "causal_lm": "mtl.models.loaders:causal_lm",
     "sequence_classification": "mtl.models.loaders:sequence_classification",
     "kpe": "mtl.recipes.kpe.model:load",
+    "zeroae": "mtl.recipes.zeroae.model:load",
 }
 PLAIN = ("causal_lm", "sequence_classification")  # a class of transformers opens what they save
 

@@ -4,6 +4,7 @@
       coba-mtl.json                the mark that the folder holds a run of ours
       run.json                     resolved YAML, versions, data fingerprints: before the first step
       metrics.jsonl                one line per step
+      report.html, log.txt         charts of it (mtl/report), and what the run told
       checkpoints/
         latest                     name of the newest complete checkpoint; written last
         step-00000120/
@@ -37,6 +38,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from balancers import Holder
+from mtl import process
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
 from mtl.models.save import save
@@ -188,12 +190,16 @@ class Checkpoints:
         name = f"step-{state.step:08d}"
         folder = self.folder / name
         comm.on_first(lambda: self._clear(folder))
-        engine.save(folder / "engine")
-        save(engine, self.tokenizer, folder / "model", self.loader)
-        if average is not None:
-            average.save(folder / AVERAGE_FILE)
-            with average.swapped():
-                save(engine, self.tokenizer, folder / "average", self.loader)
+        with process.bar("save", 2 if average is None else 4, "part") as bar:
+            engine.save(folder / "engine")
+            bar.update()
+            save(engine, self.tokenizer, folder / "model", self.loader)
+            bar.update()
+            if average is not None:
+                average.save(folder / AVERAGE_FILE)
+                bar.update()
+                with average.swapped():
+                    save(engine, self.tokenizer, folder / "average", self.loader)
         if is_best:
             self.best, self.best_weights = name, state.best.get("weights", "model")
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mtl
+from mtl import process
 from mtl.models.files import as_umask_says
 from mtl.output import card, manifest
 from mtl.output.files import flush
@@ -91,9 +92,7 @@ def export(
         if merge:
             whole(source, temporary, dtype, allow_remote_code)
         else:
-            shutil.copytree(
-                source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME)
-            )
+            _copy(source, temporary)
             if dtype is not None:
                 _cast(temporary, dtype)
         if not has_card:
@@ -108,6 +107,20 @@ def export(
     temporary.rename(target)
     flush(target.parent)
     return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Every file below a folder but the manifest."""
+    whole = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    with process.bar("export", whole, "B", scale=True) as bar:
+
+        def copy(one: str, other: str) -> str:
+            made = shutil.copy2(one, other)
+            bar.update(Path(one).stat().st_size)
+            return made
+
+        without = shutil.ignore_patterns(manifest.NAME)
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=without, copy_function=copy)
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mtl import process
 from mtl.distributed import comm
 from mtl.output.files import flush, write_json
 
@@ -84,14 +85,17 @@ def names(folder: Path) -> list[str]:
 def measure(folder: Path, which: Sequence[str], *, to_disk: bool = True) -> Measured:
     """Size and CRC-32 of files; with `to_disk` they are also put on the disk."""
     measured = {}
-    for name in which:
-        if to_disk:
-            flush(folder / name)
-        size = crc = 0
-        with (folder / name).open("rb") as file:
-            while block := file.read(BLOCK):
-                size, crc = size + len(block), zlib.crc32(block, crc)
-        measured[name] = size, crc
+    whole = sum((folder / name).stat().st_size for name in which)
+    with process.bar(f"check {folder.name}", whole, "B", scale=True) as bar:
+        for name in which:
+            if to_disk:
+                flush(folder / name)
+            size = crc = 0
+            with (folder / name).open("rb") as file:
+                while block := file.read(BLOCK):
+                    size, crc = size + len(block), zlib.crc32(block, crc)
+                    bar.update(len(block))
+            measured[name] = size, crc
     return measured
 
 

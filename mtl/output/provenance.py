@@ -88,9 +88,12 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
         for key in path.split("."):
             value = value[key]
         same[path] = value
-    patience = same["evaluate.patience"]
-    if patience is not None and patience["action"] != "anchor":  # as before `keep` was there
-        same["evaluate.patience"] = {key: patience[key] for key in patience if key != "keep"}
+    if same["evaluate.patience"] is not None:  # as before these keys were there
+        action = same["evaluate.patience"]["action"]
+        new = {"keep": action == "anchor", "from": same["evaluate.patience"]["from"] is not None}
+        same["evaluate.patience"] = {
+            key: value for key, value in same["evaluate.patience"].items() if new.get(key, True)
+        }
     if same["mix"]["follow"] is None:  # as in checkpoints of before it was there
         same["mix"] = {key: same["mix"][key] for key in ("shares", "temperature")}
     order = same["train.order"]

@@ -31,6 +31,7 @@ class History:
         weights: (T, K) of each update.
         averages: (E,) macro losses of the averaged weights; nan where there is no average.
         choice: what launch/choose.py found; None: it has not run.
+        teacher_rows: training rows that best weights of tasks have read, for `action: anchor`.
     """
 
     tasks: list[str]
@@ -40,6 +41,27 @@ class History:
     weights: np.ndarray
     averages: np.ndarray
     choice: dict[str, Any] | None = None
+    teacher_rows: int = 0
+
+    @property
+    def best_steps(self) -> dict[str, int]:
+        """Task -> the step of its least validation loss, the first of equals."""
+        at = self.eval_steps[self.eval_losses.argmin(0)]
+        return dict(zip(self.tasks, at.tolist(), strict=True))
+
+
+def best_steps(path: Path) -> dict[str, int]:
+    """The same, of a run's folder or of its JSON among a study's results.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it cannot be read, or is something else.
+    """
+    if path.suffix == ".json":
+        return {
+            task: int(step)
+            for task, step in json.loads(path.read_text(encoding="utf-8"))["steps"]["own"].items()
+        }
+    return read(path).best_steps
 
 
 def histories(outputs: Sequence[Path]) -> dict[str, History]:
@@ -97,6 +119,7 @@ def read(output: Path) -> History:
         np.array([[r[f"train/{t}/weight"] for t in tasks] for r in trains]).reshape(-1, len(tasks)),
         np.array([r.get("eval/average/macro", np.nan) for r in evals]),
         json.loads(chosen.read_text(encoding="utf-8")) if chosen.is_file() else None,
+        int(sum(r.get("anchor/rows", 0) for r in records)),
     )
 
 

@@ -8,6 +8,7 @@ Everything logged under step t was measured at the parameters after t optimizer 
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
+
+from mtl.output.board import NARROW, Board
 
 TRACKERS = {
     "console": "mtl.output.trackers:Console",
@@ -42,7 +45,8 @@ class Tracker(Protocol):
 
 
 class Console:
-    """A progress bar on a terminal; a line every now and then elsewhere.
+    """On a terminal a progress bar over a table of the tasks, which is kept up to date. Elsewhere a
+    line every now and then, and the table after every full pass.
 
     Args:
         every: steps between lines where there is no terminal; None: about 20 lines a run.
@@ -55,38 +59,69 @@ class Console:
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.terminal
         )
+        self.board = Board()
+        if start:  # what was before: each task's best
+            for record in _before(output, start):
+                self.board.take(record)
+        self.rows: list[tqdm] = []  # the table's lines under the bar
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        averaged = "eval/average/macro"
+        self.board.take(values)
         if "eval/macro" in values:
+            self._passed(step, values)
+        if "train/loss" in values:
+            self._trained(step, values)
+        if self.terminal:
+            self._show()
+
+    def _passed(self, step: int, values: Mapping[str, float]) -> None:
+        averaged = "eval/average/macro"
+        text = f"step {step}/{self.steps}  validation: macro {values['eval/macro']:.4f}"
+        if averaged in values:
+            text += f" | averaged weights: {values[averaged]:.4f}"
+        if self.terminal:
             tasks = [f"{t} {values[f'eval/{t}/loss']:.3f}" for t in _tasks(values, "eval", "loss")]
-            self.say(
-                f"step {step}/{self.steps}  validation: macro {values['eval/macro']:.4f} | "
-                + ", ".join(tasks)
-                + (f" | averaged weights: {values[averaged]:.4f}" if averaged in values else "")
-            )
-        if "train/loss" not in values:
-            return
-        weights = ", ".join(
-            f"{t} {values[f'train/{t}/weight']:.2f}" for t in _tasks(values, "train", "weight")
-        )
-        text = (
-            f"loss {values['train/loss']:.3f}, {values['train/tokens_per_second']:.0f} "
-            "tokens/s "
-            f"| weights: {weights}"
-        )
+            self.say(f"{text} | {', '.join(tasks)}")
+        else:
+            self.say("\n  ".join([text, *self.board.lines(NARROW - 2)]))
+
+    def _trained(self, step: int, values: Mapping[str, float]) -> None:
+        text = f"loss {values['train/loss']:.3f}, {values['train/tokens_per_second']:.0f} tokens/s"
         if self.terminal:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step + 1 - self.bar.n)
         elif (step + 1) % self.every == 0 or step + 1 == self.steps:
             left = values["time/left_seconds"]
-            self.say(f"step {step + 1}/{self.steps}  {text} | {left / 60:.1f} min left")
+            weights = ", ".join(
+                f"{t} {values[f'train/{t}/weight']:.2f}" for t in _tasks(values, "train", "weight")
+            )
+            self.say(
+                f"step {step + 1}/{self.steps}  {text} | weights: {weights} "
+                f"| {left / 60:.1f} min left"
+            )
+
+    def _show(self) -> None:
+        """The table under the bar, as far as the terminal has lines for it."""
+        width, height = os.get_terminal_size(sys.stderr.fileno())
+        lines = self.board.lines(width - 1)[: max(0, height - 3)]
+        while len(self.rows) < len(lines):
+            place = len(self.rows) + 1
+            self.rows.append(
+                tqdm(total=0, position=place, bar_format="{desc}", leave=False, dynamic_ncols=True)
+            )
+        for row, line in zip(self.rows, lines, strict=False):
+            if row.desc != line:
+                row.set_description_str(line)
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        for row in reversed(self.rows):
+            row.close()
         self.bar.close()
+        if self.rows:
+            self.say("\n".join(self.board.lines()))
 
 
 class Jsonl:
@@ -229,6 +264,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             ) from e
         records.append(record)
     return records
+
+
+def _before(output: Path, step: int) -> list[dict[str, Any]]:
+    """What metrics.jsonl has up to a step; nothing where it cannot be read."""
+    try:
+        records = read_metrics(output / "metrics.jsonl")
+        return [record for record in records if record["step"] <= step]
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def cut_metrics(output: Path, length: int, say: Callable[[str], None]) -> None:

@@ -76,8 +76,15 @@ def download(folder: Path, archive: Archive) -> Path:
     )
     with tempfile.TemporaryDirectory(dir=folder) as temp:
         try:
+            # On a terminal the client shows its own bar; else its last words go into our error.
+            out = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
             run = subprocess.run(
-                archive.command, cwd=temp, stdin=subprocess.DEVNULL, capture_output=True, text=True
+                archive.command,
+                cwd=temp,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         except FileNotFoundError:
             raise BuildError(
@@ -85,7 +92,7 @@ def download(folder: Path, archive: Archive) -> Path:
             ) from None
         fetched = Path(temp) / archive.name
         if run.returncode or not fetched.exists():
-            last = "\n    ".join((run.stdout + run.stderr).strip().splitlines()[-3:])
+            last = "\n    ".join(((run.stdout or "") + run.stderr).strip().splitlines()[-3:])
             raise BuildError(
                 f"{archive.name}: `{' '.join(archive.command)}` ended with exit code "
                 f"{run.returncode}"

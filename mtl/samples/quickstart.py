@@ -16,18 +16,28 @@ import re
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mtl.samples import build, tasks
 from mtl.samples.archives import BuildError, fetch, member, say
 from mtl.samples.packages import DJANGO, EVALS, SMOLLM2, WORDNET
-from mtl.samples.rows import Source, write_all
+from mtl.samples.rows import Row, Source, write_all
 
 ROWS = 6000  # of a task, at most
 VALIDATION = 56  # of them for validation: 14 groups of 4
 LEAST = 300  # rows to train on
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def catalogs(django: Path, code: str, language: str) -> Iterator[Row]:
+    """English -> `language`, of every catalog of Django's wheel."""
+    with zipfile.ZipFile(django) as file:
+        pattern = rf"/locale/{code}/LC_MESSAGES/\w+\.po$"
+        names = sorted(name for name in file.namelist() if re.search(pattern, name))
+    for name in names:
+        yield from tasks.translations(member(django, name), language)
 
 
 def sources(archives: Path) -> dict[str, Source]:
@@ -37,13 +47,8 @@ def sources(archives: Path) -> dict[str, Source]:
         fetch(archives, DJANGO),
         fetch(archives, EVALS),
     )
-    with zipfile.ZipFile(django) as file:
-        catalogs = sorted(
-            name for name in file.namelist() if re.search(r"/locale/fr/LC_MESSAGES/\w+\.po$", name)
-        )
     index, data = (member(wordnet, f"/{name}.noun") for name in ("index", "data"))
     functions = (row for file in tasks.standard_library() for row in tasks.functions(*file))
-    pairs = (row for po in catalogs for row in tasks.translations(member(django, po)))
     python = f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
     hint = "Use a Python that has its standard library as .py files."
 
@@ -56,7 +61,7 @@ def sources(archives: Path) -> dict[str, Source]:
     return {
         "doc2code": Source(functions, python, "PSF-2.0", hint),
         "define": Source(tasks.nouns(index, data), wordnet.name, "WordNet"),
-        "en2fr": Source(pairs, django.name, "BSD-3-Clause"),
+        "en2fr": Source(catalogs(django, "fr", "French"), django.name, "BSD-3-Clause"),
         "sarcasm": packaged(tasks.headlines(samples("sarcasm"))),
         "occupation": packaged(tasks.occupations(samples("soc_codes"))),
         "binary_sum": packaged(tasks.sums(samples("positive-binary-operations"))),

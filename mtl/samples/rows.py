@@ -5,8 +5,9 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def split(rows: Iterable[Row], limit: int, validation: int, test: int = 0) -> li
         mine = set(row.key.split())
         return all(5 * len(mine & other) < 4 * len(mine | other) for other in held_out)
 
-    train = [row for row in train[: limit - len(held_out)] if apart(row)]
+    train = list(islice(filter(apart, train), max(0, limit - len(held_out))))
     return [[row.data for row in side] for side in (train, valid, tested)]
 
 
@@ -97,9 +98,13 @@ def write(
     validation: int,
     least: int,
     test: int = 0,
+    change: Callable[[list[dict]], list[dict]] = lambda rows: rows,
 ) -> dict[str, Any]:
     """Write OUT/TASK.train.jsonl, OUT/TASK.valid.jsonl and, where `test` rows are wanted,
     OUT/TASK.test.jsonl; the note for the manifest: rows, median characters, source and licence.
+
+    Args:
+        change: what becomes of the training rows before they are written.
 
     Raises:
         BuildError: the source has fewer than `least` rows to train on, or than `validation` and
@@ -114,6 +119,7 @@ def write(
         )
     if not test:
         del sides["test"]
+    sides["train"] = change(sides["train"])
     for side, kept in sides.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         (out / f"{task}.{side}.jsonl").write_text("".join(lines), encoding="utf-8")

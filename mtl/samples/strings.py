@@ -32,10 +32,15 @@ ROWS = "3f2b1819586708fbc46415386523f9b488ea17cc8bde1494a1545706019df316"
 END = "<|end|>"
 
 
-def pronunciations(dictionary: str) -> Iterator[Row]:
-    """A word -> its sounds, from the JavaScript source of cmu-pronouncing-dictionary."""
+def pronunciations(dictionary: str, prompt: str = "g2p {}:", before: str = "") -> Iterator[Row]:
+    """A word -> its sounds, from the JavaScript source of cmu-pronouncing-dictionary.
+
+    Args:
+        prompt: with a place for the word.
+        before: what stands before the sounds in the answer.
+    """
     for word, sounds in re.findall(r'^  "?([a-z]{3,14})"?: "([^"]+)"', dictionary, flags=re.M):
-        yield completion(word, f"g2p {word}:", sounds)
+        yield completion(word, prompt.format(word), f"{before}{sounds}")
 
 
 def lemmas(task: str, lookup: Mapping[str, str]) -> Iterator[Row]:

@@ -84,8 +84,10 @@ def nouns(index: str, data: str) -> Iterator[Row]:
             yield completion(words(gloss), f"Define the noun '{noun}':", f" {gloss}")
 
 
-def translations(catalog: str) -> Iterator[Row]:
-    """English -> French, from a gettext catalog: finished entries without plural forms or tags."""
+def translations(catalog: str, language: str = "French") -> Iterator[Row]:
+    """English -> `language`, from a gettext catalog: finished entries without plural forms or
+    tags.
+    """
     for block in re.split(r"\n\s*\n", catalog):
         entry: dict[str, str] = {}
         field = ""
@@ -99,13 +101,12 @@ def translations(catalog: str) -> Iterator[Row]:
                 start.strip() or field
             )  # a line that starts with a quote continues the last field
             entry[field] = entry.get(field, "") + ast.literal_eval(f'"{text}')
-        english, french = entry.get("msgid", "").strip(), entry.get("msgstr", "").strip()
+        english, theirs = entry.get("msgid", "").strip(), entry.get("msgstr", "").strip()
         if entry.keys() & {"fuzzy", "msgid_plural"} or "<" in english or not words(english):
             continue
-        if words(english) != words(french) and between(2, english, 160) and between(2, french, 200):
-            yield completion(
-                words(english), f"Translate into French: {english}\nFrench:", f" {french}"
-            )
+        if words(english) != words(theirs) and between(2, english, 160) and between(2, theirs, 200):
+            prompt = f"Translate into {language}: {english}\n{language}:"
+            yield completion(words(english), prompt, f" {theirs}")
 
 
 def chats(samples: str) -> Iterator[tuple[str, str]]:

@@ -63,18 +63,22 @@ class Anchors:
         self._attached = np.full(len(self._tasks), np.nan)  # whose columns the rows have
         self._saved: set[str] = set()  # what the newest checkpoint names
 
-    def at_pass(self, state: RunState) -> None:
+    def at_pass(self, state: RunState) -> int:
         """After a full pass, and after patience has seen it: keep new bests, make the teachers of
-        tasks that are newly done, let go of those that came back. A collective.
+        tasks that are newly done, let go of those that came back. Returns how many rows were read
+        for that. A collective.
         """
+        rows = 0
         is_best = (state.best_at == state.step) & np.isnan(state.anchored)
         if is_best.any():
             self._keep(state.step)
         for k in np.flatnonzero(~np.isnan(state.anchored)):
             if self._attached[k] != state.anchored[k]:
                 self._ask(k, int(state.anchored[k]))
+                rows += len(self._tasks[k].train)
         self._attach(state)
         comm.on_first(lambda: self._prune(state))
+        return rows
 
     def after_save(self, state: RunState) -> None:
         """A checkpoint of this state is the newest one now. A collective."""

@@ -9,7 +9,7 @@ that hardly counts.
 
 import numpy as np
 
-from mtl.data.mix import Round, on_grid
+from mtl.data.mix import GRID, Round, on_grid
 from mtl.output.state import RunState
 from mtl.train.patience import hold
 from mtl.train.run import Run
@@ -84,7 +84,8 @@ def _parts(run: Run, state: RunState, now: Round) -> np.ndarray | None:
             return None
         held = np.full(k, np.nan) if state.held is None else state.held
         floor = FLOOR / k if given.floor is None else given.floor
-        return hold(held, np.maximum(state.weights, floor))
+        # Never 0: a task that is left out now and again could be owed any number of draws.
+        return hold(held, np.maximum(state.weights, max(floor, 1 / GRID)))
     if run.patience is None or state.held is None:
         return None
     kept = run.patience.kept(state)

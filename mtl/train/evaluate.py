@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl import process
 from mtl.data.batches import ValidationGroups
 from mtl.data.examples import Batch
 from mtl.distributed import comm
@@ -100,7 +101,8 @@ def _pass(
     totals = torch.zeros(2, k, len(groups), dtype=torch.float64, device=engine.device)
     measures: dict[str, Tensor] = {}
     engine.eval()
-    with torch.no_grad():
+    rows = [sum(map(len, validation.rows(group))) for group in groups]
+    with torch.no_grad(), process.bar("validation", sum(rows), "row") as bar:
         for column, group in enumerate(groups):
             coming = validation.group(group)
             some: list[Batch] | None = None
@@ -113,6 +115,7 @@ def _pass(
                     totals[1, :, column] += terms.counts
                     for name, sums in terms.measures.items():
                         measures[name] = measures.get(name, 0.0) + sums.double()
+                    bar.update(rows[column] / validation.forwards(group))
     sums, tokens = comm.sum_(totals).cpu().numpy()
     added = {name: comm.sum_(measures[name]).cpu().numpy() for name in sorted(measures)}
     return ValidationResult(sums, tokens, added)

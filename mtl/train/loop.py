@@ -3,6 +3,7 @@
 import resource
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -96,10 +97,15 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     """The full validation pass. The state learns whether it is the best. The first pass gives every
     group's initial loss.
     """
-    began = time.monotonic()
+    began, asks = time.monotonic(), _asks(run, state.step)
 
-    def full_pass() -> ValidationResult:
-        return evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+    def full_pass(weights: str = "model") -> ValidationResult:
+        found = evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+        if not asks:
+            return found
+        name = f"step-{state.step:08d}{'.average' * (weights == 'average')}.jsonl"
+        answers = run.asking.measure(run.engine, run.checkpoints.output / "predictions" / name)
+        return replace(found, measures={**found.measures, **answers})
 
     validation = full_pass()
     state.evaluated = state.step
@@ -108,7 +114,7 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     passes = {"model": validation}
     if run.average:
         run.average.at_pass(state)
-        passes["average"] = run.average.measure(state, validation, full_pass)
+        passes["average"] = run.average.measure(state, validation, lambda: full_pass("average"))
     found = {weights: _found(run, one) for weights, one in passes.items()}
     values = _eval_values("eval", found["model"], run.names)
     if run.average:
@@ -122,8 +128,11 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     for text in told:
         _say(run, f"step {state.step}/{run.steps}  {text}")
     if run.anchors:
-        run.anchors.at_pass(state)
-    _judge(run, state, found)
+        rows = run.anchors.at_pass(state)
+        if rows:
+            _log(run, state.step, {"anchor/rows": rows})
+    if asks or run.config.evaluate.best.rpartition("/")[2] not in _kinds_asked(run):
+        _judge(run, state, found)
     if run.config.checkpoint.bests:
         better = run.checkpoints.save_bests(run.engine, state, run.names, validation.losses)
         if better and state.step:
@@ -131,9 +140,19 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     return validation
 
 
+def _asks(run: Run, step: int) -> bool:
+    """Whether answers are generated at the full pass of this step."""
+    every = run.config.evaluate.generate.every
+    return run.asking is not None and every is not None and _due(every, step, run.steps)
+
+
+def _kinds_asked(run: Run) -> Mapping[str, object]:
+    return run.asking.kinds if run.asking else {}
+
+
 def _found(run: Run, validation: ValidationResult) -> dict[str, float]:
     """Everything that may judge a run: losses and measures."""
-    measured = validation.measured(run.names, run.objective.measures)
+    measured = validation.measured(run.names, run.measures)
     return validation.summary(run.names) | measured
 
 
@@ -149,7 +168,7 @@ def _judge(run: Run, state: RunState, found: Mapping[str, Mapping[str, float]]) 
         found: what was measured with the trained weights ("model"), and with their average.
     """
     key = run.config.evaluate.best
-    kind = run.objective.measures.get(key.rpartition("/")[2])
+    kind = run.measures.get(key.rpartition("/")[2])
     sign = -1 if kind is not None and kind.highest else 1
     for weights, values in found.items():
         value = values.get(key, np.nan)

@@ -14,22 +14,26 @@ class Patience:
     `held`, and with "anchor" `best_at` and `anchored`.
 
     Args:
-        evaluations: full passes in a row without improvement after which a task is done, >= 1.
+        evaluations: full passes in a row without improvement after which a task is done, >= 1; None
+            with `times`.
         action: what a done task's weight is. "log": the balancer's. A task that improves again
             is no longer done. "freeze": its part of all weights stays as it was. "drop": 0, and
             none of its rows are drawn. With these two the others share the rest in the balancer's
-            proportions, and a done task stays done. "anchor": `keep` times its part as it was, and
-            as much of its draws, until it improves again; its loss is meanwhile the divergence from
-            its own best (`mtl.train.anchor`).
+            proportions, and a done task stays done. "anchor": `keep` times the part that it had
+            while no task was done, of the weights as of the draws, until it improves again; its
+            loss is meanwhile the divergence from its own best (`mtl.train.anchor`).
         margin: an improvement is a loss more than this below the lowest so far, in nats per target
             token, >= 0.
         keep: above 0, at most 1; with "anchor" only.
+        times: (K,) steps from which on the tasks are done, and stay so, whatever their losses;
+            None: `evaluations` decides.
     """
 
-    evaluations: int
+    evaluations: int | None = None
     action: str = "log"
     margin: float = 0.0
     keep: float = 0.25
+    times: tuple[float, ...] | None = None
 
     def observe(self, state: RunState, losses: np.ndarray, names: Sequence[str]) -> list[str]:
         """Take the (K,) losses of a full pass into `state`. Returns messages: which tasks are done,
@@ -49,16 +53,12 @@ class Patience:
         state.lowest = np.where(better, losses, state.lowest)
         state.stalled = np.where(better, 0.0, state.stalled + 1)
         if self.action != "log":
-            part = np.zeros(len(names))
-            if self.action != "drop" and state.weights is not None and state.weights.sum():
-                part = state.weights / state.weights.sum()
+            part = self._part(state)
             if self.action == "anchor":
-                part = self.keep * part
                 state.best_at = np.where(better, state.step, state.best_at)
-                state.held = np.where(better, np.nan, state.held)
-            state.held = np.where(
-                np.isnan(state.held) & (state.stalled >= self.evaluations), part, state.held
-            )
+                if self.times is None:
+                    state.held = np.where(better, np.nan, state.held)
+            state.held = np.where(np.isnan(state.held) & self._is_time(state), part, state.held)
             if self.action == "anchor":
                 first = np.where(np.isnan(state.anchored), state.best_at, state.anchored)
                 state.anchored = np.where(np.isnan(state.held), np.nan, first)
@@ -81,6 +81,25 @@ class Patience:
             for i in np.flatnonzero(was & ~now)
         ]
 
+    def _part(self, state: RunState) -> np.ndarray:
+        """(K,) float64, the part of all weights at which a task would be held from now on."""
+        if self.action == "drop" or state.weights is None or not state.weights.sum():
+            return np.zeros(len(state.held))
+        part = state.weights / state.weights.sum()
+        if self.action == "freeze":
+            return part
+        # Tasks that are held have given up (1 / keep - 1) of their parts to the others: taken back
+        # out, so that it does not matter which was done first, and weights agree with draws.
+        given = np.nansum(state.held)
+        if given < 1:
+            part = part * (1 - given / self.keep) / (1 - given)
+        return self.keep * part
+
+    def _is_time(self, state: RunState) -> np.ndarray:
+        if self.times is not None:
+            return state.step >= np.array(self.times)
+        return state.stalled >= self.evaluations
+
     def kept(self, state: RunState) -> np.ndarray:
         """(K,) float64: the part of its draws that each task keeps. A row that counts nothing is
         not drawn.
@@ -93,7 +112,7 @@ class Patience:
         """(K,) bool. Where all are, the run is over."""
         if state.lowest is None:
             return np.zeros(1, dtype=bool)
-        return state.stalled >= self.evaluations if self.action == "log" else ~np.isnan(state.held)
+        return self._is_time(state) if self.action == "log" else ~np.isnan(state.held)
 
 
 def hold(held: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -1,19 +1,32 @@
-"""What an objective asks of the starting model, once for every row. No second model is held."""
+"""What an objective asks of the starting model, once for every row. No second model is held.
 
-from collections.abc import Callable, Iterator, Sequence
+The answers are kept beside the encoded rows, so that the next run, and a resumed one, read them:
+
+    CACHE/KEY OF THE SPLIT/reference-KEY OF THE MODEL.npy   (n, m) float32, row by row
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mtl.data.batches import Layout, Layouts
+from mtl.data.cache import module_hash
 from mtl.data.collate import Micro
+from mtl.data.encode import hash_of
 from mtl.data.encoded import Encoded, TaskData
 from mtl.data.examples import Batch
 from mtl.distributed import comm
-from mtl.distributed.engine import Engine
+from mtl.distributed.engine import Engine, fingerprint
 from mtl.losses.objective import Objective, reference_of
+from mtl.output.files import flush
 
 COLUMN = "reference"
+PLACE = "name", "revision"  # where the model lies; its weights say what it is
 
 
 def fill(
@@ -21,27 +34,79 @@ def fill(
     objectives: Sequence[Objective],
     tasks: Sequence[TaskData],
     layouts: Layouts,
+    model: Mapping[str, Any],
     say: Callable[[str], None],
-) -> None:
+) -> str | None:
     """Give the rows of each objective that has a `reference` that column, float32. A collective.
 
-    Call it while the engine holds the starting weights, before a checkpoint is loaded. Then a
-    resumed run with as many processes finds the same numbers, bit for bit. The forward is
-    validation's, without dropout, at every ZeRO stage. New adapters are part of the starting model.
+    Call it while the engine holds the starting weights, before a checkpoint is loaded. The forward
+    is validation's, without dropout, at every ZeRO stage. New adapters are part of the starting
+    model; they change nothing yet.
+
+    Answers in the cache of rank 0's host are read instead, and new ones are written there. They are
+    keyed by the starting weights, `model`, the objective's code, and the split with its rows.
 
     Args:
         objectives: the run's; layout n of `layouts` has the rows of objective n.
         tasks: the streams; their splits get the column, in memory.
+        model: the configuration's `model`, resolved.
+
+    Returns:
+        the fingerprint of the starting weights; None where no objective has a `reference`.
     """
-    for objective, layout in zip(objectives, layouts.each, strict=True):
-        ask = reference_of(objective)
+    asked = [(reference_of(one), at) for one, at in zip(objectives, layouts.each, strict=True)]
+    if not any(ask for ask, _ in asked):
+        return None
+    weights = fingerprint(engine.module)
+    settings = {key: value for key, value in model.items() if key not in PLACE}
+    for ask, layout in asked:
         if ask is None:
             continue
+        key = hash_of(json.dumps([weights, settings, module_hash(ask)], default=repr))
         for s in range(len(tasks)) if layout.streams is None else layout.streams:
-            for split in ("train", "validation"):
-                splits = [getattr(task, split) for task in tasks]
-                say(f"{tasks[s].name} ({split}): the starting model reads {len(splits[s]):,} rows")
-                splits[s].attach(COLUMN, _answers(engine, ask, layout, splits, s))
+            for name in ("train", "validation"):
+                splits = [getattr(task, name) for task in tasks]
+                split, label = splits[s], f"{tasks[s].name} ({name})"
+                path = split.folder and split.folder / f"{COLUMN}-{key}.npy"
+                rows = len(split)
+                answers = comm.on_first(lambda path=path, rows=rows: _read(path, rows, say))
+                if answers is None:
+                    say(f"{label}: the starting model reads {rows:,} rows")
+                    answers = _answers(engine, ask, layout, splits, s)
+                    comm.on_first(lambda path=path, found=answers: _write(path, found, say))
+                split.attach(COLUMN, answers)
+    return weights
+
+
+def _read(path: Path | None, rows: int, say: Callable[[str], None]) -> np.ndarray | None:
+    """(rows, m) float32; None where there is no such file, or a damaged one."""
+    if path is None or not path.exists():
+        return None
+    try:
+        found = np.load(path, allow_pickle=False)
+        if found.shape[:1] == (rows,) and found.ndim == 2 and found.dtype == np.float32:
+            return found
+        problem = f"found {found.dtype} {found.shape}, wanted float32 ({rows}, ...)"
+    except (OSError, ValueError, EOFError) as error:
+        problem = str(error)
+    say(f"{path} is damaged ({problem}): it is made again")
+    return None
+
+
+def _write(path: Path | None, found: np.ndarray, say: Callable[[str], None]) -> None:
+    """Write the file whole or not at all. Another run may be writing the same."""
+    if path is None:
+        return
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with half.open("wb") as file:
+            np.save(file, found, allow_pickle=False)
+        flush(half)
+        half.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        half.unlink(missing_ok=True)
+        say(f"{path} cannot be written ({error}): the next run asks the starting model again")
 
 
 def _answers(

@@ -10,7 +10,8 @@ from mtl.config import Config
 from mtl.data.batches import TrainBatches, ValidationGroups
 from mtl.data.examples import Book
 from mtl.distributed.engine import Engine
-from mtl.losses.objective import Objectives
+from mtl.generation.asking import Asking
+from mtl.losses.objective import Measure, Objectives
 from mtl.output.checkpoint import Checkpoints
 from mtl.output.trackers import Tracker
 from mtl.train.anchor import Anchors
@@ -32,7 +33,9 @@ class Run:
         probe_every: optimizer steps between the probes that a balancer reads.
         trackers: empty on every rank but 0.
         average: of the trained weights; None where the config asks for none.
+        patience: when a task is done; None where the config does not ask.
         anchors: what tasks that are done are held to; None where the config asks for none.
+        asking: the questions whose answers are measured; None where the config asks for none.
     """
 
     config: Config
@@ -49,9 +52,11 @@ class Run:
     probe_every: int = 1
     trackers: Sequence[Tracker] = ()
     average: Average | None = None
+    patience: Patience | None = None
     anchors: Anchors | None = None
+    asking: Asking | None = None
 
     @property
-    def patience(self) -> Patience | None:
-        given = self.config.evaluate.patience
-        return given and Patience(given.evaluations, given.action, given.margin, given.keep)
+    def measures(self) -> dict[str, Measure]:
+        """What may be measured at a pass beside losses."""
+        return self.objective.measures | (self.asking.kinds if self.asking else {})

@@ -29,7 +29,7 @@ class Study:
         scheme, of, epochs: as `train.order`.
         methods: of `launch/merge.py`.
         split: "validation" or "test": the rows that every model is evaluated on.
-        rows: whether to measure what the order left behind, too (`mtl.orders.applies`).
+        rows: whether to measure what the order left behind, too (`mtl.compare.orders.applies`).
         figure: whether to draw that.
     """
 

@@ -1,0 +1,1 @@
+"""ZeroAE (Guo et al., Findings of ACL 2023): texts without labels, the names of their classes."""
