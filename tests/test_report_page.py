@@ -357,3 +357,9 @@ def test_curves_differ_for_every_eye_and_stand_out(theme, paper):
     bright = [linear(color) @ [0.2126, 0.7152, 0.0722] for color in (paper, *colors)]
     ratios = [(max(b, bright[0]) + 0.05) / (min(b, bright[0]) + 0.05) for b in bright[1:]]
     assert min(ratios) > 3  # WCAG 1.4.11
+
+
+def test_settings_are_shown_with_a_name_and_without():
+    parts = {"name": "Apart", "parts": {"a": ["x", "y"]}, "balancer": {"name": "CoBa", "window": 5}}
+    assert compare.show(parts) == "Apart (parts (a [x, y]), balancer CoBa (window 5))"
+    assert compare.show("Equal") == "Equal" and compare.show({}) == ""

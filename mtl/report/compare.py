@@ -105,7 +105,8 @@ def show(value: Any) -> str:
     """A setting as a person would write it."""
     if isinstance(value, Mapping):
         rest = ", ".join(f"{k} {show(v)}" for k, v in value.items() if k != "name")
-        return " ".join([str(value["name"])] * ("name" in value) + [f"({rest})"] * bool(rest))
+        name = [str(value["name"])] if "name" in value else []
+        return " ".join([*name, *[f"({rest})"] * bool(rest)])
     if isinstance(value, list):
         return "[" + ", ".join(map(show, value)) + "]"
     return value if isinstance(value, str) else json.dumps(value)
