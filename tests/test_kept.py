@@ -226,7 +226,7 @@ def test_measures_and_their_direction_judge_both_weight_sets():
         config=SimpleNamespace(
             evaluate=SimpleNamespace(best="a/accuracy"), checkpoint=SimpleNamespace(bests="each")
         ),
-        objective=SimpleNamespace(measures={"accuracy": accuracy}),
+        measures={"accuracy": accuracy},
     )
     state = RunState(step=4)
     for step, model, average, best in (
