@@ -28,9 +28,8 @@ class Round:
     A later round goes on where the one before stopped: what a task is behind or ahead of its
     planned draws moves its own draws to an earlier or a later time. So after any number of rounds
     of K >= 2 tasks, each with a share above 0, a task has at most (K - 1) / 2 draws more and at
-    most K - 3 / 2 fewer than planned (a property test finds no exception; a proof is not written
-    down). A round that leaves a task out which the one before had begins without debts: what was
-    drawn counts as planned.
+    most K - 3 / 2 fewer than planned (docs/balancers.md has the proof). A round that leaves a task
+    out which the one before had begins without debts: what was drawn counts as planned.
 
     Args:
         shares: K integers >= 0, not all 0: in their proportion the tasks are drawn. One of 0 is
