@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 LOSS = "loss"  # the loss of an objective that has no other
@@ -106,6 +107,11 @@ class Batch:
     def counts(self, k: int) -> Tensor:
         """(k,) int64, what its `Terms.counts` will be; zeros for a dummy."""
         raise NotImplementedError
+
+    def tally(self, task: Tensor, k: int) -> Tensor:
+        """(k,) int64, how often each task is in (n,) int64 `task`; zeros for a dummy."""
+        found = torch.bincount(task, minlength=k)
+        return found * 0 if self.is_dummy else found
 
     def to(self, device: Any) -> Self:
         """Copy it to a device. From pinned memory the copy runs while the host goes on."""

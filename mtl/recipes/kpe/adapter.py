@@ -10,13 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtl.recipes.shared import masked_mean
+
 TIED = "vocabulary"  # the name of the one Tied in a model
-
-
-def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """(..., H): the mean of (..., T, H) where the (..., T) mask is not 0; zeros where all is."""
-    weights = mask.to(states)[..., None]
-    return (states * weights).sum(-2) / weights.sum(-2).clamp(min=1)
 
 
 class Fusion(nn.Module):

@@ -161,8 +161,7 @@ class ChoiceBatch(Batch):
 
     def counts(self, k: int) -> Tensor:
         """(k,) int64: examples, masked tokens and relations of each task."""
-        found = torch.bincount(torch.cat([self.qa, self.span, self.relates]), minlength=k)
-        return found * 0 if self.is_dummy else found
+        return self.tally(torch.cat([self.qa, self.span, self.relates]), k)
 
 
 class ChoiceExamples:

@@ -17,7 +17,8 @@ from mtl.config import Config, ConfigError
 from mtl.models import load as models
 from mtl.models.errors import ModelError
 from mtl.models.structure import blocks
-from mtl.recipes.kpe.adapter import Adapter, Tied, initialize, masked_mean
+from mtl.recipes.kpe.adapter import Adapter, Tied, initialize
+from mtl.recipes.shared import adapters, exported, masked_mean
 
 FEED_FORWARD = ("mlp", "ffn", "feed_forward", "output.dense")  # of a block, by its module's name
 WEIGHTS, SETTINGS = "knowledge.safetensors", "kpe.json"
@@ -90,7 +91,8 @@ def load(
     )
     _check(config, options)
     words = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in whole.relations]
-    if (folder := _exported(config)) is not None:
+    begin = getattr(config.train, "from"), config.model.name
+    if (folder := exported(begin, SETTINGS)) is not None:
         made = Knowledgeable.from_pretrained(folder, "meta" if empty else None, words)
         _same(config, folder, made.options, options)
         return made
@@ -128,22 +130,9 @@ def _check(config: Config, options: Options) -> None:
     if m.activation_checkpointing:
         problems.append(config.error("model.activation_checkpointing", "true", "false", why))
     frozen = "The model is frozen: its own adapter is all that learns."
-    for key, found in (
-        ("model.lora", m.lora), ("model.adapter", m.adapter), ("model.quantize", m.quantize),
-    ):  # fmt: skip
-        if found is not None:
-            problems.append(config.error(key, "a value", "null with model.loader: kpe", frozen))
+    problems += adapters(config, "kpe", frozen)
     if problems:
         raise ConfigError(problems)
-
-
-def _exported(config: Config) -> Path | None:
-    """The folder of this recipe that weights are read from, if they come from one."""
-    for name in filter(None, (getattr(config.train, "from"), config.model.name)):
-        for folder in (Path(name).expanduser(), Path(name).expanduser() / "model"):
-            if (folder / SETTINGS).is_file():
-                return folder
-    return None
 
 
 def _same(config: Config, folder: Path, there: Options, here: Options) -> None:

@@ -18,6 +18,7 @@ from mtl.config import Config, ConfigError
 from mtl.models import load as models
 from mtl.models.errors import ModelError
 from mtl.models.structure import blocks
+from mtl.recipes.shared import adapters, exported, masked_mean
 from mtl.recipes.zeroae.examples import PairExamples, TextExamples
 
 WEIGHTS, SETTINGS = "zeroae.safetensors", "zeroae.json"
@@ -77,7 +78,8 @@ def load(
         text.codes if text else 1, size, latent, tau, upper, dropout, len(classes.names), begin,
     )  # fmt: skip
     _check(config, options)
-    if not empty and (folder := _exported(config)) is not None:
+    folder = exported([getattr(config.train, "from")], SETTINGS)
+    if not empty and folder is not None:
         made = ZeroAE.from_pretrained(folder)
         if made.options != options:
             raise ModelError(f"{folder}: found {made.options}, wanted the config's {options}.")
@@ -96,15 +98,6 @@ def _encoder(name: str, dtype: torch.dtype, empty: bool) -> nn.Module:
     return AutoModel.from_pretrained(name, dtype=dtype)
 
 
-def _exported(config: Config) -> Path | None:
-    """The folder of this recipe in `train.from`, if it names one."""
-    name = getattr(config.train, "from")
-    for folder in () if name is None else (Path(name).expanduser(), Path(name, "model")):
-        if (folder / SETTINGS).is_file():
-            return folder
-    return None
-
-
 def _check(config: Config, o: Options) -> None:
     problems = []
     for key in "size", "latent":
@@ -116,16 +109,10 @@ def _check(config: Config, o: Options) -> None:
         problems.append(config.error(("model", "loader", "tau"), repr(o.tau), "more than 0"))
     if not 0 <= o.upper <= 1:
         problems.append(config.error(("model", "loader", "upper"), repr(o.upper), "0 to 1"))
-    m = config.model
-    if m.activation_checkpointing:
+    if config.model.activation_checkpointing:
         why = "transformers ignores past keys with it, so the code would be lost without a word."
         problems.append(config.error("model.activation_checkpointing", "true", "false", why))
-    for key, found in (
-        ("model.lora", m.lora), ("model.adapter", m.adapter), ("model.quantize", m.quantize),
-    ):  # fmt: skip
-        if found is not None:
-            wanted = "null with model.loader: zeroae"
-            problems.append(config.error(key, "a value", wanted, "`upper` says what is trained."))
+    problems += adapters(config, "zeroae", "`upper` says what is trained.")
     if problems:
         raise ConfigError(problems)
 
@@ -352,9 +339,3 @@ class ZeroAE(nn.Module):
                 f"no {sorted(learned & set(missing))[:3]}."
             )
         return model.eval()
-
-
-def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """(..., H) means of (..., L, H) states where the mask (..., L) is 1."""
-    weight = mask.unsqueeze(-1).to(states)
-    return (states * weight).sum(-2) / weight.sum(-2).clamp(min=1)

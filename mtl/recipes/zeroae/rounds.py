@@ -188,19 +188,16 @@ def go(
     """
     out.mkdir(parents=True, exist_ok=True)
     base = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
-    model: ZeroAE | None = None
     for number in range(plan.rounds):
         folder = out / f"round-{number:02d}"
         run = folder / "run"
         if not (folder / "round.json").is_file():
             folder.mkdir(exist_ok=True)
-            model = _write_round(base, sets, pool, valid, plan, out, number)
+            _write_round(base, sets, pool, valid, plan, out, number)
         if not (run / "model" / "zeroae.json").is_file():
-            del model  # its memory is the run's now
             given = [part for one in sets for part in ("--set", one)]
             command = [*train, "--config", str(folder / "x.yaml"), "--resume", *given]
             subprocess.run(command, check=True)
-        model = None
     return out / f"round-{plan.rounds - 1:02d}" / "run" / "model"
 
 
@@ -255,8 +252,8 @@ class Reader:
 def _write_round(
     base: Mapping[str, Any], sets: Sequence[str], pool: Sequence[str], valid: Sequence[str],
     plan: Plan, out: Path, number: int,
-) -> ZeroAE:  # fmt: skip
-    """Write a round's files and its YAML; the model that wrote them."""
+) -> None:  # fmt: skip
+    """Write a round's files and its YAML. The model that it needs is let go of at the end."""
     folder, before = out / f"round-{number:02d}", out / f"round-{number - 1:02d}"
     config = plugins.read(str(_yaml(folder, base, out, dict.fromkeys(FILES, 1), None)), sets)
     reader = Reader(config)
@@ -307,7 +304,6 @@ def _write_round(
     temporary = folder / ".round.json"
     temporary.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     temporary.rename(folder / "round.json")
-    return model
 
 
 def _generate(
