@@ -44,6 +44,19 @@ class Grouped(Wrapper):
         self.groups = {name: list(tasks) for name, tasks in groups.items()}
         self._of: np.ndarray | None = None  # (K,) the group of each task
 
+    @classmethod
+    def of(cls, balancer: Balancer, group_of: Mapping[str, str | None]) -> Balancer:
+        """The balancer over the groups that tasks name; as it is where none names one.
+
+        Args:
+            group_of: a task's name to its group's; None: it is in none.
+        """
+        groups: dict[str, list[str]] = {}
+        for task, group in group_of.items():
+            if group is not None:
+                groups.setdefault(group, []).append(task)
+        return cls(balancer, groups) if groups else balancer
+
     def settings(self) -> dict[str, Any]:
         return {"balancer": self.balancer, "groups": self.groups}
 

@@ -15,8 +15,15 @@ from mtl.config.spec import Kind, Maker, check, resolve
 from mtl.config.words import did_you_mean, either
 from mtl.data.examples import Book
 from mtl.data.formats import FORMATS, Format
-from mtl.generation.metrics import METRICS, Metric, plain
-from mtl.losses.objective import OBJECTIVES, Objectives, losses_of, teacher_of, unit_of
+from mtl.generation.metrics import METRICS, Metric
+from mtl.losses.objective import (
+    OBJECTIVES,
+    Objectives,
+    losses_of,
+    plain,
+    teacher_of,
+    unit_of,
+)
 from mtl.models.loaders import LOADERS, Loader
 from mtl.output.trackers import TRACKERS
 
@@ -201,15 +208,11 @@ def holder(config: Config, allow_code: Collection[str] = ()) -> Holder:
     Raises:
         ConfigError: the balancer does not fit the tasks: their number, their names, their groups.
     """
-    balancer, groups = resolve(config, "balancer", BALANCER, allow_code)(), {}
-    for name, task in config.tasks.items():
-        if task.group is not None:
-            groups.setdefault(task.group, []).append(name)
+    balancer = resolve(config, "balancer", BALANCER, allow_code)()
     try:
         weights = [task.loss_weight for task in config.tasks.values()]
-        made = Holder(
-            Grouped(balancer, groups) if groups else balancer, list(config.tasks), weights
-        )
+        grouped = Grouped.of(balancer, {name: task.group for name, task in config.tasks.items()})
+        made = Holder(grouped, list(config.tasks), weights)
     except ValueError as error:
         raise ConfigError([f"{config.where('balancer')}: balancer: {error}"]) from error
     if config.mix.follow is not None and (why := _cannot_steer(made.balancer)):

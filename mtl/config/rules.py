@@ -82,9 +82,7 @@ def _of(get: Get, name: str) -> Iterator[Finding]:
 def _best(get: Get) -> Iterator[Finding]:
     tasks = [task for task in get("tasks").values() if isinstance(task, dict)]
     specs = [get("objective"), *(task.get("objective") for task in tasks)]
-    names = [
-        getattr(one, "name", one.get("name") if isinstance(one, dict) else one) for one in specs
-    ]
+    names = [_spec_name(one) for one in specs]
     if any(name not in ("causal_lm", None) for name in names) or any(
         task.get("metrics") for task in tasks
     ):

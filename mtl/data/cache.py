@@ -32,6 +32,7 @@ from mtl.config.schema import TaskSection
 from mtl.data.blocks import Summing
 from mtl.data.encode import Encoder, Note, hash_of
 from mtl.data.encoded import (
+    ANSWERS,
     REPORT,
     ROWS,
     SUMS,
@@ -249,7 +250,7 @@ def _remove(folder: Path) -> None:
     gone = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.damaged")
     with suppress(FileNotFoundError):  # another process came first
         folder.rename(gone)
-        answers = [path.name for path in gone.glob("reference-*.npy")]  # of a starting model
+        answers = [path.name for path in gone.glob(ANSWERS.format("*"))]
         for name in (ROWS, REPORT, SUMS, *answers):
             (gone / name).unlink(missing_ok=True)
         gone.rmdir()

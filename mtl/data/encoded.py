@@ -49,6 +49,7 @@ EXAMPLES = 3  # dropped rows of each reason that a report shows
 
 # Of a folder of the cache.
 ROWS, REPORT, SUMS = "rows.arrow", "report.json", "checksums.json"
+ANSWERS = "reference-{}.npy"  # of a starting model to the rows, by its key
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, pa.ArrowException)
 
 

@@ -24,9 +24,9 @@ from mtl.data.formats import Format
 from mtl.data.questions import Question, questions
 from mtl.data.source import Source
 from mtl.distributed import comm
-from mtl.generation.metrics import Answer, Metric, is_highest, plain, scored
+from mtl.generation.metrics import Answer, Metric, is_highest, scored
 from mtl.losses.causal_lm import token_losses
-from mtl.losses.objective import Measure
+from mtl.losses.objective import Measure, plain
 from mtl.losses.terms import Terms
 
 ENDLESS = 2**24  # most tokens of a question with a choice: no row is left out here

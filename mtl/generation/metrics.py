@@ -24,6 +24,7 @@ import numpy as np
 
 from mtl.data.encoded import DataError
 from mtl.data.questions import Question
+from mtl.losses.objective import plain
 
 METRICS = {
     name: f"mtl.generation.metrics:{target}"
@@ -188,11 +189,6 @@ def code(
 
 
 code.runs_code = True
-
-
-def plain(metric: Any) -> Any:
-    """The function itself: a partial hides its attributes."""
-    return getattr(metric, "func", metric)
 
 
 def is_highest(metric: Any) -> bool:

@@ -63,34 +63,35 @@ def ratio(sums: np.ndarray) -> float:
 
 
 def losses_of(objective: Any) -> tuple[str, ...]:
-    return tuple(getattr(_plain(objective), "losses", (LOSS,)))
+    return tuple(getattr(plain(objective), "losses", (LOSS,)))
 
 
 def unit_of(objective: Any) -> str:
-    return getattr(_plain(objective), "unit", "target token")
+    return getattr(plain(objective), "unit", "target token")
 
 
 def measures_of(objective: Any) -> Mapping[str, Measure]:
-    return getattr(_plain(objective), "measures", {})
+    return getattr(plain(objective), "measures", {})
 
 
 def maker_of_examples(objective: Any) -> Callable[..., Any] | None:
     """`examples(book, tokenizer, config)` of the objective; None: next-token prediction."""
-    return getattr(_plain(objective), "examples", None)
+    return getattr(plain(objective), "examples", None)
 
 
 def reference_of(objective: Any) -> Callable[..., Tensor] | None:
     """`reference(forward, batch)` of the objective, where it compares with the starting model."""
-    return getattr(_plain(objective), "reference", None)
+    return getattr(plain(objective), "reference", None)
 
 
 def teacher_of(objective: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """`teacher(forward, batch)` of the objective, where it can hold a task to its own best."""
-    return getattr(_plain(objective), "teacher", None)
+    return getattr(plain(objective), "teacher", None)
 
 
-def _plain(objective: Any) -> Any:
-    return getattr(objective, "func", objective)  # a partial hides its function's attributes
+def plain(named: Any) -> Any:
+    """What the YAML names, without its keywords: a partial hides its function's attributes."""
+    return getattr(named, "func", named)
 
 
 class Objectives:
@@ -143,5 +144,5 @@ def _check(name: str, what: str, found: Any, shape: tuple[int, ...]) -> None:
 
 
 def _name(objective: Any) -> str:
-    plain = _plain(objective)
-    return getattr(plain, "__name__", type(plain).__name__)
+    bare = plain(objective)
+    return getattr(bare, "__name__", type(bare).__name__)

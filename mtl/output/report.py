@@ -5,10 +5,10 @@ README.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,17 +99,36 @@ def _shared(paths: Sequence[Sequence[str]]) -> int:
     return count
 
 
-def read(output: Path) -> History:
+class Lines(NamedTuple):
+    """What metrics.jsonl holds.
+
+    Attributes:
+        tasks: K names, in the order of the run.
+        steps: lines of an update. passes: lines of a full validation pass. every: all lines.
+    """
+
+    tasks: list[str]
+    steps: list[Mapping[str, float]]
+    passes: list[Mapping[str, float]]
+    every: list[Mapping[str, float]]
+
+
+def lines(output: Path) -> Lines:
     """Raises ValueError where the run has no metrics yet, or a line of them is damaged."""
     path = Path(output) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted the folder of a run (its `output:`).")
-    records = read_metrics(path)
-    evals = [r for r in records if "eval/macro" in r]
-    trains = [r for r in records if "train/loss" in r]
-    if not evals:
+    every = read_metrics(path)
+    passes = [line for line in every if "eval/macro" in line]
+    if not passes:
         raise ValueError(f"{path}: no validation pass in it yet.")
-    tasks = [tag[5:-5] for tag in evals[0] if TASK_LOSS.fullmatch(tag)]
+    tasks = [tag[5:-5] for tag in passes[0] if TASK_LOSS.fullmatch(tag)]
+    return Lines(tasks, [line for line in every if "train/loss" in line], passes, every)
+
+
+def read(output: Path) -> History:
+    """Raises ValueError where the run has no metrics yet, or a line of them is damaged."""
+    tasks, trains, evals, records = lines(output)
     chosen = Path(output) / CHOICE
     return History(
         tasks,

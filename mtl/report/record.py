@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mtl.config.schema import BEST
-from mtl.output.report import CHOICE, TASK_LOSS
-from mtl.output.trackers import LOG, read_metrics
+from mtl.output.report import CHOICE, lines
+from mtl.output.trackers import LOG
 
 Line = Mapping[str, float]
 RISE = 1.05  # a task's last loss over its best, from which a warning says so
@@ -162,15 +162,7 @@ class Record:
 def read(folder: Path) -> Record:
     """Raises ValueError where the folder holds no run, or a line of its metrics is damaged."""
     folder = Path(folder)
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; wanted the folder of a run (its `output:`).")
-    lines = read_metrics(path)
-    steps = [line for line in lines if "train/loss" in line]
-    passes = [line for line in lines if "eval/macro" in line]
-    if not passes:
-        raise ValueError(f"{path}: no validation pass in it yet.")
-    tasks = [tag[5:-5] for tag in passes[0] if TASK_LOSS.fullmatch(tag)]
+    tasks, steps, passes, _ = lines(folder)
     log, later = folder / LOG, sorted(folder.glob("run.resumed-*.json"))
     return Record(
         folder,

@@ -60,14 +60,10 @@ def replay(record: Record, balancer: Any) -> Replay:
         ValueError: it does not exist, its keywords or the tasks do not fit it, or it reads what no
             run records: gradients.
     """
-    given = make(balancer)
-    groups: dict[str, list[str]] = {}
-    settings = record.config.get("tasks", {})
-    for task in record.tasks:
-        if group := settings.get(task, {}).get("group"):
-            groups.setdefault(group, []).append(task)
-    weights = [settings.get(task, {}).get("loss_weight", 1.0) for task in record.tasks]
-    holder = Holder(Grouped(given, groups) if groups else given, record.tasks, weights)
+    settings = {task: record.config.get("tasks", {}).get(task, {}) for task in record.tasks}
+    weights = [task.get("loss_weight", 1.0) for task in settings.values()]
+    groups = {name: task.get("group") for name, task in settings.items()}
+    holder = Holder(Grouped.of(make(balancer), groups), record.tasks, weights)
     lines = record.steps
     notes = _check(record, holder.balancer)
     found = np.array([holder.update(signals).copy() for signals in _signals(record)])

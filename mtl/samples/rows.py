@@ -89,6 +89,12 @@ class Source:
     hint: str = ""
 
 
+def save(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSONL."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def write(
     out: Path,
     task: str,
@@ -121,8 +127,7 @@ def write(
         del sides["test"]
     sides["train"] = change(sides["train"])
     for side, kept in sides.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        (out / f"{task}.{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        save(out / f"{task}.{side}.jsonl", kept)
     characters = int(
         statistics.median(len(json.dumps(row, ensure_ascii=False)) for row in sides["train"])
     )

@@ -169,13 +169,18 @@ KINDS = {
 }  # fmt: skip
 
 
-def labeled_glosses(data: str) -> Iterator[Row]:
-    """The first gloss of a WordNet noun, labeled with the lexicographer file that it stands in."""
+def glosses(data: str) -> Iterator[tuple[str, str]]:
+    """(number of the lexicographer file, first gloss) of WordNet's nouns, but for names."""
     for line in data.splitlines():
         synset, _, gloss = line.partition(" | ")
-        kind, gloss = KINDS.get(synset[9:11]), gloss.split(";")[0].strip()
-        is_instance = " @i " in synset
-        if kind and not line.startswith(" ") and not is_instance and between(12, gloss, 110):
+        if not line.startswith(" ") and " @i " not in synset:  # the licence; an instance
+            yield synset[9:11], gloss.split(";")[0].strip()
+
+
+def labeled_glosses(data: str) -> Iterator[Row]:
+    """The first gloss of a WordNet noun, labeled with the lexicographer file that it stands in."""
+    for file, gloss in glosses(data):
+        if (kind := KINDS.get(file)) and between(12, gloss, 110):
             yield labeled(gloss, kind)
 
 

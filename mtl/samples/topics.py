@@ -17,18 +17,18 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mtl.samples import build
+from mtl.samples import build, tasks
 from mtl.samples.archives import BuildError, fetch, member
 from mtl.samples.classification import build_model as build_encoder
 from mtl.samples.packages import WORDNET
 from mtl.samples.quickstart import build_model
-from mtl.samples.rows import between, words
+from mtl.samples.rows import between, save, words
 
 TOPICS = {  # of WordNet's lexicographer files
     "05": "animal", "08": "body", "10": "communication", "13": "food",
@@ -43,10 +43,9 @@ def glosses(data: str) -> dict[str, list[str]]:
     """topic -> the glosses of WordNet's data.noun, in the order of their hashes."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     seen: set[str] = set()
-    for line in data.splitlines():
-        synset, _, gloss = line.partition(" | ")
-        topic, text = TOPICS.get(synset[9:11]), gloss.split(";")[0].strip()
-        if line.startswith(" ") or topic is None or " @i " in synset:
+    for file, text in tasks.glosses(data):
+        topic = TOPICS.get(file)
+        if topic is None:
             continue
         plain = between(25, text, 160) and text == text.lower() and words(text) not in seen
         if plain and not re.search(rf"\b{topic}s?\b", text):
@@ -67,14 +66,14 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
     test = {topic: texts[POOL : POOL + TEST] for topic, texts in rest.items()}
     pool = {topic: texts[:POOL] for topic, texts in rest.items()}
     (out / "labels.json").write_text(json.dumps(list(found)) + "\n")
-    _write(out / "valid.jsonl", [{"text": text} for text, _ in _mixed(valid)])
-    _write(out / "test.gold.jsonl", [{"text": t, "label": label} for t, label in _mixed(test)])
+    save(out / "valid.jsonl", [{"text": text} for text, _ in _mixed(valid)])
+    save(out / "test.gold.jsonl", [{"text": t, "label": label} for t, label in _mixed(test)])
     held = {text for texts in (*valid.values(), *test.values()) for text in texts}
     free = {topic: [t for t in texts if t not in held] for topic, texts in found.items()}
     natural = _mixed(free)[:NATURAL]
     for name, rows in ("pool", _mixed(pool)), ("natural", natural):
-        _write(out / f"{name}.jsonl", [{"text": text} for text, _ in rows])
-        _write(out / f"{name}.gold.jsonl", [{"text": t, "label": label} for t, label in rows])
+        save(out / f"{name}.jsonl", [{"text": text} for text, _ in rows])
+        save(out / f"{name}.gold.jsonl", [{"text": t, "label": label} for t, label in rows])
     characters = int(np.median([len(text) for texts in pool.values() for text in texts]))
     counts = {"train": POOL * len(found), "valid": VALID * len(found), "characters": characters}
     return {"topics": {**counts, "source": wordnet.name, "licence": "WordNet"}}
@@ -84,11 +83,6 @@ def _mixed(texts: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """(text, topic), in an order that tells nothing of topics."""
     rows = [(text, topic) for topic, each in texts.items() for text in each]
     return sorted(rows, key=lambda row: hashlib.sha256(f"order {row[0]}".encode()).hexdigest())
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def topics(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,7 +18,7 @@ from mtl.data.batches import Layout, Layouts
 from mtl.data.cache import module_hash
 from mtl.data.collate import Micro
 from mtl.data.encode import hash_of
-from mtl.data.encoded import Encoded, TaskData
+from mtl.data.encoded import ANSWERS, Encoded, TaskData
 from mtl.data.examples import Batch
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine, fingerprint
@@ -67,7 +67,7 @@ def fill(
             for name in ("train", "validation"):
                 splits = [getattr(task, name) for task in tasks]
                 split, label = splits[s], f"{tasks[s].name} ({name})"
-                path = split.folder and split.folder / f"{COLUMN}-{key}.npy"
+                path = split.folder and split.folder / ANSWERS.format(key)
                 rows = len(split)
                 answers = comm.on_first(lambda path=path, rows=rows: _read(path, rows, say))
                 if answers is None:
