@@ -17,7 +17,7 @@ from distributed import run_distributed
 from safetensors.torch import load_file
 from test_equivalence import Expose
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel
 
 import mtl
 from mtl import build, plugins
@@ -78,12 +78,8 @@ def row(draw: np.random.Generator, per_option: bool = False) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("kpe")
-    torch.manual_seed(0)
-    settings = BertConfig(
-        vocab_size=259, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=64, pad_token_id=257,
-    )  # fmt: skip
-    toys.save(BertModel(settings), root / "bert")
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    toys.save(toys.tiny_bert(num_hidden_layers=3, **dropout), root / "bert")
     toys.save(toys.tiny_llama(), root / "llama")
     draw = np.random.default_rng(0)
     for name, rows in (("a", 12), ("b", 9)):

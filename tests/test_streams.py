@@ -18,7 +18,6 @@ from test_equivalence import exposed
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
 )
 
@@ -255,13 +254,7 @@ cache: {folder}/cache
 
 @pytest.fixture(scope="module")
 def bert(folder) -> Path:
-    torch.manual_seed(0)
-    settings = BertConfig(
-        vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        pad_token_id=257,
-    )  # fmt: skip
-    toys.save(BertForSequenceClassification(settings), folder / "bert")
+    toys.save(toys.tiny_bert(BertForSequenceClassification), folder / "bert")
     return folder
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import toys
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
 
 import mtl
 from mtl import build, plugins
@@ -66,13 +65,7 @@ def texts(n: int, seed: int = 0) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("zeroae")
-    torch.manual_seed(0)
-    settings = BertConfig(
-        vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, pad_token_id=257, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    toys.save(BertModel(settings), root / "bert")
+    toys.save(toys.tiny_bert(), root / "bert")
     toys.save(toys.tiny_llama(), root / "llama")
     toys.save(toys.tiny_gpt2(), root / "gpt2")
     (root / "labels.json").write_text(json.dumps(NAMES))

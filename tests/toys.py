@@ -10,6 +10,8 @@ import peft
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -97,6 +99,21 @@ def tiny_gpt2(seed: int = 0, **changes: object) -> GPT2LMHeadModel:
         pad_token_id=257,
     )
     return _seeded(GPT2LMHeadModel, config, seed, changes)
+
+
+def tiny_bert(kind: type[M] = BertModel, seed: int = 0, **changes: object) -> M:
+    """A random BERT of a kind: 2 layers of 32, 2 heads, 259 ids, no dropout."""
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=257,
+    )
+    return _seeded(kind, config, seed, changes)
 
 
 def _seeded(kind: type[M], config: object, seed: int, changes: dict[str, object]) -> M:
