@@ -69,6 +69,7 @@ engine:
             held.backward(held.forward(input_ids=ids, labels=ids).loss, last=bool(last))
             if last:
                 held.step(1e-3)
+        comm.barrier()  # gloo's thread may still hold the last collective's buffer
         gc.collect()
         grads = [
             p.grad for p in held.module.parameters() if p.grad is not None
