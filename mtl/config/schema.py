@@ -342,6 +342,19 @@ class OrderSection(Section):
     """
 
 
+class NotFiniteSection(Section):
+    """What happens at a step whose loss or gradient is not finite. Its update is never made."""
+
+    action: Literal["stop", "skip", "back"] = "stop"
+    """stop: the run ends, with the rows of the batch named. skip: the batch is passed over on all
+    ranks; weights, optimizer and balancer stay as they were. back: all of these are read from the
+    last checkpoint again, and the batch is passed over when its step comes. It also mends what was
+    harmed in memory since.
+    """
+    most: Annotated[int, Ge(1), Le(10_000)] = 10
+    """Batches passed over at most in the whole run; at the next one it ends."""
+
+
 class _Train(Section):
     """How long to train: exactly one of steps and epochs."""
 
@@ -357,6 +370,12 @@ class _Train(Section):
     """Seed of the order of rows, of new parameters and of dropout."""
     order: OrderSection | None = None
     """Which replica of the order of rows this run is; null: the plain order."""
+    not_finite: NotFiniteSection = NotFiniteSection()
+    """A loss or gradient that is not finite."""
+    spike: Annotated[float, Gt(1), Le(1e6)] | None = None
+    """A task's loss of a step above this many times the median of its last 64 is a warning that
+    names the rows; null: none.
+    """
 
 
 _FROM = Field(

@@ -299,11 +299,15 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """Update the parameters with learning rate `lr`, unless the gradient is not finite.
+    def step(self, lr: float, *, drop: bool = False) -> float:
+        """Update the parameters with learning rate `lr`, unless the gradient is not finite. Either
+        way the gradient is gone afterwards.
+
+        Args:
+            drop: make no update, on any rank. A loss that is not finite may have a finite gradient.
 
         Returns:
-            the global gradient norm before clipping.
+            the global gradient norm before clipping; nan with `drop`.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -315,13 +319,17 @@ class Engine:
                 ):  # unused: as at the other stages, and with more processes, its gradient is 0
                     p.grad = torch.zeros_like(p)
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            norm = norm * torch.nan if drop else norm
             if norm.isfinite():
                 if self._clip and norm > self._clip:
                     torch.nn.utils.clip_grads_with_norm_(trained, self._clip, norm)
                 self._engine.step()
+            else:
+                self._engine.zero_grad()
             return float(norm)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        with _no_norm(self._engine.optimizer) if drop else nullcontext():
+            self._engine.step()
+        return torch.nan if drop else float(self._engine.get_global_grad_norm())
 
     def train(self) -> None:
         self._mode(True)
@@ -411,6 +419,11 @@ class Engine:
             if not hasattr(p, "ds_id")
         }
 
+    def not_finite(self) -> list[str]:
+        """Names of the trained parameters that are not finite in what this rank holds of them."""
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return [name for name, p in trained if not getattr(p, "ds_tensor", p).isfinite().all()]
+
     def _read_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
         # DeepSpeed's strict load refuses a checkpoint without the frozen parameters. Its lax load
         # takes anything. So we compare the names ourselves.
@@ -422,6 +435,27 @@ class Engine:
                 f"it lacks the trainable {missing[:3]} ({len(missing)}) and has the unknown "
                 f"{unexpected[:3]} ({len(unexpected)})."
             )
+
+
+# What each optimizer of DeepSpeed's asks for the gradient's norm, and how it is told "nan": then it
+# makes no update, and empties every buffer of the step, offloaded ones too.
+_NO_NORM: dict[str, Callable[[Tensor], Any]] = {
+    "get_grads_for_norm": lambda nan: ([nan], {}),  # bf16 at ZeRO 1
+    "_get_norm_groups": lambda nan: [nan],  # ZeRO 3
+    "scaled_global_norm": lambda nan: nan,  # ZeRO 1 and 2
+}
+
+
+@contextmanager
+def _no_norm(optimizer: Any) -> Iterator[None]:
+    """Within, DeepSpeed finds a gradient that is not finite, whatever it is."""
+    name = next(name for name in _NO_NORM if hasattr(optimizer, name))
+    answer = _NO_NORM[name](torch.tensor(torch.nan, device=device()))
+    setattr(optimizer, name, lambda *args, **keywords: answer)  # over the class's
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
 
 
 # The only classes in DeepSpeed's own files beside tensors and plain data.

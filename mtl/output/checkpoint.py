@@ -184,7 +184,8 @@ class Checkpoints:
         A run killed at any moment leaves `latest` on a complete checkpoint.
 
         Raises:
-            CheckpointError: the ranks hold other weights or another state. Nothing is written.
+            CheckpointError: the ranks hold other weights or another state, or weights that are not
+                finite. Nothing is written.
         """
         _agree(engine, state)
         name = f"step-{state.step:08d}"
@@ -487,6 +488,11 @@ def _agree(engine: Engine, state: RunState) -> None:
     for name in RunState.ARRAYS:
         if plain[name] is not None:
             plain[name] = zlib.crc32(plain[name].tobytes())
+    if bad := sorted({name for names in comm.gather(engine.not_finite()) for name in names}):
+        raise CheckpointError(
+            f"step {state.step}: weights that are not finite: {either(bad)}. No checkpoint was "
+            "written; --resume goes on from the last one."
+        )
     found = comm.differences({"state": plain, "weights": engine.checksums()})
     if found:
         more = [f"and {len(found) - 5} more"] if len(found) > 5 else []

@@ -14,11 +14,11 @@ from mtl.config import Config
 from mtl.distributed import comm
 from mtl.output import trackers
 from mtl.output.state import RunState
-from mtl.train import anchor, draws, evaluate, schedule
+from mtl.train import anchor, draws, evaluate, incidents, schedule
 from mtl.train.evaluate import ValidationResult
 from mtl.train.randomness import seed_step
 from mtl.train.run import Run
-from mtl.train.step import GlobalBatch, StepReport, fetch, train_step
+from mtl.train.step import GlobalBatch, NonFinite, StepReport, fetch, train_step
 from mtl.train.weights import weigh
 
 
@@ -28,7 +28,17 @@ def train(run: Run, state: RunState) -> RunState:
 
     Raises:
         Preempted: a signal has asked any rank to stop; all have saved.
+        StepError: a loss or gradient is not finite, and the config lets no more batches go.
     """
+    while True:
+        try:
+            return _train(run, state)
+        except incidents.GoBack as back:
+            state = back.state
+
+
+def _train(run: Run, state: RunState) -> RunState:
+    """`train`, until the end or until the run goes back to a checkpoint."""
     config, names, k = run.config, run.names, len(run.names)
     started, first = time.monotonic(), state.step
     while True:
@@ -48,12 +58,21 @@ def train(run: Run, state: RunState) -> RunState:
 
         began = time.monotonic()
         draws.plan(run, state)
+        if t in state.passed:
+            incidents.pass_over(run, state)
+            continue
+        kept = incidents.before(run, state)
         batch = fetch(lambda t=t: run.batches.batch(t), k)
-        state.weights = weigh(run, state, batch, validation)
-        weights, drawn = draws.loss_weights(run, state), draws.values(run, state)
-        seed_step(config.train.seed, t)
         lr = _lr(config, t, run.steps)
-        report = train_step(run.engine, run.objective, batch, weights, lr, names)
+        try:
+            state.weights = weigh(run, state, batch, validation)
+            weights, drawn = draws.loss_weights(run, state), draws.values(run, state)
+            seed_step(config.train.seed, t)
+            report = train_step(run.engine, run.objective, batch, weights, lr, names)
+        except NonFinite as error:
+            incidents.meet(run, state, error, kept)
+            continue
+        incidents.watch(run, state, report)
         state.step, state.train_loss = t + 1, anchor.unseen(state, report.losses)
         if run.average:
             run.average.after_update(state)
