@@ -37,7 +37,7 @@ def main() -> None:
 
     config = plugins.read(args.config, args.set, args.allow_code)
     data = build.encode(config, args.allow_code)
-    engine.init_process_group(config.engine.timeout_minutes)
+    engine.init_process_group(config.engine.timeout_minutes, config.engine.watchdog_minutes)
     experiment = args.config, args.set, args.allow_code
     found = orders.study(experiment, data, args.runs, args.models)
     if comm.rank() == 0:

@@ -1,8 +1,8 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
-First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight), ruin (the weights become nan, once), or a
-signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between forward and backward), which flip
+First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight), ruin (the weights become nan, once), sleep
+(for SLEEP seconds), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between forward and backward), which flip
 and ruin want. Then the step, and the rank, or "all".
 
 POISON says what a row with toys.UNUSED in it does, on the rank that has it. loss: the first task's loss is infinite, with a
@@ -13,6 +13,7 @@ reads are.
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def strike(module: torch.nn.Module | None = None) -> None:
             for parameter in module.parameters():
                 parameter.data.fill_(torch.nan)
         return
+    if WHAT == "sleep":
+        return time.sleep(float(os.environ["SLEEP"]))
     if WHAT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if WHAT.startswith("SIG"):

@@ -610,6 +610,10 @@ class EngineSection(Section):
     """Minutes a process waits at the start until all others have started. A message every
     10 s names the missing ones. Reading the data comes afterwards, without this limit.
     """
+    watchdog_minutes: Annotated[float, Gt(0), Le(10080)] | None = 5.0
+    """Minutes a process may stand at the same place, in a collective say, until all print their
+    stacks and the missing ones are named. The run waits on. null: never.
+    """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.
     `"auto"` values are allowed. A key that contradicts one of ours is an error.

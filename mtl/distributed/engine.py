@@ -34,20 +34,23 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from mtl import process
 from mtl.config import Config, ConfigError
-from mtl.distributed import comm, rendezvous, reshard
+from mtl.distributed import comm, rendezvous, reshard, watchdog
 from mtl.distributed.ds_config import ds_config, zero_stage
 
 deepspeed_logger.setLevel(logging.WARNING)
 
 
-def init_process_group(timeout_minutes: float) -> None:
+def init_process_group(timeout_minutes: float, watchdog_minutes: float | None = None) -> None:
     """Join the process group that the launcher describes. Started with plain python, the process is
     alone in it.
 
     Args:
         timeout_minutes: how long a collective may wait. Do slow work (tokenizing, downloading)
             before this call.
+        watchdog_minutes: how long a process may stand still before all say where they are; None:
+            as long as it likes.
 
     Raises:
         RendezvousError: a rank is missing, or has failed before.
@@ -76,6 +79,8 @@ def init_process_group(timeout_minutes: float) -> None:
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     if torch.distributed.get_backend() != "gloo":
         comm.open_host_group(timeout)
+    store = meeting.store if meeting else None
+    watchdog.start(store, comm.rank(), comm.world(), watchdog_minutes, process.tell)
 
 
 def _keep_freed_memory() -> None:
