@@ -600,7 +600,7 @@ def test_overrides():
     [
         (
             "train.stepz=1",
-            "train.stepz: found an unknown key, wanted steps, epochs, seed, order or from. Did you mean steps?",
+            "train.stepz: found an unknown key, wanted steps, epochs, seed, order, not_finite, spike or from. Did you mean steps?",
         ),
         (
             "train.steps=[1",

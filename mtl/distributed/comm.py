@@ -17,12 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtl.distributed import watchdog
+from mtl.process import RankError
 
 T = TypeVar("T")
-
-
-class RankError(RuntimeError):
-    """Another rank failed; the text holds that rank's error."""
 
 
 def active() -> bool:

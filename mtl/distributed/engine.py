@@ -10,6 +10,7 @@ This file relies on these facts of DeepSpeed 0.19.8, which the tests measure aga
 """
 
 import ctypes
+import errno
 import hashlib
 import io
 import logging
@@ -352,13 +353,24 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write every rank's shard into `folder`. Frozen parameters are left out: the base model
         has them. A collective.
+
+        Raises:
+            OSError: a shard of this rank cannot be written.
+            RankError: one of another rank.
         """
-        self._engine.save_checkpoint(
-            str(folder.parent),
-            tag=folder.name,
-            save_latest=False,
-            exclude_frozen_parameters=bool(self.frozen),
-        )
+        with _noted(self._engine) as failed:
+            self._engine.save_checkpoint(
+                str(folder.parent),
+                tag=folder.name,
+                save_latest=False,
+                exclude_frozen_parameters=bool(self.frozen),
+            )
+
+        def tell() -> None:
+            if failed:
+                raise failed[0]
+
+        comm.together(tell)
 
     def load(self, folder: Path) -> None:
         """Read this rank's shard from `folder`, onto a fresh engine of the same world size and
@@ -440,6 +452,48 @@ class Engine:
                 f"it lacks the trainable {missing[:3]} ({len(missing)}) and has the unknown "
                 f"{unexpected[:3]} ({len(unexpected)})."
             )
+
+
+@contextmanager
+def _noted(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[OSError]]:
+    """Within, what DeepSpeed cannot write is noted and not raised: at its barriers the other ranks
+    would wait for this one.
+    """
+    failed: list[OSError] = []
+
+    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **keywords: Any) -> Any:
+            try:
+                return write(*args, **keywords)
+            except OSError as error:
+                failed.append(error)
+            except RuntimeError as error:  # of torch's own writer
+                path = next(each for each in (*args, *keywords.values()) if isinstance(each, str))
+                failed.append(_reason(path, error))
+
+        return attempt
+
+    writer = engine.checkpoint_engine
+    replaced = (writer, "save"), (writer, "makedirs"), (engine, "_copy_recovery_script")
+    for owner, name in replaced:
+        setattr(owner, name, noting(getattr(owner, name)))  # over the class's
+    try:
+        yield failed
+    finally:
+        for owner, name in replaced:
+            delattr(owner, name)
+
+
+def _reason(path: str, error: RuntimeError) -> OSError:
+    """Why torch could not write a file. It says "unexpected pos" alone, so the system is asked to
+    write some more there.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(2**16))
+    except OSError as reason:
+        return OSError(reason.errno, reason.strerror, path)
+    return OSError(errno.EIO, str(error).splitlines()[0], path)
 
 
 # What each optimizer of DeepSpeed's asks for the gradient's norm, and how it is told "nan": then it

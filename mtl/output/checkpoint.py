@@ -391,6 +391,21 @@ class Checkpoints:
             )
         return self.folder / name
 
+    def unwritable(self, error: OSError) -> CheckpointError:
+        """The error of a run that cannot write: path, space found and wanted, and what there is to
+        go on from. Not a collective.
+        """
+        complete = self._complete()
+        if complete:
+            took = manifest.size(self.folder / complete[-1]) / 1e6
+            move = (
+                f"A checkpoint takes {took:,.1f} MB, as {complete[-1]} did: that is the last good "
+                "one. Make room, and go on from it with --resume."
+            )
+        else:
+            move = "There is no checkpoint yet. Make room, and start again."
+        return CheckpointError(f"{process.storage(error, self.output)} {move}")
+
     def exported(self, which: str) -> tuple[Path, str] | None:
         """The checkpoint to export and which of its weights, "model" or "average": for "best"
         (where none beat the start, the last one), "last", or "average" (the last one's). None

@@ -83,8 +83,7 @@ def pass_over(run: Run, state: RunState) -> None:
     """Count a step whose batch is passed over."""
     if state.step not in state.passed:
         state.passed.append(state.step)
-    for tracker in run.trackers:
-        tracker.log(state.step, {"train/passed_over": state.passed.index(state.step) + 1})
+    run.log(state.step, {"train/passed_over": state.passed.index(state.step) + 1})
     state.step += 1
 
 
@@ -129,5 +128,4 @@ def rows(run: Run, step: int, tasks: Sequence[str] = ()) -> str:
 
 
 def _say(run: Run, step: int, text: str) -> None:
-    for tracker in run.trackers:
-        tracker.say(f"step {step}/{run.steps}  {text}")
+    run.say(f"step {step}/{run.steps}  {text}")
