@@ -32,6 +32,7 @@ from mtl.train.reference import fill
 from mtl.train.step import fetch, train_step
 
 STAGES = (0, 1, 2, 3)
+TOKENS = {0: 96, 1: 160, 2: 96, 3: 400}  # each stage cuts a batch otherwise
 WEIGHTS = [0.5, 0.2, 0.3]
 YAML = """\
 model: {{name: {folder}/model, precision: fp32}}
@@ -325,7 +326,8 @@ def gradients(folder: str) -> dict[int, dict[str, Any]]:
     found = {}
     for zero in STAGES:
         # A cache of its own, so that each stage asks the starting model itself.
-        config = config_of(Path(folder), f"cache={folder}/cache-{zero}", zero=zero)
+        own = f"cache={folder}/cache-{zero}", f"batch.tokens={TOKENS[zero]}"
+        config = config_of(Path(folder), *own, zero=zero)
         data = build.encode(config, say=silent)
         run = exposed(config, data)
         split = data.tasks[0].train
