@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mtl import evaluation, plugins
+from mtl import plugins
 from mtl.build import Data
+from mtl.compare import evaluation
 from mtl.config import Config
 from mtl.data.batches import Layout
 from mtl.data.plan import layouts_for, mix_for, steps_of
@@ -62,6 +63,7 @@ def study(
     rng = np.random.default_rng(config.train.seed)
     found = {
         "replicas": measure(trained, where),
+        # What spread there is without any order: the same losses at places drawn by lot.
         CHANCE: measure(trained, [rng.permutation(each) for each in where]),
     }
     mean = np.mean(trained, axis=0)
@@ -84,6 +86,7 @@ def _places(
     if order is None:
         raise ValueError(f"{run}: found a run of the one order, wanted a replica (`train.order`).")
     path, sets, allow_code = experiment
+    # The YAML has no order of its own; the replica's stands in its record.
     config = plugins.read(path, [*sets, f"train.order={json.dumps(order)}"], allow_code)
     mix = mix_for(config, data.tasks)
     now = provenance.identity(config, data.tasks, steps_of(config, mix))

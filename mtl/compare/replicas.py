@@ -19,7 +19,7 @@ METHODS = ("average", "average_norm", "select", "task_arithmetic", "ties", "dare
 
 
 @dataclass(frozen=True)
-class Study:
+class ReplicaStudy:
     """A study of K replicas, in the folder `out`.
 
     Args:
@@ -79,8 +79,10 @@ class Study:
         )
         exported = [output / "model" for output in self.replicas]
         merges = {self.out / f"merged-{method}": (method, exported) for method in self.methods}
+        # Only now: the commands are asked for one by one, and the long run has ended.
         merges[self.out / "tail"] = "average", self._tail()
         for target, (method, models) in merges.items():
+            # A merge appears whole or not at all, so one that is there is finished.
             if not target.exists():
                 yield self._merge(method, models, target)
         models = [*exported, self.out / "long" / "model", *merges]

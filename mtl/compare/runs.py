@@ -6,12 +6,13 @@ run's own folder, OUT/KIND/ARM/seed-N, goes away with its checkpoints then.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from mtl import plugins
 from mtl.compare.cost import forward_equivalents, pilot_cost
-from mtl.compare.study import Run, Study, StudyError
+from mtl.compare.study import PLACE, Study, StudyError, Trial
 from mtl.output import provenance
 from mtl.output.files import write_json
 from mtl.output.report import History
@@ -46,10 +47,10 @@ class Runner:
     threads: int = 1
     keep: bool = False
 
-    def path(self, run: Run) -> Path:
+    def path(self, run: Trial) -> Path:
         return self.out / "results" / f"{run.kind}.{run.arm}.{run.seed}.json"
 
-    def result(self, run: Run) -> dict[str, Any] | None:
+    def result(self, run: Trial) -> dict[str, Any] | None:
         """What is known of a finished run; None where it is not finished.
 
         Raises:
@@ -66,7 +67,7 @@ class Runner:
             )
         return result
 
-    def perform(self, run: Run) -> dict[str, Any]:
+    def perform(self, run: Trial) -> dict[str, Any]:
         """Train, or go on with it, read the test rows, write the result.
 
         Raises:
@@ -115,13 +116,28 @@ class Runner:
             shutil.rmtree(folder)
         return result
 
-    def _filled(self, run: Run, override: str) -> str:
-        """An override with `{results}` and `{seed}` filled in: so an arm reads another's result."""
+    def _filled(self, run: Trial, override: str) -> str:
+        """An override with what stands for another arm's result filled in: `{results}` and `{seed}`
+        make its path, `{mean:ARM}` and `{moved:ARM}` are its mean weights.
+        """
+        override = PLACE.sub(lambda place: self._weights(run, place), override)
         return override.replace("{results}", str(self.out / "results")).replace(
             "{seed}", str(run.seed)
         )
 
-    def _models(self, run: Run, output: Path, history: History, base: str) -> dict[str, str]:
+    def _weights(self, run: Trial, place: re.Match[str]) -> str:
+        path = self.path(replace(run, arm=place["arm"]))
+        if not path.is_file():
+            raise StudyError(
+                f"found no {path}, wanted the finished run whose weights {place[0]} is"
+            )
+        found = json.loads(path.read_text(encoding="utf-8"))["weights"]
+        values = list(found.values())
+        if place["which"] == "moved":
+            values = [values[-1], *values[:-1]]
+        return json.dumps(dict(zip(found, values, strict=True)))
+
+    def _models(self, run: Trial, output: Path, history: History, base: str) -> dict[str, str]:
         """The folders to read: of the best and the last checkpoint; of the arm that gives the
         headroom each task's best step too.
         """
@@ -149,7 +165,7 @@ class Runner:
             raise StudyError(f"{program}.py ended with exit code {code}; see {log}: {last}")
 
 
-def perform(runner: Runner, runs: list[Run], say: Say) -> list[str]:
+def perform(runner: Runner, runs: list[Trial], say: Say) -> list[str]:
     """Run what is not finished, in order. Returns what went wrong: an arm that failed is left out
     from then on, and the others go on.
     """

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,17 @@ ALWAYS = (
 )
 
 
+# In an override: the mean weights of another arm's run of the same seed, as they were or each one
+# given to the next task, so that weights and tasks no longer belong together.
+PLACE = re.compile(r"\{(?P<which>mean|moved):(?P<arm>[\w.-]+)\}")
+
+
 class StudyError(ValueError):
     """What is wrong with a study; the text says where and what to do."""
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One run. `kind`: arms, references or tuning; `arm` names a reference's task too."""
 
     kind: str
@@ -83,11 +89,20 @@ class Study:
     explore: bool
     allow_code: tuple[str, ...] = ()
 
-    def config(self, run: Run) -> Config:
-        """The experiment of a run. Raises ConfigError."""
-        return plugins.read(self.base, self.overrides(run), self.allow_code)
+    def config(self, run: Trial) -> Config:
+        """The experiment of a run, equal numbers standing for what others' results will say.
 
-    def overrides(self, run: Run) -> list[str]:
+        Raises:
+            ConfigError: it does not resolve.
+        """
+        overrides = [PLACE.sub(self._ones, each) for each in self.overrides(run)]
+        return plugins.read(self.base, overrides, self.allow_code)
+
+    def _ones(self, _: re.Match[str]) -> str:
+        document = plugins.read(self.base, self.common, self.allow_code).document.data
+        return json.dumps(dict.fromkeys(document["tasks"], 1))
+
+    def overrides(self, run: Trial) -> list[str]:
         """In the order they are set: ours, the study's, the arm's, the seed."""
         return [*ALWAYS, *self.common, *run.overrides, f"train.seed={run.seed}"]
 
@@ -111,13 +126,13 @@ class Study:
             "under `primary`."
         )
 
-    def key(self, run: Run) -> str:
+    def key(self, run: Trial) -> str:
         """What decides a run's outcome as far as the study says it: a short SHA-256."""
         base = yaml.safe_load(Path(self.base).read_text(encoding="utf-8"))
         text = json.dumps([base, self.overrides(run)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Trial]:
         """Every run, in the order they are started: tuning, the first arms, the other arms, seed by
         seed, then references, without which nothing but the scale of G is unknown.
         """
@@ -131,10 +146,10 @@ class Study:
             *self._runs("references", self._alone()),
         ]
 
-    def _runs(self, kind: str, arms: Mapping[str, tuple[str, ...]]) -> Iterator[Run]:
+    def _runs(self, kind: str, arms: Mapping[str, tuple[str, ...]]) -> Iterator[Trial]:
         for seed in self.seeds[kind]:
             for name, overrides in arms.items():
-                yield Run(kind, name, seed, overrides)
+                yield Trial(kind, name, seed, overrides)
 
     def _alone(self) -> dict[str, tuple[str, ...]]:
         """Every reference with every task alone: `TASK.ARM`."""
@@ -229,6 +244,11 @@ def _check(study: Study) -> None:
             for task, section in config.streams.items()
             if section.test is None
         ]
+        for place in PLACE.finditer(" ".join(run.overrides)):
+            if run.kind != "arms" or place["arm"] not in list(arms)[: list(arms).index(run.arm)]:
+                problems.append(
+                    f"{study.path}: {run.kind}.{run.arm}: found {place[0]}, wanted an arm above it."
+                )
     if problems:
         raise StudyError("\n".join(dict.fromkeys(problems)))
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import Piece, shares
+from mtl.merging.piece import TensorPiece, shares
 
 
-def average_norm(piece: Piece, *, weights: Sequence[float] | None = None) -> Tensor:
+def average_norm(piece: TensorPiece, *, weights: Sequence[float] | None = None) -> Tensor:
     """(...) the base and the mean delta, rescaled to the weighted mean of the deltas' norms.
 
     With `m = sum_i w_i delta_i`: `theta = theta_0 + m * sum_i w_i |delta_i| / |m|`, tensor by
@@ -21,4 +21,5 @@ def average_norm(piece: Piece, *, weights: Sequence[float] | None = None) -> Ten
     w = piece.deltas.new_tensor(shares(weights, piece.k))
     mean = torch.tensordot(w, piece.deltas, dims=1)
     wanted, has = w @ piece.flat.norm(dim=1), mean.norm()
+    # Deltas that cancel out have no direction to lengthen.
     return piece.base.to(piece.wide) + (mean * (wanted / has) if has > 0 else mean)

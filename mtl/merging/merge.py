@@ -22,8 +22,8 @@ from mtl.merging import fit, sources
 from mtl.merging.average import average
 from mtl.merging.candidates import Candidates, Losses
 from mtl.merging.files import Copy, Stored, carry, is_full
-from mtl.merging.piece import MergeError, Piece, factors
-from mtl.merging.report import Counts, Report, count
+from mtl.merging.piece import MergeError, TensorPiece, factors
+from mtl.merging.report import Counts, MergeReport, count
 from mtl.merging.select import select
 
 Method = Callable[..., Any]
@@ -69,7 +69,7 @@ def merge(
     threads: int | None = None,
     allow_remote_code: bool = False,
     say: Callable[[str], None] = lambda text: None,
-) -> Report:
+) -> MergeReport:
     """Merge K sub-models of one base into the folder `out`.
 
     Args:
@@ -100,12 +100,13 @@ def merge(
     with _folder(out) as (target, scratch):
         if adapters:
             stored = _adapters(models, base, method)
+            # No base: an adapter's delta is from zeros.
             first, method = None, _module_wise(method)
         else:
             first, stored = _whole(base, models, scratch, allow_remote_code, say)
         names = [str(model) for model in models]
         settings = dict(method.keywords)
-        report = Report(method.func.__name__, settings, seed, str(base or ""), names)
+        report = MergeReport(method.func.__name__, settings, seed, str(base or ""), names)
         known: dict[Path, Losses] = {}
 
         def losses(folder: Path) -> Losses:
@@ -116,9 +117,11 @@ def merge(
         if chosen := getattr(method.func, "chooses", False):
 
             def candidate(weights: Sequence[float]) -> Losses:
+                # One sub-model alone: it is there already, and its losses may be known.
                 if max(weights) == 1:
                     return losses(stored[list(weights).index(1)].folder)
                 tried = scratch / "candidate"
+                # One candidate on the disk at a time.
                 shutil.rmtree(tried, ignore_errors=True)
                 tried.mkdir()
                 stream(first, stored, functools.partial(average, weights=weights), tried)
@@ -162,6 +165,7 @@ def _folder(out: Path) -> Iterator[tuple[Path, Path]]:
             target.mkdir()
             scratch.mkdir()
             yield target, scratch
+            # An empty folder of the user's; it had to be one, see above.
             if out.exists():
                 out.rmdir()
             target.rename(out)
@@ -194,6 +198,7 @@ def _whole(
     try:
         fit.check(first, found)
     except MergeError:
+        # The names are alike, so reading it again would change nothing: it does not fit.
         if (other := sources.like(first, found[0], scratch / "base", say)) is first:
             raise
         first = other
@@ -242,6 +247,7 @@ def _stream(
     like, counts = models[0], {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit = memory or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    # Pool threads compute with one torch thread each; the caller's number comes back below.
     before = torch.get_num_threads()
 
     def work(name: str) -> tuple[str, Counts | None]:
@@ -250,7 +256,7 @@ def _stream(
             return name, None
         stored = [model.tensor(name) for model in models]
         start = base.tensor(name).to(stored[0].dtype) if base else torch.zeros_like(stored[0])
-        piece = Piece(name, start, stored, seed)
+        piece = TensorPiece(name, start, stored, seed)
         merged = _checked(method, piece).to(start.dtype)
         copy.write(name, merged)
         piece.__dict__.pop("deltas", None)  # what the method computed
@@ -276,17 +282,21 @@ def _stream(
 
         try:
             for name, entry in like.entries.items():
+                # Bytes as stored and once in the wide type, twice as wide,
+                # of every model, the base and the result.
                 size = (entry.stop - entry.start) * 3 * (len(models) + 2)
                 settle(max(0, limit - size))
                 running[pool.submit(work, name)] = size
+            # -1: until nothing is in work, since an empty tensor counts 0 bytes.
             settle(-1)
         finally:
+            # After an error no further tensor is begun.
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
     return {name: counts[name] for name in like.entries if name in counts}
 
 
-def _checked(method: Method, piece: Piece) -> Tensor:
+def _checked(method: Method, piece: TensorPiece) -> Tensor:
     merged = method(piece)
     name = method.func.__name__
     if not isinstance(merged, Tensor) or merged.shape != piece.base.shape:
@@ -299,7 +309,8 @@ def _checked(method: Method, piece: Piece) -> Tensor:
     return merged
 
 
-def _refuse(report: Report, names: list[str], far: bool) -> None:
+def _refuse(report: MergeReport, names: list[str], far: bool) -> None:
+    # The last of the diagonal is the merged model's.
     norms = report.total.gram.diagonal()[:-1]
     same = [name for name, norm in zip(names, norms, strict=True) if norm == 0]
     if same:
@@ -347,7 +358,7 @@ def _refuse_worse(tasks: dict[str, Any], force: bool) -> None:
         )
 
 
-def _card(report: Report, is_adapter: bool) -> str:
+def _card(report: MergeReport, is_adapter: bool) -> str:
     text = "\n".join(report.lines())
     kind = "peft" if is_adapter else "transformers"
     return (

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import MergeError, Piece, shares
+from mtl.merging.piece import MergeError, TensorPiece, shares
 
 UNITS = ("element", "row", "tensor", "module", "layer")
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 def select(
-    piece: Piece,
+    piece: TensorPiece,
     *,
     weights: Sequence[float] | None = None,
     granularity: str = "element",
@@ -46,12 +46,14 @@ def select(
             "several tensors at once, and which of them changed is not known together."
         )
     random = piece.generator(unit_of(piece.name, granularity))
+    # Comparing costs K passes over the tensor: only where something is drawn again.
     changed = None
     if rounds or resample == "exhaustive":
         changed = [_by_unit(model != piece.base, granularity) for model in piece.models]
     draw = _draw(piece, granularity, random)
     index = _choice(draw, p, changed if resample == "exhaustive" else None)
     for _ in range(rounds):
+        # Drawn for all units, though few need it: the numbers do not depend on the data.
         again = _choice(_draw(piece, granularity, random), p)
         index = torch.where(_pick(changed, index), index, again)
     return _pick(piece.models, index)
@@ -65,7 +67,7 @@ def unit_of(name: str, granularity: str) -> str:
     return found[1] if found else name
 
 
-def _draw(piece: Piece, granularity: str, random: torch.Generator) -> Tensor:
+def _draw(piece: TensorPiece, granularity: str, random: torch.Generator) -> Tensor:
     """Uniform numbers in a shape that broadcasts to the tensor's: one for each unit."""
     shape, dims = piece.base.shape, piece.base.dim()
     if granularity == "row" and dims:
@@ -84,6 +86,7 @@ def _choice(u: Tensor, p: Sequence[float], among: Sequence[Tensor] | None = None
     for i, each in enumerate(share):
         total = total + (each if among is None else among[i] * each)
     scaled = u * total
+    # The last share ends at the total, so nothing lies above it.
     for i, each in enumerate(share[:-1]):
         below = below + (each if among is None else among[i] * each)
         index += scaled >= below

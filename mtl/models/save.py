@@ -63,6 +63,7 @@ def save(
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(folder)) from error
 
+    # Rank 0 writes, and all hear whether it could.
     comm.together(attempt)
 
 

@@ -24,7 +24,7 @@ Ids = Sequence[int] | NDArray[np.integer]
 
 
 @dataclass(frozen=True)
-class PairBatch(Batch):
+class PromptBatch(Batch):
     """P pairs of a text and a class's prompt.
 
     Attributes:
@@ -189,7 +189,7 @@ class ZeroExamples:
         pass
 
 
-class PairExamples(ZeroExamples):
+class PromptExamples(ZeroExamples):
     """A text beside its class's prompt, and beside another's. A class is drawn as the wrong one by
     1 / (1 + the times it is the right one among all training rows), so that a frequent class is
     not wrong as often as it is right.
@@ -217,11 +217,12 @@ class PairExamples(ZeroExamples):
 
     def collate(
         self, rows: Sequence[Sequence[Piece]], *, packed: bool, most: int, tokens: int
-    ) -> PairBatch:
+    ) -> PromptBatch:
         pieces = [piece for row in rows for piece in row]
         classes = []
         for piece in pieces:
             right = int(piece.columns["label"][0])
+            # The wrong class is never the right one.
             chance = np.where(np.arange(len(self.rarity)) == right, 0.0, self.rarity)
             classes += [right, int(piece.rng.choice(len(chance), p=chance / chance.sum()))]
         of = np.repeat(np.arange(len(pieces)), 2)
@@ -229,17 +230,18 @@ class PairExamples(ZeroExamples):
         ids, mask, text, prompt = pairs(texts, of, np.array(classes), self.classes, self.scorer)
         right = np.tile(np.array([1.0, 0.0], np.float32), len(pieces))
         task = np.repeat([self._task(piece) for piece in pieces], 2)
-        return PairBatch(*map(torch.from_numpy, (ids, mask, text, prompt, right, task)))
+        return PromptBatch(*map(torch.from_numpy, (ids, mask, text, prompt, right, task)))
 
 
 def pairs(
     texts: Sequence[Ids], of: np.ndarray, classes: np.ndarray, known: Classes, scorer: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The encoder's rows for P pairs of a text and a class: ids and mask (N, T), and each pair's
-    rows of text and of prompt (P,), as `PairBatch` has them.
+    rows of text and of prompt (P,), as `PromptBatch` has them.
     """
     if scorer == "bi":
         ids, mask = padded([*texts, *known.ids], known.pad_id)
+        # Prompts stand after the texts, in the order of the classes.
         return ids, mask, of, len(texts) + classes
     # Prompt and text without the text's first special token: [CLS] prompt [SEP] text [SEP].
     rows = [[*known.ids[c], *list(texts[i])[1:]] for i, c in zip(of, classes, strict=True)]
@@ -273,7 +275,9 @@ class TextExamples(ZeroExamples):
 
     def _columns(self, text: str, label: int) -> tuple[dict[str, np.ndarray], int, bool]:
         prompt = self.prompt(label)
+        # A space first: the text follows a prompt, and decoders' words begin with their space.
         ids = self.tokenizer(f" {text}", add_special_tokens=False, verbose=False)["input_ids"]
+        # - 1: the end has a token too.
         room = self.max_length - len(prompt) - 1
         whole = [*prompt, *ids[:room], self.tokenizer.eos_token_id]
         columns = {"decoder": np.array(whole, np.int32), "start": np.array([len(prompt)], np.int32)}
@@ -296,9 +300,11 @@ class TextExamples(ZeroExamples):
             rng, n = piece.rng, len(piece.columns["decoder"])
             noise[i] = rng.gumbel(size=self.codes)
             start = int(piece.columns["start"][0])
+            # A token is predicted one position before it: the text's first at the prompt's end.
             at += [(i, t) for t in range(start - 1, n - 1)]
             labels += piece.columns["decoder"][start:].tolist()
             task += [self._task(piece)] * (n - start)
+            # Pairs come from this micro-batch: no codes of other texts are at hand.
             mine = np.flatnonzero((label == label[i]) & (np.arange(len(label)) != i))
             for others, same in (mine, 1.0), (np.flatnonzero(label != label[i]), 0.0):
                 if len(others):
