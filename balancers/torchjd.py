@@ -74,7 +74,7 @@ class TorchJD(Balancer):
                 "for the Gramian "
                 f"{inner.tolist()}, wanted finite ones; try another method"
             )
-        # The present tasks' own come into it in the next line.
+        # The mean is for absent tasks; the others get their own below.
         state["weights"] = np.full(len(gram), weights.mean())
         state["weights"][present] = weights
         return state, state["weights"].copy(), {}
