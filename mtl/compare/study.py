@@ -47,7 +47,7 @@ class StudyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One run. `kind`: arms, references or tuning; `arm` names a reference's task too."""
 
     kind: str
@@ -89,7 +89,7 @@ class Study:
     explore: bool
     allow_code: tuple[str, ...] = ()
 
-    def config(self, run: Run) -> Config:
+    def config(self, run: Trial) -> Config:
         """The experiment of a run, equal numbers standing for what others' results will say.
 
         Raises:
@@ -102,7 +102,7 @@ class Study:
         document = plugins.read(self.base, self.common, self.allow_code).document.data
         return json.dumps(dict.fromkeys(document["tasks"], 1))
 
-    def overrides(self, run: Run) -> list[str]:
+    def overrides(self, run: Trial) -> list[str]:
         """In the order they are set: ours, the study's, the arm's, the seed."""
         return [*ALWAYS, *self.common, *run.overrides, f"train.seed={run.seed}"]
 
@@ -126,13 +126,13 @@ class Study:
             "under `primary`."
         )
 
-    def key(self, run: Run) -> str:
+    def key(self, run: Trial) -> str:
         """What decides a run's outcome as far as the study says it: a short SHA-256."""
         base = yaml.safe_load(Path(self.base).read_text(encoding="utf-8"))
         text = json.dumps([base, self.overrides(run)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Trial]:
         """Every run, in the order they are started: tuning, the first arms, the other arms, seed by
         seed, then references, without which nothing but the scale of G is unknown.
         """
@@ -146,10 +146,10 @@ class Study:
             *self._runs("references", self._alone()),
         ]
 
-    def _runs(self, kind: str, arms: Mapping[str, tuple[str, ...]]) -> Iterator[Run]:
+    def _runs(self, kind: str, arms: Mapping[str, tuple[str, ...]]) -> Iterator[Trial]:
         for seed in self.seeds[kind]:
             for name, overrides in arms.items():
-                yield Run(kind, name, seed, overrides)
+                yield Trial(kind, name, seed, overrides)
 
     def _alone(self) -> dict[str, tuple[str, ...]]:
         """Every reference with every task alone: `TASK.ARM`."""

@@ -49,8 +49,8 @@ class Balanced:
         probe_every: optimizer steps between validation probes, where the balancer reads any. They
             take the rows of `eval_dataset`, which then is a mapping from each task's name to its
             rows.
-        probe_groups: groups of whole rows each task's validation rows are cut into; a probe reads
-            one of them. All are read once before the first step, for their initial losses.
+        probe_groups: groups of whole rows each task's validation rows are divided into; a probe
+            reads one of them. All are read once before the first step, for their initial losses.
         others: what the Trainer takes, by name or by position.
 
     Raises:
