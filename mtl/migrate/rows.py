@@ -42,7 +42,7 @@ def paths_of(data_paths: str | list[str]) -> list[Path]:
     paths = (
         data_paths if isinstance(data_paths, list) else data_paths.strip().strip("[]").split(",")
     )
-    # `['a','b']` in a text: MFTCoder's configs write lists so.
+    # A text may quote its parts: `['a','b']`.
     return [Path(part.strip().strip("'\"")) for part in paths if part.strip()]
 
 
