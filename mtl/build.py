@@ -106,6 +106,7 @@ def encode(
     formats = plugins.formats(config, allow_code)
     of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
     tasks = prepare(config, of_stream, formats, say, rebuild)
+    # In every process alike: it reads the rows' columns and communicates nothing.
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
@@ -227,6 +228,7 @@ def build(
         found, wanted = f"{config.schedule.warmup:,}", f"at most the run's steps, {steps:,}"
         raise ConfigError([config.error("schedule.warmup", found, wanted)])
     identity = provenance.identity(config, tasks, steps)
+    # Ranks with other rows would draw other batches, and hang in a collective at best.
     comm.same(identity, "data")
     engine = engine or start_engine(config, data, allow_code, say)
     if packed is None:
@@ -240,6 +242,7 @@ def build(
     evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
     settings = config.resolved()["model"]
     weights = reference.fill(engine, goals.each, tasks, evaluated, settings, say)
+    # A checkpoint belongs to these answers: another start would give others.
     if weights is not None:
         identity["starting model (content)"] = weights
     validation = validation_groups_for(config, tasks, evaluated)
@@ -250,7 +253,8 @@ def build(
     batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
     anchors, patience = None, _patience(config)
     if patience is not None and patience.times is not None:
-        # The other run's folder may have changed: on --resume the tasks must be done when they were.
+        # The other run's folder may have changed: on --resume the tasks must be done
+        # when they were.
         source = f"steps by {getattr(config.evaluate.patience, 'from')}"
         identity[source] = dict(zip(config.tasks, patience.times, strict=True))
     if patience is not None and patience.action == "anchor":
@@ -324,6 +328,7 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
     """
     if resume is False:
         return RunState()
+    # Every rank looks by itself: its host may not see the folder.
     found = comm.together(lambda: run.checkpoints.find(None if resume is True else resume))
     comm.same({"checkpoint": str(found)}, "newest checkpoints")
     say(
@@ -357,6 +362,7 @@ def open_trackers(
     def open_on_first() -> list[trackers.Tracker]:
         if comm.rank() > 0:
             return []
+        # By this mark a later start knows that the folder is a run's.
         manifest.mark(output, RUN)
         name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
         record = provenance.record(config, tasks, run.steps, comm.world(), run.checkpoints.identity)

@@ -79,6 +79,7 @@ class Runner:
         experiment = ["--config", self.study.base]
         experiment += [part for each in overrides for part in ("--set", each)]
         experiment += [part for each in self.study.allow_code for part in ("--allow-code", each)]
+        # --resume goes on where an earlier attempt ended, and begins where there is none.
         self._start(folder, "train", *experiment, "--resume")
         history = read_history(folder / "run")
         config = plugins.read(self.study.base, overrides, self.study.allow_code)
@@ -141,12 +142,14 @@ class Runner:
         """The folders to read: of the best and the last checkpoint; of the arm that gives the
         headroom each task's best step too.
         """
+        # Names have eight digits, so the highest name is the last step.
         last = max((output / "checkpoints").glob("step-*"))
         average = last / "average"
         found = {"best": output / "model", "last": average if average.is_dir() else last / "model"}
         if (run.kind, run.arm) != ("arms", self.study.equal):
             return {what: str(folder) for what, folder in found.items()}
         for task, step in _steps(history)["own"].items():
+            # Step 0 is the model that the run started from, which no folder of the run keeps.
             found[f"own {task}"] = output / "bests" / f"step-{step:08d}" if step else Path(base)
         return {what: str(folder) for what, folder in found.items()}
 

@@ -28,6 +28,7 @@ KEYS = {
     "references": "seeds and arms of runs on one task alone",
     "tuning": "seeds and arms of runs that are not reported",
 }
+# Set first, so that a study's own overrides win.
 ALWAYS = (
     "evaluate.best=log",
     "checkpoint.keep=1",
@@ -128,6 +129,7 @@ class Study:
 
     def key(self, run: Trial) -> str:
         """What decides a run's outcome as far as the study says it: a short SHA-256."""
+        # The content, not the text: a new comment in the YAML makes no result old.
         base = yaml.safe_load(Path(self.base).read_text(encoding="utf-8"))
         text = json.dumps([base, self.overrides(run)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -231,6 +233,7 @@ def _check(study: Study) -> None:
     problems = []
     seen = set()
     for run in study.runs():
+        # Seeds of an arm differ in one number: one of them stands for all.
         if (run.kind, run.arm) in seen:
             continue
         seen.add((run.kind, run.arm))

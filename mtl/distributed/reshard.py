@@ -163,6 +163,7 @@ def fill(
         content = torch.load(new.paths[rank], map_location="cpu", weights_only=False)
         shard = Shard(content)
         for name, places in new.pieces.items():
+            # A parameter is read only where this rank holds a part of it.
             mine = [piece for owner, piece in places if owner == rank and piece.numel]
             values = old.read(name) if mine else {}
             for piece in mine:
@@ -180,6 +181,7 @@ def fill(
         rank == 0 and model.exists()
     ):  # one file for all ranks; stage 3 has no such file: its parameters are in the others
         content = torch.load(model, map_location="cpu", weights_only=False)
+        # Tied parameters stand in the file under each of their names.
         for alias, name in aliases.items():
             parameter = content["module"][alias]
             parameter.copy_(old.read(name)[FP32].view(parameter.shape))

@@ -165,7 +165,7 @@ class Anchors:
                 return stored
 
             stored, first = comm.together(write), last
-        # On rank 0 alone; `del` closes the map before the file gets its name.
+        # On rank 0 alone: all of it is in the file before that gets its name.
         if stored is not None:
             stored.flush()
             del stored
