@@ -36,7 +36,7 @@ from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
-from mtl.report.tracker import Report
+from mtl.report.tracker import PageTracker
 from mtl.train import gram, reference
 from mtl.train.anchor import Anchors
 from mtl.train.average import Average
@@ -371,10 +371,11 @@ def open_trackers(
         settings = {"output": output, "steps": run.steps, "start": state.step}
         paths = [("trackers", str(i)) for i in range(len(config.trackers))]
         opened = [resolve(config, path, plugins.TRACKER, allow_code)(**settings) for path in paths]
-        for always in (trackers.Jsonl, Report):  # the last table and resume read the first
+        for always in (trackers.Jsonl, PageTracker):  # the last table and resume read the first
             if not any(isinstance(one, always) for one in opened):
                 opened.append(always(**settings))
-        return sorted(opened, key=lambda one: isinstance(one, Report))  # it reads the others' files
+        # The page reads the others' files.
+        return sorted(opened, key=lambda one: isinstance(one, PageTracker))
 
     run.trackers = comm.together(open_on_first)
 
