@@ -2,7 +2,7 @@
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
 First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight), ruin (the weights become nan, once), sleep
-(for SLEEP seconds), limit (files to LIMIT bytes), fill (the disk of the folder FILL), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between forward and backward), which flip
+(for SLEEP seconds), limit (files to LIMIT bytes), fill (the disk of the folder FILL, but for ROOM bytes), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between forward and backward), which flip
 and ruin want. Then the step, and the rank, or "all".
 
 POISON says what a row with toys.UNUSED in it does, on the rank that has it. loss: the first task's loss is infinite, with a
@@ -88,9 +88,11 @@ def strike(module: torch.nn.Module | None = None) -> None:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         return resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]), hard))
     if WHAT == "fill":
-        with suppress(OSError), (Path(os.environ["FILL"]) / "ballast").open("wb", 0) as ballast:
-            while True:
-                ballast.write(bytes(4096))
+        with (Path(os.environ["FILL"]) / "ballast").open("wb", 0) as ballast:
+            with suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+            ballast.truncate(max(0, ballast.tell() - int(os.environ.get("ROOM", 0))))
         return
     if WHAT == "sleep":
         return time.sleep(float(os.environ["SLEEP"]))

@@ -4,8 +4,10 @@ import errno
 import os
 import re
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
+import attack
 import pytest
 import runs
 
@@ -30,13 +32,11 @@ def whole(yaml) -> Path:
 @pytest.fixture
 def small(tmp_path):
     """A file system of 24 MB, which only root can make."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root, outside of most containers")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with ExitStack() as stack:
+        try:
+            yield stack.enter_context(attack.small_disk(tmp_path / "small"))
+        except PermissionError as error:
+            pytest.skip(str(error))
 
 
 def assert_ended_in_words(ended: runs.Ended, output: Path, path: str, why: str) -> None:
