@@ -51,7 +51,8 @@ class Watchdog:
             seconds,
             say,
         )
-        self.alarms = 0  # of all ranks, as far as known here
+        # Of all ranks, as far as known here. A launcher's store remembers those before a restart.
+        self.alarms = store.add("watchdog", 0) if store else 0
         self._every = min(seconds / LOOKS, SELDOM)
         self._where: object = None
         self._since, self._told = time.monotonic(), False
