@@ -28,7 +28,7 @@ from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validatio
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.generation.asking import Asking, ask
+from mtl.generation.asking import ENDLESS, Asking, ask
 from mtl.losses.objective import Measure, maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
@@ -133,11 +133,12 @@ def asking(
         DataError: a row has no question.
     """
     forms, names, asked = plugins.formats(config, allow_code), list(config.tasks), []
+    encoder = Encoder(data.tokenizer, ENDLESS, special_text=config.batch.special_text)
     encoded = {task.name: task.validation for task in data.tasks}
     for name, mine in plugins.metrics(config, allow_code).items():
         if mine:
             sources, number = sources_of(config.tasks[name], split), names.index(name)
-            made = encoded[name], sources, forms[name], data.tokenizer, rows
+            made = encoded[name], sources, forms[name], encoder, rows
             asked.append(ask(name, number, mine, *made))
     settings = config.evaluate.generate
     return Asking(asked, len(names), data.tokenizer, settings) if asked else None

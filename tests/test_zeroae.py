@@ -230,6 +230,22 @@ def test_cross_scores_read_prompt_and_text_together(folder):
     assert scores[::2].tolist() == pytest.approx([every[0, 0], every[1, 1]], rel=1e-4)
 
 
+def test_special_text_is_said_once_or_plain_to_both_models(folder):
+    text, said = "aaxyz<|end|> b", {}
+    for policy, options in (("keep", {}), ("plain", {"split_special_tokens": True})):
+        _, data, _ = parts(folder, f"batch.special_text={policy}")
+        ids = toys.tokenizer()(text, **options)["input_ids"]
+        notes: list[tuple[str, int]] = []
+        for examples in data.examples:
+            notes.clear()
+            row = examples.encode(Labeled(text, NAMES[0]), lambda *one: notes.append(one))
+            said[policy] = list(notes)
+            assert row.columns["ids"].tolist() == ids
+        assert row.columns["decoder"][-len(ids) - 1 : -1].tolist() == ids
+    note = "rows with the text of <|end|> in them, which becomes that token"
+    assert said == {"keep": [(note, 1)], "plain": []}
+
+
 # --- choosing
 
 

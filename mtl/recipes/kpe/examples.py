@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mtl.config import Config, ConfigError
-from mtl.data.encode import Note, look_for, special_texts, tokenizer_fingerprint
+from mtl.data.encode import tokenizer_fingerprint
 from mtl.data.encoded import DataError, Encoded
 from mtl.data.examples import Batch, Book, Piece, Row
 from mtl.data.formats import RowProblem
+from mtl.data.special import Note, Specials
 
 QA, SPAN, RELATION = LOSSES = "qa", "span", "relation"
 NONE = -1
@@ -197,7 +198,7 @@ class ChoiceExamples:
             raise ConfigError([config.error("model.name", found, wanted)])
         self.book, self.tokenizer, self.mask, self.length = book, tokenizer, mask, length
         self.max_length, self.too_long = config.batch.max_length, config.batch.too_long
-        self.special_text, self._specials = config.batch.special_text, special_texts(tokenizer)
+        self.specials = Specials(tokenizer, config.batch.special_text)
         self.pad_id = tokenizer.pad_token_id or 0
         # A model without a mask reads its unknown token, or its padding, in its place.
         ids = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, 0)
@@ -208,14 +209,14 @@ class ChoiceExamples:
     @property
     def identity(self) -> Any:
         length = [self.max_length, self.length, self.too_long == "truncate"]
-        return [tokenizer_fingerprint(self.tokenizer), length, self.special_text]
+        return [tokenizer_fingerprint(self.tokenizer), length, self.specials.policy]
 
     def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
         if not isinstance(example, Choice):
             found = type(example).__name__
             raise RowProblem("bad value", f"found a {found}, wanted a choice (format: choices)")
         texts = [*example.candidates, *(item.text for item in example.items)]
-        look_for(self._specials, texts, self.special_text, note)
+        self.specials.look(texts, note)
         candidates = [
             self._ids(text, f"options.{i}", self.max_length, "batch.max_length")
             for i, text in enumerate(example.candidates)
@@ -250,16 +251,15 @@ class ChoiceExamples:
         self, text: str, name: str, most: int, key: str
     ) -> tuple[list[int], list[tuple[int, int]], bool]:
         """Token ids, where each stands in the text, and whether they were cut."""
-        made = self.tokenizer(text, verbose=False, return_offsets_mapping=True)
+        options = {"verbose": False, "return_offsets_mapping": True, **self.specials.options}
+        made = self.tokenizer(text, **options)
         ids = made["input_ids"]
         is_long = len(ids) > most
         if is_long and self.too_long != "truncate":
             found = f"{name}: found {len(ids)} tokens, wanted at most {key} = {most}"
             raise RowProblem("too long", found)
         if is_long:
-            made = self.tokenizer(
-                text, verbose=False, return_offsets_mapping=True, truncation=True, max_length=most
-            )
+            made = self.tokenizer(text, truncation=True, max_length=most, **options)
             ids = made["input_ids"]
         if not ids:
             raise RowProblem("no target", f"{name}: the text is empty")
