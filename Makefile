@@ -10,6 +10,7 @@
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
 #   make merging   what merging is worth, row by row with six seeds: hours, and it goes on where it was
+#   make docs      the docs as a site, build/site/index.html; a warning ends it
 #   make clean     remove .venv and .venv-bench; models, data and runs stay
 
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ STUDY ?= m0
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify kpe kpe-arms zeroae test test-all figure attack bench evidence merging constraints clean
+.PHONY: train quickstart classify kpe kpe-arms zeroae test test-all docs figure attack bench evidence merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -52,6 +53,9 @@ test: $(VENV)/with-test
 
 test-all: $(VENV)/with-test
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(VENV)/with-docs
+	$(BIN)/python -m mkdocs build --strict
 
 figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs that there are
 	$(BIN)/python launch/report.py $(wildcard runs/quickstart runs/quickstart-equal runs/quickstart-tokens) \

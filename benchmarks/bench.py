@@ -518,7 +518,7 @@ def tables(results: Settings) -> str:
                 f"| {name} | {spread([rate(turn) for turn in turns], '{:.1f}')} | {seconds} | "
                 f"{peak:.0f} |"
             )
-    lines += ["", "Checked:", *(f"- {text}" for text in results["checked"])]
+    lines += ["", "Checked:", "", *(f"- {text}" for text in results["checked"])]
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     process.settle()  # before torch is imported
-    from mtl import build, choice, plugins
+    from mtl import build, plugins
+    from mtl.compare import choice
     from mtl.distributed import comm, engine, rendezvous
     from mtl.output import lock, report
     from mtl.report import page

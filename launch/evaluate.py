@@ -32,7 +32,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     process.settle()  # before torch is imported
-    from mtl import evaluation, plugins
+    from mtl import plugins
+    from mtl.compare import evaluation
     from mtl.distributed import comm, engine, rendezvous
     from mtl.merging.report import aligned
     from mtl.output.checkpoint import write_text

@@ -44,7 +44,7 @@ def main() -> None:
     base, models = merge.found(args.base, args.models, args.run, args.steps)
     evaluate, tasks = None, ()
     if args.config:
-        from mtl import evaluation
+        from mtl.compare import evaluation
 
         evaluate, tasks = evaluation.halves(args.config, args.allow_code)
     given = {name: getattr(args, name) for name in ("seed", "adapters", "force")}

@@ -4,7 +4,6 @@ Builds everything top to bottom and runs it. Also starts under torchrun, and alo
 python.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,16 +14,10 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 from mtl import cli, process
 
 
-def arguments() -> argparse.Namespace:
-    parser = cli.parser(__doc__, reads_config=True, is_launched=True, encodes=True)
-    going_on = "go on from the newest checkpoint in `output`, or from that of a step"
-    step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
-    parser.add_argument("--resume", help=going_on, **step)
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = arguments()
+    args = cli.parser(
+        __doc__, reads_config=True, is_launched=True, encodes=True, resumes=True
+    ).parse_args()
     process.settle()  # before torch is imported, and that after the arguments: help comes at once
     process.check_world()
 

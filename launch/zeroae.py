@@ -19,12 +19,7 @@ from mtl import cli, process
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__, reads_config=True)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add(
-        "--pool",
-        type=Path,
-        required=True,
-        help="JSONL rows with a text, of which no other key is read",
-    )
+    add("--pool", type=Path, required=True, help="JSONL rows, of which only `text` is read")
     add("--valid", type=Path, help="such rows for validation; default: valid.jsonl beside the pool")
     add("--out", type=Path, default=Path("runs/zeroae"), help="default: %(default)s")
     add("--train", metavar="COMMAND", help="how to train, such as 'deepspeed launch/train.py'")

@@ -26,6 +26,7 @@ def parser(
     reads_config: bool = False,
     is_launched: bool = False,
     encodes: bool = False,
+    resumes: bool = False,
 ) -> argparse.ArgumentParser:
     """A program's parser, with its docstring as the help.
 
@@ -33,6 +34,7 @@ def parser(
         reads_config: it has the options that say which experiment.
         is_launched: it takes the rank that launchers append to their command.
         encodes: it has the option to encode damaged data of the cache anew.
+        resumes: it has `--resume`: False without, True alone, a step's number with one.
     """
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,6 +48,10 @@ def parser(
     if encodes:
         anew = "compare the whole cache with its checksums, and encode anew what is damaged"
         add("--rebuild-cache", action="store_true", help=anew)
+    if resumes:
+        going_on = "go on from the newest checkpoint in `output`, or from that of a step"
+        step = {"nargs": "?", "const": True, "default": False, "type": int, "metavar": "STEP"}
+        add("--resume", help=going_on, **step)
     if is_launched:
         add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return made

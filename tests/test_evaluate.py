@@ -11,7 +11,8 @@ import pytest
 import runs
 import toys
 
-from mtl import evaluation, plugins, process
+from mtl import plugins, process
+from mtl.compare import evaluation
 from mtl.config import ConfigError
 
 PROGRAM = runs.ROOT / "launch" / "evaluate.py"

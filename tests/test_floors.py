@@ -13,22 +13,19 @@ import mtl
 ROOT = Path(__file__).resolve().parent.parent
 
 # Packages (and the modules beside them), lowest first. A file imports from lower floors, or from its
-# own without a cycle.
-FLOORS = {
-    "balancers": 0,
-    "mtl.process": 0,  # before torch is imported
-    "mtl.config": 1, "mtl.samples": 1,
-    "mtl.data": 2, "mtl.migrate": 2,
-    "mtl.losses": 3,
-    "mtl.distributed": 4,
-    "mtl.models": 5, "mtl.integrations": 5,
-    "mtl.generation": 6, "mtl.output": 6, "mtl.check": 6, "mtl.merging": 6,
-    "mtl.train": 7,
-    "mtl.plugins": 8, "mtl.build": 8, "mtl.evaluation": 8,
-    "mtl.compare": 8, "mtl.report": 8, "mtl.choice": 8, "mtl.recipes": 8,
-    "launch": 9, "mtl.cli": 9,
-    "mtl": 0,  # the package itself: its version
-}  # fmt: skip
+# own without a cycle. `mtl` is the package itself: its version.
+FLOORS = (
+    "balancers mtl mtl.process",  # the last is what is settled before torch is imported
+    "mtl.config mtl.samples",
+    "mtl.data mtl.migrate",
+    "mtl.losses",
+    "mtl.distributed",
+    "mtl.models mtl.integrations",
+    "mtl.generation mtl.output mtl.check mtl.merging",
+    "mtl.train",
+    "mtl.plugins mtl.build mtl.compare mtl.report mtl.recipes",
+    "launch mtl.cli",
+)
 DOORS = {("mtl", "mtl.models.folder")}  # imported when it is called: `import mtl` stays light
 EXTRAS = {
     "balancers.torchjd": {"torch", "torchjd"}
@@ -70,8 +67,11 @@ def imports(name: str, path: Path, ours: dict[str, Path]) -> set[str]:
 def floor(name: str) -> int:
     parts = name.split(".")
     package = ".".join(parts[: 2 if parts[0] == "mtl" else 1])
-    assert package in FLOORS, f"{package} has no floor: give it one in {Path(__file__).name}"
-    return FLOORS[package]
+    found = [n for n, packages in enumerate(FLOORS) if package in packages.split()]
+    assert len(found) == 1, (
+        f"{package} has {len(found)} floors: give it one in {Path(__file__).name}"
+    )
+    return found[0]
 
 
 def climbs(ours: dict[str, Path]) -> list[str]:
@@ -103,7 +103,7 @@ def test_imports_go_down():
 def test_programs_are_short():
     """They read arguments, build and run; what they do lives in `mtl`."""
     lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("launch/*.py")}
-    assert len(lines) > 8 and {name: n for name, n in lines.items() if n > 70} == {}
+    assert len(lines) > 8 and {name: n for name, n in lines.items() if n > 65} == {}
 
 
 def test_the_package_itself_is_light():

@@ -14,7 +14,8 @@ from chats import GEMMA
 from distributed import run_distributed
 from transformers import AutoModelForCausalLM
 
-from mtl import evaluation, plugins
+from mtl import plugins
+from mtl.compare import evaluation
 from mtl.config import ConfigError
 from mtl.data.encoded import DataError
 from mtl.data.formats import Completion

@@ -20,7 +20,8 @@ from distributed import run_distributed
 from near import near
 from test_equivalence import exposed
 
-from mtl import build, evaluation, plugins
+from mtl import build, plugins
+from mtl.compare import evaluation
 from mtl.config import ConfigError
 from mtl.data.formats import Completion, RowProblem
 from mtl.data.preference import preference

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import mtl
-from mtl import build, evaluation, plugins
+from mtl import build, plugins
+from mtl.compare import evaluation
 from mtl.config import ConfigError
 from mtl.data.examples import Piece
 from mtl.distributed import comm

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mtl import evaluation, plugins
+from mtl import plugins
 from mtl.build import Data
+from mtl.compare import evaluation
 from mtl.config import Config
 from mtl.data.batches import Layout
 from mtl.data.plan import layouts_for, mix_for, steps_of

@@ -12,8 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mtl import evaluation, plugins
+from mtl import plugins
 from mtl.build import Data
+from mtl.compare import evaluation
 from mtl.config import Config
 from mtl.distributed import comm
 from mtl.merging import sources
