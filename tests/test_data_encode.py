@@ -85,12 +85,12 @@ def test_nothing_is_kept_behind_the_last_target():
     assert made.truncated and made.ids.tolist() == Encoder(TOK, 48)(asked).ids.tolist()
 
 
-def test_the_end_of_a_turn_without_eos_is_the_end_of_its_text():
+def test_the_end_of_a_turn_without_a_token_is_the_end_of_its_text_and_eos():
     plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}<assistant>{% endif %}"
     assert marked(
         Encoder(tokenizer(template=plain), 99), turns(("user", "a"), ("assistant", "b"))
-    ) == ("<user>a\n<assistant>[b\n]")
+    ) == (f"<user>a\n<assistant>[b\n{END}]")
 
 
 def test_a_template_that_refuses_a_row():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -177,7 +178,7 @@ class Encoder:
                     example = self.specials.mask(example)
                     turns = example.messages
                 prompt = self._text(replace(example, messages=turns[:last]), prompt=True)
-                text, spans, _ = self._turns(replace(example, messages=turns[: last + 1]))
+                text, spans, *_ = self._turns(replace(example, messages=turns[: last + 1]))
                 if not spans or spans[-1].turn != last:
                     raise RowProblem("template", f"the chat template leaves out turn {last + 1}")
                 answer = self._shown(text[spans[-1].start : spans[-1].stop])
@@ -190,11 +191,6 @@ class Encoder:
     @property
     def _is_plain(self) -> bool:
         return self.specials.policy == "plain"
-
-    def _is_ended(self, text: str) -> bool:
-        """Whether a special token stands at the end, white space aside."""
-        near = text[-2 * self._widest :].rstrip()
-        return any(match.end() == len(near) for match in self.specials.pattern.finditer(near))
 
     def _shown(self, text: str) -> str:
         return self.specials.pattern.sub("", text)
@@ -305,20 +301,20 @@ class Encoder:
                 note(f"rows whose turns have the key {key}, which nothing reads", 1)
         has_special = self.specials.look(texts_of(example, read), note)
         shown = self.specials.mask(example) if has_special and self._is_plain else example
-        text, spans, unreasoned = self._turns(shown)
+        text, spans, unreasoned, added = self._turns(shown)
         if shown is not example:
-            self._same(self.specials.unmask(text), self._text(example))
+            self._same(self.specials.unmask(text), self._text(example) + added)
         if unreasoned:
             note("turns that the chat template renders without their reasoning", unreasoned)
         spans = [span for span in spans if span.turn not in example.context]
         if not spans:
             raise RowProblem("no target", "the chat template leaves out every turn to train on")
-        endless = sum(not self._is_ended(text[: span.stop]) for span in spans)
-        if endless:
-            note(
-                "turns that the chat template ends with no special token: no end is learned",
-                endless,
+        borrowed = Counter(span.borrowed for span in spans if span.borrowed is not None)
+        for token, times in borrowed.items():
+            said = (
+                f"{token} ends them, where generation must stop too" if token else "none is learned"
             )
+            note(f"turns that the chat template has no end token for: {said}", times)
         whole, text = text, self._bounded(text, spans[-1].stop)
         if spans[0].start >= len(text):
             raise RowProblem(
@@ -331,8 +327,8 @@ class Encoder:
             )
         ids, begin, end = self.specials.read(text)
         target = [False] * len(ids)
-        tagged = self._tagged(shown, whole) if GENERATION_TAG.search(template) else None
-        for turn, start, stop in spans:
+        tagged = self._tagged(shown, whole, added) if GENERATION_TAG.search(template) else None
+        for turn, start, stop, _ in spans:
             if start >= len(text):  # it has been cut off
                 break
             # The first token that reaches into the turn, and the first that begins after it.
@@ -347,13 +343,15 @@ class Encoder:
             target[i:j] = inside
         return ids, target
 
-    def _tagged(self, example: Messages, text: str) -> np.ndarray:
-        """Which characters of a rendered text the template's generation tags enclose: (n,) bool.
+    def _tagged(self, example: Messages, text: str, added: str) -> np.ndarray:
+        """Which characters of a text the template's generation tags enclose: (n,) bool. The
+        template has not rendered the last of them, `added`.
 
         The library says it of tokens. Where masks stand in the text, the row's are others.
         """
         made = self._render(example, return_dict=True, return_assistant_tokens_mask=True)
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **QUIET)
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, **QUIET}
+        coded = self.tokenizer(text.removesuffix(added), **options)
         tagged = np.zeros(len(text), dtype=bool)
         both = zip(coded["offset_mapping"], made["assistant_masks"], strict=True)
         for (start, stop), is_inside in both:

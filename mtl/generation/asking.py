@@ -23,6 +23,7 @@ from mtl.data.encoded import DataError, Encoded
 from mtl.data.formats import Format
 from mtl.data.questions import Question, questions
 from mtl.data.source import Source
+from mtl.data.special import Specials
 from mtl.distributed import comm
 from mtl.generation.metrics import Answer, Metric, is_highest, scored
 from mtl.losses.causal_lm import token_losses
@@ -99,7 +100,8 @@ def ask(
     for one, place in zip(found, places, strict=True):
         if not len(one.prompt):
             raise DataError(f"{place}: found a prompt without a token, wanted one to go on from")
-    stops = _ends((split.ids(one.number)[-8:].tolist() for one in found), encoder)
+    tails = (split.ids(one.number)[-8:].tolist() for one in found)
+    stops = ends(tails, encoder.tokenizer)
     return Asked(task, number, metrics, found, places, stops, encoder)
 
 
@@ -311,9 +313,9 @@ def _only(sums: np.ndarray) -> float:
     return float(sums[0])
 
 
-def _ends(tails: Iterable[Sequence[int]], encoder: Encoder) -> frozenset[int]:
+def ends(tails: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Eos, and the special tokens that end the tails, white space after them aside."""
-    tokenizer, special = encoder.tokenizer, encoder.specials.ids
+    special = Specials(tokenizer).ids
     found = {tokenizer.eos_token_id} - {None}
     for tail in tails:
         at = next((i for i in reversed(range(len(tail))) if tail[i] in special), None)
@@ -350,6 +352,19 @@ def _candidates(asked: Asked) -> Iterator[tuple[int, str, int, np.ndarray, np.nd
                     yield row, name, c, coded.ids, coded.target
             except ValueError as error:
                 raise DataError(f"{place}: tasks.{asked.task}.metrics: {error}") from error
+
+
+def stop_at(module: nn.Module, stops: frozenset[int]) -> frozenset[int]:
+    """Let the model's own settings for generation, which are saved with it, stop at these ids too.
+
+    Returns:
+        Those that are new to it; none where the model has no such settings.
+    """
+    settings = getattr(_causal(module), "generation_config", None)
+    new = stops - _model_stops(module) if settings is not None else frozenset()
+    if new:
+        settings.eos_token_id = sorted(_model_stops(module) | new)
+    return new
 
 
 def _causal(module: nn.Module) -> Any:
