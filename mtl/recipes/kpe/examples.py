@@ -203,7 +203,6 @@ class ChoiceExamples:
         # A model without a mask reads its unknown token, or its padding, in its place.
         ids = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, 0)
         self.mask_id = next(one for one in ids if one is not None)
-        self._special_ids = np.array(sorted(tokenizer.all_special_ids), np.int32)
         self.relations: list[str] = []
 
     @property
@@ -312,7 +311,7 @@ class ChoiceExamples:
             at = np.arange(place[2], place[3])
             ids[at] = self.mask_id
             return ids, at
-        able = np.flatnonzero(~np.isin(ids, self._special_ids))
+        able = np.flatnonzero(~np.isin(ids, list(self.specials.ids)))
         count = min(len(able), max(1, round(self.mask * len(able)))) if self.mask else 0
         at = np.sort(rng.choice(able, count, replace=False)) if count else able[:0]
         kind = rng.random(len(at))
