@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from chats import GPT_OSS, LLAMA3, QWEN2, QWEN3, TOKENS
+from chats import GEMMA, GLM, GPT_OSS, LLAMA3, MISTRAL, PHI, QWEN2, QWEN3, R1, TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -90,6 +90,39 @@ def test_a_template_s_tokens_are_tokens_and_the_data_s_are_text(template):
     assert made.ids.tolist().count(TOK.eos_token_id) == other.ids.tolist().count(TOK.eos_token_id)
     assert made.target.tolist() == other.target.tolist(), "a text of as many bytes, without a token"
     assert notes_of(encoder, chat(*said)) == {}
+
+
+TEMPLATES = [CHAT, GENERATION_CHAT, QWEN2, QWEN3, LLAMA3, GPT_OSS, R1, GEMMA, MISTRAL, PHI, GLM]
+ENCODERS = {template: plain(template) for template in TEMPLATES}
+SAID = st.lists(
+    st.sampled_from(["a", " b", "\n", ".", END, START, "<|user|>", "[INST]"]), max_size=5
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(TEMPLATES), st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3))
+def test_any_text_is_read_as_one_without_special_texts_is(template, said):
+    """Beside a twin of as many bytes: `~|end|>` for `<|end|>`. Ids differ in those bytes alone."""
+    encoder = ENCODERS[template]
+
+    def row(change) -> Messages:
+        turns = [
+            (who, change("".join(["x", *parts])))
+            for pair in said
+            for who, parts in zip("ua", pair, strict=True)
+        ]
+        return chat(*turns)
+
+    pattern = encoder.specials.pattern
+    made = encoder(row(str))
+    other = encoder(row(lambda text: pattern.sub(lambda match: "~" + match[0][1:], text)))
+    (less, bracket, tilde) = (encoder.tokenizer(one)["input_ids"][0] for one in "<[~")
+    assert made.target.tolist() == other.target.tolist()
+    changed = made.ids != other.ids
+    assert set(made.ids[changed].tolist()) <= {less, bracket}
+    assert set(other.ids[changed].tolist()) <= {tilde}
+    texts = "".join(part for pair in said for parts in pair for part in parts)
+    assert changed.sum() == len(pattern.findall(texts))
 
 
 def test_the_question_and_the_answer_of_a_chat_are_plain():
