@@ -36,7 +36,7 @@ from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
-from mtl.report.tracker import Report
+from mtl.report.tracker import PageTracker
 from mtl.train import gram, reference
 from mtl.train.anchor import Anchors
 from mtl.train.average import Average
@@ -108,6 +108,7 @@ def encode(
     formats = plugins.formats(config, allow_code)
     of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
     tasks = prepare(config, of_stream, formats, say, rebuild)
+    # In every process alike: it reads the rows' columns and communicates nothing.
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
@@ -244,6 +245,7 @@ def build(
         found, wanted = f"{config.schedule.warmup:,}", f"at most the run's steps, {steps:,}"
         raise ConfigError([config.error("schedule.warmup", found, wanted)])
     identity = provenance.identity(config, tasks, steps)
+    # Ranks with other rows would draw other batches, and hang in a collective at best.
     comm.same(identity, "data")
     engine = engine or start_engine(config, data, allow_code, say)
     if packed is None:
@@ -257,6 +259,7 @@ def build(
     evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
     settings = config.resolved()["model"]
     weights = reference.fill(engine, goals.each, tasks, evaluated, settings, say)
+    # A checkpoint belongs to these answers: another start would give others.
     if weights is not None:
         identity["starting model (content)"] = weights
     validation = validation_groups_for(config, tasks, evaluated)
@@ -267,7 +270,8 @@ def build(
     batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
     anchors, patience = None, _patience(config)
     if patience is not None and patience.times is not None:
-        # The other run's folder may have changed: on --resume the tasks must be done when they were.
+        # The other run's folder may have changed: on --resume the tasks must be done
+        # when they were.
         source = f"steps by {getattr(config.evaluate.patience, 'from')}"
         identity[source] = dict(zip(config.tasks, patience.times, strict=True))
     if patience is not None and patience.action == "anchor":
@@ -341,6 +345,7 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
     """
     if resume is False:
         return RunState()
+    # Every rank looks by itself: its host may not see the folder.
     found = comm.together(lambda: run.checkpoints.find(None if resume is True else resume))
     comm.same({"checkpoint": str(found)}, "newest checkpoints")
     say(
@@ -374,6 +379,7 @@ def open_trackers(
     def open_on_first() -> list[trackers.Tracker]:
         if comm.rank() > 0:
             return []
+        # By this mark a later start knows that the folder is a run's.
         manifest.mark(output, RUN)
         name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
         record = provenance.record(config, tasks, run.steps, comm.world(), run.checkpoints.identity)
@@ -382,10 +388,11 @@ def open_trackers(
         settings = {"output": output, "steps": run.steps, "start": state.step}
         paths = [("trackers", str(i)) for i in range(len(config.trackers))]
         opened = [resolve(config, path, plugins.TRACKER, allow_code)(**settings) for path in paths]
-        for always in (trackers.Jsonl, Report):  # the last table and resume read the first
+        for always in (trackers.Jsonl, PageTracker):  # the last table and resume read the first
             if not any(isinstance(one, always) for one in opened):
                 opened.append(always(**settings))
-        return sorted(opened, key=lambda one: isinstance(one, Report))  # it reads the others' files
+        # The page reads the others' files.
+        return sorted(opened, key=lambda one: isinstance(one, PageTracker))
 
     run.trackers = comm.together(open_on_first)
 

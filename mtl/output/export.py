@@ -103,7 +103,7 @@ def export(
         as_umask_says(temporary)
         manifest.seal(temporary)
         manifest.discard(target, EXPORT)
-    # Ctrl-C too must leave no half an export.
+    # Ctrl-C too must not leave half an export.
     except BaseException:
         manifest.discard(temporary, EXPORT)
         raise

@@ -40,7 +40,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """A question whose option number `answer` is right, as C texts, and its knowledge."""
 
     candidates: tuple[str, ...]
@@ -48,7 +48,7 @@ class Choice:
     items: tuple[Item, ...]
 
 
-def choices(row: Mapping[str, Any], *, template: str = "{question} {option}") -> Choice:
+def choices(row: Mapping[str, Any], *, template: str = "{question} {option}") -> MultipleChoice:
     """`{"question", "options", "answer", "knowledge": [{"text", "head", "tail", "relation"}]}`.
 
     `answer` is the right option's number from 0. `head`, `tail` and `relation` go together or are
@@ -90,7 +90,7 @@ def choices(row: Mapping[str, Any], *, template: str = "{question} {option}") ->
     except (KeyError, IndexError, ValueError) as error:
         wanted = "a text with {question} and {option}"
         raise RowProblem("template", f"template: found {template!r}, wanted {wanted}") from error
-    return Choice(made, answer, items)
+    return MultipleChoice(made, answer, items)
 
 
 def _item(value: Any, name: str, options: int) -> Item:
@@ -214,7 +214,7 @@ class ChoiceExamples:
         return [tokenizer_fingerprint(self.tokenizer), length, self.specials.policy]
 
     def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
-        if not isinstance(example, Choice):
+        if not isinstance(example, MultipleChoice):
             found = type(example).__name__
             raise RowProblem("bad value", f"found a {found}, wanted a choice (format: choices)")
         texts = [*example.candidates, *(item.text for item in example.items)]

@@ -25,7 +25,7 @@ Ids = Sequence[int] | NDArray[np.integer]
 
 
 @dataclass(frozen=True)
-class PairBatch(Batch):
+class PromptBatch(Batch):
     """P pairs of a text and a class's prompt.
 
     Attributes:
@@ -196,7 +196,7 @@ class ZeroExamples:
         pass
 
 
-class PairExamples(ZeroExamples):
+class PromptExamples(ZeroExamples):
     """A text beside its class's prompt, and beside another's. A class is drawn as the wrong one by
     1 / (1 + the times it is the right one among all training rows), so that a frequent class is
     not wrong as often as it is right.
@@ -224,7 +224,7 @@ class PairExamples(ZeroExamples):
 
     def collate(
         self, rows: Sequence[Sequence[Piece]], *, packed: bool, most: int, tokens: int
-    ) -> PairBatch:
+    ) -> PromptBatch:
         pieces = [piece for row in rows for piece in row]
         classes = []
         for piece in pieces:
@@ -237,14 +237,14 @@ class PairExamples(ZeroExamples):
         ids, mask, text, prompt = pairs(texts, of, np.array(classes), self.classes, self.scorer)
         right = np.tile(np.array([1.0, 0.0], np.float32), len(pieces))
         task = np.repeat([self._task(piece) for piece in pieces], 2)
-        return PairBatch(*map(torch.from_numpy, (ids, mask, text, prompt, right, task)))
+        return PromptBatch(*map(torch.from_numpy, (ids, mask, text, prompt, right, task)))
 
 
 def pairs(
     texts: Sequence[Ids], of: np.ndarray, classes: np.ndarray, known: Classes, scorer: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The encoder's rows for P pairs of a text and a class: ids and mask (N, T), and each pair's
-    rows of text and of prompt (P,), as `PairBatch` has them.
+    rows of text and of prompt (P,), as `PromptBatch` has them.
     """
     if scorer == "bi":
         ids, mask = padded([*texts, *known.ids], known.pad_id)

@@ -34,7 +34,7 @@ from mtl import plugins
 from mtl.config import Config
 from mtl.data.encode import load_tokenizer
 from mtl.recipes.zeroae.baselines import Floats, softmax, without_prior
-from mtl.recipes.zeroae.examples import PairExamples, TextExamples, padded, pairs
+from mtl.recipes.zeroae.examples import PromptExamples, TextExamples, padded, pairs
 from mtl.recipes.zeroae.model import ZeroAE
 
 FILES = {"pseudo": "pseudo", "generated": "generated", "recon": "selected"}  # task -> its rows
@@ -212,7 +212,7 @@ class Reader:
         tokenizer = load_tokenizer(config.model, config.where("model.name"))
         goals = plugins.objectives(config)
         made = [each.examples(goals.book, tokenizer, config) for each in goals.each]
-        self.pair = next(one for one in made if isinstance(one, PairExamples))
+        self.pair = next(one for one in made if isinstance(one, PromptExamples))
         self.text = next((one for one in made if isinstance(one, TextExamples)), None)
         self.classes = self.pair.classes
         self.tokenizer = tokenizer
