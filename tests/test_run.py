@@ -147,6 +147,7 @@ def test_the_console_without_a_terminal(finished):
         "10/12",
         "12/12",
     ]
+    assert "model shards" not in finished[1].err, "a library's bar would write over the table"
     saved = [line for line in lines if " saved " in line]
     assert [line.split()[1] for line in saved] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
     assert ["the best so far (macro" in line for line in saved] == [False, True, False, True, True]
