@@ -9,6 +9,7 @@ import runs
 import torch
 import toys
 from distributed import run_distributed
+from near import near
 from safetensors.torch import load_file
 from test_equivalence import configuration
 from transformers import AutoModelForCausalLM
@@ -125,9 +126,7 @@ def test_exported_whole_and_merged_by_the_formula(trained, variant, tmp_path):
         if variant == "dora":
             moved = (adapter["lora_magnitude_vector"] - base[name].norm(dim=1)).abs().max()
             assert moved > 1e-4, "magnitudes begin at the weights' norms and are trained"
-        torch.testing.assert_close(
-            merged.state_dict()[name], formula(variant, base[name], adapter), rtol=1e-5, atol=1e-6
-        )
+        near(merged.state_dict()[name], formula(variant, base[name], adapter), units=8)
     assert (
         json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[f"use_{variant}"]
         is True
@@ -138,5 +137,5 @@ def test_exported_whole_and_merged_by_the_formula(trained, variant, tmp_path):
         torch.arange(20)[None],
     )
     with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-5)
+        near(merged(ids).logits, apart(ids).logits, units=100)
         assert (merged(ids).logits - toys.tiny_llama()(ids).logits).abs().max() > 1e-3

@@ -190,7 +190,8 @@ def test_the_average_is_that_of_one_plain_process(jobs, case):
         wanted = averaged(weights, given, 2 * i + 2)
         assert wanted.keys() == one["exact"].keys()
         for name, tensor in wanted.items():
-            torch.testing.assert_close(one["exact"][name].double(), tensor, rtol=0, atol=2e-6)
+            top = float(tensor.abs().max())  # near Adam's update of 1e-3, of weights of about 0.1
+            torch.testing.assert_close(one["exact"][name].double(), tensor, rtol=0, atol=1e-5 * top)
             assert torch.equal(one["average"][name], one["exact"][name].to(one["average"][name]))
         if i or given != LAST:
             assert one["losses"][0] != one["losses"][1]

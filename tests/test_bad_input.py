@@ -1,4 +1,4 @@
-"""What is wrong with a run is said before it starts: what, where, and what to do. Nothing that lies there is touched."""
+"""What is wrong with a run is reported before it starts: what, where, and what to do. Nothing that lies there is touched."""
 
 import json
 import shutil

@@ -17,6 +17,7 @@ import reference
 import torch
 import toys
 from distributed import run_distributed
+from near import strayed
 from transformers import AutoModelForCausalLM
 
 from balancers import Holder, Signals
@@ -583,8 +584,9 @@ def test_five_sgd_updates(name, results, trajectory):
     wanted = trajectory(name.split()[0])
     for found in results[name]:  # the losses are the same on every rank
         np.testing.assert_allclose(found["losses"], wanted.losses, rtol=1e-6)
-    assert furthest(results[name][0]["parameters"], wanted.parameters) < 1e-6
-    assert furthest(results[name][0]["parameters"], results[name][0]["before"]) > 1e-2
+    found = results[name][0]
+    assert strayed(found["parameters"], wanted.parameters, found["before"]) < 5e-5
+    assert furthest(found["parameters"], found["before"]) > 1e-2
     for found, norm in zip(results[name][0]["norms"], wanted.norms, strict=True):
         assert math.isclose(found, norm, rel_tol=1e-6)
 
@@ -597,7 +599,7 @@ def test_a_task_that_is_absent_from_the_batch_has_no_loss(results):
 @pytest.mark.parametrize("name", named("llama adamw"))
 def test_five_adamw_updates(name, results, trajectory):
     found, wanted = results[name][0], trajectory("llama", "adamw")
-    assert furthest(found["parameters"], wanted.parameters) < 1e-4
+    assert strayed(found["parameters"], wanted.parameters, found["before"]) < 1e-2
     assert (
         furthest(found["parameters"], found["before"]) > 4e-3
     )  # five updates of about the learning rate
@@ -619,7 +621,7 @@ def test_lower_stages_are_not(results):
 def test_clipping(zero, results, trajectory):
     found, wanted = results[f"clip zero {zero}"][0], trajectory("llama", "sgd", CLIP)
     assert wanted.norms.min() > 2 * CLIP  # it is in force
-    assert furthest(found["parameters"], wanted.parameters) < 1e-6
+    assert strayed(found["parameters"], wanted.parameters, found["before"]) < 5e-5
     for mine, norm in zip(found["norms"], wanted.norms, strict=True):  # before clipping
         assert math.isclose(mine, norm, rel_tol=1e-6)
 
@@ -649,7 +651,8 @@ def test_token_weights_give_the_loss_of_ordinary_fine_tuning(name, results, fold
     np.testing.assert_allclose(
         np.nansum(found["weights"] * found["losses"], axis=1), curve, rtol=1e-6
     )
-    assert furthest(found["parameters"], parameters) < (1e-6 if rule == "sgd" else 1e-4)
+    bound = 5e-5 if rule == "sgd" else 1e-2
+    assert strayed(found["parameters"], parameters, found["before"]) < bound
 
 
 @pytest.mark.parametrize("name", named("checkpointing"))
@@ -685,7 +688,7 @@ def test_lora(zero, results, folders):
     wanted = reference.train(
         adapted(folders["llama"], found["before"]), BATCHES, WEIGHTS, RATES["sgd"], optimizer("sgd")
     )
-    assert furthest(found["parameters"], wanted.parameters) < 1e-6
+    assert strayed(found["parameters"], wanted.parameters, found["before"]) < 5e-5
     change = {name: np.abs(array).max() for name, array in moved(found).items()}
     assert min(x for name, x in change.items() if "lora_" in name) > 1e-4
     assert max(x for name, x in change.items() if "lora_" not in name) == 0

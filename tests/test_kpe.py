@@ -455,7 +455,7 @@ def test_checkpoints_hold_what_learns_and_the_export_scores_the_same(ended):
         plugins.loader(wide)(wide, data.tokenizer, data.examples, empty=True)
 
 
-# --- what is wrong is said
+# --- what is wrong is reported
 
 
 def good() -> dict[str, Any]:

@@ -2,11 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import runs
 import toys
 
+from mtl import build, plugins
 from mtl.config import load
 from mtl.data.encode import Encoder
 from mtl.data.formats import messages
@@ -260,6 +265,155 @@ def test_what_is_read_otherwise_or_not_at_all_is_counted(config, tmp_path):
     assert "task math: keys that nothing reads: id (20 rows), input (20 rows)" in notes
 
 
-def test_a_preference_config_says_what_is_supported(config, tmp_path):
-    with pytest.raises(ValueError, match="xxpo: found 'dpo'.*Wanted.*SFT or MFT"):
-        migrate(changed(config, xxpo="dpo", beta=0.1), 2, tmp_path / "new")
+# --- preferences
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def pair(i: int, **changes: object) -> dict:
+    chat = [turn("system", "be brief"), turn("user", f"{i}+1?"), turn("assistant", "2")]
+    chat.append(turn("human", "+1?"))
+    sides = {"chosen": [*chat, turn("bot", f"{i + 2}")], "rejected": [*chat, turn("bot", "no")]}
+    return {**sides, "source": "sums", **changes}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """The released DPO config's keys, its paths filled in; 20 pairs in two files, 12 and 8."""
+    rows = [json.dumps(pair(i)) + "\n" for i in range(20)]
+    (tmp_path / "one.jsonl").write_text("".join(rows[:12]))
+    (tmp_path / "two.jsonl").write_text("".join(rows[12:]))
+    toys.save(toys.tiny_llama(), tmp_path / "model")
+    given = {
+        "xxpo": "dpo", "data_paths": [f"{tmp_path}/one.jsonl", f"{tmp_path}/two.jsonl"],
+        "output_dir": f"{tmp_path}/run", "tb_dir": "tb",
+        "pretrained_model_path": f"{tmp_path}/model", "model_type": "llama", "data_split": "90,10",
+        "attn_implementation": "sdpa", "beta": 0.2, "rpo_alpha": 0.5, "peft_type": "lora",
+        "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1,
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+        "tokenizer_type": "AutoTokenizer", "dataset_num_proc": 1, "learning_rate": 5e-7,
+        "weight_decay": 0.01, "gradient_accumulation_steps": 3, "lr_scheduler_type": "cosine",
+        "warmup_steps": 2, "num_train_epochs": 2, "seed": 1105, "max_prompt_length": 64,
+        "max_length": 128, "logging_steps": 20, "save_steps": 500, "eval_steps": 4,
+        "epoch_checkpointing": False, "saving_limit": 5,
+    }  # fmt: skip
+    path = tmp_path / "dpo.json"
+    path.write_text(json.dumps(given))
+    return path
+
+
+def test_a_preference_config(pairs, tmp_path):
+    notes = migrate(pairs, 2, tmp_path / "new")
+    ours = load(tmp_path / "new" / "config.yaml")
+    assert list(ours.tasks) == ["preference", "chosen"]
+    assert ours.tasks["preference"].objective.keywords == {"loss": "sigmoid", "beta": 0.2}
+    assert ours.tasks["chosen"].of == ("preference",) and ours.tasks["chosen"].loss == "sft"
+    assert ours.balancer.name == "Static" and ours.balancer.keywords == {"weights": [1.0, 0.5]}
+    assert ours.batch.examples == 6 and ours.batch.tokens == 256 and ours.batch.max_length == 128
+    assert ours.train.epochs == 2 and ours.train.seed == 1105
+    assert ours.schedule.warmup == 2 and ours.schedule.floor == ours.optimizer.weight_decay == 0.0
+    assert ours.model.lora.r == 4 and ours.model.lora.dropout == 0.0
+    assert ours.evaluate.every == 4
+    assert ours.checkpoint.every == 500 and ours.checkpoint.keep == 5
+    left_out = {note.split(":")[0] for note in notes if ": left out: " in note}
+    assert left_out == {
+        "tb_dir", "model_type", "tokenizer_type", "per_device_eval_batch_size", "dataset_num_proc",
+        "weight_decay", "logging_steps", "epoch_checkpointing", "lora_dropout",
+    }  # fmt: skip
+    assert any("longer pairs than 128 tokens are dropped" in note for note in notes)
+    assert "task preference: keys that nothing reads: source (20 rows)" in notes
+    files = f"{tmp_path}/one.jsonl, {tmp_path}/two.jsonl"
+    split = f"18 rows to train on, 2 for validation (and test) of {files}"
+    assert f"task preference: {split}" in notes
+    answers = {row["chosen"] for row in migrated(tmp_path / "new", "preference")}
+    assert answers == {f"{i + 2}" for i in range(20)}
+
+
+def test_a_pair_is_laid_out_as_mftcoder_does(pairs, tmp_path):
+    """By its rules: the prompt in its template, then the answer and the end token at once."""
+    migrate(pairs, 2, tmp_path / "new")
+    config = plugins.read(str(tmp_path / "new" / "config.yaml"), ["model.lora=null"])
+    data = build.encode(config, say=lambda text: None)
+    split = data.tasks[0].train
+    row, end = split.columns(0), toys.END
+    tokenizer = toys.tokenizer()
+    texts = [tokenizer.decode(row[side]) for side in ("chosen", "rejected")]
+    i = int(texts[0].split("<s>user\n")[1].split("+1?")[0])
+    start = f"<s>system\nbe brief\n<s>user\n{i}+1?\n<s>assistant\n2\n{end}\n<s>user\n+1?\n"
+    answers = f"{i + 2}{end}", f"no{end}"
+    assert texts == [f"{start}<s>assistant\n{answer}" for answer in answers]
+    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+        assert tokenizer.decode(row[side][row[f"{side}_target"] > 0]) == answer
+
+
+def test_a_migrated_preference_config_checks_clean_and_trains(pairs, tmp_path):
+    """A checked config could start; this one is started too."""
+    migrate(pairs, 1, tmp_path / "new")
+    yaml, cache = tmp_path / "new" / "config.yaml", f"cache={tmp_path}/cache"
+    check = [sys.executable, str(runs.ROOT / "launch" / "check.py"), "--config", str(yaml)]
+    ended = subprocess.run([*check, "--set", cache], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for kept in ("preference (train): 18 of 18 rows kept", "(validation): 2 of 2 rows kept"):
+        assert kept in ended.stdout, ended.stdout
+    runs.train(yaml, cache, "train.epochs=null", "train.steps=2").well()
+    first = {}
+    for line in runs.metrics(tmp_path / "run"):
+        first |= line if line["step"] == 0 else {}
+    assert first["eval/preference/loss"] == pytest.approx(np.log(2), rel=1e-3)
+    assert first["train/chosen/weight"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        ({"xxpo": "orpo"}, {"loss": "orpo", "beta": 0.2}),
+        ({"rpo_alpha": None, "beta": 0.4}, {"loss": "sigmoid", "beta": 0.4}),
+    ],
+)
+def test_losses_without_a_token_loss_of_their_own(pairs, tmp_path, changes, found):
+    migrate(changed(pairs, **changes), 2, tmp_path / "new")
+    ours = load(tmp_path / "new" / "config.yaml")
+    assert list(ours.tasks) == ["preference"] and ours.balancer.name == "Equal"
+    assert ours.tasks["preference"].objective.keywords == found
+
+
+def test_the_end_of_a_preference_run(pairs, tmp_path):
+    migrate(changed(pairs, max_steps=40, warmup_steps=0.1), 2, tmp_path / "new")
+    ours = load(tmp_path / "new" / "config.yaml")
+    assert ours.train.steps == 40 and ours.schedule.warmup == 4
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        ({"xxpo": "kto"}, "xxpo: found 'kto', wanted dpo or orpo"),
+        ({"coba_tau": 5}, "coba_tau: found an unknown key, wanted one of MFTCoder's xxpo/xxpo_arg"),
+        ({"data_paths": "[/nowhere.jsonl]"}, "found /nowhere.jsonl, wanted a JSONL file of pairs"),
+        ({"max_length": None}, "max_length: found null"),
+    ],
+)
+def test_what_of_a_preference_config_cannot_be_migrated(pairs, tmp_path, changes, error):
+    with pytest.raises(ValueError, match=error):
+        migrate(changed(pairs, **changes), 2, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "row, error",
+    [
+        (
+            pair(0, rejected=[turn("user", "?"), turn("bot", "no")]),
+            "found another prompt in reject",
+        ),
+        (pair(0, chosen="2"), "chosen: found 2, wanted a chat of two turns"),
+        (pair(0, rejected=[turn("bot", "no"), turn("user", "?")]), "rejected: found user last"),
+        (pair(0, chosen=[turn("user", "?"), turn("tool", "1")]), "chosen: found the turn"),
+        ({"chosen": pair(0)["chosen"]}, "rejected: found None"),
+    ],
+)
+def test_what_is_no_pair_of_mftcoders_is_named(pairs, tmp_path, row, error):
+    with (tmp_path / "two.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"two\.jsonl:9: {error}"):
+        migrate(pairs, 2, tmp_path / "new")

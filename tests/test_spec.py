@@ -1,4 +1,4 @@
-"""Names in the YAML become callables; what does not fit is said with its line."""
+"""Names in the YAML become callables; what does not fit is reported with its line."""
 
 import pickle
 import sys

@@ -12,6 +12,7 @@ import runs
 import torch
 import toys
 from distributed import run_distributed
+from near import near
 from safetensors.torch import load_file
 
 from mtl.config import parse
@@ -255,7 +256,8 @@ def test_one_command_goes_on_in_another_layout(yaml, case):
         load_file(next((run / "model").glob("*.safetensors"))) for run in (stayed, moved)
     )
     assert one.keys() == another.keys()
-    assert max(float((one[name] - another[name]).abs().max()) for name in one) < 1e-6
+    for name in one:
+        near(one[name], another[name], units=100)
     assert not (moved / "checkpoints" / ".resharded").exists()
     state = json.loads((moved / "checkpoints" / "step-00000012" / "state.json").read_text())
     assert state["layout"] == {"processes": other, "zero": other_stage}

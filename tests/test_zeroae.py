@@ -405,7 +405,7 @@ def test_two_processes_train_and_the_export_opens(folder, tmp_path):
     assert torch.equal(model.book, state["book"]) and "decoder.model.embed_tokens.weight" not in state
 
 
-# --- what is wrong is said
+# --- what is wrong is reported
 
 
 @pytest.mark.parametrize("names, text", [

@@ -145,7 +145,7 @@ def batches(config: Config, data: Data, world: int) -> list[str]:
     if config.mix.follow is not None:
         lines.append(
             f"from step {config.mix.every:,} on the shares are the balancer's weights "
-            "(mix.follow): what is said of batches and passes holds for the shares before"
+            "(mix.follow): these figures of batches and passes hold for the shares before"
         )
 
     evaluate = config.evaluate

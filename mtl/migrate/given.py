@@ -1,14 +1,16 @@
 """MFTCoder's training config as it is given: its keys, its defaults, and which have an effect.
 
-The keys are those of its pefts/mft_arguments.py, in the released versions.
+The keys are those of its pefts/mft_arguments.py, and for preferences of xxpo/xxpo_arguments.py, in
+the released versions.
 """
 
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+REQUIRED = ("data_paths", "output_dir", "pretrained_model_path")
 DEFAULTS = {
     "task_weights": None,
     "data_split": "98,2,0",
@@ -47,7 +49,6 @@ DEFAULTS = {
     "trust_remote_code": True,
     "quantization": "4bit",
 }
-REQUIRED = ("data_paths", "output_dir", "pretrained_model_path")
 WITHOUT_EFFECT = {
     "tb_dir": "TensorBoard's files stand in the output folder",
     "model_type": "transformers tells",
@@ -92,6 +93,74 @@ WITHOUT_EFFECT = {
 }
 
 
+class Keys(NamedTuple):
+    """The keys of a program of MFTCoder's."""
+
+    defaults: dict[str, Any]
+    without_effect: dict[str, str]  # key: why it is left out
+    file: str  # where MFTCoder has them
+
+
+PREFERENCE = Keys(
+    defaults={
+        "xxpo": "dpo",
+        "beta": 0.1,
+        "rpo_alpha": None,
+        "data_split": "98,2,0",
+        "peft_type": "qlora",
+        "quantization": "4bit",
+        "lora_rank": 96,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "target_modules": None,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-5,
+        "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "cosine",
+        "optimizer_type": "adamw_torch",
+        "gradient_checkpointing": True,
+        "warmup_steps": 0.05,
+        "num_train_epochs": 4,
+        "max_steps": -1,
+        "seed": 1234,
+        "save_steps": 100,
+        "eval_steps": 100,
+        "saving_limit": None,
+        "attn_implementation": "flash_attention_2",
+        "max_prompt_length": 2048,
+        "max_length": 4096,
+    },
+    without_effect={
+        **{
+            key: WITHOUT_EFFECT[key]
+            for key in (
+                "tb_dir", "model_type", "tokenizer_type", "epoch_checkpointing", "auto_resume",
+                "resume_from_checkpoint", "shuffle_before_split", "distributed_type",
+                "init_timeout_seconds", "make_vocab_size_divisible_by", "model_parallel_size",
+                "use_slow_tokenizer", "world_size",
+            )
+        },
+        **dict.fromkeys(
+            (
+                "chat_template", "weight_decay", "min_lr", "seq_length", "early_stopping",
+                "early_stopping_stall_num", "dtype",
+            ),
+            "MFTCoder does not hand it to its preference trainer",
+        ),
+        "per_device_eval_batch_size": "evaluate.tokens says how much a validation batch holds",
+        "logging_steps": "every step is logged",
+        "save_only_model": "checkpoints have the optimizer's state too",
+        "gradient_checkpointing_use_reentrant": "never so",
+        "dataset_num_proc": "rows are encoded once, into a cache",
+        "disable_tqdm": "bars are drawn on terminals only",
+        "sanity_check": "all rows are converted; `cap: 100` at the task takes a few",
+        "ignore_bias_buffers": "DeepSpeed has no such issue",
+    },
+    file="xxpo/xxpo_arguments.py",
+)  # fmt: skip
+SUPERVISED = Keys(DEFAULTS, WITHOUT_EFFECT, "pefts/mft_arguments.py")
+
+
 class MigrationError(ValueError):
     """What cannot be migrated, and where it stands."""
 
@@ -105,11 +174,25 @@ class Migration:
     out: Path
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def keys(self) -> Keys:
+        return PREFERENCE if "xxpo" in self.given else SUPERVISED
+
     def __getitem__(self, key: str) -> Any:
-        return self.given.get(key, DEFAULTS.get(key))
+        return self.given.get(key, self.keys.defaults.get(key))
 
     def note(self, key: str, text: str) -> None:
         self.notes.append(f"{key}: {text}")
+
+    def note_what_is_left_out(self) -> None:
+        """Of the given keys those without effect, and what stands in other files."""
+        for key in sorted(self.given.keys() & self.keys.without_effect.keys()):
+            self.note(key, f"left out: {self.keys.without_effect[key]}")
+        self.note(
+            "gradient clipping, ZeRO stage",
+            "stand in MFTCoder's accelerate and DeepSpeed files: see optimizer.clip and "
+            "engine.zero",
+        )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -124,20 +207,14 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(given, dict):
         raise MigrationError(f"{path}: found {type(given).__name__}, wanted a JSON object.")
-    if "xxpo" in given:
-        raise MigrationError(
-            f"{path}: xxpo: found {given['xxpo']!r}, a config of MFTCoder's preference training. "
-            "Wanted one of its supervised training: SFT or MFT, in full, with LoRA or QLoRA, with "
-            "weighted_loss_mode coba, selfpaced or case1 to case4 (its pefts/mft_arguments.py). "
-            "Preferences are not migrated."
-        )
     given = {
         key: os.path.expandvars(value) if isinstance(value, str) else value
         for key, value in given.items()
     }
-    known = {*DEFAULTS, *REQUIRED, *WITHOUT_EFFECT}
+    keys = PREFERENCE if "xxpo" in given else SUPERVISED
+    known = {*keys.defaults, *REQUIRED, *keys.without_effect}
     problems = [
-        f"{key}: found an unknown key, wanted one of MFTCoder's pefts/mft_arguments.py"
+        f"{key}: found an unknown key, wanted one of MFTCoder's {keys.file}"
         for key in given.keys() - known
     ]
     problems += [f"{key}: found nothing, wanted a value" for key in REQUIRED if not given.get(key)]
@@ -147,7 +224,7 @@ def read(path: Path) -> dict[str, Any]:
             "the file"
         )
         for key, value in given.items()
-        if isinstance(value, str) and "$" in value and key not in WITHOUT_EFFECT
+        if isinstance(value, str) and "$" in value and key not in keys.without_effect
     ]
     if problems:
         raise MigrationError("\n".join(f"{path}: {problem}" for problem in sorted(problems)))

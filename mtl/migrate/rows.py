@@ -37,16 +37,20 @@ class Converted(NamedTuple):
     read: set[str]
 
 
+def paths_of(data_paths: str | list[str]) -> list[Path]:
+    """The paths of a list, or of a text like `[a,b]`."""
+    paths = (
+        data_paths if isinstance(data_paths, list) else data_paths.strip().strip("[]").split(",")
+    )
+    return [Path(part.strip().strip("'\"")) for part in paths if part.strip()]
+
+
 def tasks_of(data_paths: str | list[str]) -> dict[str, Path]:
     """MFTCoder's tasks: a folder each, named as the folder. What a task's name cannot hold becomes
     `_`, a letter beyond ASCII its code point: folders that differ stay apart.
     """
-    paths = (
-        data_paths if isinstance(data_paths, list) else data_paths.strip().strip("[]").split(",")
-    )
-    folders = [Path(part.strip().strip("'\"")) for part in paths if part.strip()]
     tasks: dict[str, Path] = {}
-    for folder in folders:
+    for folder in paths_of(data_paths):
         if not folder.is_dir():
             raise MigrationError(f"data_paths: found {folder}, wanted a folder of JSONL files")
         name = re.sub(r"[^A-Za-z0-9_.-]", _spelled, folder.name)
@@ -84,14 +88,7 @@ def convert(row: Any, where: str) -> Converted:
                 turns.insert(0, {"role": "system", "content": _text(row, "system", where)})
             return Converted("messages", {"messages": turns}, {*asked, question, answer, "system"})
     if row.get("chat_rounds"):
-        turns = []
-        for turn in row["chat_rounds"]:
-            if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-                raise MigrationError(
-                    f"{where}: found the turn {turn!r}, wanted a content and a role of "
-                    f"{', '.join(ROLES)}"
-                )
-            turns.append({"role": ROLES[turn["role"]], "content": turn["content"]})
+        turns = turns_of(row["chat_rounds"], where)
         return Converted("messages", {"messages": turns}, {"chat_rounds"})
     if isinstance(row.get("text"), str):
         return Converted("text", {"text": row["text"]}, {"text"})
@@ -99,6 +96,17 @@ def convert(row: Any, where: str) -> Converted:
         f"{where}: found the keys {', '.join(row)}, wanted chat_rounds, text or one of the pairs "
         f"{', '.join(PAIRS)}"
     )
+
+
+def turns_of(chat: list[dict[str, Any]], where: str) -> list[dict[str, str]]:
+    """The turns of a chat with our names of roles."""
+    for turn in chat:
+        if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+            raise MigrationError(
+                f"{where}: found the turn {turn!r}, wanted a content and a role of "
+                f"{', '.join(ROLES)}"
+            )
+    return [{"role": ROLES[turn["role"]], "content": turn["content"]} for turn in chat]
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -134,36 +142,47 @@ def _files(name: str, folder: Path, migration: Migration) -> list[Path]:
 
 
 def write_task(name: str, folder: Path, migration: Migration) -> dict[str, Any]:
-    """Split a task's rows as `data_split` says, and write them. Returns its entry of the YAML and
-    notes its rows.
-    """
-    rows, unread, joined = [], Counter(), 0
+    """Write a task's rows, split. Returns its entry of the YAML and notes its rows."""
+    rows, kinds, unread, joined = [], set(), Counter(), 0
     for where, row in rows_of(_files(name, folder, migration)):
         converted = convert(row, where)
-        rows.append((converted.format, converted.row))
+        rows.append(converted.row)
+        kinds.add(converted.format)
         unread.update(row.keys() - converted.read)
         joined += {"instruction", "input"} <= converted.read and bool(row["input"])
-    if unread:
-        keys = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
-        migration.note(f"task {name}", f"keys that nothing reads: {keys}")
+    note_unread(name, unread, migration)
     if joined:
         migration.note(
             f"task {name}",
             f"in {joined} rows instruction and input make the question together; MFTCoder reads "
             "one of them only",
         )
-    kinds = {kind for kind, _ in rows}
     if len(kinds) != 1:
         raise MigrationError(
             f"{folder}: found rows of {sorted(kinds) or 'no kind'}, wanted rows of one kind in a "
             "task"
         )
+    return {**write_split(name, rows, str(folder), migration), "format": kinds.pop()}
+
+
+def note_unread(name: str, unread: Counter, migration: Migration) -> None:
+    if unread:
+        keys = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
+        migration.note(f"task {name}", f"keys that nothing reads: {keys}")
+
+
+def write_split(
+    name: str, rows: list[dict[str, Any]], source: str, migration: Migration
+) -> dict[str, Any]:
+    """Write rows in two files, as `data_split` says. Returns the task's `train` and `validation`,
+    and the number of `rows` to train on.
+    """
     parts = [float(part) for part in re.split("[,/]", migration["data_split"])]
     # By a hash of the row, so that the same row never stands on both sides.
     key = f"{migration['seed']}/".encode()
     rows.sort(
         key=lambda row: hashlib.blake2b(
-            key + json.dumps(row[1], sort_keys=True).encode(), digest_size=8
+            key + json.dumps(row, sort_keys=True).encode(), digest_size=8
         ).digest()
     )
     train = math.ceil(parts[0] / sum(parts) * len(rows))
@@ -171,7 +190,7 @@ def write_task(name: str, folder: Path, migration: Migration) -> dict[str, Any]:
         train += 1
     if train == len(rows):
         raise MigrationError(
-            f"{folder}: data_split {migration['data_split']} of {len(rows)} rows leaves none for "
+            f"{source}: data_split {migration['data_split']} of {len(rows)} rows leaves none for "
             "validation"
         )
     stop = train + math.ceil((parts[1] if len(parts) > 1 else 0) / sum(parts) * len(rows))
@@ -183,11 +202,11 @@ def write_task(name: str, folder: Path, migration: Migration) -> dict[str, Any]:
     ):
         path = migration.out / "data" / f"{name}.{split}.jsonl"
         path.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in some), encoding="utf-8"
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8"
         )
         entry[split] = str(path)
     migration.note(
         f"task {name}",
-        f"{train} rows to train on, {len(rows) - train} for validation (and test) of {folder}",
+        f"{train} rows to train on, {len(rows) - train} for validation (and test) of {source}",
     )
-    return {**entry, "format": kinds.pop(), "rows": train}
+    return {**entry, "rows": train}

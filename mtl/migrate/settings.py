@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any
 
-from mtl.migrate.given import WITHOUT_EFFECT, Migration, MigrationError
+from mtl.migrate.given import Migration, MigrationError
 
 MARKERS = {"system": "<s>system\n", "user": "<s>human\n", "assistant": "<s>bot\n"}
 
@@ -76,6 +76,36 @@ def template(migration: Migration) -> str:
     )
 
 
+def model(m: Migration) -> dict[str, Any]:
+    """The section `model`."""
+    return {
+        "name": m["pretrained_model_path"],
+        "precision": "bf16",
+        "activation_checkpointing": True,
+        "attention": m["attn_implementation"],
+        "chat_template": str(m.out / "chat_template.jinja"),
+        **_adapter(m),
+    }
+
+
+def schedule(m: Migration, warmup: float, steps: int) -> dict[str, Any]:
+    """Name and warm-up, which MFTCoder gives as a number of steps or as a part of all."""
+    shape = {
+        "cosine": "cosine",
+        "linear": "linear",
+        "constant": "constant",
+        "constant_with_warmup": "constant",
+    }
+    if m["lr_scheduler_type"] not in shape:
+        raise MigrationError(
+            f"lr_scheduler_type: found {m['lr_scheduler_type']!r}, wanted one of {', '.join(shape)}"
+        )
+    return {
+        "name": shape[m["lr_scheduler_type"]],
+        "warmup": round(warmup if warmup >= 1 else warmup * steps),
+    }
+
+
 def _adapter(m: Migration) -> dict[str, Any]:
     """`model.lora` and `model.quantize`: MFTCoder quantizes with `peft_type: qlora` only, whatever
     `quantization` says.
@@ -104,17 +134,7 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
     examples = m.world * m["per_device_train_batch_size"] * m["gradient_accumulation_steps"]
     rows = sum(task.pop("rows") for task in tasks.values())
     steps, epochs = m["max_train_steps"], m["num_train_epochs"]
-    total, warmup = steps or math.ceil(epochs * rows / examples), m["num_warmup_steps"]
-    shape = {
-        "cosine": "cosine",
-        "linear": "linear",
-        "constant": "constant",
-        "constant_with_warmup": "constant",
-    }
-    if m["lr_scheduler_type"] not in shape:
-        raise MigrationError(
-            f"lr_scheduler_type: found {m['lr_scheduler_type']!r}, wanted one of {', '.join(shape)}"
-        )
+    total = steps or math.ceil(epochs * rows / examples)
     if not m["load_raw_dataset"] or m["tokenize_mode"] != "sft":
         raise MigrationError(
             "load_raw_dataset, tokenize_mode: found tokenized data or pretraining, wanted true and "
@@ -134,21 +154,9 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
         m.note(
             "early_stopping", "the run ends when every task has stalled, not when their mean has"
         )
-    for key in sorted(m.given.keys() & WITHOUT_EFFECT.keys()):
-        m.note(key, f"left out: {WITHOUT_EFFECT[key]}")
-    m.note(
-        "gradient clipping, ZeRO stage",
-        "stand in MFTCoder's accelerate and DeepSpeed files: see optimizer.clip and engine.zero",
-    )
+    m.note_what_is_left_out()
     return {
-        "model": {
-            "name": m["pretrained_model_path"],
-            "precision": "bf16",
-            "activation_checkpointing": True,
-            "attention": m["attn_implementation"],
-            "chat_template": str(m.out / "chat_template.jinja"),
-            **_adapter(m),
-        },
+        "model": model(m),
         "tasks": tasks,
         "batch": {
             "examples": examples,
@@ -159,8 +167,7 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
         "train": {**({"steps": steps} if steps else {"epochs": float(epochs)}), "seed": m["seed"]},
         "optimizer": {"lr": m["learning_rate"], "weight_decay": m["weight_decay"]},
         "schedule": {
-            "name": shape[m["lr_scheduler_type"]],
-            "warmup": warmup if isinstance(warmup, int) else round(warmup * total),
+            **schedule(m, m["num_warmup_steps"], total),
             "floor": m["min_lr"] / m["learning_rate"],
         },
         "balancer": balancer(m, list(tasks)),
