@@ -7,6 +7,7 @@
 #   make zeroae    build the encoder, the decoder and unlabelled texts of ten topics, classify them
 #   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
 #   make evidence  every method on a small mixture, several seeds each: hours, into benchmarks/evidence; STUDY=m1 m1-lora m2 m3: the real ones
+#   make superglue the same methods on eight tasks and a 0.5B model: a SLURM array for GPUs
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make train     PyTorch's small CPU build instead of PyPI's CUDA build
 #   make merging   what merging is worth, row by row with six seeds: hours, and it goes on where it was
@@ -22,7 +23,7 @@ STUDY ?= m0
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: train quickstart classify kpe kpe-arms zeroae test test-all docs figure attack bench evidence merging constraints clean
+.PHONY: superglue train quickstart classify kpe kpe-arms zeroae test test-all docs figure attack bench evidence merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -65,8 +66,17 @@ attack: $(VENV)/with-test  # 10,000 mutated configs; CI runs a short form
 	PYTHONPATH=tests $(BIN)/python tests/attack_config.py 10000 $(ARGS)
 
 evidence: $(VENV)/with-torchjd $(VENV)/with-quickstart $(VENV)/with-plot  # hours; STUDY=m1; stopped, it goes on where it was
-	$(BIN)/python launch/quickstart.py --set $(if $(filter m0,$(STUDY)),strings,$(firstword $(subst -, ,$(STUDY))))
+	$(BIN)/python launch/quickstart.py --set $(if $(filter m0%,$(STUDY)),strings,$(firstword $(subst -, ,$(STUDY))))
 	$(BIN)/python launch/compare.py benchmarks/evidence/$(STUDY).yaml --out benchmarks/evidence/$(STUDY) --page docs/evidence.md $(ARGS)
+
+SUPERGLUE := .cache/superglue
+
+superglue: $(VENV)/with-plot  # eight tasks, GPUs: a SLURM array of every arm and seed; or the same command without --slurm
+	@mkdir -p $(SUPERGLUE)
+	@test -f $(SUPERGLUE)/combined.zip || curl -fL -o $(SUPERGLUE)/combined.zip https://dl.fbaipublicfiles.com/glue/superglue/data/v2/combined.zip
+	@$(BIN)/python examples/superglue.py $(SUPERGLUE)/combined.zip $(SUPERGLUE) >&2
+	$(BIN)/python launch/compare.py benchmarks/evidence/superglue.yaml --out benchmarks/evidence/superglue --slurm > superglue.sbatch
+	sbatch superglue.sbatch
 
 merging: quickstart  # what merging is worth, six seeds: hours; goes on where it was (ARGS="--studies m0")
 	$(BIN)/python launch/quickstart.py --set strings

@@ -24,11 +24,14 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
+    sys.path.insert(0, str(ROOT))
+
+from mtl.compare.statistics import mean_interval
+
 RESULTS = ROOT / "benchmarks" / "results" / "merging"
 PAGE, BEGIN, END = ROOT / "docs" / "merging.md", "<!-- benchmarks/merging.py", "<!-- end -->"
 SINGLE = "best single checkpoint"
-# Two-sided 95 % quantiles of Student's t with n - 1 degrees of freedom, n = 2 ...
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -270,11 +273,10 @@ def checkpoint(run: Path, step: int, weights: str) -> Path:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval (Student's t); nan of one value."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
         return mean, math.nan
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1))
-    return mean, QUANTILES[min(n - 2, len(QUANTILES) - 1)] * deviation / math.sqrt(n)
+    return mean, mean_interval(values)[1] - mean
 
 
 def table(title: str, seeds: Sequence[dict[str, Any]]) -> Iterator[str]:

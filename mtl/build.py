@@ -249,6 +249,10 @@ def build(
     output = Path(config.output).expanduser()
     batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
     anchors, patience = None, _patience(config)
+    if patience is not None and patience.times is not None:
+        # The other run's folder may have changed: on --resume the tasks must be done when they were.
+        source = f"steps by {getattr(config.evaluate.patience, 'from')}"
+        identity[source] = dict(zip(config.tasks, patience.times, strict=True))
     if patience is not None and patience.action == "anchor":
         folder = output / "anchors"
         anchors = Anchors(engine, goals.each, tasks, evaluated, batches, folder, say)

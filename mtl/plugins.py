@@ -58,11 +58,13 @@ def read(path: str, overrides: Collection[str] = (), allow_code: Collection[str]
     """
     if allow_code and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # at the end: nothing here replaces what is installed
+    # Names and keywords first: what follows calls the code that they name.
     config = load(path, overrides, check(KINDS, allow_code))
     generated = metrics(config, allow_code)
     problems = list(_misfits(config, objectives(config, allow_code), generated))
     if problems:
         raise ConfigError(problems)
+    # Only to hear whether the balancer fits the tasks.
     holder(config, allow_code)
     return config
 
@@ -92,6 +94,7 @@ def objectives(config: Config, allow_code: Collection[str] = ()) -> Goals:
     for name, task in config.streams.items():
         path = "objective" if task.objective is None else ("tasks", name, "objective")
         spec = config.get(path)
+        # Equal specs are one objective: its rows are then dealt together.
         if spec not in specs:
             specs.append(spec)
             made.append(_built(resolve(config, path, OBJECTIVE, allow_code)))
@@ -104,6 +107,7 @@ def objectives(config: Config, allow_code: Collection[str] = ()) -> Goals:
         for other in task.of or ():
             s = streams.index(other)
             loss = task.loss or losses_of(made[of[s]])[0]
+            # A loss that is taken is reported by `_misfits`; here it keeps its first task.
             if loss in number and number[loss][s] < 0:
                 number[loss][s] = k
     return Goals(made, of, Book(tuple(names), tuple(streams), number))
@@ -128,6 +132,7 @@ def _misfits(
             yield document.problem(
                 ("tasks", name, "of"), "tasks of several objectives", "tasks of one objective"
             )
+        # Of several objectives the first: the rest has been reported.
         for number in list(numbers)[:1]:
             losses = losses_of(goals.each[number])
             loss = task.loss or losses[0]
@@ -175,6 +180,7 @@ def _metrics(
                 hint = "It runs what the model writes: see docs/generation.md before."
                 wanted = "evaluate.generate.run_code: true beside it"
                 yield document.problem(path, show(name), wanted, hint)
+            # Measures and metrics share the tags eval/<task>/<name>.
             if name in taken or name in (*BEST, "loss", "average", "time"):
                 yield document.problem(path, f"the name {show(name)}, which is taken", "another")
 
@@ -208,6 +214,7 @@ def holder(config: Config, allow_code: Collection[str] = ()) -> Holder:
     Raises:
         ConfigError: the balancer does not fit the tasks: their number, their names, their groups.
     """
+    # Made anew at every call, as a holder keeps its state.
     balancer = resolve(config, "balancer", BALANCER, allow_code)()
     try:
         weights = [task.loss_weight for task in config.tasks.values()]

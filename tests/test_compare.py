@@ -121,6 +121,10 @@ def written(base: Path, folder: Path, **changes: object) -> Path:
             {"arms": {**ARMS, "cabo": ["balancer=Cabo"], "x": ["train.step=1"]}},
             "(?s)arms.cabo: .*Cabo.*arms.x: .*train.step",
         ),
+        (
+            {"arms": {"still": ["balancer={name: Static, weights: {mean:coba}}"], **ARMS}},
+            r"arms.still: found \{mean:coba\}, wanted an arm above it",
+        ),
         ({"set": ["tasks.chat.test=null"]}, r"tasks.chat.test: found nothing, wanted rows that"),
         ({"references": {"seeds": 1, "arms": {"alone": ["x.y=1"]}}}, "references.copy.alone: .*x"),
     ],
@@ -184,6 +188,7 @@ def result(runner: Runner, run: study.Run, best: list[float], own: list[float]) 
             "own": dict.fromkeys(tasks, 50) | {tasks[0]: 90},
         },
         "cost": 300 if run.arm == "equal" else 330,
+        "weights": dict(zip(tasks, [0.75, 0.25][: len(tasks)], strict=True)),
         "validation": {task: [3.0, loss] for task, loss in zip(tasks, best, strict=True)},
     }
     path = runner.path(run)
@@ -264,6 +269,21 @@ def test_an_arm_reads_anothers_result(base, tmp_path):
     assert cost.pilot_cost(load(base, [filled])) == 300
     assert cost.pilot_cost(load(base, ["evaluate.patience={from: runs/x, action: drop}"])) == 0
     assert best_steps(runner.path(run)) == {"a": 90, "b": 50}
+
+
+def test_an_arm_has_the_mean_weights_of_another(base, tmp_path):
+    arms = {"equal": ["balancer=Equal"], "coba": ["balancer=CoBa"]}
+    arms |= {which: [f"balancer={{name: Static, weights: {{{which}:coba}}}}"] for which in ("mean", "moved")}  # fmt: skip
+    runner = made_up(base, tmp_path, arms)
+    coba, mean, moved = runner.study.runs()[-3:]
+    with pytest.raises(study.StudyError, match=r"coba\.5\.json, wanted the finished run"):
+        runner._filled(mean, mean.overrides[0])
+    result(runner, coba, [2.0, 1.0], [1.0, 1.0])
+    recorded = runner.result(coba)["weights"]
+    filled = [load(base, [runner._filled(run, run.overrides[0])]) for run in (mean, moved)]
+    given = [each.balancer.model_extra["weights"] for each in filled]
+    assert recorded == {"a": 0.75, "b": 0.25}
+    assert given == [recorded, {"a": 0.25, "b": 0.75}]
 
 
 def test_references_are_those_of_the_better_validation_loss(base, tmp_path):

@@ -1,5 +1,6 @@
 """Draws that follow the balancer or go around a task that is done: what is drawn, what it counts, and resuming."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,30 @@ def test_a_round_goes_on_at_another_world_size(yaml):
         draws = {tag for tag in a if tag.startswith("draws/") or tag.endswith("/tokens")}
         assert {tag: a[tag] for tag in draws} == {tag: b[tag] for tag in draws}
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=5e-6)
+
+
+def test_killed_right_after_a_drop_that_another_run_told(yaml):
+    """`prose` is dropped from step 4 on, and 5 is saved. Without `follow` the drop alone begins a round."""
+    told = yaml.parent / "pilot.json"
+    own = {"copy": 12, "chat": 12, "prose": 4}
+    told.write_text(json.dumps({"steps": {"own": own}}))
+    drop = f"evaluate.patience={{from: {told}, action: drop}}"
+    given = ["objective=outside:causal_lm", drop, "checkpoint.every=5", "evaluate.every=4"]
+    at_once, killed = (yaml.parent / how for how in ("told at once", "told and killed"))
+    runs.train(yaml, *given, f"output={at_once}", world=2).well()
+    died = runs.train(yaml, *given, f"output={killed}", world=2, MISFORTUNE="kill step 6 1")
+    assert -9 in died.codes and newest(killed).name == "step-00000005"
+
+    told.write_text(json.dumps({"steps": {"own": {**own, "prose": 8}}}))
+    refused = runs.train(yaml, *given, f"output={killed}", world=2, resume=True)
+    assert refused.codes != [0, 0] and f"steps by {told}" in refused.err
+
+    told.write_text(json.dumps({"steps": {"own": own}}))
+    runs.train(yaml, *given, f"output={killed}", world=2, resume=True).well()
+    assert_each_step_once(killed)
+    assert_same(at_once, killed)
+    drawn = [line["train/prose/tokens"] for line in runs.metrics(killed) if "train/loss" in line]
+    assert min(drawn[:4]) > 0 == max(drawn[4:])
 
 
 # --- configs

@@ -60,6 +60,7 @@ class BatchSizes:
 def batch_sizes(tasks: Sequence[TaskData], mix: Mix, layouts: Layouts, steps: int) -> BatchSizes:
     """A sample of the run's global batches, cut as its ranks would cut them."""
     micros, tokens, positions, largest, most = [], [], [], 0, 0
+    # A set: in a short run several points fall on one step.
     for step in sorted({int(s) for s in np.linspace(0, steps - 1, min(steps, SAMPLED))}):
         stream, row = mix.batch(step)
         sizes, count, total = [], 0, 0
@@ -200,6 +201,7 @@ def needs(config: Config, data: Data, loader: Loader, world: int) -> list[str]:
     ]
     largest, targets = max(one.largest for one in found), max(one.targets for one in found)
     stage = zero_stage(config)
+    # At stage 0 DeepSpeed cannot keep fp32 master weights beside bf16 ones (`zero_stage`).
     asked = f" (not {config.engine.zero}: bf16 starts there)" if stage != config.engine.zero else ""
     head = (
         f"{type(skeleton).__name__}, {config.model.precision}, ZeRO {stage}{asked}, "

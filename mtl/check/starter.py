@@ -106,6 +106,7 @@ def _entry(task: str, paths: dict[str, list[str]]) -> dict[str, object]:
             f"{', '.join(paths['validation'])}: found no train file of the task {task}, wanted one "
             f"beside it, such as {task}.train.jsonl. Name it too."
         )
+    # No validation file: a part of the training rows is held out.
     paths = {**paths, "validation": paths["validation"] or [HELD_OUT]}
     entry = {side: some[0] if len(some) == 1 else some for side, some in paths.items()}
     return {**entry, "format": next(iter(formats.values()))}
@@ -119,6 +120,7 @@ def recognise(file: str) -> str:
     """
     rows = [row.value for row in itertools.islice(open_source(file).rows(), SAMPLE)]
     rows = [row for row in rows if row is not None]
+    # Of formats that read equally many, the first in FORMATS wins.
     counts = Counter(
         {form: sum(_reads(dotted, row) for row in rows) for form, dotted in FORMATS.items()}
     )

@@ -58,6 +58,7 @@ def rows(config: Config, allow_code: Collection[str] = ()) -> Rows:
     """Encoded, or from the cache. Call it before there is a process group."""
     tested = all(task.test is not None for task in config.streams.values())
     test = evaluation.rows(config, "test", allow_code) if tested else None
+    # `task/accuracy` is one task's measure; its last part names it.
     key = config.evaluate.best.rpartition("/")[2]
     asks = any(key in mine for mine in plugins.metrics(config, allow_code).values())
     return Rows(evaluation.rows(config, "validation", allow_code, asks), test)
@@ -83,6 +84,7 @@ class _Scratch:
         self.path = Path(self.folder.name)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # `on_first` pickles its result: other ranks get the path, and no folder to delete.
         return Path, (self.path,)
 
 
@@ -97,14 +99,17 @@ def _candidates(
     if single and single["step"]:
         at = int(single["step"])
         found[f"best single checkpoint, step {at}"] = Candidate(output / f"bests/step-{at:08d}")
+    # The checkpoint whose average was the best, else the newest one's.
     of_average = record["best"] if record.get("best_weights") == "average" else record["name"]
     if (checkpoints / of_average / "average").is_dir():
         step = int(of_average[5:])
         found[f"average, step {step}"] = Candidate(checkpoints / of_average, "average")
     models = sources.bests(output)
+    # A merge of one model is that model.
     for method in methods if len(set(models)) > 1 else ():
         out = scratch / method
         remote = config.model.allow_remote_code
+        # force: what lies far from its base is a candidate too; its losses judge it.
         merge(
             sources.base(config), models, named(method), out, force=True, allow_remote_code=remote
         )
@@ -147,9 +152,11 @@ def choose(
     def value(name: str) -> float:
         one = chosen[name]
         every = one.summary(names) | one.measured(names, given.validation.measures)
+        # min chooses below, so what is better high counts negative.
         return (-1 if kind is not None and kind.highest else 1) * every[key]
 
     best = min(found, key=value)
+    # Only now: the evaluations above are collectives.
     if comm.rank() > 0:
         return None
     record = {

@@ -29,6 +29,7 @@ def forward_equivalents(
     needs = plugins.holder(config, allow_code).balancer.needs
     rows, k, probe = config.batch.examples, len(config.streams), config.evaluate.probe
     read = k * probe.examples if isinstance(probe.examples, int) else round(PROBED * rows)
+    # By the least interval; a run whose probes read more rows probes less often.
     probes = -(-steps // (probe.every or EVERY[config.trains_adapter]))
     grams = -(-steps // config.gram.every)
     cost = steps * rows * TRAINED + teacher_rows * READ

@@ -77,6 +77,7 @@ def rows(
         )
     data = build.encode(config, allow_code, _say)  # labels and the like are those of training
     if split == "validation":
+        # In both places: layouts look at the longest row of either.
         found = [TaskData(t.name, t.validation, t.validation) for t in data.tasks]
     else:
         found = _other_rows(config, split, data, allow_code)
@@ -142,6 +143,7 @@ def evaluator(
         model, packed = opened(*start)
         settings = config.resolved()["model"]
         reference.fill(model, goals.each, tasks, layouts(packed), settings, say)
+        # Before the next one is loaded.
         del model
 
     def evaluate(folder: Path) -> ValidationResult:
@@ -151,6 +153,7 @@ def evaluator(
         found = full_pass(model, goals.as_one, groups, len(config.tasks))
         if data.asking is None:
             return found
+        # The first model writes the file anew, the others append to it.
         answers = data.asking.measure(
             model, predictions, append=asked, about={"model": str(folder)}
         )
@@ -244,6 +247,7 @@ def _load(
         model = model.to(dtype_of(config.model.precision))
         head.install(model, None)
         return model.to(device())
+    # The folder has whole trained weights: what the run did to its base is not done again.
     plain = {"name": str(folder), "revision": revision, "lora": None, "quantize": None}
     plain |= {"adapter": None, "activation_checkpointing": False, "compile": False}
     changes = {

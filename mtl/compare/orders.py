@@ -63,6 +63,7 @@ def study(
     rng = np.random.default_rng(config.train.seed)
     found = {
         "replicas": measure(trained, where),
+        # What spread there is without any order: the same losses at places drawn by lot.
         CHANCE: measure(trained, [rng.permutation(each) for each in where]),
     }
     mean = np.mean(trained, axis=0)
@@ -85,6 +86,7 @@ def _places(
     if order is None:
         raise ValueError(f"{run}: found a run of the one order, wanted a replica (`train.order`).")
     path, sets, allow_code = experiment
+    # The YAML has no order of its own; the replica's stands in its record.
     config = plugins.read(path, [*sets, f"train.order={json.dumps(order)}"], allow_code)
     mix = mix_for(config, data.tasks)
     now = provenance.identity(config, data.tasks, steps_of(config, mix))

@@ -79,8 +79,10 @@ class Study:
         )
         exported = [output / "model" for output in self.replicas]
         merges = {self.out / f"merged-{method}": (method, exported) for method in self.methods}
+        # Only now: the commands are asked for one by one, and the long run has ended.
         merges[self.out / "tail"] = "average", self._tail()
         for target, (method, models) in merges.items():
+            # A merge appears whole or not at all, so one that is there is finished.
             if not target.exists():
                 yield self._merge(method, models, target)
         models = [*exported, self.out / "long" / "model", *merges]

@@ -47,6 +47,7 @@ def comparison(runner: Runner) -> dict[str, Any]:
     arms = {arm: found for arm, found in results["arms"].items() if found}
     alone = _references(study.seeds["references"], results["references"])
     tasks = next((one["tasks"] for found in arms.values() for one in found.values()), [])
+    # R of some tasks only would make G a mean of unlike things.
     reference = alone if alone.keys() == set(tasks) else None
     rows = {arm: _row(found, reference) for arm, found in arms.items()}
     for arm, found in arms.items():
@@ -94,6 +95,7 @@ def _references(seeds: Sequence[int], results: Results) -> dict[str, float]:
             continue
         each = list(found.values())
         (task,) = each[0]["tasks"]
+        # The least loss of any pass, as the run's own best.
         valid = float(np.mean([min(one["validation"][task]) for one in each]))
         test = float(np.mean([one["test"]["best"][task] for one in each]))
         chosen[task] = min(chosen.get(task, (np.inf, np.inf)), (valid, test))

@@ -6,12 +6,13 @@ run's own folder, OUT/KIND/ARM/seed-N, goes away with its checkpoints then.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from mtl import plugins
 from mtl.compare.cost import forward_equivalents, pilot_cost
-from mtl.compare.study import Run, Study, StudyError
+from mtl.compare.study import PLACE, Run, Study, StudyError
 from mtl.output import provenance
 from mtl.output.files import write_json
 from mtl.output.report import History
@@ -116,10 +117,25 @@ class Runner:
         return result
 
     def _filled(self, run: Run, override: str) -> str:
-        """An override with `{results}` and `{seed}` filled in: so an arm reads another's result."""
+        """An override with what stands for another arm's result filled in: `{results}` and `{seed}`
+        make its path, `{mean:ARM}` and `{moved:ARM}` are its mean weights.
+        """
+        override = PLACE.sub(lambda place: self._weights(run, place), override)
         return override.replace("{results}", str(self.out / "results")).replace(
             "{seed}", str(run.seed)
         )
+
+    def _weights(self, run: Run, place: re.Match[str]) -> str:
+        path = self.path(replace(run, arm=place["arm"]))
+        if not path.is_file():
+            raise StudyError(
+                f"found no {path}, wanted the finished run whose weights {place[0]} is"
+            )
+        found = json.loads(path.read_text(encoding="utf-8"))["weights"]
+        values = list(found.values())
+        if place["which"] == "moved":
+            values = [values[-1], *values[:-1]]
+        return json.dumps(dict(zip(found, values, strict=True)))
 
     def _models(self, run: Run, output: Path, history: History, base: str) -> dict[str, str]:
         """The folders to read: of the best and the last checkpoint; of the arm that gives the

@@ -20,14 +20,18 @@ def interval(differences: Sequence[float], resamples: int = 9999) -> tuple[float
     """
     x = np.asarray(differences, float)
     n, mean = len(x), float(x.mean())
+    # Equal differences: the acceleration below would be 0 / 0.
     if np.ptp(x) == 0:
         return mean, mean
     draws = np.random.default_rng(0).integers(0, n, (resamples, n))
     means = x[draws].mean(1)
+    # Means that equal the sample's count half: with few pairs there are many.
     below = ((means < mean).mean() + (means <= mean).mean()) / 2
+    # Clipped, since the normal's quantiles at 0 and 1 are infinite.
     bias = NORMAL.inv_cdf(float(np.clip(below, 1 / resamples, 1 - 1 / resamples)))
     left_out = (x.sum() - x) / (n - 1)
     pulls = left_out.mean() - left_out
+    # Skewness of the jackknife's means, over 6.
     acceleration = (pulls**3).sum() / (6 * (pulls**2).sum() ** 1.5)
     ends = []
     for side in (1 - LEVEL) / 2, (1 + LEVEL) / 2:
@@ -51,11 +55,13 @@ def sign_flip(differences: Sequence[float]) -> float:
     x = np.asarray(differences, float)
     n = len(x)
     if n <= EXACT:
+        # Row i has the bits of i: every assignment once.
         heads = np.arange(2**n)[:, None] >> np.arange(n) & 1
     else:
         heads = np.random.default_rng(0).integers(0, 2, (2**EXACT, n))
         heads[0] = 0  # the data themselves count
     sums = np.abs((1 - 2 * heads) @ x)
+    # The same sum in another order may differ in its last bits: it counts as equal.
     return float((sums >= abs(x.sum()) * (1 - 1e-12)).mean())
 
 

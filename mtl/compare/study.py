@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ ALWAYS = (
     "export.which=best",
     "trackers=[jsonl]",
 )
+
+
+# In an override: the mean weights of another arm's run of the same seed, as they were or each one
+# given to the next task, so that weights and tasks no longer belong together.
+PLACE = re.compile(r"\{(?P<which>mean|moved):(?P<arm>[\w.-]+)\}")
 
 
 class StudyError(ValueError):
@@ -84,8 +90,17 @@ class Study:
     allow_code: tuple[str, ...] = ()
 
     def config(self, run: Run) -> Config:
-        """The experiment of a run. Raises ConfigError."""
-        return plugins.read(self.base, self.overrides(run), self.allow_code)
+        """The experiment of a run, equal numbers standing for what others' results will say.
+
+        Raises:
+            ConfigError: it does not resolve.
+        """
+        overrides = [PLACE.sub(self._ones, each) for each in self.overrides(run)]
+        return plugins.read(self.base, overrides, self.allow_code)
+
+    def _ones(self, _: re.Match[str]) -> str:
+        document = plugins.read(self.base, self.common, self.allow_code).document.data
+        return json.dumps(dict.fromkeys(document["tasks"], 1))
 
     def overrides(self, run: Run) -> list[str]:
         """In the order they are set: ours, the study's, the arm's, the seed."""
@@ -229,6 +244,11 @@ def _check(study: Study) -> None:
             for task, section in config.streams.items()
             if section.test is None
         ]
+        for place in PLACE.finditer(" ".join(run.overrides)):
+            if run.kind != "arms" or place["arm"] not in list(arms)[: list(arms).index(run.arm)]:
+                problems.append(
+                    f"{study.path}: {run.kind}.{run.arm}: found {place[0]}, wanted an arm above it."
+                )
     if problems:
         raise StudyError("\n".join(dict.fromkeys(problems)))
 

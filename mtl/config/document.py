@@ -67,6 +67,7 @@ class Problem(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
+    # Empty: nothing of YAML 1.1 (`no`, 1:30, dates) is inherited.
     yaml_implicit_resolvers: dict = {}
 
 
@@ -77,7 +78,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _name, _regex in _SCALARS.items():
+    # None: tried on every scalar, whatever character it begins with.
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_regex})$"), None)
+    # Beside PyYAML's own of YAML 1.1, which the dumper keeps.
     _Dumper.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_regex})$"), None)
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile("^<<$"), None)
 
@@ -116,18 +119,21 @@ class Document:
         self._default = default
         self.problems: list[Problem] = []
         self._count = 0
+        # The root has a place always, so `place` finds one for any path.
         self._places: dict[Keys, Place] = {(): Place(origin)}
         root = self._compose(text, Place(origin, 1))
         self.data: Any = None
         if root is not None:
             self._places[()] = self._at(root, Place(origin, 1))
             self.data = self._value(root, (), self._places[()], ())
+        # Text that is not YAML has been reported already.
         if not self.problems and not isinstance(self.data, dict):
             found = "an empty file" if root is None else show(self.data)
             self._wrong((), self._places[()], found, "a mapping of keys to values")
         self._files = files
         for override in overrides:
             self._override(override)
+        # After the overrides: one may name another file, or have read it to change a key.
         for keys in files:
             above = functools.reduce(child, keys[:-1], self.data)
             if isinstance(name := child(above, keys[-1]), str):
@@ -217,6 +223,7 @@ class Document:
             return None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
+            # A --set has no lines.
             if place.line is not None:
                 place = Place(place.origin, mark.line + 1 if mark else None)
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -232,6 +239,7 @@ class Document:
             hint = "Write --set train.steps=10."
             self._wrong((), place, "text of another form", "KEY=VALUE", hint)
             return
+        # `--set key=` means null; PyYAML makes no node of an empty text.
         node = (
             self._compose(match[2], place)
             if match[2].strip()
@@ -243,6 +251,7 @@ class Document:
         for depth, key in enumerate(keys[:-1], start=1):
             below = child(here, key)
             if below is None:
+                # Items of a default list can be set one by one: trackers.0=tensorboard.
                 below = self._default(keys[:depth])
                 below = list(below) if isinstance(below, list | tuple) else {}
             elif isinstance(below, str) and keys[:depth] in self._files:
@@ -253,6 +262,7 @@ class Document:
                 return
             self._places.setdefault(keys[:depth], place)
             here = below
+        # Else errors would show the lines of what is replaced.
         for known in [known for known in self._places if known[: len(keys)] == keys]:
             del self._places[known]
         self._put(here, keys, self._value(node, keys, place, ()), place)
@@ -264,6 +274,7 @@ class Document:
         place, wanted = self._places[keys], "a file with a JSON object"
         try:
             text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
+            # JSON's own parser is the judge; YAML composes the text again, for lines.
             content = json.loads(text, parse_constant=_no_number)
         except RecursionError:
             return self._wrong(keys, place, f"{name}, hundreds of levels deep", wanted)
@@ -320,6 +331,7 @@ class Document:
             value = {}
             for key, (key_node, value_node) in self._pairs(node, keys, place, above).items():
                 at = self._at(key_node, place)
+                # The key's line first: a value may begin further down, and setdefault keeps this.
                 self._places.setdefault((*keys, key), at)
                 value[key] = self._value(value_node, (*keys, key), at, above)
             return value
@@ -330,6 +342,7 @@ class Document:
             ]
         try:
             if isinstance(node, yaml.ScalarNode):
+                # KeyError: an unknown tag. ValueError: a text that its tag does not fit.
                 return _scalar(kind, node.value)
         except (KeyError, ValueError):
             pass
@@ -344,6 +357,7 @@ class Document:
     def _is_too_much(self, keys: Keys, place: Place, depth: int) -> bool:
         """Count one more value; whether there are too many, or too deep. It is reported once."""
         self._count += 1
+        # ==, so that it is said once; the return below is true from here on.
         if self._count == MOST:
             self._wrong((), place, f"{MOST:,} values and more, aliases read out", "fewer")
         if depth == DEEPEST:
@@ -378,6 +392,7 @@ class Document:
                 )
             else:
                 own[key.value] = key, value
+        # own|A mapping's own keys win over merged ones.
         return merged | own
 
     def _at(self, node: yaml.Node, place: Place) -> Place:
@@ -403,6 +418,7 @@ def _scalar(kind: str, text: str) -> Any:
     if kind == "int":
         return int(text, _BASES.get(text[:2], 10))
     if kind == "float":
+        # Python writes YAML's .inf and .nan without the dot.
         return float(re.sub(r"\.(?=[inIN])", "", text))
     return {"str": text}[kind]
 
@@ -446,5 +462,6 @@ def show(value: Any) -> str:
 
 
 def _few(words: Iterable[str]) -> str:
+    # One more than is shown, to know whether there are more.
     first = list(itertools.islice(words, 6))
     return ", ".join([*first[:5], *(["..."] if len(first) > 5 else [])]) or "empty"

@@ -51,6 +51,7 @@ def _default(keys: Keys) -> Any:
         return None
     if field.is_required():
         return None
+    # mode="json" makes lists of tuples, which the YAML cannot write.
     return TypeAdapter(field.annotation).dump_python(field.get_default(), mode="json")
 
 
@@ -65,9 +66,11 @@ def _config(document: Document, check: Callable[[Document], Iterable[Problem]] |
         problems += contradictions(document, {problem.keys for problem in problems})
         problems += check(document) if check else ()
     if problems:
+        # What a --set did wrong has no line and comes last.
         problems.sort(key=lambda problem: (problem.place.line is None, problem.place.line or 0))
         raise ConfigError(problems)
     assert config is not None
+    # The model is frozen; pydantic lets private attributes change.
     config._document = document
     return config
 
@@ -92,6 +95,7 @@ def _problem(document: Document, kind: str, location: Sequence[str | int]) -> Pr
     unknown.
     """
     keys, here = _named(document.data, list(map(str, location)), is_missing=kind == "missing")
+    # pydantic's mark of a mapping's key that is wrong itself.
     if location and location[-1] == "[key]":
         return document.problem(
             keys, f"the name {show(keys[-1])}", wanted(TaskName), "Rename the task."
@@ -101,6 +105,7 @@ def _problem(document: Document, kind: str, location: Sequence[str | int]) -> Pr
         hint = did_you_mean(keys[-1], known) or elsewhere(Config, keys[-1])
         return document.problem(keys, "an unknown key", either(known), hint)
     declared = type_at(Config, keys)
+    # Equal lengths: the location holds no union's branch. Within one, the value is wrong.
     if kind == "missing" and len(keys) == len(location):
         return document.problem(keys, "nothing", wanted(declared))
     return document.problem(keys, show(here), wanted(declared), next_move(here, declared))

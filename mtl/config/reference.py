@@ -78,6 +78,7 @@ def _code(value: Any) -> str:
     text = (
         json.dumps(value)
         if isinstance(value, list | dict)
+        # PyYAML ends a lone scalar with a line of three dots.
         else dump(value).removesuffix("...\n").strip()
     )
     return f"`{text}`"

@@ -94,6 +94,7 @@ def _best(get: Get) -> Iterator[Finding]:
 
 def _scale(get: Get) -> Iterator[Finding]:
     for pattern in get("optimizer", "scale"):
+        # optimizer.py searches with it much later, when the model has been loaded.
         try:
             re.compile(pattern)
         except re.error as error:
@@ -139,6 +140,7 @@ def _temperature(get: Get) -> Iterator[Finding]:
 def _follow(get: Get) -> Iterator[Finding]:
     follow, tasks = get("mix", "follow"), get("tasks")
     if follow is None:
+        # The schema's defaults once more: `get` fills them in, so these pass as not given.
         for key, default in ("every", 50), ("floor", None):
             if (value := get("mix", key)) != default:
                 hint = "It has no meaning without mix.follow."
@@ -228,6 +230,7 @@ def _metrics(get: Get, name: str) -> Iterator[Finding]:
 
 
 def _spec_name(spec: Any) -> Any:
+    # As the YAML has it, not validated: a text or a mapping. A default is a Spec already.
     return child(spec, "name") if isinstance(spec, dict) else getattr(spec, "name", spec)
 
 
@@ -244,6 +247,7 @@ def _momentum(get: Get) -> Iterator[Finding]:
 
 def _offload(get: Get) -> Iterator[Finding]:
     zero = get("engine", "zero")
+    # target -> the lowest ZeRO stage at which it may stand there.
     for key, lowest in ("optimizer", {"cpu": 1, "nvme": 3}), ("parameters", {"cpu": 3, "nvme": 3}):
         target = get("engine", "offload", key)
         if zero < lowest.get(target, 0):
@@ -351,6 +355,7 @@ def _kernel(get: Get) -> Iterator[Finding]:
 
 def _gram(get: Get) -> Iterator[Finding]:
     params = get("gram", "params")
+    # all, last_layer and adapter compile too; they are looked at first where it is used.
     try:
         re.compile(params)
     except re.error as error:
@@ -461,6 +466,7 @@ def _output(get: Get) -> Iterator[Finding]:
         yield ("output",), show(output), "a folder of the run's own", f"That is {folder}."
 
 
+# In any order: read.py sorts what they find by line.
 RULES = (
     _warmup,
     _trackers,
@@ -496,10 +502,12 @@ class _Broken(Exception):
 
 def contradictions(document: Document, broken: set[Keys]) -> list[Problem]:
     def get(*keys: str) -> Any:
+        # What stands in a broken section is unknown too.
         if any(keys[:depth] in broken for depth in range(1, len(keys) + 1)):
             raise _Broken
         value: Any = document.data
         for depth, key in enumerate(keys):
+            # From a default section on, values are models and no longer the YAML's dicts.
             if isinstance(value, dict) and key not in value:
                 field = model_of(type_at(Config, keys[:depth])).model_fields[key]
                 value = field.get_default(call_default_factory=True)
@@ -508,6 +516,7 @@ def contradictions(document: Document, broken: set[Keys]) -> list[Problem]:
         return value
 
     tasks = document.data.get("tasks")
+    # Anything else than a mapping has been reported as such.
     names = tasks if isinstance(tasks, dict) else ()
     problems = []
     for rule in (

@@ -35,6 +35,7 @@ Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+# Strict mode takes tuples alone, and YAML gives lists: hence Strict(False).
 Names = Annotated[tuple[Text, ...], Strict(False)]
 Sources = Annotated[
     tuple[Text, ...],
@@ -54,6 +55,7 @@ Sources = Annotated[
 OwnSources = Annotated[Sources | None, Wanted("a file, folder or hub name, or a list of them")]
 Held = Annotated[
     int | float | Sources | None,
+    # A lambda, since the function is defined below.
     BeforeValidator(lambda value: _held(value)),
     Wanted("a file, folder or hub name, or a list of them, or a part of train such as 5%"),
     WithJsonSchema(
@@ -88,6 +90,7 @@ FILES = (("engine", "deepspeed"),)  # where Document reads a file in
 TaskName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$"), Wanted("letters, digits, _ . -")
 ]
+# Words that stand beside tasks in metrics' names and in `evaluate.best`; the dots are folders.
 RESERVED = ("macro", "token", "worst", "log", "average", ".", "..")
 BEST = ("macro", "token", "worst", "log")  # what every run may be judged by, besides a task
 
@@ -110,6 +113,7 @@ class Spec(Section):
 
     model_config = ConfigDict(extra="allow", json_schema_extra=lambda schema: _or_text(schema))
 
+    # `words.wanted` reads it for errors and docs.
     wanted: ClassVar = "a name, or a mapping with name and keywords"
 
     name: Name
@@ -155,6 +159,7 @@ class AdapterSection(Section):
 
 
 def _or_text(schema: dict[str, Any]) -> None:
+    # Changed in place: pydantic goes on with the dict that it handed over.
     mapping = dict(schema)
     schema.clear()
     schema.update(anyOf=[{"type": "string", "minLength": 1}, mapping])
@@ -653,6 +658,7 @@ class Config(Section):
     cache: TextPath = "~/.cache/coba-mtl"
     """Folder of the encoded data."""
 
+    # A Config that code constructs has an empty YAML behind it.
     _document: Document = PrivateAttr(default_factory=Document)
 
     @property
@@ -668,6 +674,7 @@ class Config(Section):
         return self.model.adapter or next(
             (
                 AdapterSection(path=path)
+                # `from` is a word of Python.
                 for path in (getattr(self.train, "from"), self.model.name)
                 if path and adapter_folder(path)
             ),

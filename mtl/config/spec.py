@@ -156,6 +156,7 @@ def _matches(data: Any, pattern: Keys, above: Keys = ()) -> Iterator[tuple[Keys,
     if not pattern:
         yield above, data
         return
+    # Keys of a mapping, numbers of a list; a scalar has nothing below it.
     every = (
         data.keys()
         if isinstance(data, dict)
@@ -207,7 +208,9 @@ class _Found:
         dotted, package = show(f"{module}:{attribute}"), module.partition(".")[0]
         try:
             target = import_module(module)
+        # A module runs as it is imported, so it may raise anything.
         except Exception as error:
+            # The package itself is missing, and not something that it imports.
             absent = isinstance(error, ModuleNotFoundError) and error.name == package
             self._fail(
                 f"{dotted}, whose import fails ({_reason(error)})",
@@ -261,6 +264,7 @@ class _Found:
         self, found: str, wanted: str, hint: str = "", cause: BaseException | None = None
     ) -> NoReturn:
         problem = self.document.problem(self.keys, found, wanted, hint)
+        # Where the spec is a mapping, its name's own line.
         at_name = self.document.place((*self.keys, "name"))
         raise ConfigError([problem._replace(place=at_name)]) from cause
 
@@ -279,6 +283,7 @@ def _misfits(
         )
         return
     try:
+        # None stands for each value: only their number and names are tried.
         passed = signature.bind_partial(
             *[None] * arguments, **dict.fromkeys(kind.keywords)
         ).arguments
@@ -299,6 +304,7 @@ def _misfits(
         for p in every
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in passed
     }
+    # With **keywords the callable itself decides which it knows.
     if not any(p.kind is p.VAR_KEYWORD for p in every):
         accepted = ", ".join(
             p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named.values()
@@ -327,5 +333,6 @@ def _reason(error: Exception) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if "importlib" not in frame.filename
     ]
+    # The first frame is our own call of import_module.
     at = f" at {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
     return f"{type(error).__name__}: {error}{at}"

@@ -42,6 +42,7 @@ def _is_number(text: str) -> bool:
 def wanted(kind: Any) -> str:
     """A type in words: "a whole number >= 1, or null"."""
     kind, metadata = _split(kind)
+    # Words given beside a type win over what the type itself would say.
     names = [item for item in metadata if isinstance(item, Wanted)]
     if names:
         return names[0]
@@ -92,6 +93,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 def elsewhere(root: type[BaseModel], key: str) -> str:
     """For a key that belongs under another one."""
+    # A path with * cannot be written: it stands for any task.
     places = [dotted(keys) for keys, _, _ in fields(root) if keys[-1] == key and "*" not in keys]
     return f"Did you mean {either(places)}?" if places else ""
 
@@ -150,6 +152,7 @@ def type_at(root: type[BaseModel], keys: Keys) -> Any:
                 args = get_args(branch)
                 kind = args[0] if args[-1] is ... else args[int(key)]
                 break
+        # No branch has keys of its own, so anything may stand here.
         else:
             return Any
     return kind
@@ -160,6 +163,7 @@ def fields(model: type[BaseModel], above: Keys = ()) -> Iterator[tuple[Keys, Any
     before its keys.
     """
     for key, kind in get_type_hints(model, include_extras=True).items():
+        # Class variables and private attributes have type hints too.
         if key not in model.model_fields:
             continue
         keys = (*above, key)
@@ -176,5 +180,6 @@ def is_section(kind: Any) -> bool:
     return (
         isinstance(kind, type)
         and issubclass(kind, BaseModel)
+        # A Spec allows extra keys, which are the callable's own.
         and kind.model_config.get("extra") == "forbid"
     )

@@ -60,16 +60,19 @@ class Layout:
         mine = range(len(stream))
         if self.streams is not None:
             mine = np.flatnonzero(np.isin(stream, self.streams)).tolist()
+        # The whole batch has none for this objective. All ranks see the same and skip it alike.
         if self.streams is not None and not len(mine):
             return []
         pairs = [(int(stream[i]), int(row[i])) for i in mine]
         lengths = [int(splits[s].positions[n]) for s, n in pairs]
         dealt = deal(lengths, self.world, self.tokens, self.row_length)
         targets = [int(splits[s].targets[n]) for s, n in pairs]
+        # turn: the micro-batches that all ranks run at the same time.
         most = [
             max(sum(targets[i] for row in micro for i in row) for micro in turn)
             for turn in zip(*dealt, strict=True)
         ]
+        # From places among `mine` back to places in the batch.
         numbered = [[[mine[i] for i in row] for row in micro] for micro in dealt[self.rank]]
         return list(zip(numbered, most, strict=True))
 
@@ -94,6 +97,7 @@ class Layout:
         rows = [[piece(int(stream[i]), int(row[i])) for i in indices] for indices in micro]
         is_dummy = not rows and not self.examples.makes_dummies
         if is_dummy:
+            # Row 0 of a stream of ours: any row would do, since a dummy counts nothing.
             rows = [[piece(0 if self.streams is None else int(self.streams[0]), 0)]]
         made = self.examples.collate(rows, packed=self.packed, most=most, tokens=self.tokens)
         if is_dummy or self.objective:
@@ -161,6 +165,7 @@ class TrainBatches:
     def __init__(
         self, tasks: Sequence[TaskData], mix: Mix, layout: Layout | Layouts, ahead: int = 2
     ):
+        # The mix knows tasks by number only: another order would draw other rows.
         assert mix.names == [task.name for task in tasks] and mix.sizes == [
             len(task.train) for task in tasks
         ]
@@ -184,6 +189,7 @@ class TrainBatches:
     def begin(self, now: Round, stop: int | None) -> None:
         """Go on in a round of draws; another one than before forgets what was prepared."""
         if now != self.now:
+            # A preparation that has begun cannot be cancelled; its result is dropped.
             for late in self._coming.values():
                 late.cancel()
             self._coming.clear()
@@ -201,6 +207,7 @@ class TrainBatches:
         """
         stop = step + 1 + self.ahead
         wanted = range(step, stop if self.stop is None else min(stop, self.stop))
+        # After a jump to another step, what was prepared for the old ones is useless.
         for late in [n for n in self._coming if n not in wanted]:
             self._coming.pop(late).cancel()
         for n in wanted:
@@ -210,6 +217,7 @@ class TrainBatches:
 
     def by_stream(self, step: int) -> list[list[Batch]]:
         """The examples of `batch(step)`, stream by stream: this rank's micro-batches of each."""
+        # On the worker, because one thread alone uses the mix's permutations.
         make = functools.partial(self.layouts.by_stream, self._splits)
         return self._worker.submit(
             lambda: make(*self.mix.batch(step, self.now), self._key(step))
@@ -271,6 +279,7 @@ class ValidationGroups:
     ):
         self.splits = [task.validation for task in tasks]
         each = list(examples or [None] * len(tasks))
+        # `n or 1`: where all rows are dealt out, a group needs one row of each task.
         self.groups = max(
             1,
             min(
@@ -285,6 +294,7 @@ class ValidationGroups:
             )
             for task, split, n in zip(tasks, self.splits, each, strict=True)
         ]
+        # A bool counts as 0 or 1: the part of left-over rows.
         self.parts = self.groups + any(len(rows[self.groups]) for rows in self._rows)
         self._dealt: dict[int, list[tuple[Layout, Micro, int]]] = {}
 
@@ -352,6 +362,8 @@ def stratified(
     random = permutation(n, key)
     # Through `random`, so that rows alike in both stand in random order.
     order = random[np.lexsort((answers[random], targets[random]))]
+    # All rows: strata of `groups` rows, so that each row finds a group.
+    # Else `examples` strata, equal to within a row.
     cuts = (
         range(groups, n, groups)
         if examples is None

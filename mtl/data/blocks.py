@@ -86,6 +86,7 @@ class Mapped:
         for length, *_ in blocks:
             self._starts.append(self._starts[-1] + length)
         self._descriptor = os.open(path, os.O_RDONLY)
+        # Open as long as rows are read; closed also where a line below raises.
         weakref.finalize(self, os.close, self._descriptor)
         self._opened = self._look()
         if self._opened[0] != self._starts[-1]:
@@ -116,6 +117,7 @@ class Mapped:
 
     def _compare(self, i: int) -> None:
         start, stop = self._starts[i : i + 2]
+        # Released at once: a map with open views cannot be closed.
         with memoryview(self._map) as view:
             found = zlib.crc32(view[start:stop])
         if found != self._blocks[i][1]:
@@ -125,5 +127,6 @@ class Mapped:
         self._is_new[i] = 0
 
     def _look(self) -> tuple[int, int]:
+        # Of the open file: another file at the same path is none of ours.
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns

@@ -137,6 +137,7 @@ class Encoded:
         self._mapped, self._label = mapped, label
         self.fingerprint, self.report, self.folder = fingerprint, report, folder
         self.names = tuple(columns)
+        # to_pandas_dtype gives numpy's type, whatever its name says.
         stored = {
             name: _Ragged(table.column(name), kind.to_pandas_dtype(), mapped)
             for name, kind in columns.items()
@@ -145,11 +146,13 @@ class Encoded:
         lengths = {name: column.lengths for name, column in stored.items()}
         self.lengths = lengths[self.names[0]]
         self.positions = positions(lengths)
+        # `schema` writes them in the order of the losses: targets, targets.1, ...
         counted = [name for name in table.column_names if name.startswith("targets")]
         self.counts = np.stack([table.column(name).to_numpy() for name in counted], 1).astype(
             np.int64
         )
         self.targets = self.counts[:, 0]
+        # A copy: later reads through the map would go unchecked.
         self.answers = np.array(table.column("answer").to_numpy())
 
     @staticmethod
@@ -278,6 +281,7 @@ def record_batch(
         values = [row.columns[name] for row in kept]
         dtype = kind.to_pandas_dtype()
         offsets = pa.array(np.cumsum([0, *map(len, values)]), pa.int32())
+        # The empty array sets the type where there are no rows at all.
         flat = pa.array(np.concatenate([np.empty(0, dtype), *values]).astype(dtype))
         arrays.append(pa.ListArray.from_arrays(offsets, flat))
     counts = [pa.array([row.counts[i] for row in kept], pa.int32()) for i in range(losses)]
@@ -361,6 +365,7 @@ class _Ragged:
         self._values = [chunk.values.to_numpy().view(dtype) for chunk in chunks]
         self._starts = np.cumsum([0, *map(len, chunks)])
         self._mapped, self._size = mapped, np.dtype(dtype).itemsize
+        # Where each chunk's values begin in the file, which the checksums count from.
         self._places = [
             mapped and values.ctypes.data - mapped.buffer.address for values in self._values
         ]

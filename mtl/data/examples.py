@@ -83,6 +83,7 @@ class Piece(NamedTuple):
     def rng(self) -> np.random.Generator:
         """A fresh generator for this row in this step: randomness without a state to save."""
         digest = hashlib.blake2b(self.key.encode(), digest_size=16).digest()
+        # PCG64 by name: what numpy's default_rng stands for may change.
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
@@ -125,6 +126,7 @@ class Batch:
         def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return change(value)
+            # A named tuple takes its fields one by one.
             return type(value)(*map(change, value)) if isinstance(value, tuple) else value
 
         names = [field.name for field in fields(self)]

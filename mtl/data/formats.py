@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+# Text, resolved when used: this floor cannot import mtl.recipes.
 FORMATS = {
     "messages": "mtl.data.formats:messages",
     "prompt_completion": "mtl.data.formats:prompt_completion",
@@ -187,6 +188,7 @@ def labeled(
     A label is text or a whole number. `pair` names the key of a second text. `labels` lists the
     names in their order. Without it the names are those of the training rows, sorted.
     """
+    # bool is an int in Python; `_get` refuses it as not text.
     found = row.get(label)
     if isinstance(found, bool) or not isinstance(found, str | int):
         found = _get(row, label, str)
@@ -255,6 +257,7 @@ def sharegpt(
     for i, turn in enumerate(_get(row, conversations, list), 1):
         at = f"{conversations}, turn {i}: "
         said = _get(_object(turn, conversations), content, str, at)
+        # The number that this turn is about to get, a system turn before it counted.
         if not _trained(turn, at):
             context.add(len(turns))
         if turn.get(role) == "function_call":
@@ -315,6 +318,7 @@ def _turns(
         if not _trained(turn, at):
             context.add(i)
         turn.pop("weight", None), turn.pop("train", None)
+        # A turn with calls may lack content.
         if calls := turn.pop("tool_calls", None):
             turn["tool_calls"] = _objects(calls, f"{at}tool_calls")
         else:
@@ -360,7 +364,9 @@ def _conversation(
         texts = (turns[i].get(key) or "" for key in ("content", *REASONING))
         if i not in context and not turns[i].get("tool_calls") and not "".join(texts).strip():
             raise RowProblem("no target", f"turn {i + 1} (assistant) is empty")
+    # The YAML may give one name alone.
     may_drop = (may_drop,) if isinstance(may_drop, str) else tuple(may_drop)
+    # ValueError, not RowProblem: the config is wrong, not this row.
     if unknown := [one for one in may_drop if one not in LEFT_OUT]:
         raise ValueError(f"may_drop: found {unknown[0]!r}, wanted some of {', '.join(LEFT_OUT)}")
     return Messages(turns, tools, context, may_drop)
@@ -371,6 +377,7 @@ class Watched(dict):
 
     def __init__(self, row: Mapping[str, Any]):
         self._read: set[str] = set()
+        # Lists go one level deep: that is where a conversation's turns stand.
         super().__init__(
             (key, [_watched(one) for one in value] if isinstance(value, list) else value)
             for key, value in row.items()
@@ -412,6 +419,7 @@ class Watched(dict):
         self._read.update(super().keys())
         return super().items()
 
+    # A copy is a plain dict, and taking one counts as reading every key.
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
@@ -467,6 +475,7 @@ def _role(name: str, roles: Mapping[str, str], at: str) -> str:
 
 def _tools(row: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]] | None:
     """A list of schemas, which may be stored as JSON text where columns cannot hold one."""
+    # An empty list or text is no tools.
     tools = row.get(key) or None
     if isinstance(tools, str):
         tools = _json(tools, key)
@@ -495,6 +504,7 @@ def _objects(calls: Any, at: str) -> list[Mapping[str, Any]]:
         raise RowProblem("bad value", f"{at}: found {_show(calls)}, wanted a list of calls")
     made = []
     for call in calls:
+        # OpenAI's calls stand within `function`; other data has them bare.
         function = call.get("function", call)
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
             arguments = _json(function["arguments"], f"{at}, arguments")

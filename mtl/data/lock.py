@@ -86,9 +86,11 @@ def build_once(folder: Path, build: Callable[[Path, Say], None], say: Say) -> No
     while not folder.exists():
         if take(lock, me):
             try:
+                # Again: another owner may have finished between the two looks.
                 if not folder.exists():
                     _build(folder, build, lock, me)
             finally:
+                # Others may have judged us dead and taken over: then it is their lock.
                 held = read(lock)
                 if held and held.who == me.who:
                     lock.unlink(missing_ok=True)

@@ -46,6 +46,7 @@ class Round:
     owed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # () means none drawn and none owed. `object.__setattr__`, because the class is frozen.
         for name in ("drawn", "owed"):
             object.__setattr__(self, name, getattr(self, name) or (0,) * len(self.shares))
 
@@ -79,14 +80,19 @@ class Round:
                 for share, owed in zip(self.shares, self.owed, strict=True)
             ]
 
+        # Twice the time x of the docstring, so that K/2 is whole.
+        # rounds it down:
+        # a little early is safe, late would miss draws.
         begin = 2 * first - len(active) + -2 * early // total
         low = until(begin) if begin > 0 else [0] * len(self.shares)
         high = until(2 * last + len(active) - 2 * late // total)
         draws = sorted(
+            # Twice the draw's time, exactly. Ties go to the first task, so the order is total.
             (Fraction((2 * j + 1) * total - 2 * owed, share), k, j)
             for k, (share, owed) in enumerate(zip(self.shares, self.owed, strict=True))
             for j in range(low[k], high[k])
         )
+        # The first of the sorted draws still belong before `first`.
         skip = first - sum(low)
         for _, k, _ in draws[:skip]:
             low[k] += 1
@@ -204,6 +210,7 @@ class Mix:
         assert step >= now.start
         shares = on_grid(parts)
         n, total, drawn = (step - now.start) * self.examples, sum(now.shares), self.drawn(step, now)
+        # From parts of which a draw has `total` to parts of which it has GRID, `shares`' sum.
         owed = [
             (owed + share * n - (after - before) * total) * GRID // total
             for owed, share, after, before in zip(
@@ -239,8 +246,10 @@ class Mix:
     def _place(self, step: int) -> int:
         """Which batch of the one order stands at `step`."""
         order = self.order
+        # Steps past the end come up too: TrainBatches prepares batches ahead.
         if order is None or order.scheme != "batch" or step >= order.steps:
             return step
+        # Here an epoch is a window, and a place is a batch in it.
         epoch, place = divmod(step, order.window)
         if not order.concerns(epoch):
             return step
@@ -270,6 +279,7 @@ def shares_for(
     """
 
     def given(key: str, values: Sequence[float | None] | None) -> list[Fraction]:
+        # A missing list reads as one missing number, which the next line refuses.
         found = list(values or [None])
         if any(value is None or not 0 < value < math.inf for value in found):
             raise ValueError(f"shares {kind}: found {key} {values}, wanted a finite number above 0")
@@ -299,6 +309,7 @@ def on_grid(parts: np.ndarray) -> tuple[int, ...]:
     one below half of a `GRID`-th becomes 0. On the grid already: as they are.
     """
     whole = np.round(parts / parts.sum() * GRID).astype(np.int64)
+    # The largest share takes what rounding left: there it changes the proportion least.
     whole[whole.argmax()] += GRID - whole.sum()
     return tuple(whole.tolist())
 
@@ -307,6 +318,7 @@ def steps_for(epochs: float, sizes: Sequence[int], examples: int) -> int:
     """Optimizer steps of `epochs` passes over all training rows together: ceil(epochs * sum n_k /
     examples).
     """
+    # Exact: in floats 1.1 * 100 is a little above 110, which would take a step more.
     return math.ceil(_decimal(epochs) * sum(sizes) / examples)
 
 

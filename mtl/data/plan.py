@@ -28,8 +28,10 @@ def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
         epochs=[task.epochs for task in settings],
     )
     examples, train = config.batch.examples, config.train
+    # A falsy order is None: this run is no replica.
     order = train.order and Order(
         **dict(train.order),
+        # A window is one pass over all tasks' rows, in batches.
         window=steps_for(1, sizes, examples),
         steps=train.steps or steps_for(train.epochs, sizes, examples),
     )
@@ -69,6 +71,7 @@ def probed(batch: int, positions: Sequence[float], rows: Sequence[int], groups: 
     """
     mean = sum(positions) / len(positions)
     wanted = [round(PROBED * batch / len(positions) * (mean / each) ** 0.5) for each in positions]
+    # LEAST wins over the rows there are: ValidationGroups then makes fewer groups.
     return [max(LEAST, min(n, has // groups)) for n, has in zip(wanted, rows, strict=True)]
 
 
@@ -80,6 +83,7 @@ def probe_every(config: Config, groups: ValidationGroups) -> int:
     third. benchmarks/slopes.py measures the slopes' error with so few probes.
     """
     least = EVERY[config.trains_adapter]
+    # The largest group: the last of a task's may be a row longer or shorter.
     most = max(sum(len(rows) for rows in groups.rows(group)) for group in range(groups.groups))
     return config.evaluate.probe.every or max(
         least, round(least * most / (READ * config.batch.examples))
@@ -109,11 +113,14 @@ def layouts_for(
     for number, each in enumerate(examples):
         streams = [s for s, mine in enumerate(of) if mine == number]
         splits = [split for s in streams for split in (tasks[s].train, tasks[s].validation)]
+        # Both splits use this layout, so the longest example of either has to fit in a row.
         longest = max(int(split.positions.max()) for split in splits)
         row_length = config.batch.row_length or row_length_for(longest, tokens, dense_mask)
+        # None: with one objective every row is its own, and there is nothing to pick out.
         whose = None if len(examples) == 1 else streams
         packs = packed and each.packs
         found.append(
+            # pad_id 0 is not used: each objective's `Examples` bring their own.
             Layout(world, rank, tokens, 0, packs, row_length, each, streams=whose, objective=number)
         )
     return Layouts(found)

@@ -40,6 +40,7 @@ def preference(
     """
     sides = [_value(row, key, roles or {}) for key in (chosen, rejected)]
     given = None if row.get(prompt) is None else _value(row, prompt, roles or {})
+    # As written. Once more below, where lists of text parts have been joined.
     if sides[0] == sides[1]:
         raise RowProblem("equal sides", f"found {chosen} and {rejected} alike, wanted two answers")
     if all(isinstance(side, str) for side in sides) and not isinstance(given, list):
@@ -58,6 +59,7 @@ def preference(
     whole = [each.messages for each in checked]
     if whole[0] == whole[1]:
         raise RowProblem("equal sides", f"found {chosen} and {rejected} alike, wanted two answers")
+    # Counted, not compared: both answers may begin with the same turn.
     if given is not None and all(_is_answer(side) for side in sides):
         shared = len(whole[0]) - (1 if isinstance(sides[0], str) else len(sides[0]))
     else:
@@ -111,6 +113,7 @@ def _conversation(prompt: str | Turns | None, side: str | Turns, name: str) -> T
     if _is_answer(turns):
         start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return [*start, *turns]
+    # A text may name any of the turns; a list has to be their beginning.
     asked = [turn.get("content") for turn in turns if turn["role"] != "assistant"]
     if isinstance(prompt, str) and prompt not in asked or _differs(prompt, turns):
         raise RowProblem("differing prompts", f"{name}: found another one than the conversations'")

@@ -48,6 +48,7 @@ class Question(NamedTuple):
             return Completion(self.example.prompt, text)
         *before, last = self.example.messages[: self.example.last + 1]
         turns = [*before, {"role": last["role"], "content": text}]
+        # Every turn before is context, the assistant's among them.
         return replace(self.example, messages=turns, context=frozenset(range(len(before))))
 
 
@@ -72,6 +73,7 @@ def questions(
     wanted: dict[tuple[int, int], int] = {}
     for number in range(len(split)) if numbers is None else sorted(numbers):
         wanted[split.origin(number)] = number
+    # Sources after the last wanted row need not be read.
     last = max((source for source, _ in wanted), default=-1)
     for s, source in enumerate(sources[: last + 1]):
         for row in source.rows():

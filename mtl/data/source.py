@@ -84,6 +84,7 @@ def open_sources(name: str, split: str = "train") -> list[Source]:
     folders within) stands for every file that it matches, sorted.
     """
     path = Path(name).expanduser()
+    # `[` may stand in an existing file's name, and in a hub name's split (train[:10%]).
     if path.exists() or not glob.has_magic(name) or HUB_NAME.fullmatch(name):
         return [open_source(name, split)]
     found = sorted(one for one in glob.glob(str(path), recursive=True) if Path(one).is_file())
@@ -100,6 +101,7 @@ def open_source(name: str, split: str = "train") -> Source:
         DataError: nothing is found; the text says what was looked for.
     """
     path = Path(name).expanduser()
+    # A named pipe exists and is neither file nor folder: it can be read once only.
     if "://" in name or path.exists() and not (path.is_file() or path.is_dir()):
         raise DataError(
             f"found the stream {name}, wanted a {READ}: streaming is not supported, since the "
@@ -109,17 +111,21 @@ def open_source(name: str, split: str = "train") -> Source:
     if path.is_dir():
         return _folder(name, path)
     if path.is_file():
+        # The last suffix before .gz decides; none leaves an empty list, which no case takes.
         match [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"][-1:]:
             case [".jsonl" | ".ndjson"]:
                 return JsonLines(name, path)
             case [".json"]:
+                # A .json file often holds one object a line, which is JSON Lines by another name.
                 return JsonArray(name, path) if _begins(path, b"[") else JsonLines(name, path)
             case [".csv" | ".tsv" as suffix]:
                 return Delimited(name, path, DELIMITERS[suffix])
+            # ParquetFile opens the path itself, so a .gz around it would not be unpacked.
             case [".parquet"] if path.suffix.lower() != ".gz":
                 return Parquet(name, path)
         raise DataError(f"found the file {name}, wanted a {READ}")
     tried = [f"the file or folder {path.absolute()}"]
+    # A name that looks like a file is a mistyped path: the hub is not asked.
     if HUB_NAME.fullmatch(name) and not re.search(
         r"\.(jsonl?|ndjson|parquet|gz|csv|tsv|txt)$", name
     ):
@@ -148,6 +154,7 @@ class JsonLines(Source):
                     if line.strip():
                         yield _parsed(number, line)
                     number += 1
+        # gzip raises EOFError where a file ends too early.
         except (OSError, EOFError) as error:
             raise DataError(f"{self.where(number)}: {error}") from error
 
@@ -169,6 +176,7 @@ class JsonArray(Source):
     def rows(self) -> Iterator[Row]:
         try:
             with _open(self.path) as file:
+                # utf-8-sig: Windows programs begin UTF-8 files with a byte order mark.
                 values, twice = _load(file.read().decode("utf-8-sig"))
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: not a JSON array: {error}") from error
@@ -195,6 +203,7 @@ class Delimited(Source):
         try:
             with (
                 _open(self.path) as file,
+                # newline="": csv finds the ends of lines, since a quoted text may hold some.
                 io.TextIOWrapper(file, "utf-8-sig", newline="") as lines,
             ):
                 reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
@@ -204,6 +213,7 @@ class Delimited(Source):
                 for values in reader:
                     if len(values) == len(names):
                         yield Row(number, dict(zip(names, values, strict=True)))
+                    # csv gives [] for an empty line: skipped, and counted like JSON Lines' own.
                     elif values:
                         yield Row(
                             number,
@@ -273,6 +283,7 @@ def _folder(name: str, path: Path) -> Source:
             "found a folder of splits, wanted one of them: "
             f"{' or '.join(str(path / s) for s in splits)}"
         )
+    # save_to_disk writes state.json beside the rows.
     if not (path / "state.json").is_file():
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise DataError(
@@ -283,6 +294,7 @@ def _folder(name: str, path: Path) -> Source:
         load_from_disk,
     )  # here: importing it takes a second, and most sources are files
 
+    # Not the fingerprint in state.json: that one stays the same when an .arrow file changes.
     parts = [_file_fingerprint(part) for part in sorted(path.glob("*.arrow"))]
     try:
         return Table(name, load_from_disk(str(path)), _hash(*parts))
@@ -298,11 +310,13 @@ def _hub(name: str, split: str) -> Source:
     dataset, config, named = HUB_NAME.fullmatch(name).group("name", "config", "split")
     config, named = config or "", named or split
     found = load_dataset(dataset, config or None, split=named)
+    # Private, but cheap: a hash of name, config, version and split. No rows are read.
     return Table(f"{dataset}:{config}:{named}".replace("::", ":"), found, found._fingerprint)
 
 
 def _parsed(number: int, line: bytes) -> Row:
     try:
+        # A byte order mark can stand at the start of the file only.
         value, twice = _load(line.decode("utf-8-sig" if number == 0 else "utf-8"))
     except UnicodeDecodeError as error:
         return Row(
@@ -320,6 +334,7 @@ def _load(text: str) -> tuple[Any, str]:
     """The JSON value, and a note on keys that are there twice. The last of them counts."""
     twice: set[str] = set()
 
+    # json keeps the last of equal keys silently; this hook sees every pair.
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
@@ -337,6 +352,7 @@ def _checked(number: int, value: Any, note: str = "") -> Row:
     if not isinstance(value, dict):
         return Row(number, None, f"found a JSON {type(value).__name__}, wanted an object")
     try:
+        # json.loads takes a lone surrogate, and UTF-8 cannot hold one: so encoding is the test.
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return Row(number, None, r"not Unicode: half of a surrogate pair (\ud800 ... \udfff)")
@@ -364,8 +380,10 @@ def _file_fingerprint(path: Path) -> str:
     with path.open("rb") as file:
         if size <= WHOLE:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        # The time stands in for the bytes between the blocks, which are not read.
         digest = hashlib.blake2b(f"{size} {status.st_mtime_ns}".encode(), digest_size=16)
         for i in range(BLOCKS):
+            # The first block is the file's start, the last one its end.
             file.seek(i * (size - BLOCK) // (BLOCKS - 1))
             digest.update(file.read(BLOCK))
     return digest.hexdigest()

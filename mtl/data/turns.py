@@ -92,6 +92,8 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
             )
         if last - first + 1 != len(of[i]) or len({found[n][1] for n in of[i]}) != len(of[i]):
             raise RowProblem("template", f"the chat template renders {name} in several places")
+        # The scaffold before a turn begins at the last mark of another turn;
+        # what follows it ends at the next mark.
         before, after = places[first - 1] if first else 0, [*places[last + 1 : last + 2], len(text)]
         start = _start(text[before : places[first]], _head(example, i, render, kinds), specials)
         if start is None:
@@ -113,6 +115,7 @@ def _start(scaffold: str, head: str, specials: re.Pattern[str]) -> int | None:
     if scaffold.startswith(head):
         return len(head)
     shared = commonprefix([scaffold, head])
+    # Not at any character: two different texts may share the first letters of a word.
     ends = [m.end() for m in specials.finditer(shared)]
     ends += [m.end() for m in re.finditer(r"\s", shared)]
     return max(ends, default=None)
@@ -129,9 +132,11 @@ def _stop(rest: str, closing: str | None, eos: str, specials: re.Pattern[str]) -
 
 def _head(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -> str:
     """The text between the content before turn i and what is generated: the end of its prompt."""
+    # Turns without any text have no mark: go back to the last one that has.
     start = i - 1
     while start > 0 and not any(_pieces(example.messages[start])):
         start -= 1
+    # None: a call's arguments stand behind its last mark, and differ from row to row.
     key = None
     if not any(turn.get("tool_calls") for turn in example.messages[start:i]):
         key = tuple((turn["role"], _trailing(turn)) for turn in example.messages[start:i])
@@ -145,6 +150,7 @@ def _closing(example: Messages, i: int, render: Render, kinds: dict[Any, str]) -
     turn = example.messages[i]
     key = None if turn.get("tool_calls") else ("closing", _trailing(turn))
     if key is None or key not in kinds:
+        # Templates want a question before an answer; its text does not matter.
         question = {"role": "user", "content": "x"}
         try:
             kinds[key] = _behind(replace(example, messages=[question, turn]), render)
@@ -182,6 +188,7 @@ class _Marks:
         used = set(text)
         base = next(b for b in PRIVATE if used.isdisjoint(map(chr, range(b, b + 12))))
         first, last, self._open, self._close = map(chr, (base, base + 9, base + 10, base + 11))
+        # Digits of a mark are private characters too, or the texts' own numbers could pass for it.
         self._hide = {ord("0") + d: base + d for d in range(10)}
         self._show = {base + d: ord("0") + d for d in range(10)}
         self._mark = re.compile(f"{self._open}([{first}-{last}]+){self._close}")
@@ -234,6 +241,7 @@ def _pieces(turn: Mapping[str, Any]) -> Iterator[_Piece]:
             break  # transformers gives it the other names
     content = turn.get("content")
     if isinstance(content, str):
+        # At the last </think>, as templates split reasoning that stands in the content.
         head, end, _ = (
             content.rpartition("</think>") if turn["role"] == "assistant" else ("", "", "")
         )
@@ -280,6 +288,7 @@ def _left_out(example: Messages, pieces: Sequence[_Shown], found: Collection[int
         if 2 * n in found and 2 * n + 1 in found:
             continue
         role = example.messages[i]["role"]
+        # may_drop has no `developer`: its turns count as the system's.
         name = "reasoning" if kind == "reasoning" else "system" if role == "developer" else role
         if kind == "reasoning" and i < asked:
             unreasoned += 1

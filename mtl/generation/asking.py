@@ -97,6 +97,7 @@ def ask(
     for one, place in zip(found, places, strict=True):
         if not len(one.prompt):
             raise DataError(f"{place}: found a prompt without a token, wanted one to go on from")
+    # The last few ids: an end of turn, and white space that a template puts after it.
     stops = _ends((split.ids(one.number)[-8:].tolist() for one in found), tokenizer)
     return Asked(task, number, metrics, found, places, stops)
 
@@ -139,11 +140,13 @@ class Asking:
         settings: GenerateSection,
     ):
         self.asked, self.k, self.tokenizer, self.settings = list(asked), k, tokenizer, settings
+        # Tasks with a metric of the same name share its kind; their values stay apart.
         self.kinds = {
             name: Measure(_only, is_highest(metric))
             for one in asked
             for name, metric in one.metrics.items()
         }
+        # Encoded once: every evaluation weighs the same texts.
         self._candidates = [list(_candidates(one, tokenizer)) for one in asked]
 
     def measure(
@@ -170,6 +173,7 @@ class Asking:
         return comm.on_first(lambda: self._scored(texts, weighed, file, append, about or {}))
 
     def _generate(self, model: Model) -> list[Written]:
+        # Before anything is generated, so that all ranks stop together.
         comm.together(lambda: self._look_at(model.module))
         batches: list[tuple[int, list[int]]] = []
         for a, one in enumerate(self.asked):
@@ -194,6 +198,7 @@ class Asking:
         for r, prompt in enumerate(prompts):  # padded on the left: the answer follows the prompt
             ids[r, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask[r, width - len(prompt) :] = 1
+        # Ends of the rows' answers, and those that the model came with.
         stops = asked.stops | _model_stops(model.module)
         settings = GenerationConfig(
             max_new_tokens=self.settings.max_new_tokens,
@@ -210,6 +215,7 @@ class Asking:
                 generation_config=settings,
             )
         ends = []
+        # What follows the prompts: they are padded on the left, so all end at `width`.
         for row in made[:, width:].tolist():
             stop = next((i for i, one in enumerate(row) if one in stops), None)
             ends.append((self._text(row[:stop]), stop is not None))
@@ -267,6 +273,7 @@ class Asking:
         about: Mapping[str, Any],
     ) -> dict[str, np.ndarray]:
         written = {(one.asked, one.row): one for one in texts}
+        # A metric's candidates by number: the text itself may stand there twice.
         log_p = {(one.asked, one.row, one.name, one.candidate): one.log_p for one in weighed}
         values = {name: np.full((self.k, 1), np.nan) for name in self.kinds}
         lines: list[dict[str, Any]] = []
@@ -278,6 +285,7 @@ class Asking:
                 line["prompt"] = self.tokenizer.decode(question.prompt, skip_special_tokens=False)
                 if made:
                     line |= {"prediction": made.text, "finished": made.finished}
+                # A task that only weighs candidates has no generated text.
                 text, finished = (made.text, made.finished) if made else ("", True)
                 plain_answers.append(Answer(question, text, finished))
                 mine.append(line | {"scores": {}})
@@ -305,6 +313,7 @@ class Asking:
         return values
 
 
+# The measure of a sum that is the value already: `scored` has taken the mean.
 def _only(sums: np.ndarray) -> float:
     return float(sums[0])
 
@@ -333,6 +342,7 @@ def _mine(batches: Sequence[Any], in_step: bool) -> Iterator[tuple[Any, bool]]:
     """
     mine, world = batches[comm.rank() :: comm.world()], comm.world()
     yield from ((one, False) for one in mine)
+    # Generation is a collective at ZeRO 3: this rank goes along with some batch.
     if in_step and len(mine) < -(-len(batches) // world):
         yield batches[0], True
 

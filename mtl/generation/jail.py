@@ -26,6 +26,7 @@ def call(name: str, *given: object) -> None:
 
 def bind(place: str, inside: str) -> None:
     """The same files at `inside`, read-only."""
+    # The kernel ignores other flags of a bind mount, so it is mounted again with them.
     call("mount", place, inside, None, MS_BIND, None)
     flags = MS_BIND | MS_REMOUNT | MS_RDONLY | (os.statvfs(inside).f_flag & LOCKED)
     call("mount", None, inside, None, flags, None)
@@ -50,6 +51,7 @@ def enter(root: str, prefix: str, program: bytes) -> None:
     with open(f"{root}/tmp/main.py", "wb") as file:
         file.write(program)
     os.chdir(root)
+    # Not chroot: the old root goes away below, and leaves no way back.
     call("pivot_root", ".", "old")
     os.chdir("/tmp")
     call("umount2", "/old", MNT_DETACH)

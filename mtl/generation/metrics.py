@@ -132,6 +132,7 @@ class Choice:
         said = question.said
         lead = said[: len(said) - len(said.lstrip())]
         texts = tuple(lead + str(one).strip() for one in found)
+        # Twice would be as bad as never: which of the two is right is unknown.
         if texts.count(said.rstrip()) != 1:
             found = f"found the answer {said!r} for the choices {list(texts)}"
             raise DataError(f"choice: {found}, wanted it among them once")
@@ -174,6 +175,7 @@ def code(
         memory: MiB of each process.
         file: MiB of the largest file.
     """
+    # Here, as other metrics have no need of Linux's namespaces.
     from mtl.generation import sandbox
 
     def program(one: Answer) -> str:
@@ -236,6 +238,7 @@ def _normal(text: str) -> str:
 def _f1(text: str, answer: str) -> float:
     found, wanted = text.split(), answer.split()
     if not found or not wanted:
+        # Both empty is right, one empty is wrong: there is no word to share.
         return float(found == wanted)
     shared = (Counter(found) & Counter(wanted)).total()
     return 2 * shared / (len(found) + len(wanted))

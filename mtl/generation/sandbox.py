@@ -49,6 +49,7 @@ def run(program: str, seconds: float = 10.0, memory: int = 512, file: int = 1) -
     return _run(program, seconds, memory, file)[0]
 
 
+# An error is not cached, so a machine that cannot is asked again at each run.
 @cache
 def available() -> None:
     """Raises NoSandbox unless a program can be kept apart here. It tries that once."""
@@ -67,6 +68,7 @@ def _run(program: str, seconds: float, memory: int, file: int) -> tuple[bool, st
     """Whether it came to its end, and what went wrong before its start."""
     end = 64 + secrets.randbelow(64)  # a code that no program exits with by chance
     whole = f"{program}\n\n__import__('os')._exit({end})\n"
+    # Not a virtual environment's: the jail has the system's folders and base_prefix only.
     python = Path(getattr(sys, "_base_executable", None) or sys.executable).resolve()
     limits = [max(1, round(seconds)), memory * 2**20, file * 2**20]
     with tempfile.TemporaryDirectory(prefix="coba-mtl-jail.") as root:

@@ -115,6 +115,7 @@ class LabelExamples:
             "label": name,
             "labels": _bytes("\n".join(example.labels or ())),
         }
+        # Seven bytes, since eight may not fit a signed 64-bit column.
         number = int.from_bytes(name.tobytes()[:7], "little")
         return Row(columns, (1,), number, truncated)
 
@@ -125,6 +126,7 @@ class LabelExamples:
         self.first: dict[int, int] = {}
         for stream, (train, validation) in splits.items():
             task = self.book.streams[stream]
+            # Every row has the format's list, so the first one's is all rows'.
             listed = _text(train.columns(0)["labels"])
             known = {_text(train.columns(i)["label"]) for i in range(len(train))}
             names = listed.split("\n") if listed else sorted(known)
@@ -139,6 +141,7 @@ class LabelExamples:
                 raise DataError(
                     f"tasks.{task}: found the label {names} alone, wanted two at least."
                 )
+            # The task's first logit: tasks' labels stand one after another.
             self.first[stream] = sum(map(len, self.labels.values()))
             self.labels[task] = names
 
@@ -185,6 +188,7 @@ class Classification:
         ).logits.float()
         at = torch.arange(logits.shape[-1], device=logits.device)
         mine = (at >= batch.low[:, None]) & (at < batch.high[:, None])
+        # -inf: other tasks' labels get no probability and no gradient.
         logits = logits.masked_fill(~mine, float("-inf"))
         terms = Terms.by_task(F.cross_entropy(logits, batch.label, reduction="none"), batch.task, k)
         return Terms(terms.sums, terms.counts, {}, _measured(logits, batch, k))
@@ -195,6 +199,7 @@ def _measured(logits: Tensor, batch: LabelBatch, k: int) -> dict[str, Tensor]:
     false negatives.
     """
     with torch.no_grad():
+        # A task's own labels only, as all others are -inf.
         guess, c = logits.argmax(-1), logits.shape[-1]
         mine = F.one_hot(batch.task, k).T.double()  # (K, R)
         wanted, found = F.one_hot(batch.label, c).double(), F.one_hot(guess, c).double()

@@ -125,11 +125,13 @@ def _sliced(
             tuple of them, with n rows. None: losses.
     """
     decoder, answers = causal.get_submodule(name), []
+    # By the largest T of all ranks, not this one's: ZeRO 3 gathers in every slice.
     parts = max(1, -(-targets.most // slice_rows(causal.config.get_text_config().hidden_size)))
     take = take or _token_losses
     of_targets = (targets.labels, *(targets.teacher or ()))
     mine, *others = zip(*(of.tensor_split(parts) for of in of_targets), strict=True)
 
+    # answers: the decoder's answer, then the hidden states of every slice.
     def first(*args: Any, **kwargs: Any) -> Any:
         answer = decoder(*args, **kwargs)
         answers.append(answer)
@@ -155,6 +157,7 @@ def linear_head(causal: nn.Module) -> nn.Linear:
     an adapter.
     """
     found = causal.get_output_embeddings()
+    # Not isinstance: a subclass or an adapter does more than multiply by `weight`.
     if type(found) is not nn.Linear:
         raise TypeError(
             f"{type(causal).__name__}'s head is a {type(found).__name__}, wanted a plain linear "
@@ -180,6 +183,7 @@ class _Fused:
         linear_head(causal)
 
     def __call__(self, run: Callable[[], Any], targets: Targets) -> tuple[Any, Tensor]:
+        # A teacher's divergence needs logits, which the kernel never makes.
         if not len(targets.at) or targets.teacher is not None:
             return _sliced(self._causal, self._name, run, targets)
         decoder, answers = self._causal.get_submodule(self._name), []
@@ -195,6 +199,7 @@ class _Fused:
             outputs = run()
         answer, hidden = answers
         if not self._is_checked:
+            # 16 times as large, so that a soft cap shows.
             self._check(run, answer, 16 * hidden[:1].detach())
             self._is_checked = True
         head = linear_head(self._causal)
@@ -262,6 +267,7 @@ def _at(answer: Any, targets: Targets) -> Tensor:
 
 def _with_hidden(answer: Any, hidden: Tensor) -> Any:
     """A decoder's answer with other hidden states (n, H), as one row."""
+    # A new one, as the other slices need the decoder's own answer.
     return type(answer)(**{**answer, "last_hidden_state": hidden[None]})
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from mtl.data.examples import LOSS, Batch
 from mtl.losses.terms import Terms
 
+# Text, resolved when used: this floor cannot import mtl.recipes.
 OBJECTIVES = {
     "causal_lm": "mtl.losses.causal_lm:causal_lm",
     "classification": "mtl.losses.classification:Classification",
@@ -106,6 +107,7 @@ class Objectives:
 
     def __call__(self, forward: Callable, batch: Batch, k: int) -> Terms:
         objective = self.each[batch.objective]
+        # Every batch is checked: what an objective returns may depend on it.
         terms = check_terms(objective(forward, batch, k), k, _name(objective))
         return terms.silenced() if batch.is_dummy else terms
 

@@ -44,6 +44,7 @@ class Terms:
 
     def silenced(self) -> "Terms":
         """The terms of a stand-in batch: the same forward, which counts nothing."""
+        # Times 0, not zeros: the graph stays, so backward reaches every parameter on every rank.
         penalties = {name: penalty * 0 for name, penalty in self.penalties.items()}
         measures = {name: sums * 0 for name, sums in self.measures.items()}
         return Terms(self.sums * 0, self.counts * 0, penalties, measures)
@@ -85,6 +86,7 @@ def combine(terms: Terms, weights: Tensor, counts: Tensor, world: int) -> Tensor
     # where, not a product: an absent task's weight may not turn 0 into NaN.
     loss = (terms.sums * scale.to(terms.sums)).sum()
     mine = terms.counts.sum()
+    # `world`, as for the losses: data parallelism averages over ranks.
     share = world * mine / counts.sum()
     return loss + sum(
         share.to(penalty) * torch.where(mine > 0, penalty, 0.0)

@@ -21,4 +21,5 @@ def average_norm(piece: Piece, *, weights: Sequence[float] | None = None) -> Ten
     w = piece.deltas.new_tensor(shares(weights, piece.k))
     mean = torch.tensordot(w, piece.deltas, dims=1)
     wanted, has = w @ piece.flat.norm(dim=1), mean.norm()
+    # Deltas that cancel out have no direction to lengthen.
     return piece.base.to(piece.wide) + (mean * (wanted / has) if has > 0 else mean)

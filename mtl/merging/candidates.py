@@ -35,6 +35,7 @@ class Candidates:
 
     def loss(self, weights: Sequence[float]) -> float:
         """The mean of the tasks' losses on the half that chooses, nats per target token."""
+        # Weights that differ by rounding alone are the same average.
         key = tuple(round(w, 9) for w in weights)
         if key not in self._known:
             self._known[key] = float(self.evaluate(weights).group(0).mean())

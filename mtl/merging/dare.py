@@ -31,6 +31,7 @@ def dare(
     """
     if not 0 <= drop < 1:
         raise MergeError(f"drop: found {drop}, wanted a probability below 1.")
+    # copy: `total` is added to, and `to` may give the base itself.
     random, total = piece.generator(), piece.base.to(piece.wide, copy=True)
     for w, model in zip(shares(weights, piece.k), piece.models, strict=True):
         kept = torch.rand(piece.base.shape, generator=random) >= drop

@@ -67,6 +67,7 @@ class Stored:
 
     @property
     def files(self) -> list[str]:
+        # Not a set: files keep their order.
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))
 
     def tensor(self, name: str) -> Tensor:
@@ -107,6 +108,7 @@ class Copy:
             source = self._like.folder / name
             begin, _ = _header(source)
             file = self._stack.enter_context((self._folder / name).open("wb"))
+            # The same header: types, shapes and places are the first sub-model's.
             with source.open("rb") as head:
                 file.write(head.read(begin))
             file.flush()
@@ -115,6 +117,7 @@ class Copy:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # After an error the files go away, so there is nothing to make safe.
         if not any(error):
             for file in self._open.values():
                 os.fsync(file)
@@ -125,6 +128,7 @@ class Copy:
         left = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         assert len(left) == entry.stop - entry.start, name
         at = entry.start
+        # pwrite has its own position, which threads can share; it may write a part only.
         while left:
             done = os.pwrite(self._open[entry.file], left, at)
             left, at = left[done:], at + done

@@ -10,6 +10,7 @@ SHOWN = 5
 # What a fine-tuning run or another version of transformers writes anew.
 FREE = ("transformers_version", "dtype", "torch_dtype", "use_cache", "_name_or_path")
 # Of an adapter: what may differ between runs of one setup.
+# The base's name may differ: sources.base_of_adapters compares it.
 FREE_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout")
 
 

@@ -100,6 +100,7 @@ def merge(
     with _folder(out) as (target, scratch):
         if adapters:
             stored = _adapters(models, base, method)
+            # No base: an adapter's delta is from zeros.
             first, method = None, _module_wise(method)
         else:
             first, stored = _whole(base, models, scratch, allow_remote_code, say)
@@ -116,9 +117,11 @@ def merge(
         if chosen := getattr(method.func, "chooses", False):
 
             def candidate(weights: Sequence[float]) -> Losses:
+                # One sub-model alone: it is there already, and its losses may be known.
                 if max(weights) == 1:
                     return losses(stored[list(weights).index(1)].folder)
                 tried = scratch / "candidate"
+                # One candidate on the disk at a time.
                 shutil.rmtree(tried, ignore_errors=True)
                 tried.mkdir()
                 stream(first, stored, functools.partial(average, weights=weights), tried)
@@ -162,6 +165,7 @@ def _folder(out: Path) -> Iterator[tuple[Path, Path]]:
             target.mkdir()
             scratch.mkdir()
             yield target, scratch
+            # An empty folder of the user's; it had to be one, see above.
             if out.exists():
                 out.rmdir()
             target.rename(out)
@@ -194,6 +198,7 @@ def _whole(
     try:
         fit.check(first, found)
     except MergeError:
+        # The names are alike, so reading it again would change nothing: it does not fit.
         if (other := sources.like(first, found[0], scratch / "base", say)) is first:
             raise
         first = other
@@ -242,6 +247,7 @@ def _stream(
     like, counts = models[0], {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit = memory or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    # Pool threads compute with one torch thread each; the caller's number comes back below.
     before = torch.get_num_threads()
 
     def work(name: str) -> tuple[str, Counts | None]:
@@ -278,11 +284,15 @@ def _stream(
 
         try:
             for name, entry in like.entries.items():
+                # Bytes as stored and once in the wide type, twice as wide,
+                # of every model, the base and the result.
                 size = (entry.stop - entry.start) * 3 * (len(models) + 2)
                 settle(max(0, limit - size))
                 running[pool.submit(work, name)] = size
+            # -1: until nothing is in work, since an empty tensor counts 0 bytes.
             settle(-1)
         finally:
+            # After an error no further tensor is begun.
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
     return {name: counts[name] for name in like.entries if name in counts}
@@ -302,6 +312,7 @@ def _checked(method: Method, piece: Piece) -> Tensor:
 
 
 def _refuse(report: Report, names: list[str], far: bool) -> None:
+    # The last of the diagonal is the merged model's.
     norms = report.total.gram.diagonal()[:-1]
     same = [name for name, norm in zip(names, norms, strict=True) if norm == 0]
     if same:

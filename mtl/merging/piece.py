@@ -41,6 +41,7 @@ class Piece:
     @cached_property
     def deltas(self) -> Tensor:
         """(K, ...) in `wide`: the task vectors, each sub-model minus the base."""
+        # In place, without a temporary of each delta.
         found = self.base.new_empty((self.k, *self.base.shape), dtype=self.wide)
         for delta, model in zip(found, self.models, strict=True):
             delta.copy_(model).sub_(self.base)

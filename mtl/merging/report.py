@@ -41,6 +41,7 @@ class Counts:
 
     def figures(self) -> dict[str, Any]:
         """The report of a tensor or of all. nan where a norm is 0."""
+        # The last one is the merged model's.
         norms = np.sqrt(self.gram.diagonal())
         with np.errstate(invalid="ignore", divide="ignore"):
             cosines = self.gram / np.outer(norms, norms)
@@ -65,6 +66,7 @@ def count(piece: Piece, merged: Tensor) -> Counts:
     base = piece.base.flatten()
     gram = np.zeros((len(every), len(every)))
     zeros, conflicts, norm = np.zeros(len(every), dtype=np.int64), 0, 0.0
+    # In chunks, so that K wide copies of a whole tensor are never held.
     for at in range(0, base.numel(), CHUNK):
         here = base[at : at + CHUNK].to(piece.wide)
         deltas = torch.stack([each[at : at + CHUNK].to(piece.wide) - here for each in every])

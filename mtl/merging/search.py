@@ -21,9 +21,11 @@ def search(candidates: Candidates, *, rounds: int = 4, step: float = 0.5) -> lis
     for _ in range(rounds):
         before = best
         for i in range(k):
+            # The sum stays 1: all move towards sub-model i.
             up = [(1 - step) * w + step * (j == i) for j, w in enumerate(best)]
             down = [w * (1 - step * (j == i)) for j, w in enumerate(best)]
             down = [w / sum(down) for w in down]
+            # min keeps the first of equals, so a tie changes nothing and the step is halved.
             best = min([best, up, down], key=candidates.loss)
         step = step / 2 if best == before else step
     return best

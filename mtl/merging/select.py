@@ -46,12 +46,14 @@ def select(
             "several tensors at once, and which of them changed is not known together."
         )
     random = piece.generator(unit_of(piece.name, granularity))
+    # Comparing costs K passes over the tensor: only where something is drawn again.
     changed = None
     if rounds or resample == "exhaustive":
         changed = [_by_unit(model != piece.base, granularity) for model in piece.models]
     draw = _draw(piece, granularity, random)
     index = _choice(draw, p, changed if resample == "exhaustive" else None)
     for _ in range(rounds):
+        # Drawn for all units, though few need it: the numbers do not depend on the data.
         again = _choice(_draw(piece, granularity, random), p)
         index = torch.where(_pick(changed, index), index, again)
     return _pick(piece.models, index)
@@ -84,6 +86,7 @@ def _choice(u: Tensor, p: Sequence[float], among: Sequence[Tensor] | None = None
     for i, each in enumerate(share):
         total = total + (each if among is None else among[i] * each)
     scaled = u * total
+    # The last share ends at the total, so nothing lies above it.
     for i, each in enumerate(share[:-1]):
         below = below + (each if among is None else among[i] * each)
         index += scaled >= below

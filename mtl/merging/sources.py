@@ -70,6 +70,7 @@ def base(config: Config) -> str:
     given = getattr(config.train, "from")
     if given is None:
         return config.model.name
+    # A checkpoint keeps the model in a folder of its own, beside the engine's state.
     inner = Path(given).expanduser() / "model"  # of a checkpoint
     return str(inner if inner.is_dir() else given)
 
@@ -77,6 +78,7 @@ def base(config: Config) -> str:
 def checkpoints(run: Path, first: int, last: int) -> list[Path]:
     """RUN/checkpoints/step-*/model of a range of steps, both ends in it."""
     found = sorted((run / "checkpoints").glob("step-*/model"))
+    # After "step-".
     return [path for path in found if first <= int(path.parent.name[5:]) <= last]
 
 
@@ -146,6 +148,7 @@ def like(base: Stored, model: Stored, scratch: Path, say: Callable[[str], None])
     say(f"{base.folder}: tensors have other names; read and written again by transformers")
     loaded = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto")
     loaded.save_pretrained(scratch)
+    # fit.check compares vocabularies, which save_pretrained does not write.
     for name in ("tokenizer.json",):
         if (base.folder / name).is_file():
             (scratch / name).write_bytes((base.folder / name).read_bytes())

@@ -32,6 +32,7 @@ def ties(
         raise MergeError(f"density: found {density}, wanted a fraction above 0, at most 1.")
     w = piece.deltas.new_tensor(factors(weights, piece.k, 1.0))
     flat = piece.flat
+    # At least one entry, or small tensors would stay the base's.
     keep = max(1, int(density * flat.shape[1])) if flat.shape[1] else 0
     kept = torch.zeros_like(flat)
     largest = flat.abs().topk(keep, dim=1, sorted=False).indices
@@ -39,5 +40,6 @@ def ties(
     agrees = (kept != 0) & (kept.sign() == kept.sum(0).sign())
     total = torch.where(agrees, kept, 0).sum(0)
     share = (agrees * w[:, None]).sum(0)
+    # Inner where: no division by 0 where nobody agrees.
     merged = torch.where(share > 0, total / share.where(share > 0, 1), 0)
     return piece.base.to(piece.wide) + scale * merged.view(piece.base.shape)

@@ -211,6 +211,7 @@ def read(path: Path) -> dict[str, Any]:
         key: os.path.expandvars(value) if isinstance(value, str) else value
         for key, value in given.items()
     }
+    # Only the preference program has the key `xxpo`.
     keys = PREFERENCE if "xxpo" in given else SUPERVISED
     known = {*keys.defaults, *REQUIRED, *keys.without_effect}
     problems = [
@@ -223,6 +224,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{key}: found {value!r}, wanted the value itself; set the variable, or write it into "
             "the file"
         )
+        # A variable that is not set stays as it was written.
         for key, value in given.items()
         if isinstance(value, str) and "$" in value and key not in keys.without_effect
     ]

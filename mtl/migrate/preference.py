@@ -41,6 +41,7 @@ def settings(m: Migration) -> dict[str, Any]:
     tasks = {TASK: {**task, "format": "preference", "objective": objective}}
     examples = m.world * m["per_device_train_batch_size"] * m["gradient_accumulation_steps"]
     steps, epochs = m["max_steps"], m["num_train_epochs"]
+    # For the warm-up alone, which may be given as a part of all steps.
     total = steps if steps > 0 else math.ceil(epochs * rows / examples)
     balancer: Any = "Equal"
     if loss == "orpo":
@@ -71,6 +72,7 @@ def settings(m: Migration) -> dict[str, Any]:
         "tasks": tasks,
         "batch": {
             "examples": examples,
+            # A pair is two sequences.
             "tokens": 2 * m["per_device_train_batch_size"] * m["max_length"],
             "max_length": m["max_length"],
             "too_long": "drop",

@@ -42,6 +42,7 @@ def paths_of(data_paths: str | list[str]) -> list[Path]:
     paths = (
         data_paths if isinstance(data_paths, list) else data_paths.strip().strip("[]").split(",")
     )
+    # A text like `['a','b']`: a shell's list in JSON.
     return [Path(part.strip().strip("'\"")) for part in paths if part.strip()]
 
 
@@ -149,6 +150,7 @@ def write_task(name: str, folder: Path, migration: Migration) -> dict[str, Any]:
         rows.append(converted.row)
         kinds.add(converted.format)
         unread.update(row.keys() - converted.read)
+        # A bool counts as 0 or 1.
         joined += {"instruction", "input"} <= converted.read and bool(row["input"])
     note_unread(name, unread, migration)
     if joined:
@@ -186,6 +188,7 @@ def write_split(
         ).digest()
     )
     train = math.ceil(parts[0] / sum(parts) * len(rows))
+    # Equal rows are neighbours now: the border must not fall between two of them.
     while 0 < train < len(rows) and rows[train] == rows[train - 1]:
         train += 1
     if train == len(rows):
@@ -193,6 +196,7 @@ def write_split(
             f"{source}: data_split {migration['data_split']} of {len(rows)} rows leaves none for "
             "validation"
         )
+    # What comes after is MFTCoder's test part, which is not written.
     stop = train + math.ceil((parts[1] if len(parts) > 1 else 0) / sum(parts) * len(rows))
     entry: dict[str, Any] = {}
     (migration.out / "data").mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,7 @@ def schedule(m: Migration, warmup: float, steps: int) -> dict[str, Any]:
         )
     return {
         "name": shape[m["lr_scheduler_type"]],
+        # Below 1 it is a part of all steps.
         "warmup": round(warmup if warmup >= 1 else warmup * steps),
     }
 
@@ -168,6 +169,7 @@ def settings(migration: Migration, tasks: dict[str, dict[str, Any]]) -> dict[str
         "optimizer": {"lr": m["learning_rate"], "weight_decay": m["weight_decay"]},
         "schedule": {
             **schedule(m, m["num_warmup_steps"], total),
+            # MFTCoder gives the lowest rate itself, we its part of the highest.
             "floor": m["min_lr"] / m["learning_rate"],
         },
         "balancer": balancer(m, list(tasks)),

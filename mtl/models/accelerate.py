@@ -48,6 +48,7 @@ def look_for_liger(model: nn.Module, config: Config) -> None:
             f"{place} needs liger-kernel, which is not installed. Run: pip install "
             "'coba-mtl[liger]'."
         )
+    # Triton's interpreter runs GPU kernels on a CPU, slowly: tests use it.
     if device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ModelError(
             f"{place} needs a GPU, found a CPU. Leave the key out: the head then runs in slices."

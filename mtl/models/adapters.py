@@ -41,6 +41,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
     trained = start and _of_this_base(settings_of(start.path, config), config)
     if lora is None:
         wanted = trained
+        # Exported adapters say true, with which PEFT would freeze them.
         wanted.inference_mode = False
     else:
         if trained is not None:
@@ -57,6 +58,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
             use_dora=lora.dora,
         )
         _check_names(model, config)
+    # What the exported folder will name as its base, wherever the adapter came from.
     wanted.base_model_name_or_path, wanted.revision = base_of(config)
     named, ties = saves_tables(model, wanted), is_tied(model)
     if ties and any(named) and not all(named):
@@ -86,6 +88,7 @@ def add(model: nn.Module, config: Config, task_type: str = "CAUSAL_LM") -> nn.Mo
         if parameter.requires_grad:
             # quantized weights are integers: PEFT chooses varying dtypes beside them
             parameter.data = parameter.data.to(dtype_of(config.model.precision))
+    # A skeleton has no values to fill.
     if start is not None and not next(model.parameters()).is_meta:
         _fill(adapted, start.path, config)
     return adapted
@@ -168,6 +171,7 @@ def adapter_key(config: Config) -> str:
 def tables(model: nn.Module) -> list[str]:
     """The full names of the embedding and of the head over tokens, where there is one."""
     parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    # By identity: a module does not know its own name.
     known = {id(part): name for name, part in model.named_modules()}
     return [known[id(part)] for part in parts if part is not None]
 
@@ -265,6 +269,7 @@ def _fill(adapted: nn.Module, path: str, config: Config) -> None:
     """Copy a trained adapter's weights into the model's. A collective at ZeRO 3."""
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     tensors = peft.utils.load_peft_weights(source(path), device="cpu")
+    # At ZeRO 3 values must be whole to be written into: `gathered` with modify.
     try:
         with gathered(list(trained.values()), modify=True):
             found = peft.set_peft_model_state_dict(adapted, tensors)
@@ -273,6 +278,7 @@ def _fill(adapted: nn.Module, path: str, config: Config) -> None:
         wanted = "an adapter of this model with these settings"
         raise ModelError(config.error(adapter_key(config), repr(path), wanted, text)) from e
     mine = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # Whole modules that are saved beside adapters are looked at through missing_keys.
     ours, theirs = ({n for n in names if ".lora_" in n} for names in (mine, tensors))
     missing = sorted((ours - theirs) | (trained.keys() & set(found.missing_keys)))
     unknown = sorted(theirs - ours)
@@ -323,6 +329,7 @@ def add_up(model: nn.Module, config: Config) -> nn.Module:
     merged = adapted.merge_and_unload()
     for parameter in merged.parameters():  # buffers (rotary frequencies) keep their dtype
         parameter.data = parameter.data.to(dtype_of(config.model.precision))
+        # PEFT froze the base model when it added the adapter.
         parameter.requires_grad_(True)
     return merged
 

@@ -51,6 +51,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CA
     Raises:
         ModelError: the model cannot be loaded, or cannot be trained on target positions only.
     """
+    # One bar a run, not one a rank.
     if comm.rank() > 0:
         transformers_logging.disable_progress_bar()
     with engine.loading(config, comm.world()):
@@ -61,6 +62,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, family: Family = CA
             )
             name, origin = _origin(config)
             merges = config.adapter is not None and config.adapter.merge
+            # fp32: the adapter is added before anything is rounded to the training dtype.
             how = _settings(config) | ({"dtype": torch.float32} if merges else {})
             model = family.auto.from_pretrained(
                 name, config=settings, **origin, **how, **quantization, **family.options
@@ -188,6 +190,7 @@ def _adapt(
             or model.gradient_checkpointing_enable
         )  # its name before
         enable({"use_reentrant": False})
+    # A skeleton is never run.
     if config.model.compile and not next(model.parameters()).is_meta:
         accelerate.compile_blocks(model, config)
     return model

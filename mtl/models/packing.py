@@ -47,6 +47,7 @@ def measure(engine: Engine, vocabulary: int) -> Isolation:
     Args:
         vocabulary: token ids to draw from.
     """
+    # A fixed seed: every rank measures the same sequences.
     rng = np.random.default_rng(0)
     first, second, third = (rng.integers(vocabulary, size=n) for n in LENGTHS)
     other = (first + 1) % vocabulary
@@ -54,6 +55,7 @@ def measure(engine: Engine, vocabulary: int) -> Isolation:
     with torch.no_grad():
         packed = _logits(engine, [first, second, third])
         changed = _logits(engine, [other, second, third])
+        # In the order of the packed row, so that positions can be compared one by one.
         apart = torch.cat([_logits(engine, [ids]) for ids in (first, second, third)])
     scale = apart.abs().max()
     later = slice(LENGTHS[0], None)

@@ -58,6 +58,7 @@ def save(
             tokenizer.save_pretrained(folder)
             as_umask_says(folder)
 
+    # Rank 0 writes, and all hear whether it could.
     comm.together(write)
 
 

@@ -31,6 +31,7 @@ def observe(state: RunState, names: Sequence[str], losses: np.ndarray) -> list[s
     better = {
         name: {"step": state.step, "value": float(loss)}
         for name, loss in zip(names, losses, strict=True)
+        # Not <=: the first of equals stays, and no folder is written again.
         if name not in before or loss < before[name]["value"]
     }
     state.bests = before | better
@@ -45,6 +46,7 @@ def named(state: RunState) -> set[str]:
 def folders_of(bests: dict[str, Any] | None, single: dict[str, Any] | None) -> set[str]:
     """The folders of a state's `bests` and `single`; of step 0 there is none."""
     found = [*(bests or {}).values(), *([single] if single else [])]
+    # Step 0 is the model that the run began with.
     return {folder_name(step) for step in {int(best["step"]) for best in found} - {0}}
 
 

@@ -50,6 +50,7 @@ class Standing:
         return [
             _text(self.loss, "6.3f"),
             _text(self.best, "6.3f"),
+            # None stays None, and 0 stays 0.
             _text(self.trend and 100 * self.trend, "+5.1f", "%"),
             _text(self.weight, "6.3f"),
             _text(self.share and 100 * self.share, "4.0f", "%"),
@@ -71,6 +72,7 @@ class Board:
                 case ["eval", task, "loss"]:
                     self._of(task).passed(value)
                 case ["train", task, "weight"]:
+                    # train/<task>/kl is logged only while the loss is a divergence.
                     one = self._of(task)
                     one.weight, one.is_anchored = value, f"train/{task}/kl" in values
                 case ["draws", task, "planned"]:

@@ -22,6 +22,7 @@ def card(checkpoint: Path, *, adapter: bool, weights: str = "model") -> str:
         adapter: whether PEFT loads the folder, rather than transformers.
         weights: "model", or "average": the losses are those of the averaged weights.
     """
+    # RUN/checkpoints/step-...
     run = checkpoint.parent.parent
     number = checkpoint.name.rpartition("-")[2]
     step = int(number) if number.isdigit() else None
@@ -176,6 +177,7 @@ def _losses(
         records = read_metrics(path)
     except ValueError:
         return {}  # the columns stay empty; the run's table at its end says why
+    # The last pass up to the step: a checkpoint need not stand at a pass.
     passes = [r for r in records if "eval/macro" in r and (step is None or r["step"] <= step)]
     if not passes:
         return {}

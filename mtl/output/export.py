@@ -83,6 +83,7 @@ def export(
         raise ExportError(
             "\n  ".join([f"{checkpoint} is damaged. Export another checkpoint.", *damage[:10]])
         )
+    # Beside the target, so that the rename stays in one file system.
     temporary = target.with_name(f".{target.name}.tmp")
     for folder in (target, temporary):
         _check_replaceable(folder)
@@ -101,6 +102,7 @@ def export(
         as_umask_says(temporary)
         manifest.seal(temporary)
         manifest.discard(target, EXPORT)
+    # Ctrl-C too must leave no half an export.
     except BaseException:
         manifest.discard(temporary, EXPORT)
         raise
@@ -215,6 +217,7 @@ def whole(source: Path, target: Path, dtype: str | None, allow_remote_code: bool
         save,
     )  # here: it imports DeepSpeed, which nothing else of this file needs
 
+    # An adapter's tensors have one dtype, that of training.
     with safe_open(next(source.glob("*.safetensors")), framework="pt") as file:
         trained = file.get_tensor(next(iter(file.keys()))).dtype
     state = source.parent / "state.json"

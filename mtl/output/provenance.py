@@ -106,6 +106,7 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
         same[f"tasks.{task.name}.validation (content)"] = task.validation.fingerprint
     for name, task in resolved["tasks"].items():
         for key in ("of", "loss", "objective"):
+            # Only where they are given, so that checkpoints of before still agree.
             if task[key] is not None:
                 same[f"tasks.{name}.{key}"] = task[key]
     return {"tasks": list(config.tasks), STEPS: steps, **same}

@@ -122,6 +122,7 @@ def lines(output: Path) -> Lines:
     passes = [line for line in every if "eval/macro" in line]
     if not passes:
         raise ValueError(f"{path}: no validation pass in it yet.")
+    # Between "eval/" and "/loss".
     tasks = [tag[5:-5] for tag in passes[0] if TASK_LOSS.fullmatch(tag)]
     return Lines(tasks, [line for line in every if "train/loss" in line], passes, every)
 
@@ -146,6 +147,7 @@ def table(history: History) -> str:
     """Every task's validation loss at the start, at its best step and at the end, and its mean
     weight in fifths of the run.
     """
+    # A run shorter than PARTS has empty ones.
     parts = [part for part in np.array_split(history.weights, PARTS) if len(part)]
     header = [
         "task",

@@ -90,6 +90,7 @@ class Console:
         text = f"loss {values['train/loss']:.3f}, {values['train/tokens_per_second']:.0f} tokens/s"
         if self.terminal:
             self.bar.set_postfix_str(text, refresh=False)
+            # `update` takes a difference; `n` is where the bar stands, after a resume too.
             self.bar.update(step + 1 - self.bar.n)
         elif (step + 1) % self.every == 0 or step + 1 == self.steps:
             left = values["time/left_seconds"]
@@ -103,6 +104,7 @@ class Console:
 
     def _show(self) -> None:
         """The table under the bar, as far as the terminal has lines for it."""
+        # The window may have changed its size since the last step.
         width, height = os.get_terminal_size(sys.stderr.fileno())
         lines = self.board.lines(width - 1)[: max(0, height - 3)]
         while len(self.rows) < len(lines):
@@ -134,6 +136,7 @@ class Jsonl:
         self.file = (output / "metrics.jsonl").open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        # JSON has no NaN or infinity.
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
@@ -253,6 +256,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is torn or no JSON object; the text names it.
     """
     records = []
+    # A torn line may end within a character.
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
@@ -300,5 +304,6 @@ def _tasks(values: Mapping[str, float], group: str, what: str) -> list[str]:
     return [
         tag[len(group) + 1 : -len(what) - 1]
         for tag in values
+        # Two slashes: eval/average/<task>/loss is no task's own.
         if tag.startswith(f"{group}/") and tag.endswith(f"/{what}") and tag.count("/") == 2
     ]

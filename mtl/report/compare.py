@@ -64,6 +64,7 @@ def _side(pairs: Sequence[tuple[str, Record]]) -> Side:
     alike: dict[str, list[int]] = {}
     for n in range(len(pairs)):
         key = json.dumps([values[n] for values in settings.values()], sort_keys=True)
+        # Runs without any difference are not seeds of each other: each by itself.
         alike.setdefault(key if differs else str(n), []).append(n)
     groups = {
         (bare[each[0]] or "all seeds") if short and len(each) > 1 else _group(each, full): [
@@ -84,6 +85,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     the balancer first, the seed last.
     """
     flat = [dict(_flat(one)) for one in configs]
+    # False sorts before True.
     keys = sorted({key for one in flat for key in one}, key=lambda k: (k == SEED, k != BALANCER, k))
     found = {key: [one.get(key) for one in flat] for key in keys}
     return {
@@ -95,6 +97,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, inner in value.items():
+        # The balancer is one setting, with its keywords.
         if isinstance(inner, Mapping) and inner and key != BALANCER:
             yield from _flat(inner, f"{above}{key}.")
         else:

@@ -103,6 +103,7 @@ def _choice(record: Record) -> str:
 def _ratios(record: Record) -> Figure:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = record.losses / record.losses[0]
+    # Six colours; from the seventh task on they come again, dashed.
     series = [
         Series(task, _list(ratios[:, k]), k % 6, k // 6) for k, task in enumerate(record.tasks)
     ]
@@ -133,6 +134,7 @@ def _weights(record: Record) -> Figure:
     x, values = _by_task(record, "train", "weight")
     about = "What each task's loss was multiplied by, stacked: a task's part of the band is its own"
     series = _of_tasks(record, x, values)
+    # Weights below 0 (methods that subtract gradients) cannot be stacked.
     kind = "line" if (values < 0).any() else "area"
     return Figure("weights", "Weights", f"{about}.", "weight", x, series, kind)
 
@@ -184,7 +186,9 @@ def _draws(record: Record) -> Figure | None:
     actual = record.column(record.steps, "draws", "actual")
     if not len(actual) or not np.isfinite(actual).any():
         return None
+    # Lines without draws count neither as a step nor as 0.
     so_far = np.nancumsum(actual, 0) / np.isfinite(actual).cumsum(0).clip(1)
+    # Together, so that both are thinned into the same stretches.
     x, both = thin(np.array([line["step"] for line in record.steps]), np.hstack([planned, so_far]))
     k = len(record.tasks)
     series = _of_tasks(record, x, both[:, k:])

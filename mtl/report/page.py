@@ -21,6 +21,7 @@ from mtl.report.figures import Figure
 from mtl.report.record import Record
 
 NAME = "report.html"
+# Nothing may be fetched; style and script stand in the file itself.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 )
@@ -44,6 +45,7 @@ def attempt(folder: Path) -> str | None:
     """`write` of a run's report, on which nothing depends: what went wrong, or None."""
     try:
         write([folder])
+    # A report that cannot be written must not end the run that it is about.
     except Exception as error:
         return f"{folder / NAME} could not be written: {type(error).__name__}: {error}"
     return None
@@ -69,6 +71,7 @@ def page(sides: Sequence[compare.Side]) -> str:
             parts.append(body)
     names = [name for side in sides for name in side.runs]
     title = names[0] if count == 1 else f"{count} runs"
+    # JSON has no NaN, and a browser's parser refuses it.
     data = json.dumps([one.plain() for one in drawn], separators=(",", ":"), allow_nan=False)
     return _whole(title, "".join(parts), data)
 
@@ -76,6 +79,7 @@ def page(sides: Sequence[compare.Side]) -> str:
 def _whole(title: str, body: str, data: str) -> str:
     files = resources.files("mtl.report") / "assets"
     asset = {one: (files / one).read_text(encoding="utf-8") for one in ASSETS}
+    # u003c below: a task may be named </script>, which would end the element.
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -66,12 +66,14 @@ class Record:
     @property
     def length(self) -> int:
         """Steps of the whole run."""
+        # A resumed run may be longer than it was first meant to be.
         newest = self.resumed[max(self.resumed)] if self.resumed else self.about
         return newest.get("steps", self.last)
 
     @property
     def last(self) -> int:
         """Updates so far, as far as they are recorded."""
+        # An update's line has the steps before it, a pass's those completed.
         ends = [line["step"] + 1 for line in self.steps[-1:]]
         return int(max([line["step"] for line in self.passes[-1:]] + ends, default=0))
 
@@ -89,6 +91,7 @@ class Record:
         """(T, K) of `group/<task>/what`; nan where a line has none."""
         tags = [f"{group}/{task}/{what}" for task in self.tasks]
         found = [[line.get(tag, np.nan) for tag in tags] for line in lines]
+        # reshape: no lines at all give (0, K).
         return np.array(found, dtype=np.float64).reshape(len(lines), len(tags))
 
     @cached_property
@@ -154,6 +157,7 @@ class Record:
                 found.append(
                     f"{task}: the last loss is {rise:.0f} % above its best (step {at}): it overfits"
                 )
+            # A task that was dropped on purpose has no weight at the end.
             if absent[k] and weights[-1, k] > 0:
                 found.append(f"{task}: {absent[k]} of {len(self.steps)} batches have none of it.")
         return found
@@ -181,6 +185,7 @@ def _json(path: Path) -> Any:
     """What a JSON file holds; None where there is none, or a damaged one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    # Half written or damaged: the report shows what the other files say.
     except (OSError, ValueError):
         return None
 

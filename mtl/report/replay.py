@@ -69,6 +69,7 @@ def replay(record: Record, balancer: Any) -> Replay:
     found = np.array([holder.update(signals).copy() for signals in _signals(record)])
     had = record.column(lines, "draws", "weight")
     trained = record.column(lines, "train", "weight")
+    # Where draws follow weights, `train/weight` is the batch's part and not the weight.
     had = np.where(np.isnan(had), trained, had)
     steps = np.array([line["step"] for line in lines])
     return Replay(balancer, record.tasks, steps, found.reshape(had.shape), had, notes)
@@ -131,6 +132,7 @@ def _signals(record: Record) -> list[Signals]:
             valid["valid_group"] = None if group is None else int(group)
         elif not has_probes and t in at:
             valid = {"valid_loss": at[t], "valid_base": record.losses[0]}
+        # Signals hold the step before; where lines are missing there is none.
         before = n and lines[n - 1]["step"] == t - 1
         found.append(
             Signals(

@@ -31,6 +31,7 @@ class Report:
         self.log_file = (self.output / LOG).open("a", encoding="utf-8")
         if start:
             self.say(f"resumed at step {start}")
+        # What was told before there was a tracker.
         for text in process.told():
             self.say(text)
         # Warnings of libraries and balancers, which no tracker hears of.

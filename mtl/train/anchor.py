@@ -60,6 +60,7 @@ class Anchors:
         self._engine, self._objectives, self._tasks = engine, list(objectives), list(tasks)
         self._layouts, self._batches, self._folder = layouts, batches, folder
         self._say = say
+        # nan: none has a teacher yet. Compared with equal_nan, since nan is not equal to nan.
         self._attached = np.full(len(self._tasks), np.nan)  # whose columns the rows have
         self._saved: set[str] = set()  # what the newest checkpoint names
 
@@ -69,6 +70,7 @@ class Anchors:
         for that. A collective.
         """
         rows = 0
+        # A task that is held keeps the teacher it has, so its own weights are not written again.
         is_best = (state.best_at == state.step) & np.isnan(state.anchored)
         if is_best.any():
             self._keep(state.step)
@@ -99,6 +101,7 @@ class Anchors:
             self._say(
                 f"{name} is gone: {self._tasks[k].name} begins anew, not done and without a best"
             )
+            # Its lowest loss belonged to weights that are lost, so any loss is lower than inf.
             state.lowest[k], state.stalled[k] = np.inf, 0
             state.held[k] = state.anchored[k] = state.best_at[k] = np.nan
         self._attach(state)
@@ -130,6 +133,7 @@ class Anchors:
                 return masters.cut(self._engine, stored.get_tensor, "cpu")
 
         theirs = comm.together(read)
+        # `theirs` has the trained weights from here on, until they are exchanged again.
         masters.exchange(self._engine, theirs)
         self._answer(k, self._folder / _cache(k, step))
         masters.exchange(self._engine, theirs)  # not in a `finally`, as in `Average.swapped`
@@ -148,6 +152,7 @@ class Anchors:
             last = max(first + 1, int(np.searchsorted(starts, starts[first] + CHUNK, "right")) - 1)
             ids, log_p = self._chunk(teacher_of(objective), layout, k, np.arange(first, last))
 
+            # Defaults, so that the function has this round's values and not the loop's last.
             def write(stored=stored, ids=ids, log_p=log_p, at=starts[first]) -> np.memmap | None:
                 if comm.rank():
                     return None
@@ -160,6 +165,7 @@ class Anchors:
                 return stored
 
             stored, first = comm.together(write), last
+        # On rank 0 alone; `del` closes the map before the file gets its name.
         if stored is not None:
             stored.flush()
             del stored
@@ -178,6 +184,7 @@ class Anchors:
                 if not found:
                     found = tuple(one.new_zeros(starts[-1], one.shape[1]) for one in answers)
                 pieces = [i for indices in micro for i in indices]
+                # Each row is read on one rank; zeros elsewhere make the sum over ranks its answer.
                 if not batch.is_dummy and pieces:
                     at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in pieces])
                     for one, answer in zip(found, answers, strict=True):
@@ -189,6 +196,7 @@ class Anchors:
         """Let the rows of each task have its teacher's columns, or none."""
         if np.array_equal(self._attached, state.anchored, equal_nan=True):
             return
+        # Batches that are prepared already have the old columns.
         self._batches.forget()
 
         def attach() -> None:

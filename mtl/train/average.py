@@ -61,6 +61,7 @@ class Average:
         """Take the weights at a full pass into the mean of the last ones, but not at the start."""
         if self.settings.last is None or state.step == 0:
             return
+        # Dropped before the new copy is made, so that `last` copies are the most in memory.
         while len(self.copies) >= self.settings.last:
             self.copies.pop(0)
         self.copies.append(self._copy())
@@ -107,6 +108,7 @@ class Average:
             with safe_open(file, framework="pt") as stored:
                 count = 1 + max((int(key.partition(".")[0]) for key in stored.keys()), default=-1)
                 return [
+                    # This rank's part, in this run's division: the file holds whole tensors.
                     masters.cut(
                         self.engine,
                         lambda name, i=i: stored.get_tensor(f"{i}.{name}"),
@@ -120,10 +122,12 @@ class Average:
     def _copy(self) -> dict[str, Tensor]:
         device = self.settings.device
         now = masters.local(self.engine)
+        # copy=True: where nothing changes, `to` gives the trained weights themselves.
         return {name: w.to(device or w.device, copy=True) for name, w in now.items()}
 
     def _mean(self) -> dict[str, Tensor]:
         first, *rest = self.copies
+        # clone: the sums below must not change the oldest copy.
         mean = {name: values.clone() for name, values in first.items()}
         for name, values in mean.items():
             for other in rest:

@@ -23,6 +23,7 @@ def plan(run: Run, state: RunState) -> None:
     Every rank finds the same, as it reads the config and the state alone.
     """
     mix, now = run.batches.mix, present(run, state)
+    # A round that begins at this step is planned already: at the start, or before a resume.
     parts = None if state.step == now.start else _parts(run, state, now)
     if parts is not None:
         now = mix.next(now, state.step, parts)
@@ -72,6 +73,7 @@ def _seams(run: Run) -> list[int]:
     config = run.config
     if config.mix.follow is None:
         return []
+    # At a pass a task may be held or come back, and its draws change with that.
     acts = run.patience is not None and run.patience.action != "log"
     return [config.mix.every, *[config.evaluate.every] * acts]
 
@@ -90,6 +92,8 @@ def _parts(run: Run, state: RunState, now: Round) -> np.ndarray | None:
         return None
     kept = run.patience.kept(state)
     each = [[i for i in range(k) if s in run.book.reads(i)] for s in range(len(mix.names))]
+    # A row is drawn as often as the neediest of its losses wants it.
     kept = np.array([max(kept[i] for i in readers) for readers in each])
     parts = hold(np.where(kept < 1, kept * mix.shares, np.nan), mix.shares)
+    # The shares are what they were: no new round.
     return None if on_grid(parts) == on_grid(now.parts) else parts

@@ -56,6 +56,7 @@ class ValidationResult:
         """
         losses = self.losses
         return {
+            # First: RESERVED keeps tasks' names off the words below, or they would overwrite one.
             **dict(zip(names, losses.tolist(), strict=True)),
             "macro": float(losses.mean()),
             "token": float(self.sums.sum() / self.tokens.sum()),
@@ -98,6 +99,7 @@ def _pass(
     groups: Sequence[int],
     k: int,
 ) -> ValidationResult:
+    # float64: thousands of fp32 sums are added up here.
     totals = torch.zeros(2, k, len(groups), dtype=torch.float64, device=engine.device)
     measures: dict[str, Tensor] = {}
     engine.eval()
@@ -106,6 +108,7 @@ def _pass(
         for column, group in enumerate(groups):
             coming = validation.group(group)
             some: list[Batch] | None = None
+            # All ranks have as many micro-batches, so all make as many rounds of `together`.
             while some is None or len(some) == AT_ONCE:
                 # Called at once, so the loop's `coming` is right.
                 some = comm.together(lambda: list(islice(coming, AT_ONCE)))  # noqa: B023
@@ -117,6 +120,7 @@ def _pass(
                         measures[name] = measures.get(name, 0.0) + sums.double()
                     bar.update(rows[column] / validation.forwards(group))
     sums, tokens = comm.sum_(totals).cpu().numpy()
+    # Sorted, since every rank must sum the same name at the same time.
     added = {name: comm.sum_(measures[name]).cpu().numpy() for name in sorted(measures)}
     return ValidationResult(sums, tokens, added)
 
@@ -132,4 +136,5 @@ def replay(engine: Engine, objective: Objective, batch: GlobalBatch, k: int) -> 
     with torch.no_grad():
         for micro in batch.micros:
             sums += objective(engine.evaluate, micro.to(engine.device), k).sums
+    # 0 / 0 is the nan of an absent task.
     return (comm.sum_(sums).cpu() / batch.tokens).numpy()

@@ -116,12 +116,15 @@ def gradients(
             for mine in tasks
         ]
     )
+    # List i has targets of task i only, so the diagonal is all there is.
     tokens = comm.sum_(count.diagonal().clone())
     sizes = [shape(p).numel() for p in parameters]
     found = torch.zeros(k, sum(sizes), dtype=torch.float32, device=engine.device)
+    # The counts are global, so every rank leaves out the same tasks: a collective follows.
     for i, mine in enumerate(tasks):
         if not tokens[i]:
             continue
+        # Views of the row: what is added to a part stands in `found`.
         parts = found[i].split(sizes)
         for micro in mine:
             loss = objective(engine.evaluate, micro.to(engine.device), k).sums[i] / tokens[i].to(

@@ -50,6 +50,7 @@ def places(mix: Mix, steps: int) -> list[np.ndarray]:
     found = [np.full(n, np.nan) for n in mix.sizes]
     drawn = np.zeros(len(mix.sizes), dtype=np.int64)
     for step in range(steps):
+        # A row's first draw counts; later epochs draw it again.
         for k, row in zip(*map(np.ndarray.tolist, mix.batch(step)), strict=True):
             if np.isnan(found[k][row]):
                 found[k][row] = drawn[k] / mix.sizes[k]
@@ -108,6 +109,7 @@ def measure(
     good = ~(np.isnan(given) | np.isnan(where)).any(0)
     given, where = given[:, good], where[:, good]
     z = given - (given.mean(0) if centre is None else np.asarray(centre)[good])
+    # A place of 1.0 belongs to the last part.
     part = np.minimum((where * parts).astype(int), parts - 1)
 
     def curve(rows: np.ndarray) -> np.ndarray:
@@ -117,6 +119,7 @@ def measure(
             return np.bincount(chosen, values, minlength=parts) / count
 
     def spread(rows: np.ndarray) -> float:
+        # A bootstrap sample may leave a part empty: nan, which nanmax passes over.
         found = curve(rows)
         return float((np.nanmax(found) - np.nanmin(found)) / given[:, rows].mean())
 
@@ -131,5 +134,6 @@ def measure(
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 0; equal values share the mean of theirs."""
     _, which, count = np.unique(values, return_inverse=True, return_counts=True)
+    # Equal values have the ranks last - count to last - 1; this is their mean.
     last = np.cumsum(count)
     return (last - (count + 1) / 2)[which]

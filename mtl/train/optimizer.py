@@ -34,7 +34,9 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable.items():
         factor = next((f for x, f in (scale or {}).items() if re.search(x, name)), 1.0)
+        # `shape`, as a parameter that ZeRO 3 partitions has no shape of its own here.
         decay = weight_decay if len(shape(p)) >= 2 else 0.0
+        # Minus, so that sorting puts the decaying matrices first.
         groups.setdefault((-decay, factor), []).append(p)
     return [
         {"params": params, "weight_decay": -decay, "scale": factor}

@@ -48,11 +48,13 @@ class Patience:
             )
             if self.action == "anchor":
                 state.best_at, state.anchored = np.full(k, np.nan), np.full(k, np.nan)
+        # Before the state changes: what is new is told below.
         was = self.done(state)
         better = losses < state.lowest - self.margin
         state.lowest = np.where(better, losses, state.lowest)
         state.stalled = np.where(better, 0.0, state.stalled + 1)
         if self.action != "log":
+            # Before `held` changes, as the weights at hand were made with the old one.
             part = self._part(state)
             if self.action == "anchor":
                 state.best_at = np.where(better, state.step, state.best_at)
@@ -60,6 +62,7 @@ class Patience:
                     state.held = np.where(better, np.nan, state.held)
             state.held = np.where(np.isnan(state.held) & self._is_time(state), part, state.held)
             if self.action == "anchor":
+                # Tasks that were held keep their teachers; newly held ones get their best so far.
                 first = np.where(np.isnan(state.anchored), state.best_at, state.anchored)
                 state.anchored = np.where(np.isnan(state.held), np.nan, first)
         now, told = self.done(state), []
@@ -110,6 +113,7 @@ class Patience:
 
     def done(self, state: RunState) -> np.ndarray:
         """(K,) bool. Where all are, the run is over."""
+        # Before the first pass K is not known; one False says that not all are done.
         if state.lowest is None:
             return np.zeros(1, dtype=bool)
         return self._is_time(state) if self.action == "log" else ~np.isnan(state.held)

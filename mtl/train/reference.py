@@ -62,6 +62,7 @@ def fill(
     for ask, layout in asked:
         if ask is None:
             continue
+        # The objective's code too: another version may ask for something else.
         key = hash_of(json.dumps([weights, settings, module_hash(ask)], default=repr))
         for s in range(len(tasks)) if layout.streams is None else layout.streams:
             for name in ("train", "validation"):
@@ -73,6 +74,7 @@ def fill(
                 if answers is None:
                     say(f"{label}: the starting model reads {rows:,} rows")
                     answers = _answers(engine, ask, layout, splits, s)
+                    # Rank 0 writes; the others have their own copy and read nothing back.
                     comm.on_first(lambda path=path, found=answers: _write(path, found, say))
                 split.attach(COLUMN, answers)
     return weights
@@ -97,6 +99,7 @@ def _write(path: Path | None, found: np.ndarray, say: Callable[[str], None]) -> 
     """Write the file whole or not at all. Another run may be writing the same."""
     if path is None:
         return
+    # With the process's number, because another run may write the same file now.
     half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with half.open("wb") as file:
@@ -104,6 +107,7 @@ def _write(path: Path | None, found: np.ndarray, say: Callable[[str], None]) -> 
         flush(half)
         half.replace(path)
         flush(path.parent)
+    # A cache that cannot be written costs time, not the run.
     except OSError as error:
         half.unlink(missing_ok=True)
         say(f"{path} cannot be written ({error}): the next run asks the starting model again")
@@ -121,6 +125,7 @@ def _answers(
             if found is None:
                 shape = len(row), answers.shape[1]
                 found = torch.zeros(shape, dtype=torch.float64, device=engine.device)
+            # Each row is read on one rank; zeros elsewhere make the sum over ranks its answer.
             if not batch.is_dummy:
                 found[[i for indices in micro for i in indices]] = answers
     return comm.sum_(found).float().cpu().numpy()

@@ -27,6 +27,7 @@ def lr(
     """
     if step < warmup:
         return peak * (step + 1) / warmup
+    # max: with warm-up up to the last step there is no way left to shape.
     done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     match name:
         case "cosine":

@@ -32,8 +32,10 @@ class Fusion(nn.Module):
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """(N, S, d) of (N, S, d); seen: (N, S) bool, the positions that are attended to."""
         n, s, d = x.shape
+        # (3, N, heads, S, d / heads)
         q, k, v = self.attention(x).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropped = self.dropout.p if self.training else 0.0
+        # (N, 1, 1, S): the same for every head and every query.
         mixed = F.scaled_dot_product_attention(q, k, v, seen[:, None, None], dropped)
         mixed = self.out(mixed.transpose(1, 2).reshape(n, s, d))
         x = self.norms[0](x + self.dropout(mixed))
@@ -98,6 +100,7 @@ class Tied(nn.Module):
         super().__init__()
         self.weight = embedding.weight
         self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings))
+        # Files leave the tied weight out, and loading must not miss it then.
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_post_hook(_not_missing)
 

@@ -106,6 +106,7 @@ def _item(value: Any, name: str, options: int) -> Item:
     if not all(isinstance(part, str) and part.strip() for part in parts):
         found = ", ".join(map(repr, parts))
         raise RowProblem("bad value", f"{name}: found {found}, wanted head, tail and relation")
+    # The tail is looked for apart from the head: it is masked, and the head must stay readable.
     head = _find(text, parts[0], name, "head", None)
     return Item(text, head, _find(text, parts[1], name, "tail", head), parts[2].strip(), option)
 
@@ -114,6 +115,7 @@ def _find(
     text: str, words: str, name: str, key: str, other: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Where whole words stand in a text first, apart from another place."""
+    # Not \b: words may begin or end with a character that is no letter.
     for match in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE):
         if other is None or match.end() <= other[0] or match.start() >= other[1]:
             return match.span()
@@ -200,6 +202,7 @@ class ChoiceExamples:
         self.special_text, self._specials = config.batch.special_text, special_texts(tokenizer)
         self.pad_id = tokenizer.pad_token_id or 0
         # A model without a mask reads its unknown token, or its padding, in its place.
+        # 0 last, since a tokenizer may have none of the others.
         ids = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, 0)
         self.mask_id = next(one for one in ids if one is not None)
         self._special_ids = np.array(sorted(tokenizer.all_special_ids), np.int32)
@@ -244,6 +247,7 @@ class ChoiceExamples:
         }
         truncated = any(cut for *_, cut in (*candidates, *known))
         counts = 1, 1, int(any(names))
+        # + 1, because 0 means that there is no answer (`Row.answer`).
         return Row(columns, counts, example.answer + 1, truncated)
 
     def _ids(
@@ -290,6 +294,7 @@ class ChoiceExamples:
                     f"tasks.{self.book.tasks[number]}: found no item with a relation in the "
                     f"validation rows of {task}, wanted one at least. Leave {task} out of its `of`."
                 )
+        # The relation's number is its key's row in the model (`relations`, sorted).
         self._numbers = {name: i for i, name in enumerate(self.relations)}
 
     def collate(
@@ -312,6 +317,7 @@ class ChoiceExamples:
             at = np.arange(place[2], place[3])
             ids[at] = self.mask_id
             return ids, at
+        # Never [CLS] and the like: they are the same in every text.
         able = np.flatnonzero(~np.isin(ids, self._special_ids))
         count = min(len(able), max(1, round(self.mask * len(able)))) if self.mask else 0
         at = np.sort(rng.choice(able, count, replace=False)) if count else able[:0]
@@ -361,8 +367,10 @@ class _Laid:
         drawn = [int(slot[rng.integers(len(slot))]) for slot in slots]
         seen = int(rng.integers(c))
         known, places = columns["known"].reshape(n, -1), columns["places"].reshape(n, 4)
+        # Slot i has option i's item; else one slot serves all options.
         beside = seen if len(slots) > 1 else 0
         for slot, item in enumerate(drawn):
+            # In the order of the slots, as every call draws from the row's one generator.
             ids, at = e.masked(known[item][: columns["known_length"][item]], places[item], rng)
             self.known.append(ids)
             if slot == beside:
@@ -399,6 +407,7 @@ class _Laid:
         made = {
             name: torch.tensor(values, dtype=torch.int64) for name, values in self.lists.items()
         }
+        # A batch without any has the shape (0,), which a forward cannot index.
         made["at"], made["spans"] = made["at"].view(-1, 2), made["spans"].view(-1, 5)
         ids, mask = _stacked(self.texts, self.examples.pad_id)
         known, known_mask = _stacked(self.known, self.examples.pad_id)
@@ -433,6 +442,7 @@ def _places(item: Item, offsets: Sequence[tuple[int, int]]) -> list[int]:
         inside = [
             i
             for i, (start, end) in enumerate(offsets)
+            # end > start: special tokens stand nowhere in the text.
             if part is not None and start < part[1] and end > part[0] and end > start
         ]
         if not inside:

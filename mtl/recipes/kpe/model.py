@@ -99,6 +99,7 @@ def load(
     make = models.skeleton if empty else models.load
     plm = make(config, tokenizer, models.Family(AutoModel, causal=False))
     base = {"name": config.model.name, "revision": config.model.revision}
+    # The new parts too, not the frozen model alone.
     with torch.device("meta") if empty else nullcontext():
         try:
             return Knowledgeable(plm, base, options, words)
@@ -182,10 +183,12 @@ class Knowledgeable(nn.Module):
                 h, o.width, o.heads, o.dropout, o.gate, o.attend, o.residual,
                 0.0 if o.start == "zero" else 1.0,
             )
+            # No adapter at all where no block is adapted.
             for _ in range(min(1, o.layers) if o.share else o.layers)
         )  # fmt: skip
         self.position = nn.Parameter(torch.empty(o.length, h))
         read = h * (1 + (o.reads == "both"))
+        # No last bias: the softmax over options does not change with it.
         self.score = nn.Sequential(nn.Linear(read, 128), nn.ReLU(), nn.Linear(128, 1, bias=False))
         self.span = nn.Sequential(nn.Linear(h, h), nn.GELU(), nn.LayerNorm(h))
         self.vocabulary = Tied(embedding)
@@ -196,9 +199,11 @@ class Knowledgeable(nn.Module):
         most = max(map(len, self.words))
         padded = [[*ids, *[-1] * (most - len(ids))] for ids in self.words]
         ids = torch.tensor(padded, dtype=torch.int64).view(len(self.words), most)
+        # Not saved: kpe.json has the words, and another run may have other relations.
         self.register_buffer("relation_ids", ids, persistent=False)  # (R, W), -1: padding
         self.to(plm.dtype)
         self._known: list[Tensor] | None = None  # A and the positions seen, during a forward
+        # A hook finds the knowledge in `_known`: the frozen blocks pass nothing on for us.
         for number, module in enumerate(hooked):
             adapter = self.adapters[0 if o.share else number]
             module.register_forward_hook(
@@ -249,12 +254,14 @@ class Knowledgeable(nn.Module):
                 start = self._states(knowledge, knowledge_mask)
         else:
             start = embed(knowledge)
+        # [of]: from M texts to N candidates, as each changes its own copy.
         start = (start + self.position[: knowledge.shape[1]])[of]
         both = torch.cat([attention_mask, knowledge_mask[of]], 1) > 0
         self._known = [start, both]
         try:
             states = self._states(input_ids, attention_mask)
             read = self._known[0]  # (N, U, H)
+        # After an error too: a later forward of the frozen model must meet no knowledge.
         finally:
             self._known = None
         pooled = masked_mean(states, attention_mask)
@@ -267,6 +274,7 @@ class Knowledgeable(nn.Module):
             masked_mean(beside[spans[:, 0]], (place >= first[:, None]) & (place < last[:, None]))
             for first, last in (spans[:, 1:3].unbind(1), spans[:, 3:5].unbind(1))
         )
+        # clamp: -1 is no row of the table; the mask leaves it out.
         keys = masked_mean(embed(self.relation_ids.clamp(min=0)), self.relation_ids >= 0)
         query = self.relation(torch.cat([head, tail], -1))
         cosines = F.normalize(query, dim=-1) @ F.normalize(keys, dim=-1).T
@@ -311,6 +319,7 @@ class Knowledgeable(nn.Module):
             raise ModelError(f"{path}: base: {found}") from error
         words = note["relations"] if relations is None else relations
         model = cls(plm, base, Options(**note["options"]), words)
+        # Not strict: the frozen model's parameters are not in the file.
         missing, unexpected = model.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.startswith("plm.")]
         if missing or unexpected:

@@ -59,6 +59,7 @@ class KPE:
             F.cross_entropy(words.float(), batch.labels, reduction="none"),
             F.cross_entropy(cosines.float() / self.tau, batch.relation, reduction="none"),
         ]
+        # One order for losses and tasks: answers, masked words, relations.
         terms = Terms.by_task(_cat(losses), torch.cat([batch.qa, batch.span, batch.relates]), k)
         right = Terms.by_task((table.argmax(1) == batch.answer).float(), batch.qa, k)
         measured = torch.stack([right.sums.double(), right.counts.double()], 1)

@@ -17,6 +17,7 @@ def unit(rows: Floats) -> Floats:
 
 def softmax(scores: Floats) -> Floats:
     """Over the last axis."""
+    # Less the highest, or exp overflows; the result is the same.
     raised = np.exp(scores - scores.max(-1, keepdims=True))
     return raised / raised.sum(-1, keepdims=True)
 
@@ -60,6 +61,7 @@ def confident(scores: Floats, most: int) -> tuple[NDArray[np.int64], NDArray[np.
     The lead is the highest score less the second; a text stands under its highest class alone.
     """
     first = scores.argmax(1)
+    # Each row ascending: the last two are its highest scores.
     ordered = np.sort(scores, 1)
     lead = ordered[:, -1] - ordered[:, -2]
     rows = [

@@ -222,6 +222,7 @@ class PairExamples(ZeroExamples):
         classes = []
         for piece in pieces:
             right = int(piece.columns["label"][0])
+            # The wrong class is never the right one.
             chance = np.where(np.arange(len(self.rarity)) == right, 0.0, self.rarity)
             classes += [right, int(piece.rng.choice(len(chance), p=chance / chance.sum()))]
         of = np.repeat(np.arange(len(pieces)), 2)
@@ -240,6 +241,7 @@ def pairs(
     """
     if scorer == "bi":
         ids, mask = padded([*texts, *known.ids], known.pad_id)
+        # Prompts stand after the texts, in the order of the classes.
         return ids, mask, of, len(texts) + classes
     # Prompt and text without the text's first special token: [CLS] prompt [SEP] text [SEP].
     rows = [[*known.ids[c], *list(texts[i])[1:]] for i, c in zip(of, classes, strict=True)]
@@ -273,7 +275,9 @@ class TextExamples(ZeroExamples):
 
     def _columns(self, text: str, label: int) -> tuple[dict[str, np.ndarray], int, bool]:
         prompt = self.prompt(label)
+        # A space first: the text follows a prompt, and decoders' words begin with their space.
         ids = self.tokenizer(f" {text}", add_special_tokens=False, verbose=False)["input_ids"]
+        # - 1: the end has a token too.
         room = self.max_length - len(prompt) - 1
         whole = [*prompt, *ids[:room], self.tokenizer.eos_token_id]
         columns = {"decoder": np.array(whole, np.int32), "start": np.array([len(prompt)], np.int32)}
@@ -296,9 +300,11 @@ class TextExamples(ZeroExamples):
             rng, n = piece.rng, len(piece.columns["decoder"])
             noise[i] = rng.gumbel(size=self.codes)
             start = int(piece.columns["start"][0])
+            # A token is predicted one position before it: the text's first at the prompt's end.
             at += [(i, t) for t in range(start - 1, n - 1)]
             labels += piece.columns["decoder"][start:].tolist()
             task += [self._task(piece)] * (n - start)
+            # Pairs come from this micro-batch: no codes of other texts are at hand.
             mine = np.flatnonzero((label == label[i]) & (np.arange(len(label)) != i))
             for others, same in (mine, 1.0), (np.flatnonzero(label != label[i]), 0.0):
                 if len(others):

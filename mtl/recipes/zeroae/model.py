@@ -162,6 +162,7 @@ class ZeroAE(nn.Module):
         else:
             # sigmoid(20 cos - 6): the cosines of texts and their classes are near 0.3.
             self.scale = nn.Parameter(torch.tensor([20.0, -6.0]))
+        # Those of keys and values: with grouped queries there are fewer than attention heads.
         self.heads = getattr(d, "num_key_value_heads", None) or d.num_attention_heads
         self.layers = d.num_hidden_layers
         self.width = getattr(d, "head_dim", None) or d.hidden_size // d.num_attention_heads
@@ -173,6 +174,7 @@ class ZeroAE(nn.Module):
             nn.Linear(o.size, o.latent, bias=False),
             nn.Linear(o.latent, self.layers * self.heads * self.width, bias=False),
         )
+        # So the decoder begins as the bare language model: the code adds nothing yet.
         nn.init.zeros_(self.inject[1].weight)
         self.judge = nn.Sequential(
             nn.Linear(o.classes + 2 * o.size, 128), nn.ReLU(), nn.Linear(128, 1)
@@ -216,6 +218,7 @@ class ZeroAE(nn.Module):
         o = self.options
         logits = self.code_logits(input_ids, attention_mask)
         log_q = F.log_softmax(logits.float(), -1)
+        # KL(q || uniform over m codes) = sum q log(m q).
         divergence = (log_q.exp() * (log_q + torch.tensor(float(o.codes)).log())).sum(-1)
         if self.training:  # straight through: one code forward, the softmax's gradient backward
             soft = F.softmax((logits.float() + noise) / o.tau, -1)
@@ -225,8 +228,10 @@ class ZeroAE(nn.Module):
             code = F.one_hot(logits.argmax(-1), o.codes).to(logits.dtype)
         z = code @ self.book
         named = F.one_hot(label[first], o.classes).to(z.dtype)
+        # The judge learns to tell, and the codes learn the opposite, in one backward pass.
         compared = torch.cat([named, Reverse.apply(z[first]), Reverse.apply(z[second])], -1)
         states = self._decode(decoder_ids, decoder_mask, z)
+        # The head on target positions only: all logits would be the largest tensor here.
         words = self.decoder.get_output_embeddings()(states[at[:, 0], at[:, 1]])
         return words, divergence, self.judge(compared).squeeze(-1)
 
@@ -241,6 +246,7 @@ class ZeroAE(nn.Module):
         """One past key and value in each layer for (B, size) code vectors: the first token's, and
         what the code adds to both.
         """
+        # Without gradient: the frozen decoder's own key and value, which the code is added to.
         begin = torch.full((1, 1), self.options.begin, device=z.device)
         with torch.no_grad():
             plain = self.decoder.base_model(input_ids=begin, use_cache=True).past_key_values
@@ -255,6 +261,7 @@ class ZeroAE(nn.Module):
         """(B, L, H) last states of the decoder after the code."""
         return self.decoder.base_model(
             input_ids=ids,
+            # A one for the code, which stands at position 0.
             attention_mask=torch.cat([mask.new_ones(len(ids), 1), mask], 1),
             position_ids=torch.arange(1, 1 + ids.shape[1], device=ids.device)[None],
             past_key_values=self.past(z),
@@ -288,10 +295,12 @@ class ZeroAE(nn.Module):
         cache, made = self.past(self.book[codes]), []
         ids = torch.tensor(list(prompt), device=device).expand(len(codes), -1)
         is_done = torch.zeros(len(codes), dtype=torch.bool)
+        # `most` tokens and the end.
         while len(made) <= most and not is_done.all():
             states = self.decoder.base_model(
                 input_ids=ids, past_key_values=cache, use_cache=True
             ).last_hidden_state
+            # On the CPU, where the generator is: the same texts on every device.
             logits = self.decoder.get_output_embeddings()(states[:, -1]).float().cpu()
             best, tokens = logits.topk(min(top_k, logits.shape[-1]))
             drawn = torch.multinomial(best.softmax(-1), 1, generator=generator)
@@ -332,6 +341,7 @@ class ZeroAE(nn.Module):
         model = cls(decoder, encoder, base, options)
         state = load_file(Path(folder) / WEIGHTS)
         missing, unexpected = model.load_state_dict(state, strict=False)
+        # Frozen parameters may be missing in the file, learned ones not.
         learned = {name for name, p in model.named_parameters() if p.requires_grad}
         if unexpected or learned & set(missing):
             raise ModelError(

@@ -95,6 +95,7 @@ def select(scores: Floats, least: int) -> tuple[NDArray[np.int64], float]:
     have a probability so high; 0.01 at the lowest.
     """
     best = softmax(scores).max(1)
+    # 45 steps of 0.02 lead from 0.9 to 0; the last threshold is 0.01.
     for step in range(46):
         threshold = max(0.01, round(0.9 - 0.02 * step, 2))
         rows = np.flatnonzero(best >= threshold)
@@ -112,6 +113,7 @@ def clean(made: Sequence[str | None], pool: Sequence[str]) -> tuple[list[str], d
     texts = [text.strip() for text in made if text and text.strip()]
     copied = [text for text in texts if _words(text) in plain]
     own = [text for text in texts if _words(text) not in plain]
+    # Texts that differ in case or spaces are one; the last of them is kept.
     kept = list({_words(text): text for text in own}.values())
     grams = [gram for text in kept for gram in zip(text.split(), text.split()[1:], strict=False)]
     n = max(1, len(made))
@@ -143,6 +145,7 @@ def classify(
     texts = _texts(pool)
     last = go(config_path, texts, _texts(valid), plan, out, train, sets)
     base = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
+    # A count of 1 for each, so that no task is left out: nothing is trained here.
     config = plugins.read(str(_yaml(out, base, out, dict.fromkeys(FILES, 1), None)), sets)
     model, reader = mtl.load(last), Reader(config)
     names = reader.classes.names
@@ -191,6 +194,7 @@ def go(
     for number in range(plan.rounds):
         folder = out / f"round-{number:02d}"
         run = folder / "run"
+        # Written last, by renaming: with it all files of the round are there.
         if not (folder / "round.json").is_file():
             folder.mkdir(exist_ok=True)
             _write_round(base, sets, pool, valid, plan, out, number)
@@ -262,6 +266,7 @@ def _write_round(
         model = mtl.load(before / "run" / "model")
         earlier = _read(before / "pseudo.jsonl")
     else:
+        # The new parts are random: the same call again must give the same round.
         torch.manual_seed(seed)
         model = plugins.loader(config)(
             config, reader.tokenizer, [e for e in (reader.pair, reader.text) if e], empty=False
@@ -291,6 +296,7 @@ def _write_round(
             for i in range(max(1, number - plan.replay + 1), number)
             for row in _read(out / f"round-{i:02d}" / "new.jsonl")
         ]
+    # This round's own come first in `made`; later rounds read them as their replay.
     _write(folder / "new.jsonl", made[: note.get("written", 0)])
     files = {"pseudo": [*earlier, *fresh], "selected": picked, "generated": made}
     for name, each in files.items():
@@ -315,12 +321,14 @@ def _generate(
     codes = reader.codes(model, [pool[i] for i in chosen])
     rows, made = [], []
     for label, name in enumerate(reader.classes.names):
+        # At most a hundred of a class, as the paper's memory; here the pool's last.
         memory = codes[taken == label][-100:]
         if not len(memory) or not plan.codes:
             memory = np.arange(model.options.codes)
         texts = reader.write(model, label, draw.choice(memory, plan.generate), seed + label)
         made += [(text, name) for text in texts]
     kept, told = clean([text for text, _ in made], pool)
+    # The same text may have been written for two classes: the first one has it.
     wanted = set(kept)
     for text, name in made:
         if text and (text := text.strip()) in wanted:
@@ -343,6 +351,7 @@ def _yaml(
     config["tasks"], config["output"] = tasks, str(folder / "run")
     parts = config["balancer"].get("parts") if isinstance(config.get("balancer"), dict) else None
     if parts is not None:
+        # A part all of whose tasks are left out goes too.
         left = {part: [t for t in each if t in tasks] for part, each in parts.items()}
         config["balancer"]["parts"] = {part: each for part, each in left.items() if each}
     if start is not None:
