@@ -37,6 +37,7 @@ from turns import Contender
 from mtl.data.plan import EVERY
 
 LR, EXAMPLES, MAX_LENGTH = 1e-4, 16, 128
+PAIRS, PREFERENCE_LR = 8, 1e-5  # of two sequences each
 MIXTURE = (
     1536,
     0.12,
@@ -178,6 +179,26 @@ def full_logits(precision: str) -> dict[str, Settings]:
     }
 
 
+def preference(precision: str) -> dict[str, Settings]:
+    """Ours and TRL's DPOTrainer on the same pairs. TRL has no packing of them.
+
+    Without arguments it holds a second model and asks it at every step. Then as ours does: the
+    reference is computed before.
+    """
+    own = mine(precision)["ours"]
+    alike = {
+        "trainer": "dpo",
+        "learning_rate": PREFERENCE_LR,
+        "per_device_train_batch_size": PAIRS,
+    }
+    before = {**alike, "precompute_ref_log_probs": True, "gradient_checkpointing": False}
+    return {
+        "ours": {**own, "optimizer": {"lr": PREFERENCE_LR}},
+        "TRL DPO, default": sft(precision, **alike),
+        "TRL DPO, reference before, no checkpointing": sft(precision, **before),
+    }
+
+
 def balancers(precision: str, lora: bool) -> dict[str, Settings]:
     return {
         "Equal": ours("Equal", precision, lora),
@@ -194,6 +215,8 @@ GROUPS: dict[str, Callable[[], dict[str, Settings]]] = {
     "padded bf16": lambda: padded("bf16_autocast"),
     "full logits fp32": lambda: full_logits("fp32"),
     "full logits bf16": lambda: full_logits("bf16_autocast"),
+    "preference fp32": lambda: preference("fp32"),
+    "preference bf16": lambda: preference("bf16_autocast"),
     "balancers": lambda: balancers("bf16", lora=False),
     "balancers, LoRA": lambda: balancers("bf16", lora=True),
 }
@@ -226,6 +249,21 @@ SEARCH: dict[str, Callable[[], dict[str, Settings]]] = {
 # running
 
 
+def pairs(folder: Path) -> Settings:
+    """The tasks of the preference groups, from rows of `examples/preferences.py` in `folder`."""
+    names = [f"{task}_pairs" for task in ("doc2code", "occupation")]
+    return {
+        name: {
+            "train": str(folder / f"{name}.train.jsonl"),
+            "validation": str(folder / f"{name}.valid.jsonl"),
+            "format": "preference",
+            "objective": {"name": "preference", "loss": "sigmoid", "beta": 0.1},
+            "cap": 150,  # the starting model reads every row, and a group needs no more
+        }
+        for name in names
+    }
+
+
 class Bench:
     """Where contenders are made from settings.
 
@@ -234,11 +272,18 @@ class Bench:
         python: {program: interpreter}.
         work: a folder for the files of the run.
         steps: optimizer steps that every contender will take.
+        examples: of a global batch.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], python: Mapping[str, str], work: Path, steps: int
+        self,
+        config: Mapping[str, Any],
+        python: Mapping[str, str],
+        work: Path,
+        steps: int,
+        examples: int = EXAMPLES,
     ):
+        self.examples = examples
         self.config, self.python, self.work, self.steps = config, dict(python), work, steps
         work.mkdir(parents=True, exist_ok=True)
 
@@ -255,7 +300,11 @@ class Bench:
             "checkpoint": {"best": False},
             "export": {"which": "none"},
         }
-        config["batch"] = {**config["batch"], "examples": EXAMPLES, "max_length": MAX_LENGTH}
+        config["batch"] = {
+            **config["batch"],
+            "examples": self.examples,
+            "max_length": MAX_LENGTH,
+        }
         config["optimizer"], config["schedule"] = {"lr": LR}, {"name": "constant"}
         config["evaluate"] = {
             "every": self.steps + 1
@@ -325,7 +374,7 @@ class Bench:
                     took = {**each.take(taken), "steps": taken}
                     found[each.name]["turns"].append(on_average(took, found[each.name]))
                 rates = (f"{name} {rate(value['turns'][-1]):.1f}" for name, value in found.items())
-                say(f"  round {turn}/{rounds}, target tokens/s: {', '.join(rates)}")
+                say(f"  round {turn}/{rounds}, per second: {', '.join(rates)}")
         return found
 
 
@@ -352,8 +401,13 @@ def evened(contender: Settings) -> Settings:
     }
 
 
+def unit(group: str) -> str:
+    """What the turns of a group count as their tokens."""
+    return "pairs" if group.startswith("preference") else "target tokens"
+
+
 def rate(turn: Settings) -> float:
-    """Target tokens per second."""
+    """Target tokens (`unit`) per second."""
     return turn["tokens"] / turn["seconds"]
 
 
@@ -458,7 +512,7 @@ def tables(results: Settings) -> str:
     groups = results["groups"]
     for group, found in groups.items():
         if any(name.startswith("ours") for name in found):
-            reach = 1.4 if group.startswith("packed") else 2.7
+            reach = {"packed": 1.4, "preference": 1.3}.get(group.split()[0], 2.7)
             for own_name, peer in itertools.product(found, found):
                 if own_name.startswith("ours") and not peer.startswith("ours"):
                     ours_turns = (
@@ -470,7 +524,7 @@ def tables(results: Settings) -> str:
                         if "bf16" in group
                         else group.split()[-1]
                     )
-                    row(f"target tokens/s, {what}", peer, f">= {reach}x", times)
+                    row(f"{unit(group)}/s, {what}", peer, f">= {reach}x", times)
         elif group.startswith("balancers"):
             method = "LoRA" if "LoRA" in group else "full"
             for name in [n for n in found if n != "Equal"]:
@@ -507,7 +561,7 @@ def tables(results: Settings) -> str:
     for group, found in groups.items():
         lines += [
             "",
-            f"| {group} | target tokens/s | seconds a step | peak MiB |",
+            f"| {group} | {unit(group)}/s | seconds a step | peak MiB |",
             "|---|---:|---:|---:|",
         ]
         for name, value in found.items():
@@ -644,14 +698,21 @@ def main() -> None:
             for positions, targets in (MIXTURE, (4096, 1.0))
             for kind in ("trained", "frozen")
         }
+    data = args.cache.resolve() / "data"
+    if any(unit(name) == "pairs" for name in args.groups):
+        program = str(ROOT / "examples" / "preferences.py")
+        subprocess.run([args.python, program, str(data)], check=True)
     for name in args.groups:
         say(name)
         turn = (
             2 * EVERY["LoRA" in name] if "balancers" in name else 4
         )  # steps: two of CoBa's default probes
-        bench = Bench(
-            yaml.safe_load(text), python, args.work.resolve(), args.warmup + turn * args.rounds
-        )
+        config = yaml.safe_load(text)
+        examples = EXAMPLES
+        if unit(name) == "pairs":
+            config["tasks"], examples = pairs(data), PAIRS
+        steps = args.warmup + turn * args.rounds
+        bench = Bench(config, python, args.work.resolve(), steps, examples)
         found = bench.group((GROUPS | SEARCH)[name](), args.rounds, turn, args.warmup, say)
         results["checked"] += check(name, found)
         results["groups"][name] = found

@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mtl import build, plugins
 from mtl.config import Config
 from mtl.data.plan import mix_for, steps_of
 from mtl.distributed import comm, engine
+from mtl.losses.objective import measures_of
 from mtl.output.state import RunState
 from mtl.train.loop import train
 from mtl.train.run import Run
@@ -123,7 +124,10 @@ def build_run(config: Config, turns: Turns) -> Run:
     run.batches.batch = clock.around("data_wait", run.batches.batch)
     for name in ("sum_", "broadcast_"):
         setattr(comm, name, clock.around("communication", getattr(comm, name)))
-    run.objective.each = [clock.around("forward", one) for one in run.objective.each]
+    each = run.objective.each
+    run.objective.each = [clock.around("forward", one) for one in each]
+    for timed, one in zip(run.objective.each, each, strict=True):
+        timed.measures = measures_of(one)  # validation asks the objective for them
     run.batches.make = clock.apart("data_thread", run.batches.make)
     ours = Ours(turns, clock, run.names)
     ours.about = {
@@ -137,20 +141,31 @@ def build_run(config: Config, turns: Turns) -> Run:
 
 
 def rows(config: Config) -> list[list[dict[str, list[int]]]]:
-    """The examples of every step in the order they are drawn, as ids and labels (-100 = no
-    target).
+    """The examples of every step in the order they are drawn: ids and labels (-100 = no target);
+    of pairs the ids of prompt and answers.
     """
     tasks = build.encode(config, say=lambda text: None).tasks
     mix = mix_for(config, tasks)
 
     def row(k: int, n: int) -> dict[str, list[int]]:
-        ids, target = tasks[k].train.ids(n), tasks[k].train.target(n)
+        columns = tasks[k].train.columns(n)
+        if "chosen" in columns:
+            return pair(columns)
+        ids, target = columns["ids"], columns["target"] > 0
         return {"input_ids": ids.tolist(), "labels": np.where(target, ids, -100).tolist()}
 
     return [
         [row(k, n) for k, n in zip(*mix.batch(step), strict=True)]
         for step in range(steps_of(config, mix))
     ]
+
+
+def pair(columns: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
+    """A pair of texts as TRL has it. The prompt ends where an answer's targets begin."""
+    start = int(columns["chosen_target"].argmax())
+    assert start == int(columns["rejected_target"].argmax())
+    sides = {f"{side}_ids": columns[side][start:].tolist() for side in ("chosen", "rejected")}
+    return {"prompt_ids": columns["chosen"][:start].tolist(), **sides}
 
 
 def main() -> None:

@@ -1,15 +1,19 @@
-"""A peer, measured: TRL's SFTTrainer or transformers' Trainer on rows that `ours.py --rows` wrote.
+"""A peer, measured: TRL's SFTTrainer or DPOTrainer, or transformers' Trainer, on rows that
+`ours.py --rows` wrote.
 
     python benchmarks/peer.py settings.json                a contender (see turns.py)
 
 Runs in the peers' own environment and imports nothing of this project. Settings, all of them
 required:
 
-    model      folder          rows       file: [step][row] -> {input_ids, labels} trainer    "sft"
-    (TRL's SFTTrainer), "full_logits" (transformers' Trainer, padded) or "flattening" (the same with
-               DataCollatorWithFlattening: the rows of a step one after another in one row)
+    model      folder
+    rows       file: [step][row] -> {input_ids, labels}, or for pairs {prompt_ids, chosen_ids,
+               rejected_ids}
+    trainer    "sft" (TRL's SFTTrainer), "dpo" (TRL's DPOTrainer), "full_logits" (transformers'
+               Trainer, padded) or "flattening" (the same with DataCollatorWithFlattening: the rows
+               of a step one after another in one row)
     attention  attn_implementation, or null for transformers' choice
-    arguments  keywords of SFTConfig or TrainingArguments
+    arguments  keywords of SFTConfig, DPOConfig or TrainingArguments
 """
 
 import json
@@ -44,7 +48,7 @@ def counted(kind: type, steps: Steps) -> type:
         def training_step(
             self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any
         ) -> torch.Tensor:
-            steps.tokens += int((inputs["labels"][:, 1:] != -100).sum())
+            steps.tokens += counted_of(inputs)
             loss = super().training_step(model, inputs, *args, **keywords)
             steps.loss += (
                 loss.detach().cpu()
@@ -52,6 +56,25 @@ def counted(kind: type, steps: Steps) -> type:
             return loss
 
     return Counted
+
+
+def counted_of(inputs: dict[str, Any]) -> int:
+    """Target tokens of a batch; pairs of a batch of pairs."""
+    if "labels" not in inputs:
+        return len(inputs["input_ids"]) // 2
+    return int((inputs["labels"][:, 1:] != -100).sum())
+
+
+def dpo_trainer() -> type:
+    import trl
+
+    class Encoded(trl.DPOTrainer):
+        """Takes rows that are encoded already."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset
+
+    return Encoded
 
 
 def isolation(trainer: Any) -> float:
@@ -99,6 +122,11 @@ def build(settings: dict[str, Any], turns: Turns) -> Any:
 
         arguments = trl.SFTConfig(**settings["arguments"])
         kind, more = trl.SFTTrainer, {}
+    elif settings["trainer"] == "dpo":
+        import trl
+
+        arguments = trl.DPOConfig(**settings["arguments"])
+        kind, more = dpo_trainer(), {}
     else:
         arguments = transformers.TrainingArguments(**settings["arguments"])
         collators = {
@@ -125,7 +153,11 @@ def run(settings: dict[str, Any], turns: Turns) -> None:
         rows=len(packed),
         rows_a_step=trainer.args.per_device_train_batch_size
         * trainer.args.gradient_accumulation_steps,
-        tokens=sum(sum(label != -100 for label in labels[1:]) for labels in packed["labels"]),
+        tokens=(
+            sum(sum(label != -100 for label in labels[1:]) for labels in packed["labels"])
+            if "labels" in packed.column_names
+            else len(packed)
+        ),
         parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )
     trainer.train()

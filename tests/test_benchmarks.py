@@ -3,6 +3,8 @@
 import copy
 import io
 import json
+import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -40,6 +42,64 @@ def answers(out: io.StringIO) -> dict[str, Any]:
     return {"about": about, "same_rows": True, "turns": turns}
 
 
+def turns(work: Any) -> dict[str, Any]:
+    """What a contender answered to TURNS."""
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as ended:  # the driver has had enough
+        work(Turns(io.StringIO(TURNS), out))
+    assert ended.value.code == 0
+    return answers(out)
+
+
+def of_pairs(folder: str) -> dict[str, Any]:
+    """The same of a preference group."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{folder}/datasets"}
+    import ours
+    import peer
+    import transformers
+
+    from mtl import plugins
+    from mtl.output.state import RunState
+    from mtl.train.loop import train
+
+    transformers.logging.disable_progress_bar()
+    root, config = Path(folder), base(Path(folder))
+    (root / "pairs").mkdir()
+    for i, name in enumerate(("doc2code", "occupation")):
+        for split, n in (("train", 20), ("valid", 4)):
+            rows = [{"prompt": f"{i}{j} =", "chosen": f" a{j}", "rejected": " b"} for j in range(n)]
+            toys.write_rows(root / "pairs" / f"{name}_pairs.{split}.jsonl", rows)
+    config["tasks"] = bench.pairs(root / "pairs")
+    made = bench.Bench(config, {"ours": sys.executable}, root / "work", STEPS, bench.PAIRS)
+    settings = bench.preference("fp32")
+    settings["ours"]["model"]["compile"] = False
+    config = plugins.read(str(made.yaml_of("ours", settings["ours"])), [], [])
+    rows = root / "rows.json"
+    rows.write_text(json.dumps(ours.rows(config)[:STEPS]))
+    found = {"ours": turns(lambda t: train(ours.build_run(config, t), RunState()))}
+    for name in [name for name in settings if name != "ours"]:
+        given = {key: settings[name][key] for key in ("trainer", "attention", "arguments")}
+        given["arguments"] = {**given["arguments"], "output_dir": folder}
+        given |= {"model": config.model.name, "rows": str(rows)}
+        found[name] = turns(lambda t, given=given: peer.run(given, t))
+    return found
+
+
+def test_trls_dpo_computes_the_same_on_the_same_pairs(tmp_path):
+    [found] = run_distributed(of_pairs, 1, str(tmp_path))
+    mine, *theirs = [
+        [loss for turn in value["turns"] for loss in turn["losses"]] for value in found.values()
+    ]
+    assert len(theirs) == 2 and mine[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert mine[0] - mine[-1] > 1e-3, "the policy leaves the reference"
+    for losses in theirs:
+        assert losses == pytest.approx(mine, rel=1e-4)
+    for value in found.values():
+        assert [turn["tokens"] for turn in value["turns"]] == [2 * bench.PAIRS] * 2
+    assert len(bench.check("preference fp32", found)) == 2 + 2 * 3
+    assert bench.unit("preference fp32") == "pairs" and bench.unit("packed fp32") != "pairs"
+
+
 def both(folder: str) -> dict[str, Any]:
     """Turns of ours and of the peers on this process, as `Bench.group` would give them."""
     import ours
@@ -50,13 +110,6 @@ def both(folder: str) -> dict[str, Any]:
     from mtl import plugins
     from mtl.output.state import RunState
     from mtl.train.loop import train
-
-    def turns(work: Any) -> dict[str, Any]:
-        out = io.StringIO()
-        with pytest.raises(SystemExit) as ended:  # the driver has had enough
-            work(Turns(io.StringIO(TURNS), out))
-        assert ended.value.code == 0
-        return answers(out)
 
     transformers.logging.disable_progress_bar()
     made = bench.Bench(base(Path(folder)), {"ours": sys.executable}, Path(folder) / "work", STEPS)

@@ -1,4 +1,4 @@
-"""Preference losses: against TRL's, against plain torch at ZeRO 0, 2, 3, and in whole runs."""
+"""Preference losses: against TRL's, against plain torch at ZeRO 0 to 3, and in whole runs."""
 
 import json
 import os
@@ -23,6 +23,7 @@ from test_equivalence import exposed
 from mtl import build, plugins
 from mtl.compare import evaluation
 from mtl.config import ConfigError
+from mtl.data.examples import Piece
 from mtl.data.formats import Completion, RowProblem
 from mtl.data.preference import preference
 from mtl.distributed import comm
@@ -30,7 +31,8 @@ from mtl.losses.preference import PairExamples, Preference
 from mtl.train.reference import fill
 from mtl.train.step import fetch, train_step
 
-STAGES = (0, 2, 3)
+STAGES = (0, 1, 2, 3)
+TOKENS = {0: 96, 1: 160, 2: 96, 3: 400}  # each stage cuts a batch otherwise
 WEIGHTS = [0.5, 0.2, 0.3]
 YAML = """\
 model: {{name: {folder}/model, precision: fp32}}
@@ -223,6 +225,31 @@ def test_loss_gradient_and_measures_are_trls(folder, trl, loss, packed):
         assert 0 < means["reward_accuracy"] < 1
 
 
+@pytest.mark.parametrize("loss", [*SETTINGS, "orpo", "simpo"])
+def test_two_pairs_in_a_packed_row_are_as_four_padded_rows(folder, loss):
+    """Four sequences, none of which sees another."""
+    objective = ours_of(loss) if loss in SETTINGS else Preference(loss)
+    data, found = build.encode(config_of(folder), say=silent), {}
+    pieces = [Piece(0, data.tasks[0].train.columns(i)) for i in range(2)]
+    for packed in (False, True):
+        rows = [pieces] if packed else [[piece] for piece in pieces]
+        batch = data.examples[0].collate(rows, packed=packed, most=2, tokens=200)
+        starts = (batch.position_ids == 0).sum() if packed else len(batch.input_ids)
+        assert len(batch.input_ids) == (1 if packed else 4) and starts >= 4
+        known = torch.tensor([[-9.0, -9.5], [-8.0, -7.0]])
+        model = load(folder, "model")
+        terms = objective(model, replace(batch, reference=known), 3)
+        terms.sums.sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found[packed] = terms, gradients
+    (apart, wanted), (together, gradients) = found[False], found[True]
+    assert together.counts.tolist() == apart.counts.tolist() and together.counts[0] == 2
+    near(together.sums.detach(), apart.sums.detach(), units=32)
+    for name, gradient in gradients.items():
+        scale = float(wanted[name].abs().max())
+        np.testing.assert_allclose(gradient, wanted[name], atol=1e-5 * scale + 1e-9)
+
+
 def test_losses_without_a_reference_are_trls(folder, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.cpo import CPOTrainer
@@ -299,7 +326,8 @@ def gradients(folder: str) -> dict[int, dict[str, Any]]:
     found = {}
     for zero in STAGES:
         # A cache of its own, so that each stage asks the starting model itself.
-        config = config_of(Path(folder), f"cache={folder}/cache-{zero}", zero=zero)
+        own = f"cache={folder}/cache-{zero}", f"batch.tokens={TOKENS[zero]}"
+        config = config_of(Path(folder), *own, zero=zero)
         data = build.encode(config, say=silent)
         run = exposed(config, data)
         split = data.tasks[0].train
@@ -418,6 +446,36 @@ def test_the_reference_is_read_from_disk_by_model_content_at_every_stage(folder)
     assert "is damaged" in ranks[0][4]["asked"][0]
 
 
+def adapted(folder: str) -> dict[int, dict[str, Any]]:
+    """With new adapters, at each stage: the reference, and the adapters' gradients of a batch."""
+    found = {}
+    for zero in STAGES:
+        own = f"cache={folder}/cache-lora-{zero}", "model.lora.r=4"
+        config = config_of(Path(folder), *own, zero=zero)
+        data = build.encode(config, say=silent)
+        run = exposed(config, data)
+        split = data.tasks[0].train
+        column = np.stack([split.columns(i)["reference"] for i in range(len(split))])
+        batch = fetch(lambda run=run: run.batches.batch(0), len(run.names))
+        report = train_step(run.engine, run.objective, batch, np.array(WEIGHTS), 0.0, run.names)
+        found[zero] = {"reference": column, "losses": report.losses}
+        run.batches.close()
+    return found
+
+
+def test_the_reference_of_new_adapters_is_a_plain_copy_of_the_model(folder):
+    """No adapter is turned off, as none changes anything yet."""
+    plain = load(folder, "model")
+    split = build.encode(config_of(folder), say=silent).tasks[0].train
+    with torch.no_grad():
+        sides = [scores_of(plain, split.columns(i)) for i in range(len(split))]
+    wanted = np.array([[float(side.sum()) for side in pair] for pair in sides])
+    for rank in run_distributed(adapted, 2, str(folder)):
+        for zero in STAGES:
+            np.testing.assert_allclose(rank[zero]["reference"], wanted, rtol=1e-6)
+            assert rank[zero]["losses"][0] == pytest.approx(np.log(2), rel=1e-5)
+
+
 # --- whole runs
 
 
@@ -534,29 +592,53 @@ def test_a_chat_has_tools_system_roles_and_weights_as_in_messages():
     assert found.chosen.may_drop == found.rejected.may_drop == ("reasoning",)
 
 
-@pytest.mark.parametrize(
-    "row, reason, text",
-    [
-        ({"prompt": "u", "chosen": "a", "rejected": "a"}, "equal sides", "wanted two answers"),
-        ({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}, "differing prompts", "after 0 turns"),
-        ({"chosen": [USER, GOOD, OTHER], "rejected": [USER, GOOD]}, "differing prompts", "after 2 turns that both have, chosen goes on with user"),
-        ({"prompt": "w", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "differing prompts", "another one"),
-        ({"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "differing prompts", "another one"),
-        ({"chosen": "a", "rejected": "b"}, "differing prompts", "conversations that begin alike"),
-        ({"chosen": "ab c", "rejected": "abc"}, "differing prompts", "conversations that begin alike"),
-        ({"chosen": "a", "rejected": [USER, BAD]}, "missing key", "wanted prompt"),
-        ({"prompt": [USER], "chosen": [{**GOOD, "weight": 0}], "rejected": [GOOD]}, "no target", "context"),
-        ({"chosen": [USER, {**GOOD, "weight": 1}], "rejected": [USER, GOOD]}, "equal sides", "alike"),
-        ({"system": "s", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, "bad value", "wanted one of them"),
-        ({"prompt": "u", "chosen": "a"}, "missing key", "wanted rejected"),
-        ({"prompt": "u", "chosen": 3, "rejected": "b"}, "bad value", "chosen: found 3"),
-        ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [BAD]}, "missing key", "wanted content"),
-    ],
-)  # fmt: skip
+REFUSED = [
+    ({"prompt": "u", "chosen": "a", "rejected": "a"}, "equal sides", "wanted two answers"),
+    ({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}, "differing prompts", "after 0 turns"),
+    ({"chosen": [USER, GOOD, OTHER], "rejected": [USER, GOOD]}, "differing prompts", "after 2 turns that both have, chosen goes on with user"),
+    ({"prompt": "w", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "differing prompts", "another one"),
+    ({"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "differing prompts", "another one"),
+    ({"chosen": "a", "rejected": "b"}, "differing prompts", "conversations that begin alike"),
+    ({"chosen": "ab c", "rejected": "abc"}, "differing prompts", "conversations that begin alike"),
+    ({"chosen": "a", "rejected": [USER, BAD]}, "missing key", "wanted prompt"),
+    ({"prompt": [USER], "chosen": [{**GOOD, "weight": 0}], "rejected": [GOOD]}, "no target", "context"),
+    ({"chosen": [USER, {**GOOD, "weight": 1}], "rejected": [USER, GOOD]}, "equal sides", "alike"),
+    ({"system": "s", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, "bad value", "wanted one of them"),
+    ({"prompt": "u", "chosen": "a"}, "missing key", "wanted rejected"),
+    ({"prompt": "u", "chosen": 3, "rejected": "b"}, "bad value", "chosen: found 3"),
+    ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [BAD]}, "missing key", "wanted content"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, reason, text", REFUSED)
 def test_what_is_no_pair_is_refused(row, reason, text):
     with pytest.raises(RowProblem, match=re.escape(text)) as problem:
         preference(row)
     assert problem.value.reason == reason
+
+
+CUT = {"prompt": "u", "chosen": "a" * 40 + "b", "rejected": "a" * 41}
+
+
+@pytest.mark.parametrize(
+    "row, reason, text",
+    [
+        *REFUSED,
+        (CUT, "equal sides", "found both sides alike in 40 tokens"),
+        ({"prompt": "u", "chosen": "a", "rejected": ""}, "no target", "rejected: the completion is empty"),
+        ({"prompt": "u<|end|>", "chosen": "a", "rejected": "b"}, "special token", "chosen: found the text of <|end|>"),
+    ],
+)  # fmt: skip
+def test_a_refused_pair_is_reported_with_file_and_line(folder, tmp_path, row, reason, text):
+    good, path = {"prompt": "u", "chosen": "a", "rejected": "b"}, tmp_path / "pairs.jsonl"
+    toys.write_rows(path, [good, row, {**good, "chosen": "c"}])
+    truncated = "batch.too_long=truncate", "batch.special_text=refuse"
+    own = f"tasks.pairs.train={path}", f"cache={tmp_path}/cache"
+    split = build.encode(config_of(folder, *own, *truncated), say=silent).tasks[0].train
+    assert len(split) == 2 and split.where(1) == f"{path}:3"
+    _, count, line = split.problems()
+    assert count == f"1 row dropped: {reason}"
+    assert line.startswith(f"  {path}:2: ") and text in line
 
 
 def examples(folder: Path, *overrides: str) -> PairExamples:
