@@ -95,6 +95,7 @@ class Apart(Wrapper):
             mine, inner_weights, reasons = inner.update(mine, _only(signals, members))
             following |= nested(mine, f"{i}.")
             total = inner_weights.sum()
+            # Where the inner sum is 0 there are no proportions: equal ones.
             part = inner_weights / total if total > 0 else np.full(len(members), 1 / len(members))
             weights[members] = share * part
             for name, value in reasons.items():
@@ -128,6 +129,7 @@ def _once_each(parts: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None
 
 def _only(signals: Signals, members: Array) -> Signals:
     """The signals of these tasks."""
+    # (K,) and (K, K) alike: ix_ picks members along every axis.
     arrays = {
         field.name: value[np.ix_(*[members] * value.ndim)]
         for field in fields(signals)

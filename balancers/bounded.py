@@ -59,9 +59,11 @@ class Bounded(Wrapper):
         state, weights, explain = self.balancer.update(state, signals)
         total, equal = weights.sum(), 1 / len(weights)
         mixed = 0.0
+        # Without a sum there are no shares to bound.
         if total > 0:
             low, high = weights.min() / total, weights.max() / total
             if low < self.floor:
+                # The q that lifts the lowest share to the floor; below, the highest to the ceiling.
                 mixed = (self.floor - low) / (equal - low)
             if high > self.ceiling:
                 mixed = max(mixed, (high - self.ceiling) / (high - equal))

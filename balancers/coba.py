@@ -179,6 +179,7 @@ class CoBa(Balancer):
         past = self._keep(state, own, n, signals.step)
         trust = self._trust(slope, error, explain)
 
+        # K a_i / sum |a_j| is a_i over the mean |a_j|; the same for ACS over the window's slopes.
         rcs = _scores(trust * slope, np.nansum(np.abs(slope)) / max(1, seen.sum()), seen)
         usual = np.nansum(np.abs(past), axis=0) / (~np.isnan(past)).sum(axis=0).clip(1)
         acs = _scores(-trust * own, usual, seen)
@@ -196,6 +197,7 @@ class CoBa(Balancer):
         fresh = np.isnan(state["base"]) & (signals.valid_loss > 0)
         base = state["base"] = np.where(fresh, signals.valid_loss, state["base"])
         unseen = np.isnan(base)
+        # For this probe alone: the state keeps the first one, for probes that come without.
         if signals.valid_base is not None:
             base = np.where(signals.valid_base > 0, signals.valid_base, base)
         with np.errstate(over="ignore"):
@@ -235,6 +237,7 @@ class CoBa(Balancer):
         if self.gate is None:
             return np.ones_like(slope)
         with np.errstate(over="ignore"):
+            # A slope of 0 is all noise: infinite here, and its gate 0.
             noise = np.divide(
                 self.gate * error, slope, out=np.full_like(slope, np.inf), where=slope != 0
             )
@@ -264,6 +267,7 @@ class CoBa(Balancer):
         n = min(int(state["probes"]), self._most)
         if self.window or self.slope == "ols" or signals.valid_group is None:
             return n
+        # Optimizer steps between probes, on average over the state.
         apart = (signals.step - state["step"][:n].min()) / max(1, n - 1)
         return min(n, default_window(len(np.unique(state["group"][:n])), max(1, apart)))
 
@@ -281,6 +285,7 @@ class CoBa(Balancer):
             return slope, error, {}
         inner, inner_error = least_squares(step, ratio, group)
         groups, times = np.unique(group, return_counts=True)
+        # Said once: when the state is full for the first time.
         if len(groups) > 1 and times.min() < 2 and int(state["probes"]) == self._most:
             logger.warning(
                 f"CoBa: found a window of {len(rows)} probes that does not hold every group of "
@@ -361,6 +366,7 @@ def least_squares(x: Array, y: Array, group: Array) -> tuple[Array, Array]:
     # it up to full range.
     product[np.abs(product) <= 4 * np.finfo(float).eps * np.abs(dx * filled).sum(axis=0)] = 0
     slope = np.divide(product, spread, out=np.zeros_like(spread), where=varies)
+    # Observations less one intercept for each group that was seen, and the slope.
     freedom = seen.sum(axis=0) - (count > 0).sum(axis=0) - 1
     rest = ((dy - slope * dx) ** 2).sum(axis=0)
     error = np.full_like(spread, np.inf)

@@ -54,6 +54,7 @@ class DWA(Balancer):
                 total, count, k = state["sum"], state["count"], len(state["sum"])
                 mean = np.divide(total, count, out=np.full(k, np.nan), where=count > 0)
                 older = state["newer"]
+                # Sum and count begin anew with the next period.
                 state = self.init(k) | {
                     "updates": state["updates"],
                     "older": older,
@@ -65,5 +66,6 @@ class DWA(Balancer):
             out=np.ones_like(state["newer"]),
             where=state["older"] > 0,
         )
+        # A task without two known periods counts as unchanged.
         rate = np.nan_to_num(rate, nan=1.0)
         return state, softmax(rate / self.temperature), {"rate": rate}

@@ -40,6 +40,7 @@ class _Falls(Balancer):
         known, z = ~np.isnan(fall), softmax(state["xi"])
         if known.any():
             fall = np.where(known, fall, 0.0)
+            # J_softmax' fall, over the tasks that are known.
             gradient = (
                 z * (fall - (z * fall).sum() / z[known].sum()) + self.weight_decay * state["xi"]
             )
@@ -101,6 +102,7 @@ class FAMO(_Falls):
         before, after = signals.train_loss, signals.replay_loss
         if before is None:
             return np.full_like(state["xi"], np.nan)
+        # With replay this one is dropped: it compares two different batches.
         fall = self._since_last(state, before)
         if not self.replay:
             return fall
@@ -122,6 +124,7 @@ class FAMOValid(_Falls):
     def _fall(self, state: State, signals: Signals) -> Array:
         if signals.valid_loss is None:
             return np.full_like(state["xi"], np.nan)
+        # log 1 = 0: without a base the fall is that of the loss itself.
         given = (
             1.0
             if signals.valid_base is None

@@ -38,6 +38,7 @@ class GLS(Balancer):
             state["loss"] = latest(state["loss"], signals.train_loss)
         logs = np.log(np.maximum(state["loss"], FLOOR))
         seen = ~np.isnan(logs)
+        # Unseen: exp(0) / K below.
         relative = np.zeros_like(logs)
         relative[seen] = logs[seen].sum() / max(1, seen.sum()) - logs[seen]
         return state, np.exp(relative) / len(logs), {}

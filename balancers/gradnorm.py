@@ -60,6 +60,7 @@ class GradNorm(Balancer):
 
     def _step(self, state: State, gram: Array) -> dict[str, Array]:
         weights, k = state["weights"], len(gram)
+        # Rounding can take a diagonal below 0.
         norm = np.sqrt(np.maximum(np.diag(gram), 0))
         present = norm > 0
         if not present.any():
@@ -68,6 +69,7 @@ class GradNorm(Balancer):
         target = (weights * norm)[present].mean() * rate**self.alpha
         gradient = np.sign(weights * norm - target) * norm / norm[present].mean()
         weights = np.maximum(weights - self.lr * gradient * present, 0)
+        # A sum of 0 cannot be brought to K: equal weights again.
         state["weights"] = weights * (k / weights.sum()) if weights.sum() > 0 else np.ones(k)
         return {
             "norm": np.where(present, norm, np.nan),

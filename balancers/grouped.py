@@ -94,16 +94,19 @@ class Grouped(Wrapper):
             loss = getattr(signals, name)
             if loss is not None:
                 state[name] = latest(state[name], loss)
+                # Absent where all its tasks are; else an absent task counts with its last loss.
                 seen[name] = np.where(
                     member @ ~np.isnan(loss) > 0, _mean(member, state[name]), np.nan
                 )
         for name in GRAMS:
             gram = getattr(signals, name)
             if gram is not None:
+                # Products of the groups' mean gradients are means of the tasks' products.
                 seen[name] = mean @ gram @ mean.T
         if signals.tokens is not None:
             seen["tokens"] = member @ signals.tokens
         inner, weights, explain = self.balancer.update(unnested(state), replace(signals, **seen))
+        # Scalars belong to no group.
         explain = {name: each[self._of] if each.ndim else each for name, each in explain.items()}
         return (
             {**{name: state[name] for name in LOSSES}, **nested(inner)},

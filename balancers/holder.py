@@ -49,6 +49,7 @@ class Holder:
             raise ValueError(
                 f"loss_weight: found {loss_weight}, wanted {k} finite numbers > 0 for {list(tasks)}"
             )
+        # Before `bind`: a checkpoint names tasks, not their positions.
         self._meta = {
             **describe(balancer),
             "tasks": list(self.tasks),
@@ -130,6 +131,7 @@ class Holder:
                 "dict of arrays, an array, a dict of arrays"
             )
         # array + 1 is no array if it is 0-d
+        # The state, and the reasons; the weights stand between them.
         state, explain = (
             {name: np.asarray(each) for name, each in part.items()} for part in parts[::2]
         )

@@ -50,6 +50,7 @@ def share(weights: Array, seen: NDArray[np.bool_]) -> Array:
     ``weights`` >= 0.
     """
     total = weights[seen].sum()
+    # `not > 0` holds for nan too.
     if not total > 0:
         return np.full(len(weights), 1 / len(weights))
     return np.where(seen, weights / total * seen.mean(), 1 / len(weights))
@@ -71,6 +72,7 @@ def adam_step(state: State, gradient: Array, where: NDArray[np.bool_]) -> Array:
     ):
         state[name] = np.where(where, beta * state[name] + (1 - beta) * value, state[name])
     state["adam_steps"] = state["adam_steps"] + where
+    # At least 1: a task that was never there has made no step.
     steps = np.maximum(state["adam_steps"], 1)
     mean, square = state["adam_mean"] / (1 - 0.9**steps), state["adam_square"] / (1 - 0.999**steps)
     return np.where(where, mean / (np.sqrt(square) + 1e-8), 0.0)

@@ -51,6 +51,7 @@ class MetaWeighting(Balancer):
             return state, state["weights"].copy(), {}
         rows = signals.valid_gram / largest
         descent = np.zeros(len(rows))
+        # A row of zeros would be the minimum by itself, and nothing would move.
         present = np.abs(rows).max(axis=1) > 0
         descent = min_norm(rows[present] @ rows[present].T) @ rows[present]
         state["weights"] = to_simplex(state["weights"] + self.eta * descent)
@@ -76,6 +77,7 @@ def min_norm(gram: Array, rounds: int = 1000) -> Array:
         curvature = gram[up, up] + gram[down, down] - 2 * gram[up, down]
         move = min(x[down], gap / curvature) if curvature > 0 else x[down]
         x[up] += move
+        # Exactly 0, so that it is not held any more; a difference may leave a remainder.
         x[down] = 0.0 if move == x[down] else x[down] - move
     return x
 

@@ -50,7 +50,7 @@ class Signals:
     valid_loss: Array | None = None
     # (K,) initial loss of the probe's examples; nan or None = the task's first probe
     valid_base: Array | None = None
-    # which group of the fixed cut of the validation rows the probe read; they take turns
+    # which group of the validation rows, divided once, the probe read; they take turns
     valid_group: int | None = None
     # (K, K) inner products of the tasks' global gradients; 0 in the rows of an absent task
     gram: Array | None = None

@@ -49,6 +49,7 @@ class RLW(Balancer):
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
         count = 2 * int(state["draw"])
         radius, angle = (_uniform(state["key"], count + i) for i in (0, 1))
+        # log1p(-u): u may be 0 and never 1, so 1 - u is never 0.
         normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
         state["draw"] += 1
         return state, softmax(normal), {}
@@ -61,4 +62,5 @@ def _uniform(key: np.ndarray, count: int) -> Array:
     x = key + np.uint64((count + 1) * 0x9E3779B97F4A7C15 % 2**64)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    # The upper 53 bits: as many as a float holds.
     return ((x ^ x >> np.uint64(31)) >> np.uint64(11)) / 2.0**53

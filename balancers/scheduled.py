@@ -49,6 +49,7 @@ class Scheduled(Wrapper):
         return {"weights": np.full(k, 1 / k), **nested(self.balancer.init(k))}
 
     def update(self, state: State, signals: Signals) -> tuple[State, Array, dict[str, Array]]:
+        # The inner balancer is fed no more: nothing would ever read its weights.
         if self.freeze is not None and signals.step >= self.freeze:
             return state, state["weights"].copy(), {}
         inner, weights, explain = self.balancer.update(unnested(state), signals)

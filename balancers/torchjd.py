@@ -74,6 +74,7 @@ class TorchJD(Balancer):
                 "for the Gramian "
                 f"{inner.tolist()}, wanted finite ones; try another method"
             )
+        # The mean is for absent tasks; the others get their own below.
         state["weights"] = np.full(len(gram), weights.mean())
         state["weights"][present] = weights
         return state, state["weights"].copy(), {}
@@ -101,6 +102,7 @@ class TorchJD(Balancer):
                 ).numpy()
             state["start"][present] = weighting.prvs_alpha
             return weights
+        # TorchJD draws from torch's global generator: the run's own state must not move.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + int(state["draws"]) * 2**32)
             return weighting(torch.from_numpy(gram)).numpy()

@@ -42,7 +42,7 @@ def main() -> None:
     started = (shlex.split(args.launcher), Path(__file__).resolve().parent)
     rows = orders.applies(config, args.allow_code), find_spec("matplotlib") is not None
     reported = args.methods, args.split, *rows
-    study = replicas.Study(config, experiment, *started, args.out, *order, *reported)
+    study = replicas.ReplicaStudy(config, experiment, *started, args.out, *order, *reported)
     if args.dry_run:
         commands = study.commands()
         print("\n".join(shlex.join(next(commands)) for _ in range(args.of + 1)))

@@ -28,7 +28,7 @@ from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validatio
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.generation.asking import Asking, ask
+from mtl.generation.asking import ENDLESS, Asking, ask, ends, stop_at
 from mtl.losses.objective import Measure, maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
@@ -36,13 +36,15 @@ from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
 from mtl.output.files import write_json
 from mtl.output.state import RunState
-from mtl.report.tracker import Report
+from mtl.report.tracker import PageTracker
 from mtl.train import gram, reference
 from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.patience import Patience
 from mtl.train.run import Run
+
+ENOUGH = 64  # rows of a task that tell where its turns end
 
 Say = Callable[[str], None]
 
@@ -106,6 +108,7 @@ def encode(
     formats = plugins.formats(config, allow_code)
     of_stream = {name: examples[goals.of[s]] for s, name in enumerate(config.streams)}
     tasks = prepare(config, of_stream, formats, say, rebuild)
+    # In every process alike: it reads the rows' columns and communicates nothing.
     for number, one in enumerate(examples):
         mine = [s for s in range(len(tasks)) if goals.of[s] == number]
         one.settle({s: (tasks[s].train, tasks[s].validation) for s in mine})
@@ -133,11 +136,12 @@ def asking(
         DataError: a row has no question.
     """
     forms, names, asked = plugins.formats(config, allow_code), list(config.tasks), []
+    encoder = Encoder(data.tokenizer, ENDLESS, special_text=config.batch.special_text)
     encoded = {task.name: task.validation for task in data.tasks}
     for name, mine in plugins.metrics(config, allow_code).items():
         if mine:
             sources, number = sources_of(config.tasks[name], split), names.index(name)
-            made = encoded[name], sources, forms[name], data.tokenizer, rows
+            made = encoded[name], sources, forms[name], encoder, rows
             asked.append(ask(name, number, mine, *made))
     settings = config.evaluate.generate
     return Asking(asked, len(names), data.tokenizer, settings) if asked else None
@@ -191,7 +195,21 @@ def start_engine(
     """
     torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
     model = plugins.loader(config, allow_code)(config, data.tokenizer, data.examples, empty=False)
+    if new := stop_at(model, _stops(data)):
+        names = ", ".join(data.tokenizer.convert_ids_to_tokens(sorted(new)))
+        say(f"models are saved with settings for generation that stop at {names}, as rows do")
     return Engine(model, config, optimizer(config), say)
+
+
+def _stops(data: Data) -> frozenset[int]:
+    """Eos, and the special tokens that end rows, of up to ENOUGH of each task."""
+    found: list[list[int]] = []
+    for s, task in enumerate(data.tasks):
+        if isinstance(data.examples[data.goals.of[s]], NextToken):
+            n = len(task.train)
+            some = (i * n // min(n, ENOUGH) for i in range(min(n, ENOUGH)))
+            found += [task.train.ids(i)[-8:].tolist() for i in some]
+    return ends(found, data.tokenizer) if found else frozenset()
 
 
 def build(
@@ -227,6 +245,7 @@ def build(
         found, wanted = f"{config.schedule.warmup:,}", f"at most the run's steps, {steps:,}"
         raise ConfigError([config.error("schedule.warmup", found, wanted)])
     identity = provenance.identity(config, tasks, steps)
+    # Ranks with other rows would draw other batches, and hang in a collective at best.
     comm.same(identity, "data")
     engine = engine or start_engine(config, data, allow_code, say)
     if packed is None:
@@ -240,6 +259,7 @@ def build(
     evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
     settings = config.resolved()["model"]
     weights = reference.fill(engine, goals.each, tasks, evaluated, settings, say)
+    # A checkpoint belongs to these answers: another start would give others.
     if weights is not None:
         identity["starting model (content)"] = weights
     validation = validation_groups_for(config, tasks, evaluated)
@@ -250,7 +270,8 @@ def build(
     batches = TrainBatches(tasks, mix, layouts(config.batch.tokens))
     anchors, patience = None, _patience(config)
     if patience is not None and patience.times is not None:
-        # The other run's folder may have changed: on --resume the tasks must be done when they were.
+        # The other run's folder may have changed: on --resume the tasks must be done
+        # when they were.
         source = f"steps by {getattr(config.evaluate.patience, 'from')}"
         identity[source] = dict(zip(config.tasks, patience.times, strict=True))
     if patience is not None and patience.action == "anchor":
@@ -324,6 +345,7 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
     """
     if resume is False:
         return RunState()
+    # Every rank looks by itself: its host may not see the folder.
     found = comm.together(lambda: run.checkpoints.find(None if resume is True else resume))
     comm.same({"checkpoint": str(found)}, "newest checkpoints")
     say(
@@ -357,6 +379,7 @@ def open_trackers(
     def open_on_first() -> list[trackers.Tracker]:
         if comm.rank() > 0:
             return []
+        # By this mark a later start knows that the folder is a run's.
         manifest.mark(output, RUN)
         name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
         record = provenance.record(config, tasks, run.steps, comm.world(), run.checkpoints.identity)
@@ -365,10 +388,11 @@ def open_trackers(
         settings = {"output": output, "steps": run.steps, "start": state.step}
         paths = [("trackers", str(i)) for i in range(len(config.trackers))]
         opened = [resolve(config, path, plugins.TRACKER, allow_code)(**settings) for path in paths]
-        for always in (trackers.Jsonl, Report):  # the last table and resume read the first
+        for always in (trackers.Jsonl, PageTracker):  # the last table and resume read the first
             if not any(isinstance(one, always) for one in opened):
                 opened.append(always(**settings))
-        return sorted(opened, key=lambda one: isinstance(one, Report))  # it reads the others' files
+        # The page reads the others' files.
+        return sorted(opened, key=lambda one: isinstance(one, PageTracker))
 
     run.trackers = comm.together(open_on_first)
 

@@ -74,6 +74,7 @@ def folder() -> Path:
 
 def main() -> None:
     """Run a program in this process, as if its file had been started, under its name here."""
+    # deepspeed puts its rank in front of the program's name.
     arguments = [
         one for one in sys.argv[1:] if not one.startswith(("--local_rank", "--local-rank"))
     ]

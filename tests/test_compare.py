@@ -172,7 +172,7 @@ def test_cost_in_forwards(base):
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def result(runner: Runner, run: study.Run, best: list[float], own: list[float]) -> None:
+def result(runner: Runner, run: study.Trial, best: list[float], own: list[float]) -> None:
     tasks = [run.arm.split(".")[0]] if run.kind == "references" else ["a", "b"]
     test = {"best": best, "last": [2 * x for x in best]}
     if run.arm == "equal":

@@ -18,7 +18,7 @@ from mtl.merging.candidates import Candidates
 from mtl.merging.dare import dare
 from mtl.merging.methods import METHODS, named
 from mtl.merging.model_stock import model_stock
-from mtl.merging.piece import MergeError, Piece
+from mtl.merging.piece import MergeError, TensorPiece
 from mtl.merging.report import count
 from mtl.merging.search import search
 from mtl.merging.select import select, unit_of
@@ -29,17 +29,17 @@ from mtl.merging.ties import ties
 TENSORWISE = [average, average_norm, dare, model_stock, select, task_arithmetic, ties]
 
 
-def piece(base, *deltas, name: str = "a.weight", seed: int = 0, dtype=torch.float32) -> Piece:
+def piece(base, *deltas, name: str = "a.weight", seed: int = 0, dtype=torch.float32) -> TensorPiece:
     base = torch.as_tensor(base, dtype=dtype)
-    return Piece(name, base, [base + torch.as_tensor(d, dtype=dtype) for d in deltas], seed)
+    return TensorPiece(name, base, [base + torch.as_tensor(d, dtype=dtype) for d in deltas], seed)
 
 
-def drift(k: int, n: int = 4096, dtype=torch.float32, seed: int = 0) -> Piece:
+def drift(k: int, n: int = 4096, dtype=torch.float32, seed: int = 0) -> TensorPiece:
     """K deltas of 1e-4 on weights of 0.02: bf16 loses part of them."""
     random = torch.Generator().manual_seed(seed)
     base = (torch.randn(n // 64, 64, generator=random) * 0.02).to(dtype)
     noise = [torch.randn(base.shape, generator=random) * 1e-4 for _ in range(k)]
-    return Piece("a.weight", base, [(base.float() + each).to(dtype) for each in noise])
+    return TensorPiece("a.weight", base, [(base.float() + each).to(dtype) for each in noise])
 
 
 def close(found: torch.Tensor, wanted) -> None:
@@ -107,7 +107,7 @@ def test_selection_frequencies(weights):
 def test_draws_of_coordinates_tensors_and_seeds_are_independent():
     def drawn(name: str, seed: int) -> np.ndarray:
         p = piece(torch.zeros(30_000), *(torch.full((30_000,), i + 1.0) for i in range(3)))
-        return select(Piece(name, p.base, p.models, seed)).int().numpy() - 1
+        return select(TensorPiece(name, p.base, p.models, seed)).int().numpy() - 1
 
     first = drawn("a.weight", 0)
     others = [first[1:], drawn("b.weight", 0), drawn("a.weight", 1)]
@@ -125,7 +125,7 @@ def test_granularity():
     assert len(select(p, granularity="tensor").unique()) == 1
     values = {
         unit: {
-            select(Piece(f"m.layers.{i}.{part}.weight", p.base, p.models), granularity=unit)[0, 0]
+            select(TensorPiece(f"m.layers.{i}.{part}.weight", p.base, p.models), granularity=unit)[0, 0]
             .item()
             for part in ("q.lora_A", "q.lora_B")
         }
@@ -183,7 +183,7 @@ def test_averaging_shortens_and_selection_does_not():
 # --- identities
 
 
-def exact(method, p: Piece) -> torch.Tensor:
+def exact(method, p: TensorPiece) -> torch.Tensor:
     """With the settings at which a method changes nothing, in the stored type."""
     settings = {"dare": {"drop": 0.0}, "ties": {"density": 1.0}}.get(method.__name__, {})
     return method(p, **settings).to(p.base.dtype)
@@ -200,7 +200,7 @@ def test_one_model_is_itself_bit_for_bit(method, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_models_are_themselves_bit_for_bit(method, dtype):
     p = drift(1, dtype=dtype)
-    assert torch.equal(exact(method, Piece(p.name, p.base, [p.models[0]] * 3)), p.models[0])
+    assert torch.equal(exact(method, TensorPiece(p.name, p.base, [p.models[0]] * 3)), p.models[0])
 
 
 @given(seed=st.integers(0, 1000), k=st.integers(1, 4), shape=st.sampled_from([(), (0,), (3,), (2, 3), (2, 3, 2)]))  # fmt: skip
@@ -208,10 +208,12 @@ def test_any_shape(seed, k, shape):
     random = torch.Generator().manual_seed(seed)
     base, *models = (torch.randn(shape, generator=random) for _ in range(k + 1))
     for method in TENSORWISE:
-        found = method(Piece("x", base, models, seed))
+        found = method(TensorPiece("x", base, models, seed))
         assert found.shape == base.shape and torch.isfinite(found).all()
     for unit in ("element", "row", "tensor"):
-        found = select(Piece("x", base, models, seed), granularity=unit, resample="exhaustive")
+        found = select(
+            TensorPiece("x", base, models, seed), granularity=unit, resample="exhaustive"
+        )
         assert found.shape == base.shape
         assert torch.stack([found == m for m in models]).any(0).all()
 

@@ -671,6 +671,9 @@ def test_special_text_is_said_once_or_refused(folder):
     assert said == [("rows with the text of <|end|> in them, which becomes that token", 1)]
     with pytest.raises(RowProblem, match=r"chosen: found the text of <\|end\|>"):
         examples(folder, "batch.special_text=refuse").encode(pair)
+    row = examples(folder, "batch.special_text=plain").encode(pair)
+    plain = examples(folder).tokenizer("u<|end|>", split_special_tokens=True)["input_ids"]
+    assert row.columns["chosen"][: len(plain)].tolist() == plain
 
 
 def test_sides_that_a_cut_makes_equal_are_refused(folder):

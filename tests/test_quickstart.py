@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mtl.samples import quickstart, strings, tasks
 from mtl.samples.archives import Archive, BuildError, fetch, member
 from mtl.samples.build import part, recipe, whole
-from mtl.samples.rows import Source, completion, split
+from mtl.samples.rows import SampleSource, completion, split
 
 ROOT = Path(__file__).parents[1]
 
@@ -425,7 +425,7 @@ def test_m0s_rows_are_known_by_their_hash_and_its_config_reads_them(tmp_path, mo
 
     held, counts = strings.VALIDATION + strings.TEST, dict.fromkeys(strings.TRAIN, 30)
     monkeypatch.setattr(strings, "TRAIN", counts)
-    found = {task: Source(rows(task, held + 40), "made up", "none") for task in counts}
+    found = {task: SampleSource(rows(task, held + 40), "made up", "none") for task in counts}
     monkeypatch.setattr(strings, "sources", lambda archives: found)
     with pytest.raises(BuildError, match="found rows with SHA-256 [0-9a-f]{64}, wanted "):
         strings.build_data(tmp_path, tmp_path)

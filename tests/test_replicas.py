@@ -24,10 +24,10 @@ output: x
 """
 
 
-def study(out: Path, text: str = TEXT, **changes: object) -> replicas.Study:
+def study(out: Path, text: str = TEXT, **changes: object) -> replicas.ReplicaStudy:
     given = dict(config=parse(text), experiment=EXPERIMENT, launcher=["deepspeed"], programs=PROGRAMS, out=out,
                  scheme="rotate", of=3, epochs="first", methods=["average", "ties"], split="test")  # fmt: skip
-    return replicas.Study(**{**given, **changes})
+    return replicas.ReplicaStudy(**{**given, **changes})
 
 
 def test_the_commands_in_order(tmp_path):

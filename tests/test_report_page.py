@@ -249,7 +249,7 @@ def lines_of(run: Path) -> list[dict]:
 def test_the_tracker_writes_at_every_nth_pass_and_at_the_end(tmp_path, monkeypatch, capsys):
     run, written = recorded.write(tmp_path / "run"), []
     monkeypatch.setattr(page, "write", lambda folders: written.append(step))
-    one = tracker.Report(run, steps=60, every=3)
+    one = tracker.PageTracker(run, steps=60, every=3)
     for line in lines_of(run):
         step = line["step"]
         one.log(step, line)
@@ -268,7 +268,7 @@ def test_without_a_number_it_takes_a_hundredth_of_the_time(tmp_path, monkeypatch
 
     monkeypatch.setattr(page, "write", write)
     monkeypatch.setattr(tracker.time, "monotonic", lambda: now[0])
-    one = tracker.Report(run, steps=60)
+    one = tracker.PageTracker(run, steps=60)
     for step in range(0, 100, 5):
         now[0] += 30.0
         one.log(step, {"eval/macro": 1.0})
@@ -281,13 +281,13 @@ def test_without_a_number_it_takes_a_hundredth_of_the_time(tmp_path, monkeypatch
 @pytest.mark.parametrize("every", [0, -1, True])
 def test_a_number_of_passes_is_at_least_one(every, tmp_path):
     with pytest.raises(ValueError, match="wanted a number of passes >= 1"):
-        tracker.Report(tmp_path, steps=1, every=every)
+        tracker.PageTracker(tmp_path, steps=1, every=every)
 
 
 def test_that_it_cannot_be_written_is_a_warning_once(tmp_path, capsys):
     run = recorded.write(tmp_path / "run")
     (run / "report.html").mkdir()
-    one = tracker.Report(run, steps=60, every=1)
+    one = tracker.PageTracker(run, steps=60, every=1)
     for line in lines_of(run):
         one.log(line["step"], line)
     one.close()
@@ -297,7 +297,7 @@ def test_that_it_cannot_be_written_is_a_warning_once(tmp_path, capsys):
 
 def test_what_a_run_tells_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "_told", ["batches are packed"])
-    one = tracker.Report(tmp_path, steps=60, start=20)
+    one = tracker.PageTracker(tmp_path, steps=60, start=20)
     logging.getLogger("balancers.coba").warning("a small window")
     logging.getLogger("balancers.coba").info("nothing")
     one.say("step 30/60  saved")

@@ -25,10 +25,10 @@ from mtl.distributed.ds_config import ds_config, zero_stage
 from mtl.models.errors import MissingKernel
 from mtl.models.loaders import Loader
 
-SAMPLED = 100  # steps whose batches are cut to measure the arithmetic, spread evenly over the run
+SAMPLED = 100  # steps whose batches are dealt to measure the arithmetic, spread evenly over the run
 
 
-class Data(Protocol):
+class EncodedData(Protocol):
     """`mtl.build.Data`: the encoded rows, and how each objective's become batches."""
 
     tokenizer: Any
@@ -39,7 +39,7 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """How global batches are cut with one layout, over `steps` of the run's steps.
+    """How global batches are dealt with one layout, over `steps` of the run's steps.
 
     Attributes:
         micros: (steps,) micro-batches of every rank.
@@ -58,7 +58,7 @@ class BatchSizes:
 
 
 def batch_sizes(tasks: Sequence[TaskData], mix: Mix, layouts: Layouts, steps: int) -> BatchSizes:
-    """A sample of the run's global batches, cut as its ranks would cut them."""
+    """A sample of the run's global batches, dealt as the run would."""
     micros, tokens, positions, largest, most = [], [], [], 0, 0
     # A set: in a short run several points fall on one step.
     for step in sorted({int(s) for s in np.linspace(0, steps - 1, min(steps, SAMPLED))}):
@@ -73,9 +73,9 @@ def batch_sizes(tasks: Sequence[TaskData], mix: Mix, layouts: Layouts, steps: in
             targets = [int(tasks[s].train.targets[n]) for s, n in rows]
             ranks = deal(lengths, layout.world, layout.tokens, layout.row_length)
             count, total = count + len(ranks[0]), total + sum(lengths)
-            cut = [micro for rank in ranks for micro in rank]
-            sizes += [_positions(micro, lengths, layout.tokens) for micro in cut]
-            most = max(most, *(sum(targets[i] for row in micro for i in row) for micro in cut))
+            dealt = [micro for rank in ranks for micro in rank]
+            sizes += [_positions(micro, lengths, layout.tokens) for micro in dealt]
+            most = max(most, *(sum(targets[i] for row in micro for i in row) for micro in dealt))
         micros.append(count)
         tokens.append(total)
         positions.append(sum(sizes))
@@ -83,7 +83,7 @@ def batch_sizes(tasks: Sequence[TaskData], mix: Mix, layouts: Layouts, steps: in
     return BatchSizes(np.array(micros), np.array(tokens), np.array(positions), largest, most)
 
 
-def layouts(config: Config, data: Data, world: int, tokens: int) -> dict[str, Layouts]:
+def layouts(config: Config, data: EncodedData, world: int, tokens: int) -> dict[str, Layouts]:
     """The layouts the run may use, by name. With `packing: auto` the model decides at start-up."""
     wanted = {"auto": (True, False), True: (True,), False: (False,)}[config.batch.packing]
     if not any(one.packs for one in data.examples):
@@ -97,7 +97,7 @@ def layouts(config: Config, data: Data, world: int, tokens: int) -> dict[str, La
     }
 
 
-def batches(config: Config, data: Data, world: int) -> list[str]:
+def batches(config: Config, data: EncodedData, world: int) -> list[str]:
     """The arithmetic of steps, batches and validation for `world` processes."""
     tasks = data.tasks
     mix = mix_for(config, tasks)
@@ -178,7 +178,7 @@ def data(tasks: Sequence[TaskData]) -> list[str]:
     return lines
 
 
-def needs(config: Config, data: Data, loader: Loader, world: int) -> list[str]:
+def needs(config: Config, data: EncodedData, loader: Loader, world: int) -> list[str]:
     """The memory of one rank, a line each. Reads the model's configuration, not its weights.
 
     Raises:

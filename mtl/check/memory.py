@@ -91,7 +91,7 @@ class _Rank:
         return 2 if self.config.model.precision == "bf16" else 4
 
     def share(self, stages: int) -> int:
-        """Into how many parts something is cut that ZeRO cuts from stage `stages` on."""
+        """Into how many parts something is divided that ZeRO partitions from stage `stages` on."""
         return self.world if self.stage >= stages else 1
 
 

@@ -13,7 +13,7 @@ Section = tuple[str, list[str]]
 def everything(
     config: Config,
     origin: str,
-    encode: Callable[[], dryrun.Data],
+    encode: Callable[[], dryrun.EncodedData],
     loader: Loader,
     world: int,
     color: bool,

@@ -19,7 +19,7 @@ METHODS = ("average", "average_norm", "select", "task_arithmetic", "ties", "dare
 
 
 @dataclass(frozen=True)
-class Study:
+class ReplicaStudy:
     """A study of K replicas, in the folder `out`.
 
     Args:

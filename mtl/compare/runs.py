@@ -20,7 +20,7 @@ import numpy as np
 
 from mtl import plugins
 from mtl.compare.cost import forward_equivalents, pilot_cost
-from mtl.compare.study import PLACE, Run, Study, StudyError
+from mtl.compare.study import PLACE, Study, StudyError, Trial
 from mtl.output import provenance
 from mtl.output.files import write_json
 from mtl.output.report import History
@@ -47,10 +47,10 @@ class Runner:
     threads: int = 1
     keep: bool = False
 
-    def path(self, run: Run) -> Path:
+    def path(self, run: Trial) -> Path:
         return self.out / "results" / f"{run.kind}.{run.arm}.{run.seed}.json"
 
-    def result(self, run: Run) -> dict[str, Any] | None:
+    def result(self, run: Trial) -> dict[str, Any] | None:
         """What is known of a finished run; None where it is not finished.
 
         Raises:
@@ -67,7 +67,7 @@ class Runner:
             )
         return result
 
-    def perform(self, run: Run) -> dict[str, Any]:
+    def perform(self, run: Trial) -> dict[str, Any]:
         """Train, or go on with it, read the test rows, write the result.
 
         Raises:
@@ -79,6 +79,7 @@ class Runner:
         experiment = ["--config", self.study.base]
         experiment += [part for each in overrides for part in ("--set", each)]
         experiment += [part for each in self.study.allow_code for part in ("--allow-code", each)]
+        # --resume goes on where an earlier attempt ended, and begins where there is none.
         self._start(folder, "train", *experiment, "--resume")
         history = read_history(folder / "run")
         config = plugins.read(self.study.base, overrides, self.study.allow_code)
@@ -116,7 +117,7 @@ class Runner:
             shutil.rmtree(folder)
         return result
 
-    def _filled(self, run: Run, override: str) -> str:
+    def _filled(self, run: Trial, override: str) -> str:
         """An override with what stands for another arm's result filled in: `{results}` and `{seed}`
         make its path, `{mean:ARM}` and `{moved:ARM}` are its mean weights.
         """
@@ -125,7 +126,7 @@ class Runner:
             "{seed}", str(run.seed)
         )
 
-    def _weights(self, run: Run, place: re.Match[str]) -> str:
+    def _weights(self, run: Trial, place: re.Match[str]) -> str:
         path = self.path(replace(run, arm=place["arm"]))
         if not path.is_file():
             raise StudyError(
@@ -137,16 +138,18 @@ class Runner:
             values = [values[-1], *values[:-1]]
         return json.dumps(dict(zip(found, values, strict=True)))
 
-    def _models(self, run: Run, output: Path, history: History, base: str) -> dict[str, str]:
+    def _models(self, run: Trial, output: Path, history: History, base: str) -> dict[str, str]:
         """The folders to read: of the best and the last checkpoint; of the arm that gives the
         headroom each task's best step too.
         """
+        # Names have eight digits, so the highest name is the last step.
         last = max((output / "checkpoints").glob("step-*"))
         average = last / "average"
         found = {"best": output / "model", "last": average if average.is_dir() else last / "model"}
         if (run.kind, run.arm) != ("arms", self.study.equal):
             return {what: str(folder) for what, folder in found.items()}
         for task, step in _steps(history)["own"].items():
+            # Step 0 is the model that the run started from, which no folder of the run keeps.
             found[f"own {task}"] = output / "bests" / f"step-{step:08d}" if step else Path(base)
         return {what: str(folder) for what, folder in found.items()}
 
@@ -165,7 +168,7 @@ class Runner:
             raise StudyError(f"{program}.py ended with exit code {code}; see {log}: {last}")
 
 
-def perform(runner: Runner, runs: list[Run], say: Say) -> list[str]:
+def perform(runner: Runner, runs: list[Trial], say: Say) -> list[str]:
     """Run what is not finished, in order. Returns what went wrong: an arm that failed is left out
     from then on, and the others go on.
     """

@@ -28,6 +28,7 @@ KEYS = {
     "references": "seeds and arms of runs on one task alone",
     "tuning": "seeds and arms of runs that are not reported",
 }
+# Set first, so that a study's own overrides win.
 ALWAYS = (
     "evaluate.best=log",
     "checkpoint.keep=1",
@@ -47,7 +48,7 @@ class StudyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One run. `kind`: arms, references or tuning; `arm` names a reference's task too."""
 
     kind: str
@@ -89,7 +90,7 @@ class Study:
     explore: bool
     allow_code: tuple[str, ...] = ()
 
-    def config(self, run: Run) -> Config:
+    def config(self, run: Trial) -> Config:
         """The experiment of a run, equal numbers standing for what others' results will say.
 
         Raises:
@@ -102,7 +103,7 @@ class Study:
         document = plugins.read(self.base, self.common, self.allow_code).document.data
         return json.dumps(dict.fromkeys(document["tasks"], 1))
 
-    def overrides(self, run: Run) -> list[str]:
+    def overrides(self, run: Trial) -> list[str]:
         """In the order they are set: ours, the study's, the arm's, the seed."""
         return [*ALWAYS, *self.common, *run.overrides, f"train.seed={run.seed}"]
 
@@ -126,13 +127,14 @@ class Study:
             "under `primary`."
         )
 
-    def key(self, run: Run) -> str:
+    def key(self, run: Trial) -> str:
         """What decides a run's outcome as far as the study says it: a short SHA-256."""
+        # The content, not the text: a new comment in the YAML makes no result old.
         base = yaml.safe_load(Path(self.base).read_text(encoding="utf-8"))
         text = json.dumps([base, self.overrides(run)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Trial]:
         """Every run, in the order they are started: tuning, the first arms, the other arms, seed by
         seed, then references, without which nothing but the scale of G is unknown.
         """
@@ -146,10 +148,10 @@ class Study:
             *self._runs("references", self._alone()),
         ]
 
-    def _runs(self, kind: str, arms: Mapping[str, tuple[str, ...]]) -> Iterator[Run]:
+    def _runs(self, kind: str, arms: Mapping[str, tuple[str, ...]]) -> Iterator[Trial]:
         for seed in self.seeds[kind]:
             for name, overrides in arms.items():
-                yield Run(kind, name, seed, overrides)
+                yield Trial(kind, name, seed, overrides)
 
     def _alone(self) -> dict[str, tuple[str, ...]]:
         """Every reference with every task alone: `TASK.ARM`."""
@@ -231,6 +233,7 @@ def _check(study: Study) -> None:
     problems = []
     seen = set()
     for run in study.runs():
+        # Seeds of an arm differ in one number: one of them stands for all.
         if (run.kind, run.arm) in seen:
             continue
         seen.add((run.kind, run.arm))

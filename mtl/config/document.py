@@ -392,7 +392,7 @@ class Document:
                 )
             else:
                 own[key.value] = key, value
-        # own|A mapping's own keys win over merged ones.
+        # A mapping's own keys win over merged ones.
         return merged | own
 
     def _at(self, node: yaml.Node, place: Place) -> Place:

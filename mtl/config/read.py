@@ -51,7 +51,7 @@ def _default(keys: Keys) -> Any:
         return None
     if field.is_required():
         return None
-    # mode="json" makes lists of tuples, which the YAML cannot write.
+    # mode="json": tuples become lists, as the YAML has them.
     return TypeAdapter(field.annotation).dump_python(field.get_default(), mode="json")
 
 

@@ -193,13 +193,14 @@ def deal(
     else:
         rows = _fill(lengths, order, world, tokens, row_length) if order else []
     widths = [sum(lengths[i] for i in row) for row in rows]
-    cuts = sorted(
+    micros = sorted(
         _split(widths, world, tokens),
-        key=lambda cut: -(cut.stop - cut.start) * sum(widths[cut.start :][:1]),
+        key=lambda micro: -(micro.stop - micro.start) * sum(widths[micro.start :][:1]),
     )
     # Deal back and forth over the ranks: the next, smaller round takes back a round's differences.
     turns = [
-        cuts[i : i + world][:: 1 if i // world % 2 == 0 else -1] for i in range(0, len(cuts), world)
+        micros[i : i + world][:: 1 if i // world % 2 == 0 else -1]
+        for i in range(0, len(micros), world)
     ]
     return [[rows[turn[rank]] for turn in turns] for rank in range(world)]
 

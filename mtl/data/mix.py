@@ -80,8 +80,7 @@ class Round:
                 for share, owed in zip(self.shares, self.owed, strict=True)
             ]
 
-        # Twice the time x of the docstring, so that K/2 is whole.
-        # rounds it down:
+        # Twice the time x of the docstring, so that K/2 is whole. Rounding goes down:
         # a little early is safe, late would miss draws.
         begin = 2 * first - len(active) + -2 * early // total
         low = until(begin) if begin > 0 else [0] * len(self.shares)

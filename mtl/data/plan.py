@@ -28,7 +28,7 @@ def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
         epochs=[task.epochs for task in settings],
     )
     examples, train = config.batch.examples, config.train
-    # A falsy order is None: this run is no replica.
+    # None stays None: this run is no replica.
     order = train.order and Order(
         **dict(train.order),
         # A window is one pass over all tasks' rows, in batches.

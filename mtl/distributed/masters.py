@@ -74,7 +74,7 @@ def whole(engine: Engine, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def cut(engine: Engine, read: Callable[[str], Tensor], device: str | None) -> dict[str, Tensor]:
+def scatter(engine: Engine, read: Callable[[str], Tensor], device: str | None) -> dict[str, Tensor]:
     """This rank's parts of whole tensors: the reverse of `whole`, for any number of processes and
     any stage.
 

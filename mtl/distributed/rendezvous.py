@@ -49,6 +49,7 @@ class Meeting:
     ):
         self.rank, self.world, self.where, self._say = rank, world, f"{host}:{port}", say
         deadline = time.monotonic() + seconds
+        # torchrun's agent serves the store already.
         serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if not serves:
             self._find(host, port, deadline, seconds)
@@ -123,10 +124,12 @@ class Meeting:
             self.store.add(what, 1)
             news = time.monotonic() + NEWS
             while self.store.add(what, 0) < self.world:
+                # Another rank has failed: it waits a moment for those who hear it.
                 if self.store.check(["failed"]):
                     self.store.add("heard", 1)
                     raise RendezvousError(self.store.get("failed").decode())
                 now = time.monotonic()
+                # Looking for every rank's key is slow, so only now and then.
                 if now > min(news, deadline):
                     missing = [r for r in range(self.world) if not self._has(what, r)]
                     if now > deadline and missing:

@@ -27,7 +27,7 @@ FP32 = "fp32"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """The place of a part of a flattened parameter in one rank's file: `numel` elements from
     `start`.
 
@@ -84,7 +84,7 @@ class Files:
         self.paths = sorted(
             folder.glob("*zero_pp_rank_*_optim_states.pt"), key=lambda path: _rank_of(path)
         )
-        self.pieces: dict[str, list[tuple[int, Piece]]] = {}
+        self.pieces: dict[str, list[tuple[int, Fragment]]] = {}
         self.shards: list[Shard] = []
         if not self.paths:
             self.whole = _open(folder / "mp_rank_00_model_states.pt")
@@ -163,6 +163,7 @@ def fill(
         content = torch.load(new.paths[rank], map_location="cpu", weights_only=False)
         shard = Shard(content)
         for name, places in new.pieces.items():
+            # A parameter is read only where this rank holds a part of it.
             mine = [piece for owner, piece in places if owner == rank and piece.numel]
             values = old.read(name) if mine else {}
             for piece in mine:
@@ -180,6 +181,7 @@ def fill(
         rank == 0 and model.exists()
     ):  # one file for all ranks; stage 3 has no such file: its parameters are in the others
         content = torch.load(model, map_location="cpu", weights_only=False)
+        # Tied parameters stand in the file under each of their names.
         for alias, name in aliases.items():
             parameter = content["module"][alias]
             parameter.copy_(old.read(name)[FP32].view(parameter.shape))
@@ -215,7 +217,7 @@ def _is_stage_3(held: Mapping[str, Any]) -> bool:
 
 def _stages_1_and_2(
     groups: Sequence[Mapping[str, Any]], before: Mapping[str, int]
-) -> Iterator[Piece]:
+) -> Iterator[Fragment]:
     """A rank's pieces at stages 1 and 2. All parameters stand in one row, divided where a rank's
     share ends. So a piece starts where that of the rank before ends.
 
@@ -226,10 +228,10 @@ def _stages_1_and_2(
     """
     for group, fragments in enumerate(groups):
         for name, fragment in fragments.items():
-            yield Piece(name, before.get(name, 0), fragment.numel, group, fragment.start)
+            yield Fragment(name, before.get(name, 0), fragment.numel, group, fragment.start)
 
 
-def _stage_3(groups: Sequence[Mapping[str, Any]], rank: int, world: int) -> Iterator[Piece]:
+def _stage_3(groups: Sequence[Mapping[str, Any]], rank: int, world: int) -> Iterator[Fragment]:
     """A rank's pieces at stage 3. Every parameter is divided into one equal part for each rank; the
     last ones are padded.
 
@@ -242,7 +244,7 @@ def _stage_3(groups: Sequence[Mapping[str, Any]], rank: int, world: int) -> Iter
             whole = math.prod(shape)
             part = -(-whole // world)
             start = min(rank * part, whole)
-            yield Piece(name, start, min(part, whole - start), group, offset)
+            yield Fragment(name, start, min(part, whole - start), group, offset)
             offset += part
 
 

@@ -117,6 +117,7 @@ class Balance:
         """
         if self._tokens is None or self._sums is None:
             raise ValueError("Balance.end: no step is open.")
+        # 0 / 0 is the nan of an absent task.
         self.losses = (comm.sum_(self._sums) / self._tokens).cpu().numpy()
         self._tokens = self._sums = None
         self.step += 1

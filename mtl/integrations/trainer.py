@@ -49,8 +49,8 @@ class Balanced:
         probe_every: optimizer steps between validation probes, where the balancer reads any. They
             take the rows of `eval_dataset`, which then is a mapping from each task's name to its
             rows.
-        probe_groups: groups of whole rows each task's validation rows are cut into; a probe reads
-            one of them. All are read once before the first step, for their initial losses.
+        probe_groups: groups of whole rows each task's validation rows are divided into; a probe
+            reads one of them. All are read once before the first step, for their initial losses.
         others: what the Trainer takes, by name or by position.
 
     Raises:
@@ -281,10 +281,12 @@ class Balanced:
         """
         size, names = self.args.per_device_eval_batch_size, self.balance.holder.tasks
         sums = torch.zeros(2, len(names), dtype=torch.float64, device=self.args.device)
+        # Put back below: a probe is taken before a training step's first forward.
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
         for k, name in enumerate(names):
             data = self.eval_dataset[name]
+            # Every G-th row: whole rows, and the same ones each time.
             rows = range(group, len(data), self._groups())
             for start in range(0, len(rows), size * comm.world()):
                 mine = rows[start + comm.rank() * size : start + (comm.rank() + 1) * size]

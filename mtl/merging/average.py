@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mtl.merging.piece import Piece, shares
+from mtl.merging.piece import TensorPiece, shares
 
 
-def average(piece: Piece, *, weights: Sequence[float] | None = None) -> Tensor:
+def average(piece: TensorPiece, *, weights: Sequence[float] | None = None) -> Tensor:
     """(...) the weighted mean of the sub-models.
 
     Args:

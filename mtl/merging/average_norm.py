@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import Piece, shares
+from mtl.merging.piece import TensorPiece, shares
 
 
-def average_norm(piece: Piece, *, weights: Sequence[float] | None = None) -> Tensor:
+def average_norm(piece: TensorPiece, *, weights: Sequence[float] | None = None) -> Tensor:
     """(...) the base and the mean delta, rescaled to the weighted mean of the deltas' norms.
 
     With `m = sum_i w_i delta_i`: `theta = theta_0 + m * sum_i w_i |delta_i| / |m|`, tensor by

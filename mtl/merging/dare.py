@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import MergeError, Piece, shares
+from mtl.merging.piece import MergeError, TensorPiece, shares
 
 
 def dare(
-    piece: Piece,
+    piece: TensorPiece,
     *,
     drop: float = 0.5,
     rescale: bool = True,

@@ -22,8 +22,8 @@ from mtl.merging import fit, sources
 from mtl.merging.average import average
 from mtl.merging.candidates import Candidates, Losses
 from mtl.merging.files import Copy, Stored, carry, is_full
-from mtl.merging.piece import MergeError, Piece, factors
-from mtl.merging.report import Counts, Report, count
+from mtl.merging.piece import MergeError, TensorPiece, factors
+from mtl.merging.report import Counts, MergeReport, count
 from mtl.merging.select import select
 
 Method = Callable[..., Any]
@@ -69,7 +69,7 @@ def merge(
     threads: int | None = None,
     allow_remote_code: bool = False,
     say: Callable[[str], None] = lambda text: None,
-) -> Report:
+) -> MergeReport:
     """Merge K sub-models of one base into the folder `out`.
 
     Args:
@@ -106,7 +106,7 @@ def merge(
             first, stored = _whole(base, models, scratch, allow_remote_code, say)
         names = [str(model) for model in models]
         settings = dict(method.keywords)
-        report = Report(method.func.__name__, settings, seed, str(base or ""), names)
+        report = MergeReport(method.func.__name__, settings, seed, str(base or ""), names)
         known: dict[Path, Losses] = {}
 
         def losses(folder: Path) -> Losses:
@@ -256,7 +256,7 @@ def _stream(
             return name, None
         stored = [model.tensor(name) for model in models]
         start = base.tensor(name).to(stored[0].dtype) if base else torch.zeros_like(stored[0])
-        piece = Piece(name, start, stored, seed)
+        piece = TensorPiece(name, start, stored, seed)
         merged = _checked(method, piece).to(start.dtype)
         copy.write(name, merged)
         piece.__dict__.pop("deltas", None)  # what the method computed
@@ -298,7 +298,7 @@ def _stream(
     return {name: counts[name] for name in like.entries if name in counts}
 
 
-def _checked(method: Method, piece: Piece) -> Tensor:
+def _checked(method: Method, piece: TensorPiece) -> Tensor:
     merged = method(piece)
     name = method.func.__name__
     if not isinstance(merged, Tensor) or merged.shape != piece.base.shape:
@@ -311,7 +311,7 @@ def _checked(method: Method, piece: Piece) -> Tensor:
     return merged
 
 
-def _refuse(report: Report, names: list[str], far: bool) -> None:
+def _refuse(report: MergeReport, names: list[str], far: bool) -> None:
     # The last of the diagonal is the merged model's.
     norms = report.total.gram.diagonal()[:-1]
     same = [name for name, norm in zip(names, norms, strict=True) if norm == 0]
@@ -360,7 +360,7 @@ def _refuse_worse(tasks: dict[str, Any], force: bool) -> None:
         )
 
 
-def _card(report: Report, is_adapter: bool) -> str:
+def _card(report: MergeReport, is_adapter: bool) -> str:
     text = "\n".join(report.lines())
     kind = "peft" if is_adapter else "transformers"
     return (

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import Piece, shares
+from mtl.merging.piece import TensorPiece, shares
 
 
-def model_stock(piece: Piece) -> Tensor:
+def model_stock(piece: TensorPiece) -> Tensor:
     """(...) `theta = theta_0 + t * mean delta` with `t = K cos / (1 + (K - 1) cos)`, tensor by
     tensor.
 

@@ -14,7 +14,7 @@ class MergeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """A floating-point tensor, of the base and of K sub-models.
 
     Attributes:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import Piece
+from mtl.merging.piece import TensorPiece
 
 CHUNK = 2**18  # elements at once
 
@@ -60,7 +60,7 @@ class Counts:
         }
 
 
-def count(piece: Piece, merged: Tensor) -> Counts:
+def count(piece: TensorPiece, merged: Tensor) -> Counts:
     """The counts of one tensor."""
     every = [each.flatten() for each in (*piece.models, merged)]
     base = piece.base.flatten()
@@ -79,7 +79,7 @@ def count(piece: Piece, merged: Tensor) -> Counts:
 
 
 @dataclass
-class Report:
+class MergeReport:
     """What was merged, how, and what it did.
 
     Attributes:

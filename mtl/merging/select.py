@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import MergeError, Piece, shares
+from mtl.merging.piece import MergeError, TensorPiece, shares
 
 UNITS = ("element", "row", "tensor", "module", "layer")
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 def select(
-    piece: Piece,
+    piece: TensorPiece,
     *,
     weights: Sequence[float] | None = None,
     granularity: str = "element",
@@ -67,7 +67,7 @@ def unit_of(name: str, granularity: str) -> str:
     return found[1] if found else name
 
 
-def _draw(piece: Piece, granularity: str, random: torch.Generator) -> Tensor:
+def _draw(piece: TensorPiece, granularity: str, random: torch.Generator) -> Tensor:
     """Uniform numbers in a shape that broadcasts to the tensor's: one for each unit."""
     shape, dims = piece.base.shape, piece.base.dim()
     if granularity == "row" and dims:

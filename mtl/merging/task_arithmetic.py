@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mtl.merging.piece import Piece, factors
+from mtl.merging.piece import TensorPiece, factors
 
 
 def task_arithmetic(
-    piece: Piece, *, scale: float = 1.0, weights: Sequence[float] | None = None
+    piece: TensorPiece, *, scale: float = 1.0, weights: Sequence[float] | None = None
 ) -> Tensor:
     """(...) `theta = theta_0 + scale * sum_i w_i delta_i`.
 

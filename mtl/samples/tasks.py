@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtl.samples.rows import Row, between, completion, labeled, words
+from mtl.samples.rows import Sample, between, completion, labeled, words
 
 
 def standard_library() -> Iterator[tuple[str, bytes]]:
@@ -32,7 +32,7 @@ def standard_library() -> Iterator[tuple[str, bytes]]:
             yield name.as_posix(), path.read_bytes()
 
 
-def functions(path: str, source: bytes) -> Iterator[Row]:
+def functions(path: str, source: bytes) -> Iterator[Sample]:
     """Signature and docstring -> body, of the functions of a Python file that have both in a short
     form.
     """
@@ -62,7 +62,7 @@ def functions(path: str, source: bytes) -> Iterator[Row]:
         yield completion(words(body), f'{signature}\n    """{document}"""', f"\n{body}", group=path)
 
 
-def nouns(index: str, data: str) -> Iterator[Row]:
+def nouns(index: str, data: str) -> Iterator[Sample]:
     """A common noun -> the first gloss of its first sense, from WordNet's index.noun and
     data.noun.
     """
@@ -84,7 +84,7 @@ def nouns(index: str, data: str) -> Iterator[Row]:
             yield completion(words(gloss), f"Define the noun '{noun}':", f" {gloss}")
 
 
-def translations(catalog: str, language: str = "French") -> Iterator[Row]:
+def translations(catalog: str, language: str = "French") -> Iterator[Sample]:
     """English -> `language`, from a gettext catalog: finished entries without plural forms or
     tags.
     """
@@ -123,16 +123,16 @@ def sarcasm(samples: str) -> Iterator[tuple[str, str]]:
             yield headline, {"1": "yes", "0": "no"}[answer]
 
 
-def headlines(samples: str) -> Iterator[Row]:
+def headlines(samples: str) -> Iterator[Sample]:
     """A headline -> yes or no, as chat messages."""
     for headline, answer in sarcasm(samples):
         system = "Is this headline sarcastic? Answer yes or no."
         turns = {"system": system, "user": headline, "assistant": answer}
         messages = [{"role": role, "content": content} for role, content in turns.items()]
-        yield Row(words(headline), words(headline), {"messages": messages})
+        yield Sample(words(headline), words(headline), {"messages": messages})
 
 
-def labeled_headlines(samples: str) -> Iterator[Row]:
+def labeled_headlines(samples: str) -> Iterator[Sample]:
     """A headline with the label yes or no."""
     return (labeled(*pair) for pair in sarcasm(samples))
 
@@ -148,14 +148,14 @@ def titles(samples: str) -> Iterator[tuple[str, str]]:
             yield title, answer
 
 
-def occupations(samples: str) -> Iterator[Row]:
+def occupations(samples: str) -> Iterator[Sample]:
     """A job title -> its occupation group."""
     for title, answer in titles(samples):
         prompt = f"Occupation group of the job title '{title}':"
         yield completion(words(title), prompt, f" {answer}")
 
 
-def labeled_titles(samples: str, least: int = 8) -> Iterator[Row]:
+def labeled_titles(samples: str, least: int = 8) -> Iterator[Sample]:
     """A job title labeled with its occupation group, of groups with `least` titles or more."""
     found = list(titles(samples))
     sizes = Counter(group for _, group in found)
@@ -177,14 +177,14 @@ def glosses(data: str) -> Iterator[tuple[str, str]]:
             yield synset[9:11], gloss.split(";")[0].strip()
 
 
-def labeled_glosses(data: str) -> Iterator[Row]:
+def labeled_glosses(data: str) -> Iterator[Sample]:
     """The first gloss of a WordNet noun, labeled with the lexicographer file that it stands in."""
     for file, gloss in glosses(data):
         if (kind := KINDS.get(file)) and between(12, gloss, 110):
             yield labeled(gloss, kind)
 
 
-def sums(samples: str) -> Iterator[Row]:
+def sums(samples: str) -> Iterator[Sample]:
     """A sum of two binary numbers -> the decimal; the source's other operations are left out."""
     for question, answer in chats(samples):
         terms = question.split(" + ")

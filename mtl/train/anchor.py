@@ -130,7 +130,7 @@ class Anchors:
 
         def read() -> dict[str, Tensor]:
             with safe_open(self._folder / _weights(step), framework="pt") as stored:
-                return masters.cut(self._engine, stored.get_tensor, "cpu")
+                return masters.scatter(self._engine, stored.get_tensor, "cpu")
 
         theirs = comm.together(read)
         # `theirs` has the trained weights from here on, until they are exchanged again.
@@ -165,7 +165,7 @@ class Anchors:
                 return stored
 
             stored, first = comm.together(write), last
-        # On rank 0 alone; `del` closes the map before the file gets its name.
+        # On rank 0 alone: all of it is in the file before that gets its name.
         if stored is not None:
             stored.flush()
             del stored

@@ -109,7 +109,7 @@ class Average:
                 count = 1 + max((int(key.partition(".")[0]) for key in stored.keys()), default=-1)
                 return [
                     # This rank's part, in this run's division: the file holds whole tensors.
-                    masters.cut(
+                    masters.scatter(
                         self.engine,
                         lambda name, i=i: stored.get_tensor(f"{i}.{name}"),
                         self.settings.device,

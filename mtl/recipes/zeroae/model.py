@@ -19,7 +19,7 @@ from mtl.models import load as models
 from mtl.models.errors import ModelError
 from mtl.models.structure import blocks
 from mtl.recipes.shared import adapters, exported, masked_mean
-from mtl.recipes.zeroae.examples import PairExamples, TextExamples
+from mtl.recipes.zeroae.examples import PromptExamples, TextExamples
 
 WEIGHTS, SETTINGS = "zeroae.safetensors", "zeroae.json"
 
@@ -65,7 +65,7 @@ def load(
         ConfigError: an option is out of range, or the config asks for what would be ignored.
         ModelError: a model cannot be had, or an objective is missing.
     """
-    pair = next((one for one in examples if isinstance(one, PairExamples)), None)
+    pair = next((one for one in examples if isinstance(one, PromptExamples)), None)
     text = next((one for one in examples if isinstance(one, TextExamples)), None)
     if pair is None and text is None:
         where = f"{config.where('model.loader')}: model.loader"
@@ -187,13 +187,13 @@ class ZeroAE(nn.Module):
         return self.decoder.config
 
     def forward(self, **inputs: Tensor) -> Any:
-        """`pairs` of what a `PairBatch` has, or `recover` of what a `TextBatch` has."""
+        """`pairs` of what a `PromptBatch` has, or `recover` of what a `TextBatch` has."""
         return self.pairs(**inputs) if "text" in inputs else self.recover(**inputs)
 
     def pairs(
         self, input_ids: Tensor, attention_mask: Tensor, text: Tensor, prompt: Tensor
     ) -> Tensor:
-        """(P,) logits that the prompt fits the text; shapes as `PairBatch`."""
+        """(P,) logits that the prompt fits the text; shapes as `PromptBatch`."""
         states = self._states(input_ids, attention_mask)
         if self.options.scorer == "cross":
             return self.score(states[text, 0]).squeeze(-1)

@@ -10,8 +10,8 @@ from mtl.losses.terms import Terms
 from mtl.recipes.zeroae.examples import (
     SCORERS,
     Classes,
-    PairBatch,
-    PairExamples,
+    PromptBatch,
+    PromptExamples,
     TextBatch,
     TextExamples,
 )
@@ -40,11 +40,11 @@ class Classify:
             raise ValueError(f"scorer: found {scorer!r}, wanted bi or cross.")
         self.encoder, self.labels, self.prompt, self.scorer = encoder, labels, prompt, scorer
 
-    def examples(self, book: Book, tokenizer: object, config: Config) -> PairExamples:
+    def examples(self, book: Book, tokenizer: object, config: Config) -> PromptExamples:
         classes = Classes(config, self.encoder, self.labels, self.prompt)
-        return PairExamples(book, tokenizer, config, classes, self.scorer)
+        return PromptExamples(book, tokenizer, config, classes, self.scorer)
 
-    def __call__(self, forward: Callable, batch: PairBatch, k: int) -> Terms:
+    def __call__(self, forward: Callable, batch: PromptBatch, k: int) -> Terms:
         scores = forward(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask,
             text=batch.text, prompt=batch.prompt,

@@ -34,7 +34,7 @@ from mtl import plugins
 from mtl.config import Config
 from mtl.data.encode import load_tokenizer
 from mtl.recipes.zeroae.baselines import Floats, softmax, without_prior
-from mtl.recipes.zeroae.examples import PairExamples, TextExamples, padded, pairs
+from mtl.recipes.zeroae.examples import PromptExamples, TextExamples, padded, pairs
 from mtl.recipes.zeroae.model import ZeroAE
 
 FILES = {"pseudo": "pseudo", "generated": "generated", "recon": "selected"}  # task -> its rows
@@ -212,13 +212,14 @@ class Reader:
         tokenizer = load_tokenizer(config.model, config.where("model.name"))
         goals = plugins.objectives(config)
         made = [each.examples(goals.book, tokenizer, config) for each in goals.each]
-        self.pair = next(one for one in made if isinstance(one, PairExamples))
+        self.pair = next(one for one in made if isinstance(one, PromptExamples))
         self.text = next((one for one in made if isinstance(one, TextExamples)), None)
         self.classes = self.pair.classes
         self.tokenizer = tokenizer
 
     def ids(self, text: str) -> list[int]:
         limits = {"truncation": True, "max_length": self.pair.max_length}
+        limits |= self.pair.specials[0].options
         return self.classes.tokenizer(text, verbose=False, **limits)["input_ids"]
 
     @torch.no_grad()
