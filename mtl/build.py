@@ -28,7 +28,7 @@ from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validatio
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.generation.asking import Asking, ask
+from mtl.generation.asking import ENDLESS, Asking, ask, ends, stop_at
 from mtl.losses.objective import Measure, maker_of_examples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
@@ -43,6 +43,8 @@ from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.patience import Patience
 from mtl.train.run import Run
+
+ENOUGH = 64  # rows of a task that tell where its turns end
 
 Say = Callable[[str], None]
 
@@ -134,11 +136,12 @@ def asking(
         DataError: a row has no question.
     """
     forms, names, asked = plugins.formats(config, allow_code), list(config.tasks), []
+    encoder = Encoder(data.tokenizer, ENDLESS, special_text=config.batch.special_text)
     encoded = {task.name: task.validation for task in data.tasks}
     for name, mine in plugins.metrics(config, allow_code).items():
         if mine:
             sources, number = sources_of(config.tasks[name], split), names.index(name)
-            made = encoded[name], sources, forms[name], data.tokenizer, rows
+            made = encoded[name], sources, forms[name], encoder, rows
             asked.append(ask(name, number, mine, *made))
     settings = config.evaluate.generate
     return Asking(asked, len(names), data.tokenizer, settings) if asked else None
@@ -192,7 +195,21 @@ def start_engine(
     """
     torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
     model = plugins.loader(config, allow_code)(config, data.tokenizer, data.examples, empty=False)
+    if new := stop_at(model, _stops(data)):
+        names = ", ".join(data.tokenizer.convert_ids_to_tokens(sorted(new)))
+        say(f"models are saved with settings for generation that stop at {names}, as rows do")
     return Engine(model, config, optimizer(config), say)
+
+
+def _stops(data: Data) -> frozenset[int]:
+    """Eos, and the special tokens that end rows, of up to ENOUGH of each task."""
+    found: list[list[int]] = []
+    for s, task in enumerate(data.tasks):
+        if isinstance(data.examples[data.goals.of[s]], NextToken):
+            n = len(task.train)
+            some = (i * n // min(n, ENOUGH) for i in range(min(n, ENOUGH)))
+            found += [task.train.ids(i)[-8:].tolist() for i in some]
+    return ends(found, data.tokenizer) if found else frozenset()
 
 
 def build(

@@ -113,7 +113,8 @@ MPI = (
 
 def from_mpi(environment: Mapping[str, str], mpi: Mpi) -> dict[str, str]:
     """The same of `mpirun`'s variables. It names no machine that leads: one machine needs none,
-    several take SLURM's first or MASTER_ADDR.
+    several take SLURM's first or MASTER_ADDR. The port follows from what tells this `mpirun` from
+    others on the machine, of the same job too.
 
     Raises:
         ValueError: several machines, and nothing says which is the first.
@@ -131,7 +132,8 @@ def from_mpi(environment: Mapping[str, str], mpi: Mpi) -> dict[str, str]:
             f"processes of {mpi.size} run on. Add it: mpirun -x MASTER_ADDR=node1 (Open MPI), "
             "mpirun -genv MASTER_ADDR node1 (MPICH, Intel MPI)."
         )
-    job = e.get("PMIX_NAMESPACE") or e.get("PBS_JOBID") or e.get("SLURM_JOB_ID") or ""
+    names = ("PMIX_NAMESPACE", "I_MPI_HYDRA_UUID", "PBS_JOBID", "SLURM_JOB_ID")
+    job = next(filter(None, [*map(e.get, names[:2]), _hydra(), *map(e.get, names[2:])]), "")
     found = {
         "RANK": e[mpi.rank],
         "WORLD_SIZE": str(world),
@@ -141,6 +143,18 @@ def from_mpi(environment: Mapping[str, str], mpi: Mpi) -> dict[str, str]:
         "MASTER_PORT": str(20_000 + zlib.crc32(job.encode()) % 10_000),
     }
     return {name: e.get(name, value) for name, value in found.items()}
+
+
+def _hydra() -> str | None:
+    """Where MPICH's `mpiexec` listens, alike on every machine of a run. No variable says so, but
+    the command line of the proxy above this process.
+    """
+    child = os.getpid()
+    while (child := _parent(child)) > 1:
+        words = _words(child)
+        if "pmi_proxy" in words[0] and "--control-port" in words[:-1]:
+            return words[words.index("--control-port") + 1]
+    return None
 
 
 def check_world(environment: Mapping[str, str] = os.environ) -> None:
@@ -274,12 +288,16 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def _is_launcher(pid: int) -> bool:
+def _words(pid: int) -> list[str]:
+    """A process's command line; one empty word where it is not to be had."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
-        return False
-    return any(name.encode() in word for name in LAUNCHERS for word in words)
+        return [""]
+
+
+def _is_launcher(pid: int) -> bool:
+    return any(name in word for name in LAUNCHERS for word in _words(pid)[:4])
 
 
 def is_first_on_host() -> bool:
@@ -299,6 +317,15 @@ def tell(text: str) -> None:
 def told() -> list[str]:
     """The messages of this process so far."""
     return list(_told)
+
+
+def is_screen() -> bool:
+    """Whether standard error is a terminal whose lines can be written over.
+
+    A notebook's `!command` gives a terminal too, of which the page shows every line ever written.
+    """
+    is_notebook = "JPY_PARENT_PID" in os.environ  # set by Jupyter for its kernels
+    return sys.stderr.isatty() and not is_notebook and os.environ.get("TERM") != "dumb"
 
 
 def bar(what: str, total: float | None, unit: str, *, scale: bool = False) -> tqdm:

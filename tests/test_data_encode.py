@@ -6,7 +6,15 @@ from importlib import import_module
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from toys import CHAT, END, GENERATION_CHAT, START, tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -77,12 +85,12 @@ def test_nothing_is_kept_behind_the_last_target():
     assert made.truncated and made.ids.tolist() == Encoder(TOK, 48)(asked).ids.tolist()
 
 
-def test_the_end_of_a_turn_without_eos_is_the_end_of_its_text():
+def test_the_end_of_a_turn_without_a_token_is_the_end_of_its_text_and_eos():
     plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}<assistant>{% endif %}"
     assert marked(
         Encoder(tokenizer(template=plain), 99), turns(("user", "a"), ("assistant", "b"))
-    ) == ("<user>a\n<assistant>[b\n]")
+    ) == (f"<user>a\n<assistant>[b\n{END}]")
 
 
 def test_a_template_that_refuses_a_row():
@@ -312,6 +320,17 @@ TALK_PAIRS = (("user", "a"), ("assistant", "b"))
 def test_generation_tags_may_leave_out_the_end_of_a_turn():
     tagged = GENERATION_CHAT.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
     assert marked(Encoder(tokenizer(template=tagged), 200), TALK) == TALK_MARKED
+
+
+def test_an_end_of_turn_outside_of_tags_may_be_a_token_that_is_special_without_a_name():
+    """As Llama 3's <|eot_id|> is: the tokenizer's list of special tokens has the named ones only."""
+    tagged = GENERATION_CHAT.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|eot|>")
+    made = tokenizer(template=tagged)
+    made.add_tokens([AddedToken("<|eot|>", special=True)])
+    eot = made.convert_tokens_to_ids("<|eot|>")
+    assert eot not in made.all_special_ids
+    row = Encoder(made, 200)(turns(("user", "a"), ("assistant", "b")))
+    assert row.ids[row.target].tolist() == [*made("b")["input_ids"], eot]
 
 
 @pytest.mark.parametrize("example", [Completion("2+2 =", f" 4{END}"), Text(f"abc{END}")])

@@ -39,6 +39,9 @@ def by_prefix(enc: Encoder, chat: Messages) -> tuple[list[int], list[bool]]:
         )
 
     whole = render(len(chat.messages))
+    borrowed = tok.convert_tokens_to_ids("<|user|>") if tok.chat_template == GLM else None
+    if borrowed and chat.messages[-1]["role"] == "assistant":
+        whole.append(borrowed)
     target = [False] * len(whole)
     for i, turn in enumerate(chat.messages):
         if turn["role"] != "assistant":
@@ -48,6 +51,7 @@ def by_prefix(enc: Encoder, chat: Messages) -> tuple[list[int], list[bool]]:
         added = with_turn[len(past) :]
         ends = [j for j, token in enumerate(added, 1) if token == tok.eos_token_id]
         end = len(past) + (ends[-1] if ends else len(added))
+        end += whole[end : end + 1] == [borrowed]
         target[len(past) : end] = [True] * (end - len(past))
     last = max(i for i, one in enumerate(target) if one) + 1
     return whole[:last], target[:last]
@@ -135,12 +139,72 @@ def test_earlier_thoughts_are_dropped_and_counted(chat):
     assert notes == DROPPED
 
 
-@pytest.mark.parametrize(("template", "count"), [(GLM, 2), (LLAMA3, 0), (GEMMA, 0), (PHI, 0)])
-def test_turns_that_nothing_ends_are_said(template, count):
+NO_END = "turns that the chat template has no end token for: "
+TWO = talk(("u", "q"), ("a", "one"), ("u", "r"), ("a", "two"))
+
+
+@pytest.mark.parametrize("template", [LLAMA3, GEMMA, PHI])
+def test_turns_that_the_template_ends_are_not_told_of(template):
     notes = {}
-    targets(encoder(template), talk(("u", "q"), ("a", "one"), ("u", "r"), ("a", "two")), notes)
-    text = "turns that the chat template ends with no special token: no end is learned"
-    assert notes == ({text: count} if count else {})
+    targets(encoder(template), TWO, notes)
+    assert notes == {}
+
+
+def test_a_turn_without_an_end_ends_where_another_speaks():
+    """As GLM is used: it stops at <|user|>, and at <|observation|> behind a call."""
+    notes, user = {}, NO_END + "<|user|> ends them, where generation must stop too"
+    assert targets(encoder(GLM), TWO, notes) == ["one<|user|>", "two<|user|>"]
+    assert notes == {user: 2}
+    calls = GLM.replace(
+        "{{ m.content | trim }}",
+        "{{ m.content | trim }}{{ m.tool_calls | tojson if m.tool_calls }}",
+    )
+    enc = encoder(
+        calls.replace("<|{{ m.role }}|>", "<|{{ 'call' if m.role == 'tool' else m.role }}|>")
+    )
+    chat = talk(("u", "w"), ("a", "", CALL), ("t", "3"), ("a", "7"), ("u", "w"), ("a", "8", CALL))
+    notes.clear()
+    ends = [one[-8:] for one in targets(enc, chat, notes)]
+    assert [one.rpartition("<")[2] for one in ends] == ["|call|>", "|user|>", "|call|>"]
+    assert notes == {user: 1, user.replace("user", "call"): 2}
+    prompt, answer = enc.question(talk(("u", "q"), ("a", "one")))
+    assert enc.tokenizer.decode(prompt).endswith("<|assistant|>\n") and answer == "one"
+
+
+SHARED = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{% endfor %}" + (
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+BARE = SHARED.replace("<|start|>", "\n# ")
+
+
+@pytest.mark.parametrize("template", [SHARED, BARE])
+def test_where_no_token_of_others_tells_eos_ends_the_last_turn(template):
+    notes = {}
+    first, last = targets(encoder(template), TWO, notes)
+    assert first.strip() == "one" and last == f"two{END}"
+    assert notes == {
+        NO_END + "none is learned": 1,
+        NO_END + f"{END} ends them, where generation must stop too": 1,
+    }
+
+
+def test_an_assistant_that_speaks_twice_has_no_end_between():
+    notes = {}
+    chat = talk(("u", "q"), ("a", "one"), ("a", "two"))
+    assert targets(encoder(GLM), chat, notes) == ["one", "two<|user|>"]
+    assert notes[NO_END + "none is learned"] == 1
+
+
+def test_a_borrowed_end_is_one_with_generation_tags_and_is_cut_like_any_other():
+    tagged = GLM.replace(
+        "{{ m.content | trim }}",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{% endgeneration %}"
+        "{% else %}{{ m.content | trim }}{% endif %}",
+    )
+    one, two = encoder(tagged)(TWO), encoder(GLM)(TWO)
+    assert one.ids.tolist() == two.ids.tolist() and one.target.tolist() == two.target.tolist()
+    cut = Encoder(encoder(GLM).tokenizer, len(two.ids) - 1, "truncate")(TWO)
+    assert cut.truncated and cut.ids.tolist() == two.ids.tolist()[:-1]
 
 
 def test_channels_and_an_end_of_their_own_for_earlier_turns():

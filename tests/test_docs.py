@@ -120,6 +120,18 @@ def test_what_a_page_names_exists(page):
     assert unknown(page.read_text(encoding="utf-8")) == []
 
 
+def test_every_test_that_a_page_names_exists():
+    there = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    pages = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    named = {page: set(re.findall(r"`(test_\w+)`", text)) for page, text in pages.items()}
+    assert len(named["guarantees.md"]) > 60
+    assert {page: names - there for page, names in named.items() if names - there} == {}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_resolves(page):
     assert broken(page) == []

@@ -73,6 +73,31 @@ def test_a_whole_model(full, tmp_path):
     assert loaded.generate(**prompt(out), max_new_tokens=3, do_sample=False).shape == (1, 8)
 
 
+USER = (
+    "{% for m in messages %}{{ '<|unused|>' if m.role == 'user' else '<|start|>' }}\n{{ m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("change", [None, LORA], ids=["full", "lora"])
+def test_a_saved_model_stops_where_turns_end(yaml, tmp_path, change):
+    """The template has no end token (as GLM's): `<|unused|>` begins the user's turns and ends ours."""
+    (tmp_path / "user.jinja").write_text(USER)
+    changes = [
+        f"model.chat_template={tmp_path}/user.jinja",
+        "train.steps=1",
+        *filter(None, [change]),
+    ]
+    ended = runs.train(yaml, *changes, f"output={tmp_path}/run")
+    ended.well()
+    assert "stop at <|unused|>, as rows do" in ended.err
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    for merge in (False, True) if change else (False,):
+        out = export(checkpoint, tmp_path / f"out-{merge}", merge=merge)
+        stops = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+        assert stops == sorted(map(toys.tokenizer().convert_tokens_to_ids, (toys.END, toys.UNUSED)))
+
+
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_files_have_the_umasks_mode(full, tmp_path, dtype):
     """safetensors' own is 0600."""

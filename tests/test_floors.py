@@ -157,7 +157,7 @@ def test_one_package_imports_deepspeed():
 
 PUBLIC = {
     "mtl.config", "mtl.data.encode", "mtl.data.encoded", "mtl.data.examples", "mtl.data.formats",
-    "mtl.losses.objective", "mtl.losses.terms",
+    "mtl.data.special", "mtl.losses.objective", "mtl.losses.terms",
     "mtl.models.load", "mtl.models.errors", "mtl.models.structure", "mtl.plugins",
 }  # fmt: skip
 

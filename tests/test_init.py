@@ -51,6 +51,8 @@ def test_formats_are_recognised(form, tmp_path):
         ("valid.code.jsonl", "code", "validation"),
         ("training_notes.jsonl", "notes", "train"),
         ("code.jsonl", "code", ""),
+        ("data/code.train.csv", "code", "train"),
+        ("code_dev.tsv.gz", "code", "validation"),
         ("naïve task.jsonl", "na_ve_task", ""),
     ],
 )

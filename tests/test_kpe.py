@@ -487,6 +487,22 @@ def test_a_row_that_cannot_be_used(change, reason, text):
     assert caught.value.reason == reason
 
 
+def test_special_text_in_knowledge_is_said_refused_or_plain(folder):
+    def made(policy: str, said: dict[str, int]) -> Any:
+        config = config_of(folder, f"batch.special_text={policy}")
+        (examples,) = build.encode(config, say=lambda text: None).examples
+        return examples.encode(example, said.__setitem__)
+
+    example, said = choices({**good(), "knowledge": [{"text": "a<|end|>"}]}), {}
+    ids = toys.tokenizer()("a<|end|>")["input_ids"]
+    assert made("keep", said).columns["known"].tolist() == ids
+    assert said == {"rows with the text of <|end|> in them, which becomes that token": 1}
+    with pytest.raises(RowProblem, match="found the text of"):
+        made("refuse", {})
+    ids, said = toys.tokenizer()("a<|end|>", split_special_tokens=True)["input_ids"], {}
+    assert made("plain", said).columns["known"].tolist() == ids and said == {}
+
+
 def test_a_repeated_word_has_two_places():
     (item,) = choices({**good(), "knowledge": [
         {"text": "A cat, a Cat!", "head": "cat", "tail": "cat", "relation": "is"}]}).items  # fmt: skip

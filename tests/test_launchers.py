@@ -114,6 +114,37 @@ def test_one_machine_needs_no_address_and_several_do():
     assert len(ports) == 2, "two runs on a machine"
 
 
+INTEL = {**PMI, "MPI_LOCALNRANKS": "8"}
+
+
+@pytest.mark.parametrize("uuids", [("a", "b"), ("a", "a")])
+def test_two_mpiruns_of_a_job_have_ports_of_their_own(uuids):
+    """Intel MPI's name the run; all processes of a run, and no others, have a port."""
+    given = [{**INTEL, "PBS_JOBID": "7", "I_MPI_HYDRA_UUID": uuid} for uuid in uuids]
+    ports = {process.from_launcher(one)["MASTER_PORT"] for one in given}
+    assert len(ports) == len(set(uuids)) and "20000" not in ports
+
+
+def test_mpichs_own_port_tells_its_runs_apart():
+    """It stands in the command line of the proxy, whatever comes between it and the program."""
+    code = (
+        "import os; from mtl import process as p; print(p.from_launcher(os.environ)['MASTER_PORT'])"
+    )
+    inner = shlex.join([sys.executable, "-c", code])
+    environment = {**runs.without_a_launcher(), **INTEL, "PYTHONPATH": str(runs.ROOT)}
+
+    def port(own: str) -> str:
+        script = shlex.join(["sh", "-c", f"{inner}; true"]) + "; true"
+        proxy = ["/x/hydra_pmi_proxy", "-c", script]
+        return subprocess.run(
+            [*proxy, "--control-port", own], executable="/bin/sh", env=environment,
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+
+    one, again, other = port("vm:46285"), port("vm:46285"), port("vm:46286")
+    assert one == again != other and "20000\n" not in (one, other)
+
+
 @pytest.mark.parametrize("given", [OMPI, PMI, STEP], ids=["Open MPI", "PMI", "SLURM"])
 def test_a_world_of_one_among_others_is_an_error(given):
     """As where mpirun starts a torchrun on each machine, and none knows of the others."""

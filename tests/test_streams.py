@@ -378,6 +378,11 @@ def test_a_classifier_holds_out_a_part_and_looks_for_special_tokens(folder, bert
     refused = config_of(yaml_of(bert, LABELS), *changes, "batch.special_text=refuse")
     a, _ = build.encode(refused, say=said.append).tasks
     assert len(a.train) + len(a.validation) == 40
+    plain = config_of(yaml_of(bert, LABELS), *changes, "batch.special_text=plain")
+    a, _ = build.encode(plain, say=said.append).tasks
+    rows = [split.ids(i).tolist() for split in (a.train, a.validation) for i in range(len(split))]
+    assert toys.tokenizer()(f"z{special}", split_special_tokens=True)["input_ids"] in rows
+    assert not any(token in one.report.notes for one in (a.train, a.validation))
 
 
 def test_packing_is_refused_where_the_objective_cannot(folder):

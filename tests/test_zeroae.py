@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +209,7 @@ def test_pairs_are_a_right_and_a_wrong_prompt(folder):
     reader = rounds.Reader(config)
     every = reader.scores(model, [t for t, _ in texts(24)[:12]])
     classes = batch.prompt - 12
-    np.testing.assert_allclose(
-        scores.detach(), every[batch.text, classes], rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(scores.detach(), every[batch.text, classes], rtol=1e-4, atol=1e-4)
     right = torch.tensor([NAMES.index(n) for _, n in texts(24)[:12]])
     assert torch.equal(classes[::2], right) and (classes[1::2] != right).all()
     terms = data.goals.each[0](model, batch, 3)
@@ -228,6 +227,21 @@ def test_cross_scores_read_prompt_and_text_together(folder):
     scores = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
                    text=batch.text, prompt=batch.prompt).detach()  # fmt: skip
     assert scores[::2].tolist() == pytest.approx([every[0, 0], every[1, 1]], rel=1e-4)
+
+
+def test_special_text_is_said_once_or_plain_to_both_models(folder):
+    text, said = "aaxyz<|end|> b", {}
+    for policy, options in (("keep", {}), ("plain", {"split_special_tokens": True})):
+        _, data, _ = parts(folder, f"batch.special_text={policy}")
+        ids = toys.tokenizer()(text, **options)["input_ids"]
+        for examples in data.examples:
+            said[policy] = []
+            note = partial(lambda notes, *one: notes.append(one), said[policy])
+            row = examples.encode(Labeled(text, NAMES[0]), note)
+            assert row.columns["ids"].tolist() == ids
+        assert row.columns["decoder"][-len(ids) - 1 : -1].tolist() == ids
+    note = "rows with the text of <|end|> in them, which becomes that token"
+    assert said == {"keep": [(note, 1)], "plain": []}
 
 
 # --- choosing
@@ -402,7 +416,9 @@ def test_two_processes_train_and_the_export_opens(folder, tmp_path):
         assert ends[0] == pytest.approx(ends[1], rel=1e-4)
     model = mtl.load(tmp_path / "two" / "model")
     state = load_file(tmp_path / "two/model/zeroae.safetensors")
-    assert torch.equal(model.book, state["book"]) and "decoder.model.embed_tokens.weight" not in state
+    assert (
+        torch.equal(model.book, state["book"]) and "decoder.model.embed_tokens.weight" not in state
+    )
 
 
 # --- what is wrong is reported

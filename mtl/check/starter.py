@@ -19,7 +19,7 @@ SIDES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "test"), "validation"),
 }
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".gz")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
 TEXT = """\
 # Next: mtl check --config THIS_FILE shows what a run would do. docs/config.md has every key.
 model:

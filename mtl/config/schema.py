@@ -314,9 +314,10 @@ class BatchSection(Section):
     """Tokens of the longest example."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to an example above max_length."""
-    special_text: Literal["keep", "refuse"] = "keep"
+    special_text: Literal["keep", "plain", "refuse"] = "keep"
     """What happens to a row whose texts contain a special token's text, such as `</s>`. keep: it
-    becomes that token, and the log counts such rows. refuse: the row is dropped.
+    becomes that token, and the log counts such rows. plain: it is read as any other text. refuse:
+    the row is dropped.
     """
     packing: Literal["auto"] | bool = "auto"
     """Whether several examples share a row without seeing each other; auto: where a test finds that

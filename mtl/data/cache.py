@@ -30,7 +30,7 @@ from mtl import process
 from mtl.config import Config
 from mtl.config.schema import TaskSection
 from mtl.data.blocks import Summing
-from mtl.data.encode import Encoder, Note, hash_of
+from mtl.data.encode import Encoder, hash_of
 from mtl.data.encoded import (
     ANSWERS,
     REPORT,
@@ -50,6 +50,7 @@ from mtl.data.examples import Row as EncodedRow
 from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
 from mtl.data.source import JsonLines, Row, Source, open_source, open_sources
+from mtl.data.special import Note, Specials
 from mtl.data.turns import find_turns
 
 CHUNK = 256  # rows that are encoded at once, and written as one Arrow batch
@@ -482,7 +483,16 @@ def _key(
         "code": [
             module_hash(thing)
             for thing in (
-                *(function, open_source, RowProblem, Encoder, find_turns, Report, Summing),
+                *(
+                    function,
+                    open_source,
+                    RowProblem,
+                    Encoder,
+                    Specials,
+                    find_turns,
+                    Report,
+                    Summing,
+                ),
                 type(examples),
             )
         ],

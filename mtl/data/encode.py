@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
 from mtl.data.formats import REASONING, Completion, Example, Messages, RowProblem, Text
+from mtl.data.special import Note, Policy, Specials, texts_of
 from mtl.data.turns import Turns, find_turns
 
 QUIET = {
@@ -92,12 +95,6 @@ class Tokenized(NamedTuple):
     truncated: bool  # whether it was truncated
 
 
-Note = Callable[[str, int], None]
-"""Takes a remark on a row that is kept, and how often it holds. The report adds remarks up over
-rows.
-"""
-
-
 class Encoder:
     """Calls take an Example and return its Tokenized.
 
@@ -118,7 +115,7 @@ class Encoder:
         too_long: what happens to a longer one: "truncate" cuts its end; "drop" and "error" raise a
             RowProblem.
         special_text: what happens to a special token's text inside the data: "keep" makes it that
-            token; "refuse" refuses the row.
+            token; "plain" reads it as any other text; "refuse" refuses the row.
 
     Raises:
         RowProblem for an example that cannot be used; DataError where no example could.
@@ -129,29 +126,29 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         too_long: Literal["drop", "truncate", "error"] = "drop",
-        special_text: Literal["keep", "refuse"] = "keep",
+        special_text: Policy = "keep",
     ):
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
-        self.special_text = special_text
+        self.specials = Specials(tokenizer, special_text)
         bare = self._ids("a")
         full = tokenizer("a")["input_ids"]
         self._opening = next(
             (full[:i] for i in range(len(full)) if full[i : i + len(bare)] == bare), []
         )
-        self._specials = special_texts(tokenizer)
         # No token stands for more characters than its own text has (a byte-level one: bytes).
         self._widest = max(map(len, tokenizer.get_vocab()), default=1)
 
     def __call__(self, example: Example, note: Note = lambda text, times: None) -> Tokenized:
         match example:
             case Messages():
-                self._look(_texts(example), note)
                 ids, target = self._messages(example, note)
             case Completion(prompt, completion):
-                self._look([prompt, self._bare(completion)], note)
+                completion = self._bare(completion)
+                self.specials.look([prompt, completion], note)
                 ids, target = self._completion(prompt, completion)
             case Text(text):
-                self._look([self._bare(text)], note)
+                text = self._bare(text)
+                self.specials.look([text], note)
                 ids = [*self._opening, *self._ended(self._ids(self._bounded(text)))]
                 target = [True] * len(ids) if text else [False]
             case _:
@@ -173,34 +170,35 @@ class Encoder:
         """
         match example:
             case Completion(prompt, completion):
-                return np.array([*self._opening, *self._ids(prompt)], np.int32), self._shown(
-                    completion
-                )
+                answer = self._bare(completion) if self._is_plain else self._shown(completion)
+                return np.array([*self._opening, *self._ids(prompt)], np.int32), answer
             case Messages(turns):
                 last = example.last
+                if self._is_plain:
+                    example = self.specials.mask(example)
+                    turns = example.messages
                 prompt = self._text(replace(example, messages=turns[:last]), prompt=True)
-                text, spans, _ = self._turns(replace(example, messages=turns[: last + 1]))
+                text, spans, *_ = self._turns(replace(example, messages=turns[: last + 1]))
                 if not spans or spans[-1].turn != last:
                     raise RowProblem("template", f"the chat template leaves out turn {last + 1}")
-                answer = text[spans[-1].start : spans[-1].stop]
-                return np.array(self._ids(prompt), np.int32), self._shown(answer)
+                answer = self._shown(text[spans[-1].start : spans[-1].stop])
+                ids = np.array(self.specials.read(prompt).ids, np.int32)
+                return ids, self.specials.unmask(answer)
         raise RowProblem(
             "no question", f"found a {type(example).__name__}, wanted an example with an answer"
         )
 
-    def _is_ended(self, text: str) -> bool:
-        """Whether a special token stands at the end, white space aside."""
-        near = text[-2 * self._widest :].rstrip()
-        return any(match.end() == len(near) for match in self._specials.finditer(near))
+    @property
+    def _is_plain(self) -> bool:
+        return self.specials.policy == "plain"
 
     def _shown(self, text: str) -> str:
-        return self._specials.sub("", text)
+        return self.specials.pattern.sub("", text)
 
     def _turns(self, example: Messages) -> Turns:
-        return find_turns(example, self._text, self.tokenizer.eos_token or "", self._specials)
-
-    def _look(self, texts: Iterable[str], note: Note) -> None:
-        look_for(self._specials, texts, self.special_text, note)
+        return find_turns(
+            example, self._text, self.tokenizer.eos_token or "", self.specials.pattern
+        )
 
     def _bare(self, text: str) -> str:
         """The text without the eos at its end, which an answer may bring along."""
@@ -295,22 +293,29 @@ class Encoder:
                     "template",
                     f"found {key}, which the chat template does not read; set model.chat_template",
                 )
+        read = set(READ)
         for key in sorted({key for turn in example.messages for key in turn} - READ):
-            if not re.search(rf"\b{re.escape(key)}\b", template):
+            if re.search(rf"\b{re.escape(key)}\b", template):
+                read.add(key)
+            else:
                 note(f"rows whose turns have the key {key}, which nothing reads", 1)
-        text, spans, unreasoned = self._turns(example)
+        has_special = self.specials.look(texts_of(example, read), note)
+        shown = self.specials.mask(example) if has_special and self._is_plain else example
+        text, spans, unreasoned, added = self._turns(shown)
+        if shown is not example:
+            self._same(self.specials.unmask(text), self._text(example) + added)
         if unreasoned:
             note("turns that the chat template renders without their reasoning", unreasoned)
         spans = [span for span in spans if span.turn not in example.context]
         if not spans:
             raise RowProblem("no target", "the chat template leaves out every turn to train on")
-        endless = sum(not self._is_ended(text[: span.stop]) for span in spans)
-        if endless:
-            note(
-                "turns that the chat template ends with no special token: no end is learned",
-                endless,
+        borrowed = Counter(span.borrowed for span in spans if span.borrowed is not None)
+        for token, times in borrowed.items():
+            said = (
+                f"{token} ends them, where generation must stop too" if token else "none is learned"
             )
-        text = self._bounded(text, spans[-1].stop)
+            note(f"turns that the chat template has no end token for: {said}", times)
+        whole, text = text, self._bounded(text, spans[-1].stop)
         if spans[0].start >= len(text):
             raise RowProblem(
                 "no target", f"cut at {self.max_length} tokens, which leaves no target"
@@ -320,30 +325,49 @@ class Encoder:
                 f"found the tokenizer {type(self.tokenizer).__name__}, which does not say which "
                 "characters its tokens stand for; wanted a fast one for chat formats"
             )
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **QUIET)
-        ids, target = coded["input_ids"], [False] * len(coded["input_ids"])
-        begin, end = np.array(coded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        tagged = GENERATION_TAG.search(template) and self._tagged(example)
-        for turn, start, stop in spans:
+        ids, begin, end = self.specials.read(text)
+        target = [False] * len(ids)
+        tagged = self._tagged(shown, whole, added) if GENERATION_TAG.search(template) else None
+        for turn, start, stop, _ in spans:
             if start >= len(text):  # it has been cut off
                 break
             # The first token that reaches into the turn, and the first that begins after it.
             i, j = int(np.searchsorted(end, start, "right")), int(np.searchsorted(begin, stop))
             if stop <= len(text):
-                self._verify(ids[i:j], text[start:stop], turn)
-            if not tagged:
-                target[i:j] = [True] * (j - i)
-                continue
-            inside = tagged[i:j]
-            if any(inside) and ids[j - 1] in self.tokenizer.all_special_ids:
-                inside = [*inside[:-1], True]  # tags may leave out the end of the turn
+                self._verify(ids[i:j], self.specials.unmask(text[start:stop]), turn)
+            inside = [True] * (j - i) if tagged is None else tagged[begin[i:j]].tolist()
+            if any(inside):  # tags may leave out the end of the turn
+                end_at = start + len(text[start:stop].rstrip())
+                last = int(np.searchsorted(begin, end_at)) - 1
+                inside[last - i] |= ids[last] in self.specials.ids
             target[i:j] = inside
         return ids, target
 
-    def _tagged(self, example: Messages) -> list[bool]:
-        """What the template's generation tags enclose."""
+    def _tagged(self, example: Messages, text: str, added: str) -> np.ndarray:
+        """Which characters of a text the template's generation tags enclose: (n,) bool. The
+        template has not rendered the last of them, `added`.
+
+        The library says it of tokens. Where masks stand in the text, the row's are others.
+        """
         made = self._render(example, return_dict=True, return_assistant_tokens_mask=True)
-        return [bool(one) for one in made["assistant_masks"]]
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, **QUIET}
+        coded = self.tokenizer(text.removesuffix(added), **options)
+        tagged = np.zeros(len(text), dtype=bool)
+        both = zip(coded["offset_mapping"], made["assistant_masks"], strict=True)
+        for (start, stop), is_inside in both:
+            tagged[start:stop] |= bool(is_inside)
+        return tagged
+
+    def _same(self, found: str, wanted: str) -> None:
+        """Refuse a rendering that depends on whether masks stand in the place of special texts."""
+        if found != wanted:
+            at = len(commonprefix([found, wanted]))
+            raise RowProblem(
+                "special token",
+                "the chat template renders the text of a special token in the data in a way of its "
+                f"own: found {wanted[max(0, at - 20) : at + 20]!r}, wanted "
+                f"{found[max(0, at - 20) : at + 20]!r}. Use batch.special_text: keep or refuse",
+            )
 
     def _verify(self, ids: list[int], text: str, turn: int) -> None:
         """Check that the targets decode to the turn's text.
@@ -384,7 +408,9 @@ class Encoder:
         )
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, **QUIET)["input_ids"]
+        """Of a text of the data."""
+        options = {**QUIET, **self.specials.options}
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
@@ -393,45 +419,6 @@ class Encoder:
                 "there"
             )
         return self.tokenizer.eos_token_id
-
-
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """A pattern that finds the tokenizer's special tokens, the longest first. Without such tokens
-    it finds nothing.
-    """
-    added = tokenizer.added_tokens_decoder.values()
-    texts = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    longest = sorted(filter(None, texts), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
-
-
-def look_for(
-    specials: re.Pattern[str],
-    texts: Iterable[str],
-    policy: Literal["keep", "refuse"],
-    note: Note,
-) -> None:
-    """Note or refuse special tokens' texts in the data. They become these tokens, so an answer may
-    end too early.
-
-    Args:
-        policy: `batch.special_text`.
-
-    Raises:
-        RowProblem: such a text is found, and the policy is "refuse".
-    """
-    found = sorted({match[0] for text in texts for match in specials.finditer(text)})
-    if found and policy == "refuse":
-        raise RowProblem(
-            "special token", f"found the text of {found[0]}, which the model reads as a token"
-        )
-    for token in found:
-        note(f"rows with the text of {token} in them, which becomes that token", 1)
-
-
-def _texts(example: Messages) -> Iterator[str]:
-    for turn in example.messages:
-        yield from (turn[key] for key in ("content", *REASONING) if isinstance(turn.get(key), str))
 
 
 def _needed(ids: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,11 @@
 The lock spares work. It does not guard the data: every writer builds in a folder of its own and
 renames that when it is whole. A wrongly judged lock would only do the work twice, and the first
 rename would win.
+
+Why not `filelock`: its `SoftFileLease` (tried: 4.2.11) notices dead and silent owners as we do. But
+a thread of its own keeps an owner's lock alive, so one that hangs is waited for without end. Here
+the lock tells of progress: it is what the waiting show, and what ends the wait. Nor does the lease
+say since when it is held.
 """
 
 import json

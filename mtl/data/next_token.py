@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mtl.data.collate import MicroBatch, Teacher, collate
-from mtl.data.encode import Encoder, Note, tokenizer_fingerprint
+from mtl.data.encode import Encoder, tokenizer_fingerprint
 from mtl.data.encoded import NEXT_TOKEN, answer, next_token_positions
 from mtl.data.examples import LOSS, Book, Piece, Row
 from mtl.data.marks import marked
+from mtl.data.special import Note
 
 TEACHER = "teacher.ids", "teacher.log_p"
 """Columns of rows with a teacher: what it says at each target, (targets, m) int32 and (targets,
@@ -73,7 +74,7 @@ class NextToken:
         return {
             "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
             "length": [encoder.max_length, encoder.too_long == "truncate"],
-            "special text": encoder.special_text,
+            "special text": encoder.specials.policy,
         }
 
     def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:

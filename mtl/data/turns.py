@@ -35,21 +35,25 @@ class Span(NamedTuple):
     turn: int  # from 0
     start: int  # in characters of the text
     stop: int
+    # A token of others that ends it, where the template has none of its own; "": nothing does.
+    borrowed: str | None = None
 
 
 class Turns(NamedTuple):
     """A rendered conversation.
 
     Attributes:
-        text: the rendering.
+        text: the rendering, and `added`.
         spans: of the assistant's turns, `Messages.context` included.
         unreasoned: turns before the last question that are rendered without their reasoning. Some
             templates show a model none of its earlier thoughts.
+        added: the borrowed end of the last turn.
     """
 
     text: str
     spans: list[Span]
     unreasoned: int
+    added: str = ""
 
 
 def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern[str]) -> Turns:
@@ -58,7 +62,9 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
     A turn ends with its last eos, if it has one: nothing after that is ever generated. Some
     templates begin a turn in another way than their generation prompt says. Then it begins after
     what both share. Others end earlier turns in another way than the last one. Then it ends with
-    the first of `specials`. Cost: two renderings, and a short one for every kind of turn.
+    the first of `specials`. Some have no token for the end (GLM's). Then the token that lets the
+    next one speak ends it, where no turn of the assistant begins with that; the last turn may end
+    with eos as well. Cost: two renderings, and a short one for every kind of turn.
 
     Raises:
         RowProblem: the template leaves out what `example.may_drop` does not name, or the turns
@@ -81,7 +87,7 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
     for number, (_, mark) in enumerate(found):
         of.setdefault(marks.pieces[mark // 2].turn, []).append(number)
     kinds: dict[Any, str] = {}  # what follows a kind of turn
-    spans = []
+    spans, added = [], ""
     for i, turn in enumerate(example.messages):
         if turn["role"] != "assistant" or i not in of:
             continue
@@ -95,7 +101,8 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
         # The scaffold before a turn begins at the last mark of another turn;
         # what follows it ends at the next mark.
         before, after = places[first - 1] if first else 0, [*places[last + 1 : last + 2], len(text)]
-        start = _start(text[before : places[first]], _head(example, i, render, kinds), specials)
+        head = _head(example, i, render, kinds)
+        start = _start(text[before : places[first]], head, specials)
         if start is None:
             raise RowProblem(
                 "template",
@@ -105,9 +112,52 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
         rest = text[places[last] : after[0]]
         is_end = i + 1 == len(example.messages)
         closing = rest if is_end else _closing(example, i, render, kinds)
-        stop = _stop(rest, closing, eos, specials)
-        spans.append(Span(i, before + start, places[last] + stop))
-    return Turns(text, spans, unreasoned)
+        stop, borrowed = _stop(rest, closing, eos, specials), None
+        if not _is_ended(text, places[last] + stop, specials):
+            if is_end:
+                borrowed = added = _next(example, rest, render, kinds, specials, head) or eos
+            else:
+                borrowed = _token(rest, stop, specials, head)
+            stop += len(borrowed)
+        spans.append(Span(i, before + start, places[last] + stop, borrowed))
+    return Turns(text + added, spans, unreasoned, added)
+
+
+def _is_ended(text: str, stop: int, specials: re.Pattern[str]) -> bool:
+    """Whether a special token stands before a place, white space aside."""
+    near = text[max(0, stop - NEAR) : stop].rstrip()
+    return any(match.end() == len(near) for match in specials.finditer(near))
+
+
+def _token(text: str, at: int, specials: re.Pattern[str], head: str) -> str:
+    """The special token at a place; "" where a turn of the assistant begins with it too."""
+    match = specials.match(text, at)
+    return match[0] if match and match[0] not in head else ""
+
+
+def _next(
+    example: Messages,
+    closing: str,
+    render: Render,
+    kinds: dict[Any, str],
+    specials: re.Pattern[str],
+    head: str,
+) -> str:
+    """The token that would follow the last turn if somebody else spoke next."""
+    turn = example.messages[-1]
+    role = "tool" if turn.get("tool_calls") else "user"
+    key = ("next", role, closing, head)
+    if key not in kinds:
+        turns = [{"role": "user", "content": "x"}, turn, {"role": role, "content": "x"}]
+        marks = _Marks("")
+        try:
+            text, found = marks.found(render(marks.put(replace(example, messages=turns))))
+        except RowProblem:  # the template wants more
+            return ""
+        at = found[-3][0] if len(found) > 2 else 0
+        follows = text.startswith(closing, at)
+        kinds[key] = _token(text, at + len(closing), specials, head) if follows else ""
+    return kinds[key]
 
 
 def _start(scaffold: str, head: str, specials: re.Pattern[str]) -> int | None:

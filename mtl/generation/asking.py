@@ -23,6 +23,7 @@ from mtl.data.encoded import DataError, Encoded
 from mtl.data.formats import Format
 from mtl.data.questions import Question, questions
 from mtl.data.source import Source
+from mtl.data.special import Specials
 from mtl.distributed import comm
 from mtl.generation.metrics import Answer, Metric, is_highest, scored
 from mtl.losses.causal_lm import token_losses
@@ -55,6 +56,7 @@ class Asked:
         metrics: by name.
         places: `file:line` of each question.
         stops: ids that end an answer: eos, and the special tokens that end the rows' right answers.
+        encoder: what makes tokens of an answer to choose from.
     """
 
     task: str
@@ -63,6 +65,7 @@ class Asked:
     questions: Sequence[Question]
     places: Sequence[str]
     stops: frozenset[int]
+    encoder: Encoder
 
     @property
     def is_generated(self) -> bool:
@@ -77,13 +80,14 @@ def ask(
     split: Encoded,
     sources: Sequence[Source],
     to_example: Format,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     rows: int | None = None,
 ) -> Asked:
     """Read a task's questions. It is slow where sources are large.
 
     Args:
         split, sources, to_example: as `questions` takes them.
+        encoder: with the run's tokenizer, of any length.
         rows: how many questions at most, spread evenly over the split; None: all.
 
     Raises:
@@ -91,15 +95,15 @@ def ask(
     """
     n = len(split)
     some = range(n) if rows is None or rows >= n else [i * n // rows for i in range(rows)]
-    encoder = Encoder(tokenizer, ENDLESS)
     found = list(questions(split, sources, to_example, encoder, some))
     places = [split.where(one.number) for one in found]
     for one, place in zip(found, places, strict=True):
         if not len(one.prompt):
             raise DataError(f"{place}: found a prompt without a token, wanted one to go on from")
     # The last few ids: an end of turn, and white space that a template puts after it.
-    stops = _ends((split.ids(one.number)[-8:].tolist() for one in found), tokenizer)
-    return Asked(task, number, metrics, found, places, stops)
+    tails = (split.ids(one.number)[-8:].tolist() for one in found)
+    stops = ends(tails, encoder.tokenizer)
+    return Asked(task, number, metrics, found, places, stops, encoder)
 
 
 class Written(NamedTuple):
@@ -147,7 +151,7 @@ class Asking:
             for name, metric in one.metrics.items()
         }
         # Encoded once: every evaluation weighs the same texts.
-        self._candidates = [list(_candidates(one, tokenizer)) for one in asked]
+        self._candidates = [list(_candidates(one)) for one in asked]
 
     def measure(
         self,
@@ -318,10 +322,9 @@ def _only(sums: np.ndarray) -> float:
     return float(sums[0])
 
 
-def _ends(tails: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def ends(tails: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Eos, and the special tokens that end the tails, white space after them aside."""
-    added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+    special = Specials(tokenizer).ids
     found = {tokenizer.eos_token_id} - {None}
     for tail in tails:
         at = next((i for i in reversed(range(len(tail))) if tail[i] in special), None)
@@ -347,21 +350,31 @@ def _mine(batches: Sequence[Any], in_step: bool) -> Iterator[tuple[Any, bool]]:
         yield batches[0], True
 
 
-def _candidates(
-    asked: Asked, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
+def _candidates(asked: Asked) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
     """Row, metric, number, ids and target mask of every text that a model is to weigh."""
-    encoder = Encoder(tokenizer, ENDLESS)
     for name, metric in asked.metrics.items():
         if not hasattr(plain(metric), "candidates"):
             continue
         for row, (question, place) in enumerate(zip(asked.questions, asked.places, strict=True)):
             try:
                 for c, text in enumerate(metric.candidates(question)):
-                    coded = encoder(question.saying(text))
+                    coded = asked.encoder(question.saying(text))
                     yield row, name, c, coded.ids, coded.target
             except ValueError as error:
                 raise DataError(f"{place}: tasks.{asked.task}.metrics: {error}") from error
+
+
+def stop_at(module: nn.Module, stops: frozenset[int]) -> frozenset[int]:
+    """Let the model's own settings for generation, which are saved with it, stop at these ids too.
+
+    Returns:
+        Those that are new to it; none where the model has no such settings.
+    """
+    settings = getattr(_causal(module), "generation_config", None)
+    new = stops - _model_stops(module) if settings is not None else frozenset()
+    if new:
+        settings.eos_token_id = sorted(_model_stops(module) | new)
+    return new
 
 
 def _causal(module: nn.Module) -> Any:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl.config import Config
-from mtl.data.encode import Note, look_for, special_texts, tokenizer_fingerprint
+from mtl.data.encode import tokenizer_fingerprint
 from mtl.data.encoded import DataError, Encoded
 from mtl.data.examples import LOSS, Batch, Book, Piece, Row
 from mtl.data.formats import Labeled, RowProblem
+from mtl.data.special import Note, Specials
 from mtl.losses.objective import Measure, ratio
 from mtl.losses.terms import Terms
 
@@ -82,14 +83,14 @@ class LabelExamples:
     def __init__(self, book: Book, tokenizer: Any, config: Config):
         self.book, self.tokenizer = book, tokenizer
         self.max_length, self.too_long = config.batch.max_length, config.batch.too_long
-        self.special_text, self._specials = config.batch.special_text, special_texts(tokenizer)
+        self.specials = Specials(tokenizer, config.batch.special_text)
         self.pad_id = tokenizer.pad_token_id or 0
         self.labels: dict[str, list[str]] = {}
 
     @property
     def identity(self) -> Any:
         length = [self.max_length, self.too_long == "truncate"]
-        return [tokenizer_fingerprint(self.tokenizer), length, self.special_text]
+        return [tokenizer_fingerprint(self.tokenizer), length, self.specials.policy]
 
     def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
         if not isinstance(example, Labeled):
@@ -100,15 +101,15 @@ class LabelExamples:
         if not example.text.strip():
             raise RowProblem("no target", "the text is empty")
         texts = [example.text] + [example.pair] * (example.pair is not None)
-        look_for(self._specials, texts, self.special_text, note)
-        ids = self.tokenizer(*texts, verbose=False)["input_ids"]
+        self.specials.look(texts, note)
+        ids = self.tokenizer(*texts, verbose=False, **self.specials.options)["input_ids"]
         truncated = len(ids) > self.max_length
         if truncated and self.too_long != "truncate":
             found = f"found {len(ids)} tokens, wanted at most batch.max_length = {self.max_length}"
             raise RowProblem("too long", found)
         if truncated:
-            limits = {"truncation": True, "max_length": self.max_length}
-            ids = self.tokenizer(*texts, verbose=False, **limits)["input_ids"]
+            options = {"truncation": True, "max_length": self.max_length, **self.specials.options}
+            ids = self.tokenizer(*texts, verbose=False, **options)["input_ids"]
         name = _bytes(example.label)
         columns = {
             "ids": np.array(ids, np.int32),

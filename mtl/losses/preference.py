@@ -30,12 +30,13 @@ from torch import Tensor
 from mtl.config import Config, ConfigError
 from mtl.config.words import did_you_mean, either
 from mtl.data.collate import MicroBatch, collate
-from mtl.data.encode import Encoder, Note, tokenizer_fingerprint
+from mtl.data.encode import Encoder, tokenizer_fingerprint
 from mtl.data.encoded import answer
 from mtl.data.examples import LOSS, Book, Piece, Row
 from mtl.data.formats import Messages, RowProblem
 from mtl.data.formats import Preference as Pair
 from mtl.data.marks import marked
+from mtl.data.special import Note
 from mtl.losses.head import Targets
 from mtl.losses.objective import Measure, ratio
 from mtl.losses.terms import Terms
@@ -90,15 +91,15 @@ class PairExamples:
         if 2 * (self.max_length - 1) > config.batch.tokens:
             wanted = f"half of batch.tokens, {config.batch.tokens}, at most: a pair has two sides"
             raise ConfigError([config.error("batch.max_length", str(self.max_length), wanted)])
-        self.special_text = config.batch.special_text
-        self.encoder = Encoder(tokenizer, self.max_length, self.too_long, self.special_text)
+        special_text = config.batch.special_text
+        self.encoder = Encoder(tokenizer, self.max_length, self.too_long, special_text)
         self.pad_id = tokenizer.pad_token_id or 0
         self.gathers = config.engine.zero == 3
 
     @property
     def identity(self) -> Any:
         length = [self.max_length, self.too_long == "truncate"]
-        return [tokenizer_fingerprint(self.tokenizer), length, self.special_text]
+        return [tokenizer_fingerprint(self.tokenizer), length, self.encoder.specials.policy]
 
     def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
         if not isinstance(example, Pair):

@@ -20,6 +20,7 @@ from mtl.output.files import flush
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "adapter_config.json"
+GENERATION = "generation_config.json"
 EXPORT = "export"  # the kind of folder that the mark names
 # A wrong name, no token, a refusal; and no network, whose class is that of the hub's HTTP library.
 _HUB_ERRORS = (HFValidationError, LocalTokenNotFoundError, *HfHubHTTPError.__bases__)
@@ -229,3 +230,5 @@ def whole(source: Path, target: Path, dtype: str | None, allow_remote_code: bool
         target, max_shard_size=save.SHARD
     )
     tokenizer.save_pretrained(target)
+    if (source / GENERATION).is_file():  # it stops where rows do; the base model's may not
+        shutil.copy2(source / GENERATION, target)

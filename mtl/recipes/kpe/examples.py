@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mtl.config import Config, ConfigError
-from mtl.data.encode import Note, look_for, special_texts, tokenizer_fingerprint
+from mtl.data.encode import tokenizer_fingerprint
 from mtl.data.encoded import DataError, Encoded
 from mtl.data.examples import Batch, Book, Piece, Row
 from mtl.data.formats import RowProblem
+from mtl.data.special import Note, Specials
 
 QA, SPAN, RELATION = LOSSES = "qa", "span", "relation"
 NONE = -1
@@ -199,26 +200,25 @@ class ChoiceExamples:
             raise ConfigError([config.error("model.name", found, wanted)])
         self.book, self.tokenizer, self.mask, self.length = book, tokenizer, mask, length
         self.max_length, self.too_long = config.batch.max_length, config.batch.too_long
-        self.special_text, self._specials = config.batch.special_text, special_texts(tokenizer)
+        self.specials = Specials(tokenizer, config.batch.special_text)
         self.pad_id = tokenizer.pad_token_id or 0
         # A model without a mask reads its unknown token, or its padding, in its place.
         # 0 last, since a tokenizer may have none of the others.
         ids = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, 0)
         self.mask_id = next(one for one in ids if one is not None)
-        self._special_ids = np.array(sorted(tokenizer.all_special_ids), np.int32)
         self.relations: list[str] = []
 
     @property
     def identity(self) -> Any:
         length = [self.max_length, self.length, self.too_long == "truncate"]
-        return [tokenizer_fingerprint(self.tokenizer), length, self.special_text]
+        return [tokenizer_fingerprint(self.tokenizer), length, self.specials.policy]
 
     def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
         if not isinstance(example, MultipleChoice):
             found = type(example).__name__
             raise RowProblem("bad value", f"found a {found}, wanted a choice (format: choices)")
         texts = [*example.candidates, *(item.text for item in example.items)]
-        look_for(self._specials, texts, self.special_text, note)
+        self.specials.look(texts, note)
         candidates = [
             self._ids(text, f"options.{i}", self.max_length, "batch.max_length")
             for i, text in enumerate(example.candidates)
@@ -254,16 +254,15 @@ class ChoiceExamples:
         self, text: str, name: str, most: int, key: str
     ) -> tuple[list[int], list[tuple[int, int]], bool]:
         """Token ids, where each stands in the text, and whether they were cut."""
-        made = self.tokenizer(text, verbose=False, return_offsets_mapping=True)
+        options = {"verbose": False, "return_offsets_mapping": True, **self.specials.options}
+        made = self.tokenizer(text, **options)
         ids = made["input_ids"]
         is_long = len(ids) > most
         if is_long and self.too_long != "truncate":
             found = f"{name}: found {len(ids)} tokens, wanted at most {key} = {most}"
             raise RowProblem("too long", found)
         if is_long:
-            made = self.tokenizer(
-                text, verbose=False, return_offsets_mapping=True, truncation=True, max_length=most
-            )
+            made = self.tokenizer(text, truncation=True, max_length=most, **options)
             ids = made["input_ids"]
         if not ids:
             raise RowProblem("no target", f"{name}: the text is empty")
@@ -318,7 +317,7 @@ class ChoiceExamples:
             ids[at] = self.mask_id
             return ids, at
         # Never [CLS] and the like: they are the same in every text.
-        able = np.flatnonzero(~np.isin(ids, self._special_ids))
+        able = np.flatnonzero(~np.isin(ids, list(self.specials.ids)))
         count = min(len(able), max(1, round(self.mask * len(able)))) if self.mask else 0
         at = np.sort(rng.choice(able, count, replace=False)) if count else able[:0]
         kind = rng.random(len(at))

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mtl.config import Config, ConfigError
-from mtl.data.encode import Note, look_for, special_texts, tokenizer_fingerprint
+from mtl.data.encode import tokenizer_fingerprint
 from mtl.data.encoded import Encoded
 from mtl.data.examples import LOSS, Batch, Book, Piece, Row
 from mtl.data.formats import Labeled, RowProblem
+from mtl.data.special import Note, Specials
 
 SCORERS = "bi", "cross"
 Ids = Sequence[int] | NDArray[np.integer]
@@ -142,12 +143,13 @@ class ZeroExamples:
     def __init__(self, book: Book, tokenizer: Any, config: Config, classes: Classes):
         self.book, self.tokenizer, self.classes = book, tokenizer, classes
         self.max_length, self.too_long = config.batch.max_length, config.batch.too_long
-        self.special_text, self._specials = config.batch.special_text, special_texts(tokenizer)
+        both, special_text = (classes.tokenizer, tokenizer), config.batch.special_text
+        self.specials = [Specials(one, special_text) for one in both]
 
     @property
     def identity(self) -> Any:
         tokenizers = [tokenizer_fingerprint(t) for t in (self.tokenizer, self.classes.tokenizer)]
-        limits = [self.max_length, self.too_long == "truncate", self.special_text]
+        limits = [self.max_length, self.too_long == "truncate", self.specials[0].policy]
         return [tokenizers, self.classes.names, self.classes.prompts, limits]
 
     def encode(self, example: Any, note: Note = lambda text, times: None) -> Row:
@@ -159,12 +161,17 @@ class ZeroExamples:
         if example.label not in self.classes.names:
             names = ", ".join(self.classes.names[:8])
             raise RowProblem("unknown class", f"label: found {example.label!r}, wanted {names}")
-        look_for(self._specials, [example.text], self.special_text, note)
-        ids = self.classes.tokenizer(example.text, verbose=False)["input_ids"]
+        said: dict[str, int] = {}  # once a row, though both tokenizers may have the token
+        for one in self.specials:
+            one.look([example.text], said.__setitem__)
+        for text, times in said.items():
+            note(text, times)
+        options = {"verbose": False, **self.specials[0].options}
+        ids = self.classes.tokenizer(example.text, **options)["input_ids"]
         long = len(ids) > self.max_length
         if long:
-            limits = {"truncation": True, "max_length": self.max_length}
-            ids = self.classes.tokenizer(example.text, verbose=False, **limits)["input_ids"]
+            options |= {"truncation": True, "max_length": self.max_length}
+            ids = self.classes.tokenizer(example.text, **options)["input_ids"]
         label = self.classes.names.index(example.label)
         columns, count, cut = self._columns(example.text, label)
         if (long or cut) and self.too_long != "truncate":
@@ -275,8 +282,9 @@ class TextExamples(ZeroExamples):
 
     def _columns(self, text: str, label: int) -> tuple[dict[str, np.ndarray], int, bool]:
         prompt = self.prompt(label)
+        options = {"add_special_tokens": False, "verbose": False, **self.specials[1].options}
         # A space first: the text follows a prompt, and decoders' words begin with their space.
-        ids = self.tokenizer(f" {text}", add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(f" {text}", **options)["input_ids"]
         # - 1: the end has a token too.
         room = self.max_length - len(prompt) - 1
         whole = [*prompt, *ids[:room], self.tokenizer.eos_token_id]

@@ -219,6 +219,7 @@ class Reader:
 
     def ids(self, text: str) -> list[int]:
         limits = {"truncation": True, "max_length": self.pair.max_length}
+        limits |= self.pair.specials[0].options
         return self.classes.tokenizer(text, verbose=False, **limits)["input_ids"]
 
     @torch.no_grad()
