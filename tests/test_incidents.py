@@ -50,9 +50,13 @@ def train(yaml: Path, name: str, *settings: str, **more) -> tuple[Path, runs.End
     return output, runs.train(yaml, *OURS, *settings, f"output={output}", world=2, **more)
 
 
-@functools.cache
 def skipped(yaml: Path, layout: str = "ZeRO 2", poison: str = "gradient"):
-    """A run that passed over the batch with the row."""
+    """A run that passed over the batch with the row; its folder and how it ended."""
+    return _skipped(yaml, layout, poison)
+
+
+@functools.cache
+def _skipped(yaml: Path, layout: str, poison: str) -> tuple[Path, runs.Ended]:
     output, ended = train(yaml, f"{layout} {poison}", *LAYOUTS[layout], SKIP, POISON=poison)
     return output, ended.well()
 
