@@ -1,5 +1,6 @@
 """A run that waits says for whom, and goes on."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -43,11 +44,10 @@ class Store:
     """What ranks share, of which rank 2 sees nothing."""
 
     def __init__(self):
-        self.counts, self.values = {}, {}
+        self.values = {}
 
-    def add(self, key, n):
-        self.counts[key] = self.counts.get(key, 0) + n
-        return self.counts[key]
+    def compare_set(self, key, expected, value):
+        return self.values.setdefault(key, value).encode()
 
     def set(self, key, value):
         self.values[key] = value
@@ -59,29 +59,32 @@ class Store:
         return all(key in self.values for key in keys)
 
 
-def test_one_wait_is_one_alarm_and_a_rank_may_give_no_answer():
-    store, said = Store(), []
-    first, second = (Watchdog(store, r, 3, 0.3, said.append) for r in (0, 1))
-    watched = [first, second]
+@pytest.mark.parametrize("world", [2, 3])
+def test_one_wait_is_one_alarm_and_a_rank_may_give_no_answer(monkeypatch, world):
+    """Also where two ranks find at the same moment that they stand still."""
+    monkeypatch.setattr(watchdog, "ANSWERS", 1.0)
+    frames, store, said = watchdog._main_frames(), Store(), []
+    monkeypatch.setattr(watchdog, "_main_frames", lambda: frames)
+    ranks = [Watchdog(store, r, world, 0.2, said.append) for r in (0, 1)]
 
-    def stand() -> None:  # the looks come from one place, as if the thread made them
-        for _ in range(16):
-            for one in watched:
-                one.look()
+    def stand() -> None:
+        both = [threading.Thread(target=looks, args=(one,)) for one in ranks]
+        [thread.start() for thread in both]
+        [thread.join() for thread in both]
+
+    def looks(one: Watchdog) -> None:
+        for _ in range(12):
+            one.look()
             time.sleep(0.05)
 
-    frames = watchdog._main_frames()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watchdog, "_main_frames", lambda: frames)
-        second_answers = Store.check
-        patch.setattr(Store, "check", lambda s, keys: second.look() or second_answers(s, keys))
+    for wait in (1, 2):
         stand()
-        assert len(said) == 3, said  # two stacks and a summary, though the wait went on
-        assert "[rank 0] watchdog: at the same place" in said[0] and "[rank 1]" in said[1]
-        assert "rank 2 gives no answer" in said[2] and "is missing" not in said[2]
-        watchdog.tick()
-        stand()
-        assert len(said) == 6, "another wait, another alarm"
+        assert len(said) == 3 * wait, said  # two stacks and a summary, though the wait went on
+        told = said[-1]
+        assert sum("] watchdog: at the same place" in one for one in said) == 2 * wait
+        assert ("rank 2 gives no answer" in told) == (world == 3) and "rank 1 is at " in told
+        assert "is missing" not in told  # none of them waits for another
+        watchdog.tick()  # a collective has ended
 
 
 def test_who_is_missing():

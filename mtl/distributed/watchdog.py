@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 LOOKS, SELDOM = 6, 5.0  # looks in the time that a wait may take; at most so many seconds apart
+ANSWERS = 12.0  # seconds in which the others say where they are
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
 ASIDE = (
     "/site-packages/",
@@ -51,8 +52,9 @@ class Watchdog:
             seconds,
             say,
         )
-        # Of all ranks, as far as known here. A launcher's store remembers those before a restart.
-        self.alarms = store.add("watchdog", 0) if store else 0
+        self.alarms = 0  # of all ranks, as far as known here
+        while self._is_raised():  # a launcher's store remembers those of before a restart
+            self.alarms += 1
         self._every = min(seconds / LOOKS, SELDOM)
         self._where: object = None
         self._since, self._told = time.monotonic(), False
@@ -81,25 +83,35 @@ class Watchdog:
         if where != self._where:
             self._where, self._since, self._told = where, time.monotonic(), False
         stood = time.monotonic() - self._since
-        known = self.store.add("watchdog", 0) if self.store else self.alarms
-        if known > self.alarms:
-            self._answer(known, frames, stood)
-        elif stood > self.seconds and not self._told:
-            self._answer(self.store.add("watchdog", 1) if self.store else 1, frames, stood)
+        is_stuck = stood > self.seconds and not self._told
+        if not is_stuck and not self._is_raised():
+            return
+        # Ranks that wait for each other find it at the same time: one of them raises the alarm.
+        me = str(self.rank)
+        raiser = self.store.compare_set(self._alarm(), "", me).decode() if self.store else me
+        self._answer(frames, stood)
+        if raiser == me:
             self._say(summary(self._answers(place(frames)), self.world, self.seconds))
 
-    def _answer(self, alarm: int, frames: list[FrameType], stood: float) -> None:
+    def _alarm(self) -> str:
+        """The key of the next alarm: who raised it."""
+        return f"watchdog/{self.alarms + 1}"
+
+    def _is_raised(self) -> bool:
+        return self.store is not None and self.store.check([self._alarm()])
+
+    def _answer(self, frames: list[FrameType], stood: float) -> None:
         """Print where this rank is, and let the others know."""
-        self.alarms, self._told = alarm, True
+        self.alarms, self._told = self.alarms + 1, True
         lines = "".join(traceback.StackSummary.extract((f, f.f_lineno) for f in frames).format())
         text = f"[rank {self.rank}] watchdog: at the same place for {stood:.0f} s:\n{lines}"
         self._say(text.replace("\n", f"\n[rank {self.rank}] ").removesuffix(f"[rank {self.rank}] "))
         if self.store:
-            self.store.set(f"watchdog/{alarm}/{self.rank}", json.dumps(place(frames)))
+            self.store.set(f"watchdog/{self.alarms}/{self.rank}", json.dumps(place(frames)))
 
     def _answers(self, mine: dict[str, str]) -> dict[int, dict[str, str]]:
         """The `place` of each rank that answers before long."""
-        found, deadline = {self.rank: mine}, time.monotonic() + 2 * self._every + 1
+        found, deadline = {self.rank: mine}, time.monotonic() + ANSWERS
         while self.store and len(found) < self.world and time.monotonic() < deadline:
             for rank in set(range(self.world)) - set(found):
                 key = f"watchdog/{self.alarms}/{rank}"
