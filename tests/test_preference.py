@@ -121,11 +121,14 @@ SETTINGS = {
     "ipo": {"beta": 0.4},
     "robust": {"beta": 0.3, "label_smoothing": 0.2},
     "apo_zero": {"beta": 0.3},
+    "sft": {"beta": 0.3},  # ours is a loss of its own, beside whichever
 }
 
 
 def ours_of(loss: str) -> Preference:
     settings = SETTINGS[loss]
+    if loss == "sft":
+        return Preference(**settings)
     if loss == "sigmoid_norm":
         return Preference("sigmoid", length_normalized=True, **settings)
     return Preference(loss, **settings)
@@ -208,7 +211,7 @@ def test_loss_gradient_and_measures_are_trls(folder, trl, loss, packed):
     assert len(batch.input_ids) < 11 if packed else len(batch.input_ids) == 22
     terms = ours_of(loss)(model, batch, 3)
     assert terms.counts.tolist() == batch.counts(3).tolist()
-    value = terms.sums[0] / terms.counts[0]
+    value = (terms.sums / terms.counts)[int(loss == "sft")]
     assert float(value.detach()) == pytest.approx(wanted["loss"], rel=1e-5)
     value.backward()
     for name, parameter in model.named_parameters():
@@ -218,7 +221,7 @@ def test_loss_gradient_and_measures_are_trls(folder, trl, loss, packed):
     metrics = wanted["metrics"]
     measures = {name: each[0] for name, each in terms.measures.items()}
     means = {name: float(total / n) for name, (total, n) in measures.items()}
-    if loss not in ("ipo", "sigmoid_norm"):  # ours are of the scores that the loss compares
+    if loss not in ("ipo", "sigmoid_norm", "sft"):  # ours are of the scores that the loss compares
         assert means["reward_margin"] == pytest.approx(metrics["rewards/margins"], rel=1e-4)
         assert means["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
         assert means["rejected_reward"] == pytest.approx(metrics["rewards/rejected"], rel=1e-4)

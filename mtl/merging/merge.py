@@ -267,7 +267,9 @@ def _stream(
         Copy(like, target) as copy,
         ThreadPoolExecutor(threads or cores or 1, initializer=torch.set_num_threads, initargs=(1,))
         as pool,
-        tqdm(total=len(like.entries), unit="tensor", desc="merge", disable=not show) as bar,
+        # None: on a terminal only
+        tqdm(total=len(like.entries), unit="tensor", desc="merge", disable=None if show else True)
+        as bar,
     ):  # fmt: skip
 
         def settle(least: int) -> None:
