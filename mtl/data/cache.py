@@ -9,12 +9,14 @@ a starting model says of the rows comes beside them (`mtl/train/reference.py`).
 
 import hashlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
 import socket
 import sys
 import threading
+import tokenize
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -501,8 +503,18 @@ def _key(
 
 
 def module_hash(thing: Callable[..., object]) -> str:
-    """Equal for equal source text of the module that has this function or class."""
+    """Equal for equal source of the module that has this function or class, comments aside."""
     try:
-        return hash_of(inspect.getsource(sys.modules[thing.__module__]))
+        return hash_of(_without_comments(inspect.getsource(sys.modules[thing.__module__])))
     except (OSError, TypeError, KeyError):  # typed in at a prompt, or compiled
         return ""
+
+
+def _without_comments(source: str) -> str:
+    """Lines with something else than a comment, without the comments at their ends."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ BLOCKS, BLOCK = 64, 2**16  # beyond: so many blocks of so many bytes, evenly spa
 HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.+:%\[\]-]*))?)?"
 )
+# gzip raises EOFError where a file ends too early, and zlib.error where bytes are damaged.
+UNREADABLE = (OSError, EOFError, zlib.error)
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READ = (
     ".jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder written by "
@@ -154,8 +157,7 @@ class JsonLines(Source):
                     if line.strip():
                         yield _parsed(number, line)
                     number += 1
-        # gzip raises EOFError where a file ends too early.
-        except (OSError, EOFError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{self.where(number)}: {error}") from error
 
     def where(self, number: int) -> str:
@@ -178,7 +180,7 @@ class JsonArray(Source):
             with _open(self.path) as file:
                 # utf-8-sig: Windows programs begin UTF-8 files with a byte order mark.
                 values, twice = _load(file.read().decode("utf-8-sig"))
-        except (OSError, EOFError, ValueError, RecursionError) as error:
+        except (*UNREADABLE, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: not a JSON array: {error}") from error
         for number, value in enumerate(values):
             # We do not know here which row has a key twice. The first row reports it for the file.
@@ -222,7 +224,7 @@ class Delimited(Source):
                             f"{len(names)}: {', '.join(names)}",
                         )
                     number += 1
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{self.where(number)}: not readable as CSV: {error}") from error
 
     def fingerprint(self) -> str:
@@ -367,7 +369,7 @@ def _begins(path: Path, byte: bytes) -> bool:
     try:
         with _open(path) as file:
             return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == byte
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: {error}") from error
 
 
