@@ -605,7 +605,9 @@ def test_a_long_row_gives_signs_while_it_lasts(tmp_path, monkeypatch):
 
 
 def test_long_rows_make_short_chunks():
-    rows = [source.Row(i, {}, size=3 * 2**20) for i in range(5)] + [source.Row(5, {})] * 300
+    rows = [source.SourceRow(i, {}, size=3 * 2**20) for i in range(5)] + [
+        source.SourceRow(5, {})
+    ] * 300
     assert [len(chunk) for chunk in cache._chunks(iter(rows))] == [2, 2, 256, 45]
 
 
