@@ -5,7 +5,7 @@
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
 #   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
 #   make zeroae    build the encoder, the decoder and unlabelled texts of ten topics, classify them
-#   make bench     beside TRL's SFTTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
+#   make bench     beside TRL's SFTTrainer and DPOTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
 #   make evidence  every method on a small mixture, several seeds each: hours, into benchmarks/evidence; STUDY=m1 m1-lora m2 m3: the real ones
 #   make superglue the same methods on eight tasks and a 0.5B model: a SLURM array for GPUs
 #   make train CONFIG=configs/quickstart-equal.yaml     another configuration (also PROCESSES=4, ARGS="--set train.steps=20")

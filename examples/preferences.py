@@ -2,8 +2,9 @@
 
     python launch/quickstart.py && python examples/preferences.py
 
-Each row's own completion is the chosen side; the next different one of the same file is rejected:
-another function's body (doc2code), another group of occupations (occupation).
+Each row's own completion is the chosen side; the next different one of the same file is rejected.
+doc2code: functions of the running Python's standard library; rejected is another function's body.
+occupation: job titles of the package `evals` (soc_codes); rejected is another occupation group.
 """
 
 import json

@@ -27,6 +27,7 @@ from mtl.data.examples import Piece
 from mtl.data.formats import Completion, RowProblem
 from mtl.data.preference import preference
 from mtl.distributed import comm
+from mtl.generation.asking import stop_at
 from mtl.losses.preference import PairExamples, Preference
 from mtl.train.reference import fill
 from mtl.train.step import fetch, train_step
@@ -120,11 +121,14 @@ SETTINGS = {
     "ipo": {"beta": 0.4},
     "robust": {"beta": 0.3, "label_smoothing": 0.2},
     "apo_zero": {"beta": 0.3},
+    "sft": {"beta": 0.3},  # ours is a loss of its own, beside whichever
 }
 
 
 def ours_of(loss: str) -> Preference:
     settings = SETTINGS[loss]
+    if loss == "sft":
+        return Preference(**settings)
     if loss == "sigmoid_norm":
         return Preference("sigmoid", length_normalized=True, **settings)
     return Preference(loss, **settings)
@@ -207,7 +211,7 @@ def test_loss_gradient_and_measures_are_trls(folder, trl, loss, packed):
     assert len(batch.input_ids) < 11 if packed else len(batch.input_ids) == 22
     terms = ours_of(loss)(model, batch, 3)
     assert terms.counts.tolist() == batch.counts(3).tolist()
-    value = terms.sums[0] / terms.counts[0]
+    value = (terms.sums / terms.counts)[int(loss == "sft")]
     assert float(value.detach()) == pytest.approx(wanted["loss"], rel=1e-5)
     value.backward()
     for name, parameter in model.named_parameters():
@@ -217,7 +221,7 @@ def test_loss_gradient_and_measures_are_trls(folder, trl, loss, packed):
     metrics = wanted["metrics"]
     measures = {name: each[0] for name, each in terms.measures.items()}
     means = {name: float(total / n) for name, (total, n) in measures.items()}
-    if loss not in ("ipo", "sigmoid_norm"):  # ours are of the scores that the loss compares
+    if loss not in ("ipo", "sigmoid_norm", "sft"):  # ours are of the scores that the loss compares
         assert means["reward_margin"] == pytest.approx(metrics["rewards/margins"], rel=1e-4)
         assert means["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
         assert means["rejected_reward"] == pytest.approx(metrics["rewards/rejected"], rel=1e-4)
@@ -674,6 +678,23 @@ def test_special_text_is_said_once_or_refused(folder):
     row = examples(folder, "batch.special_text=plain").encode(pair)
     plain = examples(folder).tokenizer("u<|end|>", split_special_tokens=True)["input_ids"]
     assert row.columns["chosen"][: len(plain)].tolist() == plain
+
+
+def test_a_model_stops_where_chosen_answers_end(folder, tmp_path):
+    """The template has no end token: `<|unused|>` begins the user's turns and ends ours."""
+    talk = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    toys.write_rows(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": "u"}], **talk}])
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ '<|unused|>' if m.role == 'user' else '<|start|>' }}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+    )
+    rows = [f"tasks.pairs.{side}={tmp_path}/p.jsonl" for side in ("train", "validation")]
+    config = config_of(folder, f"model.chat_template={tmp_path}/t.jinja", *rows)
+    model = toys.tiny_llama()
+    stops = build.stops(build.encode(config, say=silent))
+    unused, end = map(toys.tokenizer().convert_tokens_to_ids, (toys.UNUSED, toys.END))
+    assert stops == {unused, end} and stop_at(model, stops) == {unused}
+    assert model.generation_config.eos_token_id == sorted((unused, end))
 
 
 def test_sides_that_a_cut_makes_equal_are_refused(folder):
