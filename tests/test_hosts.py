@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import runs
 
 pytestmark = pytest.mark.slow
 HOSTS = {"coba-a": ("va", "10.77.0.1"), "coba-b": ("vb", "10.77.0.2")}
-PATIENCE = 90  # seconds, beside the 15 that a collective waits; unless asked it waits 30 min
+PATIENCE = 40  # seconds, beside the 15 that a collective waits here
 
 
 def ip(*words: str) -> None:
@@ -57,20 +59,24 @@ def start(yaml: Path, *overrides: str) -> list[subprocess.Popen]:
         command += ["--master_addr", first, "--master_port", "29777", str(runs.PROGRAM)]
         command += runs.arguments(yaml, overrides, False)
         with (yaml.parent / f"{name}.log").open("w") as log:
-            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            started.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
     return started
 
 
 def codes(started: list[subprocess.Popen], seconds: float) -> list[int]:
-    """Their exit codes; AssertionError where one goes on."""
+    """Their exit codes; -9 of those that have not ended by then."""
     end = time.monotonic() + seconds
-    try:
-        return [one.wait(max(0, end - time.monotonic())) for one in started]
-    except subprocess.TimeoutExpired:
-        raise AssertionError("a process goes on") from None
-    finally:
-        for one in started:
-            one.kill()
+    for one in started:
+        with suppress(subprocess.TimeoutExpired):
+            one.wait(max(0, end - time.monotonic()))
+    for one in started:
+        with suppress(ProcessLookupError):  # the launcher's ranks end with it
+            os.killpg(one.pid, signal.SIGKILL)
+    return [one.wait() for one in started]
 
 
 def told(yaml: Path) -> dict[str, str]:
@@ -84,9 +90,10 @@ def test_two_hosts_give_what_one_gives(hosts, tmp_path):
     assert runs.untimed(tmp_path / "run") == runs.untimed(tmp_path / "one")
 
 
-def test_a_host_that_is_cut_off_ends_the_other_and_the_run_goes_on_with_what_is_left(
-    hosts, tmp_path
-):
+def test_a_run_goes_on_with_the_host_that_is_left(hosts, tmp_path):
+    """After the cut both wait for each other: most sums end with gloo's error after the 15 s, but in the middle of a large one gloo may
+    wait for ever. Here whoever waits is killed.
+    """
     yaml = runs.write(tmp_path)
     often = "train.steps=120", "checkpoint.every=10", "evaluate.every=1000"
     started = start(yaml, *often, "engine.timeout_minutes=0.25")
@@ -96,13 +103,7 @@ def test_a_host_that_is_cut_off_ends_the_other_and_the_run_goes_on_with_what_is_
         assert time.monotonic() < end and all(one.poll() is None for one in started), told(yaml)
         time.sleep(0.2)
     ip("-n", "coba-b", "link", "set", "vb", "down")
-    end = time.monotonic() + PATIENCE
-    while not all("Timed out waiting 15000ms" in text for text in told(yaml).values()):
-        assert time.monotonic() < end, told(yaml)
-        time.sleep(0.2)
-    for one in started:  # the ranks have ended; a torchrun that is cut off may wait for its store
-        one.kill()
-        one.wait()
+    assert 0 not in codes(started, PATIENCE), told(yaml)
     after = runs.train(yaml, *often, world=1, resume=True).well()
     assert "resuming from" in after.err
     trained = [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line]
