@@ -41,7 +41,9 @@ def found(
         MergeError: neither is given, or `steps` is no range.
     """
     if run is None:
-        if steps or not models:
+        if steps:
+            raise MergeError(f"--steps: found {steps!r} without --run, wanted the run it is of.")
+        if not models:
             raise MergeError("found neither --models nor --run, wanted at least one of them.")
         return base, list(models)
     span = None
