@@ -31,12 +31,14 @@ def main() -> None:
     process.settle()  # before torch is imported
     from mtl import build, plugins
     from mtl.compare import orders
-    from mtl.distributed import comm, engine
+    from mtl.distributed import comm, engine, rendezvous
     from mtl.merging.report import aligned
     from mtl.output.files import write_text
 
     config = plugins.read(args.config, args.set, args.allow_code)
-    data = build.encode(config, args.allow_code)
+    rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
+    with rendezvous.telling():
+        data = build.encode(config, args.allow_code)
     engine.init_process_group(config.engine.timeout_minutes)
     experiment = args.config, args.set, args.allow_code
     found = orders.study(experiment, data, args.runs, args.models)

@@ -30,6 +30,7 @@ from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
 from mtl.generation.asking import ENDLESS, Asking, ask, ends, stop_at
 from mtl.losses.objective import Measure, maker_of_examples
+from mtl.losses.preference import PairExamples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
 from mtl.output import manifest, provenance, report, trackers
@@ -45,6 +46,7 @@ from mtl.train.patience import Patience
 from mtl.train.run import Run
 
 ENOUGH = 64  # rows of a task that tell where its turns end
+TEXTS = (NextToken, "ids"), (PairExamples, "chosen")  # columns that end as a model's text does
 
 Say = Callable[[str], None]
 
@@ -195,20 +197,21 @@ def start_engine(
     """
     torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
     model = plugins.loader(config, allow_code)(config, data.tokenizer, data.examples, empty=False)
-    if new := stop_at(model, _stops(data)):
+    if new := stop_at(model, stops(data)):
         names = ", ".join(data.tokenizer.convert_ids_to_tokens(sorted(new)))
         say(f"models are saved with settings for generation that stop at {names}, as rows do")
     return Engine(model, config, optimizer(config), say)
 
 
-def _stops(data: Data) -> frozenset[int]:
-    """Eos, and the special tokens that end rows, of up to ENOUGH of each task."""
+def stops(data: Data) -> frozenset[int]:
+    """Ids at which a model of these rows stops: eos, and special tokens that end their texts."""
     found: list[list[int]] = []
     for s, task in enumerate(data.tasks):
-        if isinstance(data.examples[data.goals.of[s]], NextToken):
+        examples = data.examples[data.goals.of[s]]
+        if name := next((each for kind, each in TEXTS if isinstance(examples, kind)), None):
             n = len(task.train)
             some = (i * n // min(n, ENOUGH) for i in range(min(n, ENOUGH)))
-            found += [task.train.ids(i)[-8:].tolist() for i in some]
+            found += [task.train.columns(i)[name][-8:].tolist() for i in some]
     return ends(found, data.tokenizer) if found else frozenset()
 
 

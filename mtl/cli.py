@@ -15,7 +15,7 @@ import mtl
 from mtl import process
 
 PROGRAMS = (
-    "init", "check", "train", "evaluate", "export", "merge", "choose", "report", "replay",
+    "init", "doctor", "check", "train", "evaluate", "export", "merge", "choose", "report", "replay",
     "replicas", "imbalance", "migrate_mftcoder", "compare", "zeroae",
 )  # fmt: skip
 

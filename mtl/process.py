@@ -292,6 +292,15 @@ def told() -> list[str]:
     return list(_told)
 
 
+def is_screen() -> bool:
+    """Whether standard error is a terminal whose lines can be written over.
+
+    A notebook's `!command` gives a terminal too, of which the page shows every line ever written.
+    """
+    is_notebook = "JPY_PARENT_PID" in os.environ  # set by Jupyter for its kernels
+    return sys.stderr.isatty() and not is_notebook and os.environ.get("TERM") != "dumb"
+
+
 def bar(what: str, total: float | None, unit: str, *, scale: bool = False) -> tqdm:
     """A bar with the time left, for work that may take long: on a terminal, once on this machine,
     and only where the work takes more than `SHORT` seconds.

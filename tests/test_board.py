@@ -98,7 +98,9 @@ def on_terminal(code: str, columns: int, lines: int, **more: str) -> list[list[s
     end, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (lines, columns))
     # Of the outer terminal, which would win over the size of this one.
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | more
+    apart = ("COLUMNS", "LINES", "JPY_PARENT_PID")
+    environment = {k: v for k, v in os.environ.items() if k not in apart}
+    environment |= {"TERM": "xterm", **more}
     command = [sys.executable, __file__, code]
     child = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
     os.close(theirs)
@@ -152,6 +154,15 @@ def test_the_last_table_stays():
     screen = on_terminal(RUN + "console.close()\nprint('later')", 60, 24)[-1]
     (at,) = [n for n, line in enumerate(screen) if line.startswith("task")]
     assert screen[at + 1].startswith("a     1.500") and "later" in screen[at + 3 :]
+
+
+@pytest.mark.parametrize("given", [{"JPY_PARENT_PID": "1"}, {"TERM": "dumb"}])
+def test_a_terminal_that_writes_over_no_line_has_a_log(given):
+    """Such as a notebook's `!command`: its page would keep every table."""
+    screen = on_terminal(RUN, 60, 40, **given)[-1]
+    assert sum(line.strip().startswith("task ") for line in screen) == len(PASSES)
+    assert "step 1/3  validation: macro 3.0000" in screen
+    assert sum("step/s" in line for line in screen) == 0, "no bar"
 
 
 BAR = """

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtl import process
+from mtl.compare import evaluation
 from mtl.merging import sources
 from mtl.merging.average import average
 from mtl.merging.merge import merge
@@ -116,6 +117,21 @@ def test_without_test_rows_halves_choose_and_report(yaml, monkeypatch, capsys):
     assert history.averages.tolist() == [
         line["eval/average/macro"] for line in passes(run).values()
     ]
+
+
+def test_losses_below_one_nat_keep_the_sign_of_their_logarithm(yaml, monkeypatch, capsys):
+    """`log` may be below 0; the least is chosen, and shown as it is."""
+    halved = evaluation.ValidationResult.summary
+
+    def small(self, names):
+        found = halved(self, names)
+        return {**found, "log": found["log"] - 9}
+
+    monkeypatch.setattr(evaluation.ValidationResult, "summary", small)
+    assert choose(monkeypatch, capsys, yaml, "evaluate.best=log")[0] == 0
+    record = json.loads((yaml.parent / "run/choice.json").read_text())
+    chosen = {name: one["chosen by"] for name, one in record["models"].items()}
+    assert max(chosen.values()) < 0 and record["chosen"] == min(chosen, key=chosen.get)
 
 
 def test_the_figure_has_merges_and_average(yaml, tmp_path, monkeypatch, capsys):

@@ -552,6 +552,17 @@ def test_a_problem_in_reading_hides_no_other():
 # Overrides
 
 
+def test_a_part_of_what_a_text_stands_for_is_overridden():
+    adapter = {"path": "a/b", "merge": True, "other_base": False}
+    text = MINIMAL.replace("model: {name: m}", "model: {name: m, adapter: a/b}")
+    assert (
+        parse(text, "x.yaml", ["model.adapter.merge=true"]).resolved()["model"]["adapter"]
+        == adapter
+    )
+    found = parse(MINIMAL, "x.yaml", ["balancer=CoBa", "balancer.window=9"]).balancer
+    assert (found.name, found.keywords) == ("CoBa", {"window": 9})
+
+
 def test_overrides():
     made = parse(
         MINIMAL,
@@ -742,7 +753,11 @@ def test_resolved_holds_every_key():
         "best": "macro",
         "probe": probe,
         "generate": {
-            "every": None, "rows": 64, "max_new_tokens": 256, "batch": 16, "run_code": False
+            "every": None,
+            "rows": 64,
+            "max_new_tokens": 256,
+            "batch": 16,
+            "run_code": False,
         },
         "patience": None,
     }

@@ -1,7 +1,9 @@
 """Sources, the encoded cache and its lock: nothing dropped silently, nothing encoded twice, nobody left waiting."""
 
 import gzip
+import importlib.util
 import json
+import linecache
 import multiprocessing
 import os
 import shutil
@@ -198,6 +200,31 @@ def test_a_broken_archive_ends_the_reading_with_its_line(tmp_path):
             read.append(row.number)
     assert read == list(range(len(read))) and 0 < len(read) < 5000
     assert str(caught.value).startswith(f"{tmp_path}/a.jsonl.gz:{len(read) + 1}: Compressed file")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz"])
+def test_damaged_bytes_of_a_compressed_file_are_an_error_with_its_place(name, tmp_path):
+    content = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(9000))
+    broken = bytearray(gzip.compress(content if "jsonl" in name else b"[" + content + b"]"))
+    broken[200:260] = bytes(60)  # zlib.error, which is no OSError
+    (tmp_path / name).write_bytes(bytes(broken))
+    with pytest.raises(DataError, match=rf"{name}.*Error -3 while decompressing"):
+        list(open_source(str(tmp_path / name)).rows())
+
+
+def test_a_comment_does_not_encode_rows_again(tmp_path, monkeypatch):
+    def hashed(text: str) -> str:
+        (tmp_path / "made_up.py").write_text(text)
+        module = importlib.util.spec_from_file_location("made_up", tmp_path / "made_up.py")
+        loaded = importlib.util.module_from_spec(module)
+        monkeypatch.setitem(sys.modules, "made_up", loaded)
+        module.loader.exec_module(loaded)
+        linecache.checkcache()
+        return cache.module_hash(loaded.f)
+
+    plain = hashed('def f():\n    return "# no comment"\n')
+    said = hashed('# why\ndef f():\n\n    # so\n    return "# no comment"  # and so\n')
+    assert plain == said != hashed('def f():\n    return "# a comment"\n') and plain
 
 
 def test_fingerprints_follow_content_not_place(tmp_path, monkeypatch):
@@ -578,7 +605,9 @@ def test_a_long_row_gives_signs_while_it_lasts(tmp_path, monkeypatch):
 
 
 def test_long_rows_make_short_chunks():
-    rows = [source.Row(i, {}, size=3 * 2**20) for i in range(5)] + [source.Row(5, {})] * 300
+    rows = [source.SourceRow(i, {}, size=3 * 2**20) for i in range(5)] + [
+        source.SourceRow(5, {})
+    ] * 300
     assert [len(chunk) for chunk in cache._chunks(iter(rows))] == [2, 2, 256, 45]
 
 

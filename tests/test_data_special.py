@@ -204,18 +204,33 @@ def test_a_text_without_masks_is_read_as_ever(made, parts):
     """Through the copy too, which knows masks as tokens: a mask is put behind the text."""
     specials, text = Specials(made, "plain"), "".join(parts)
     usual = made(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, begin, end = specials.read(text)
+    ids, begin, end = specials.read(text, masked=False)
     assert ids == usual["input_ids"]
     assert np.stack([begin, end], 1).tolist() == [list(one) for one in usual["offset_mapping"]]
     token = specials.pattern.findall(START + "<s>")[0]
     text += made.eos_token
     usual = made(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, begin, end = specials.read(text + specials.mask(chat(("u", token))).messages[0]["content"])
+    masked = text + specials.mask(chat(("u", token))).messages[0]["content"]
+    ids, begin, end = specials.read(masked, masked=True)
     n = len(usual["input_ids"])
     assert ids[:n] == usual["input_ids"] and made.decode(ids[n:]).strip() == token
     assert np.stack([begin, end], 1)[:n].tolist() == [list(o) for o in usual["offset_mapping"]]
     assert set(begin[n:]) == {len(text)} and set(end[n:]) == {len(text) + 1}
     assert not set(ids[n:]) & specials.ids
+
+
+@pytest.mark.parametrize("policy", ["keep", "plain"])
+def test_a_character_of_the_data_that_is_a_mask_elsewhere_stays_itself(policy):
+    encoder, odd = Encoder(TOK, 400, special_text=policy), chr(MASKS)
+    said = chat(("u", f"a{odd}"), ("a", f"b{odd}"), ("u", "c"), ("a", odd))
+    usual = TOK.apply_chat_template([dict(turn) for turn in said.messages], return_dict=False)
+    assert encoder(said).ids.tolist() == usual[:-1]  # without the last line break
+    prompt, answer = encoder.question(said)
+    assert answer == odd and prompt.tolist() == usual[: len(prompt)]
+    both = chat(("u", f"{odd}{END}"), ("a", "b"))
+    if policy == "plain":
+        with pytest.raises(RowProblem, match="the chat template renders the text"):
+            encoder(both)
 
 
 def test_a_mask_is_undone():

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 import toys
 from chats import GEMMA
 from distributed import run_distributed
 from transformers import AutoModelForCausalLM
 
+import runs
 from mtl import plugins
 from mtl.compare import evaluation
 from mtl.config import ConfigError
@@ -169,7 +169,9 @@ def yaml(tmp_path_factory) -> Path:
     metrics_of = {"copy": "[exact_match, chrf]", "pick": "[{name: choice, choices: options}]"}
     for name, given in metrics_of.items():
         text = text.replace(f"  {name}:\n", f"  {name}:\n    metrics: {given}\n")
-    text = text.replace("evaluate: {", f"evaluate: {{generate: {{max_new_tokens: {NEW}, batch: 4}}, ")
+    text = text.replace(
+        "evaluate: {", f"evaluate: {{generate: {{max_new_tokens: {NEW}, batch: 4}}, "
+    )
     path.write_text(text)
     return path
 
@@ -338,89 +340,3 @@ def test_a_task_without_questions_is_told(yaml):
 def test_a_prompt_beyond_the_models_positions_is_told(yaml, tmp_path):
     with pytest.raises(ValueError, match="max_new_tokens is 511: more than the model's 512"):
         evaluated(yaml, tmp_path / "x.jsonl", "evaluate.generate.max_new_tokens=511")
-
-
-# --- code
-
-
-def solved(text: str, row: dict, **keywords: object) -> list[float]:
-    return metrics.code(answers((text, ""), row=row), **keywords)
-
-
-@pytest.fixture
-def jail():
-    sandbox = pytest.importorskip("mtl.generation.sandbox")
-    try:
-        sandbox.available()
-    except sandbox.NoSandbox as why:
-        pytest.skip(str(why))
-    return sandbox
-
-
-def test_code_passes_where_its_tests_do(jail):
-    row = {"tests": ["assert double(2) == 4", "assert double(0) == 0"], "stub": "def double(x):\n"}
-    text = "Here it is:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."
-    assert solved(text, row) == [1]
-    assert solved("def double(x): return x", row) == [0]
-    assert solved("    return 2 * x", row, prompt="stub") == [1]
-    assert solved("def double(x) return", row) == [0]
-    assert solved("import sys; sys.exit(0)", row) == [0]  # the tests are not reached
-    assert solved("def double(x): return 2 * x", {}, tests=None) == [1]
-    with pytest.raises(DataError, match="code: tests: found None, wanted a text in each row"):
-        solved("1", {})
-
-
-OUTSIDE = """
-import os, socket
-def refused(work):
-    try:
-        work()
-    except (OSError, MemoryError):
-        return True
-def big():
-    with open('/tmp/x', 'wb') as file:
-        file.write(bytes(2 ** 20 + 1))
-"""
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "sorted(os.listdir('/')) == sorted({'usr', 'lib', 'lib64', 'bin', 'tmp', 'dev'} & "
-        "set(os.listdir('/')) | {PREFIX})",
-        "os.listdir('/tmp') == ['main.py'] and dict(os.environ).keys() <= {'PATH', 'LC_CTYPE'}",
-        "not os.path.exists(HERE)",
-        "refused(lambda: open('/usr/x', 'w'))",
-        "refused(lambda: os.remove('/usr/bin/env'))",
-        "refused(lambda: os.chroot('/tmp'))",
-        "refused(big)",
-        "refused(lambda: bytearray(2 ** 29))",
-        "refused(lambda: socket.create_connection(('127.0.0.1', PORT), 1))",
-        "os.getpid() == 1 and open('/dev/null', 'w').write('x') == 1",
-    ],
-)
-def test_code_is_kept_apart(jail, line, tmp_path):
-    import socket
-    import sys
-
-    secret = tmp_path / "secret"
-    secret.write_text("x")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        known = {"HERE": str(secret), "PORT": server.getsockname()[1]}
-        known["PREFIX"] = Path(sys.base_prefix).parts[1]
-        names = "\n".join(f"{name} = {value!r}" for name, value in known.items())
-        assert jail.run(f"{names}\n{OUTSIDE}\nassert {line}", memory=256)
-
-
-def test_code_that_does_not_end_is_killed_with_its_processes(jail):
-    assert not jail.run("import os\nos.fork()\nwhile True: pass", seconds=1)
-
-
-def test_without_namespaces_no_code_runs(jail, monkeypatch):
-    monkeypatch.setattr(jail, "NAMESPACES", ["--no-such-option"])
-    jail.available.cache_clear()
-    try:
-        with pytest.raises(jail.NoSandbox, match="needs namespaces, which this machine does not"):
-            solved("1", {}, tests=None)
-    finally:
-        jail.available.cache_clear()

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtl import plugins
+from mtl import cli, plugins
 
 STEPS = ["train.steps=4", "evaluate.every=2", "checkpoint.every=null"]
 
@@ -74,10 +73,9 @@ def test_plain_python_gives_the_same_losses(yaml, launched):
 @pytest.mark.parametrize(
     "given", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]]
 )
-def test_what_launchers_append_is_accepted(monkeypatch, given):
-    program = runpy.run_path(str(runs.PROGRAM))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.yaml", *given])
-    assert program["arguments"]().local_rank == 0
+def test_what_launchers_append_is_accepted(given):
+    parser = cli.parser(None, reads_config=True, is_launched=True)
+    assert parser.parse_args(["--config", "x.yaml", *given]).local_rank == 0
 
 
 def test_an_error_of_one_rank_ends_both_with_its_text(yaml, tmp_path):

@@ -422,6 +422,13 @@ def test_a_run_gives_base_and_models(models, tmp_path):
     assert merging.found(None, [], run, None) == (str(models / "base"), sources.bests(run))
     with pytest.raises(MergeError, match="wanted FIRST:LAST"):
         merging.found(None, [], run, "15-30")
+    with pytest.raises(MergeError, match="--steps: found '15:30' without --run"):
+        merging.found(None, [models / "a"], None, "15:30")
+
+    # A run that began from another model's weights has that one as its base.
+    record["config"]["train"] = {"from": str(models / "other")}
+    (run / "run.json").write_text(json.dumps(record))
+    assert merging.found(None, [], run, None)[0] == str(models / "other")
 
 
 def write_state(run: Path, state: dict) -> None:

@@ -27,6 +27,7 @@ from mtl.data.examples import Piece
 from mtl.data.formats import Completion, RowProblem
 from mtl.data.preference import preference
 from mtl.distributed import comm
+from mtl.generation.asking import stop_at
 from mtl.losses.preference import PairExamples, Preference
 from mtl.train.reference import fill
 from mtl.train.step import fetch, train_step
@@ -677,6 +678,23 @@ def test_special_text_is_said_once_or_refused(folder):
     row = examples(folder, "batch.special_text=plain").encode(pair)
     plain = examples(folder).tokenizer("u<|end|>", split_special_tokens=True)["input_ids"]
     assert row.columns["chosen"][: len(plain)].tolist() == plain
+
+
+def test_a_model_stops_where_chosen_answers_end(folder, tmp_path):
+    """The template has no end token: `<|unused|>` begins the user's turns and ends ours."""
+    talk = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    toys.write_rows(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": "u"}], **talk}])
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ '<|unused|>' if m.role == 'user' else '<|start|>' }}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+    )
+    rows = [f"tasks.pairs.{side}={tmp_path}/p.jsonl" for side in ("train", "validation")]
+    config = config_of(folder, f"model.chat_template={tmp_path}/t.jinja", *rows)
+    model = toys.tiny_llama()
+    stops = build.stops(build.encode(config, say=silent))
+    unused, end = map(toys.tokenizer().convert_tokens_to_ids, (toys.UNUSED, toys.END))
+    assert stops == {unused, end} and stop_at(model, stops) == {unused}
+    assert model.generation_config.eos_token_id == sorted((unused, end))
 
 
 def test_sides_that_a_cut_makes_equal_are_refused(folder):

@@ -117,6 +117,16 @@ def test_every_figure_of_a_run(tmp_path):
     assert named(figure(found, "explain-slope"))["math"] == [-0.02] * 60
 
 
+def test_the_memory_of_a_device_is_a_curve_of_its_own(tmp_path):
+    lines = (recorded.write(tmp_path / "run") / "metrics.jsonl").read_text()
+    lines = lines.replace(
+        '"memory/host_gib": 1.5', '"memory/host_gib": 1.5, "memory/device_gib": 3'
+    )
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines)
+    memory = figure(figures.of_run(record.read(tmp_path / "run")), "memory")
+    assert named(memory) == {"host": [1.5] * 7, "device": [3.0] * 7}
+
+
 def test_a_long_run_is_thinned_to_means():
     x, values = np.arange(4000), np.arange(4000.0)[:, None]
     values = np.hstack([values, np.full_like(values, np.nan)])

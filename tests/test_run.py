@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mtl import process
 from mtl.output import manifest, report, trackers
 from mtl.output.export import export
+from mtl.train import loop
 
 TASKS = ["copy", "chat", "prose"]
 
@@ -147,6 +148,7 @@ def test_the_console_without_a_terminal(finished):
         "10/12",
         "12/12",
     ]
+    assert "model shards" not in finished[1].err, "a library's bar would write over the table"
     saved = [line for line in lines if " saved " in line]
     assert [line.split()[1] for line in saved] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
     assert ["the best so far (macro" in line for line in saved] == [False, True, False, True, True]
@@ -362,6 +364,15 @@ def test_tensorboard_forgets_what_came_after_a_checkpoint(tmp_path, start):
     # What was measured at the step resumed from stays: its validation is not repeated.
     kept = [(0, 1.0), (1, 1.0)] if start else [(0, 2.0)]
     assert events(tmp_path / "tensorboard")["loss"] == [*kept, (1, 2.0), (2, 2.0)]
+
+
+def test_the_memory_of_a_device_is_logged(monkeypatch):
+    """With a fake: no GPU has run this."""
+    held = {torch.device("cuda", 1): 3 * 2**30}
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", held.__getitem__)
+    assert loop._memory(torch.device("cuda:1"))["memory/device_gib"] == 3
+    (only, peak) = loop._memory(torch.device("cpu")).popitem()
+    assert only == "memory/host_gib" and 0.05 < peak < 64
 
 
 def test_a_tracker_that_is_not_asked_for_writes_nothing(tmp_path, capsys):

@@ -335,8 +335,22 @@ def test_an_adapter_of_a_classifier_opens_with_its_labels(bert):
     made = mtl.load(bert / "adapter/model")
     assert made.config.num_labels == 5 and made.config.id2label[4] == "b: maybe"
     checkpoint = next((bert / "adapter/checkpoints").glob("step-*"))
-    with pytest.raises(ExportError, match="found an adapter of type SEQ_CLS"):
-        export(checkpoint, bert / "merged", merge=True)
+
+    # Added up, measured and merged it is the model whose losses the run logged.
+    export(checkpoint, bert / "merged", merge=True)
+    logged = [line for line in runs.metrics(bert / "adapter") if "eval/a/loss" in line][-1]
+    config = config_of(yaml)
+    data, names = evaluation.rows(config, "validation"), list(config.tasks)
+    evaluate = evaluation.evaluator(config, data)
+    for folder in (checkpoint / "model", bert / "merged"):
+        found = evaluate(folder)
+        losses = [found.summary(names)[name] for name in names]
+        assert losses == pytest.approx([logged[f"eval/{n}/loss"] for n in names], rel=1e-5)
+    settings = json.loads((bert / "adapter/model/adapter_config.json").read_text())
+    (bert / "other.json").write_text(json.dumps({**settings, "task_type": "TOKEN_CLS"}))
+    shutil.copy(bert / "other.json", checkpoint / "model" / "adapter_config.json")
+    with pytest.raises(ExportError, match="found an adapter of type TOKEN_CLS"):
+        export(checkpoint, bert / "no", merge=True)
 
 
 @pytest.mark.parametrize(

@@ -151,11 +151,10 @@ def choose(
 
     def value(name: str) -> float:
         one = chosen[name]
-        every = one.summary(names) | one.measured(names, given.validation.measures)
-        # min chooses below, so what is better high counts negative.
-        return (-1 if kind is not None and kind.highest else 1) * every[key]
+        return (one.summary(names) | one.measured(names, given.validation.measures))[key]
 
-    best = min(found, key=value)
+    better = max if kind is not None and kind.highest else min
+    best = better(found, key=value)
     # Only now: the evaluations above are collectives.
     if comm.rank() > 0:
         return None
@@ -167,7 +166,7 @@ def choose(
         "models": {
             name: {
                 "validation": passes[name].summary(names),
-                "chosen by": abs(value(name)),
+                "chosen by": value(name),
                 "reported": reported[name].summary(names),
             }
             for name in found

@@ -245,7 +245,8 @@ def _load(
         remote = config.model.allow_remote_code
         model, _ = adapters.merge(folder, remote, quantize, precision)
         model = model.to(dtype_of(config.model.precision))
-        head.install(model, None)
+        if not adapters.is_classifier(folder):  # its head is on texts, not on target positions
+            head.install(model, None)
         return model.to(device())
     # The folder has whole trained weights: what the run did to its base is not done again.
     plain = {"name": str(folder), "revision": revision, "lora": None, "quantize": None}

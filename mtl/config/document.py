@@ -105,6 +105,7 @@ class Document:
         overrides: `key.path=value`, each value YAML; they are set in order.
         files: keys whose value may be the path of a JSON file instead, which is read in its place.
         default: what stands at keys that the text leaves out, where an override changes a part.
+        short: which key of a mapping a text in its place stands for.
     """
 
     def __init__(
@@ -114,9 +115,10 @@ class Document:
         overrides: Iterable[str] = (),
         files: Sequence[Keys] = (),
         default: Callable[[Keys], Any] = lambda keys: None,
+        short: Callable[[Keys], str] = lambda keys: "name",
     ):
         self.origin = origin
-        self._default = default
+        self._default, self._short = default, short
         self.problems: list[Problem] = []
         self._count = 0
         # The root has a place always, so `place` finds one for any path.
@@ -146,6 +148,7 @@ class Document:
         overrides: Iterable[str] = (),
         files: Sequence[Keys] = (),
         default: Callable[[Keys], Any] = lambda keys: None,
+        short: Callable[[Keys], str] = lambda keys: "name",
     ) -> "Document":
         """Read a UTF-8 file.
 
@@ -177,7 +180,7 @@ class Document:
             raise ConfigError(
                 [f"{path}: found an unreadable file ({error.strerror}), wanted a YAML config."]
             ) from None
-        return cls(text, str(path), overrides, files, default)
+        return cls(text, str(path), overrides, files, default, short)
 
     def keys(self, path: str | Sequence[str | int]) -> Keys:
         """The keys of a dotted path. A key that contains dots may be quoted (`tasks."v1.5".cap`);
@@ -257,7 +260,7 @@ class Document:
             elif isinstance(below, str) and keys[:depth] in self._files:
                 below = self._read(below, keys[:depth]) or {}
             elif isinstance(below, str):  # `balancer: CoBa` is short for `balancer: {name: CoBa}`
-                below = {"name": below}
+                below = {self._short(keys[:depth]): below}
             if not self._put(here, keys[:depth], below, place):
                 return
             self._places.setdefault(keys[:depth], place)

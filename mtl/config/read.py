@@ -13,6 +13,8 @@ from mtl.config.rules import contradictions
 from mtl.config.schema import FILES, Config, TaskName
 from mtl.config.words import did_you_mean, either, elsewhere, model_of, next_move, type_at, wanted
 
+SHORT = "name", "path"  # keys that a text alone may stand for
+
 
 def load(
     path: str | Path,
@@ -29,7 +31,7 @@ def load(
     Raises:
         ConfigError: everything that is wrong, a line each.
     """
-    return _config(Document.read(path, overrides, FILES, _default), check)
+    return _config(Document.read(path, overrides, FILES, _default, _short), check)
 
 
 def parse(
@@ -39,7 +41,15 @@ def parse(
     check: Callable[[Document], Iterable[Problem]] | None = None,
 ) -> Config:
     """`load` from a string; `origin` stands for the file's name in errors."""
-    return _config(Document(text, origin, overrides, FILES, _default), check)
+    return _config(Document(text, origin, overrides, FILES, _default, _short), check)
+
+
+def _short(keys: Keys) -> str:
+    """`name`, or `path` where a mapping has that instead, as `model.adapter` does."""
+    try:
+        return next(key for key in model_of(type_at(Config, keys)).model_fields if key in SHORT)
+    except (StopIteration, KeyError):  # an unknown key, which is reported later
+        return SHORT[0]
 
 
 def _default(keys: Keys) -> Any:

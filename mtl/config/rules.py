@@ -53,7 +53,7 @@ def _own(get: Get, name: str, key: str) -> Iterator[Finding]:
     """A task has rows of its own, unless it is another loss of other tasks' rows."""
     if get("tasks", name, "of") is None and get("tasks", name, key) is None:
         here = ("tasks", name, key)
-        yield here, "nothing", wanted(type_at(Config, here)).removesuffix(", or null"), ""
+        yield here, "nothing", wanted(type_at(Config, here)).removesuffix(" or null"), ""
 
 
 def _of(get: Get, name: str) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ def _is_number(text: str) -> bool:
 
 
 def wanted(kind: Any) -> str:
-    """A type in words: "a whole number >= 1, or null"."""
+    """A type in words: "a whole number >= 1 or null"."""
     kind, metadata = _split(kind)
     # Words given beside a type win over what the type itself would say.
     names = [item for item in metadata if isinstance(item, Wanted)]

@@ -9,12 +9,14 @@ a starting model says of the rows comes beside them (`mtl/train/reference.py`).
 
 import hashlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
 import socket
 import sys
 import threading
+import tokenize
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -45,11 +47,10 @@ from mtl.data.encoded import (
     save_sums,
     schema,
 )
-from mtl.data.examples import LOSS, Examples
-from mtl.data.examples import Row as EncodedRow
+from mtl.data.examples import LOSS, Examples, Row
 from mtl.data.formats import Format, RowProblem, Watched, without_nulls
 from mtl.data.lock import Say, build_once
-from mtl.data.source import JsonLines, Row, Source, open_source, open_sources
+from mtl.data.source import JsonLines, Source, SourceRow, open_source, open_sources
 from mtl.data.special import Note, Specials
 from mtl.data.turns import find_turns
 
@@ -60,7 +61,7 @@ NEWS = 10.0  # seconds between two signs of progress
 
 Notes = dict[str, int]  # what is worth saying of a row, and how often
 # a row's number, and what became of it
-Outcome = tuple[int, EncodedRow | RowProblem | None, Notes]  # None: it is on the other side
+Outcome = tuple[int, Row | RowProblem | None, Notes]  # None: it is on the other side
 Side = tuple[float, bool]
 """A side of a held-out split: the fraction that is validation, and whether this side is it."""
 
@@ -259,7 +260,7 @@ def _remove(folder: Path) -> None:
 
 def _work(
     sources: Sequence[Source], cap: int | None
-) -> tuple[int | None, str, Callable[[Row], int]]:
+) -> tuple[int | None, str, Callable[[SourceRow], int]]:
     """How much there is to encode, where that is known; its unit; and how much of it a row is."""
     counts = [one.count for one in sources]
     if cap is not None or None not in counts:
@@ -293,8 +294,8 @@ def _outcomes(
     examples: Examples,
     cap: int | None,
     side: Side | None,
-    taken: Callable[[Row], object],
-) -> Iterator[tuple[int, int, EncodedRow | RowProblem | None, Notes]]:
+    taken: Callable[[SourceRow], object],
+) -> Iterator[tuple[int, int, Row | RowProblem | None, Notes]]:
     """(source, row number, what became of it, notes), in the order of the rows. The number of
     processes does not change the order.
 
@@ -328,15 +329,15 @@ def _outcomes(
             pool.shutdown(cancel_futures=True)
 
 
-def _told(rows: Iterator[Row], taken: Callable[[Row], object]) -> Iterator[Row]:
+def _told(rows: Iterator[SourceRow], taken: Callable[[SourceRow], object]) -> Iterator[SourceRow]:
     for row in rows:
         taken(row)
         yield row
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _chunks(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
     """Up to CHUNK rows, fewer of long ones."""
-    chunk: list[Row] = []
+    chunk: list[SourceRow] = []
     for row in rows:
         chunk.append(row)
         if len(chunk) == CHUNK or sum(one.size for one in chunk) > LONG:
@@ -348,7 +349,7 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def _ahead(
     pool: ProcessPoolExecutor,
-    chunks: Iterator[list[Row]],
+    chunks: Iterator[list[SourceRow]],
     to_example: Format,
     examples: Examples,
     side: Side | None,
@@ -368,12 +369,12 @@ def _ahead(
 
 
 def _encode(
-    rows: Iterable[Row], to_example: Format, examples: Examples, side: Side | None
+    rows: Iterable[SourceRow], to_example: Format, examples: Examples, side: Side | None
 ) -> list[Outcome]:
     return [_outcome(row, to_example, examples, side) for row in rows]
 
 
-def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None) -> Outcome:
+def _outcome(row: SourceRow, to_example: Format, examples: Examples, side: Side | None) -> Outcome:
     notes: Notes = {}
 
     def note(text: str, times: int = 1) -> None:
@@ -394,7 +395,7 @@ def _outcome(row: Row, to_example: Format, examples: Examples, side: Side | None
         return row.number, None if lost else problem, {}
 
 
-def example_of(row: Row, to_example: Format, note: Note = lambda text, times: None) -> Any:
+def example_of(row: SourceRow, to_example: Format, note: Note = lambda text, times: None) -> Any:
     """What the format makes of a source's row. Raises RowProblem."""
     if row.value is None:
         raise RowProblem("unreadable", row.problem)
@@ -501,8 +502,18 @@ def _key(
 
 
 def module_hash(thing: Callable[..., object]) -> str:
-    """Equal for equal source text of the module that has this function or class."""
+    """Equal for equal source of the module that has this function or class, comments aside."""
     try:
-        return hash_of(inspect.getsource(sys.modules[thing.__module__]))
+        return hash_of(_without_comments(inspect.getsource(sys.modules[thing.__module__])))
     except (OSError, TypeError, KeyError):  # typed in at a prompt, or compiled
         return ""
+
+
+def _without_comments(source: str) -> str:
+    """Lines with something else than a comment, without the comments at their ends."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())

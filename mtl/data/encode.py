@@ -174,16 +174,15 @@ class Encoder:
                 return np.array([*self._opening, *self._ids(prompt)], np.int32), answer
             case Messages(turns):
                 last = example.last
-                if self._is_plain:
-                    example = self.specials.mask(example)
-                    turns = example.messages
-                prompt = self._text(replace(example, messages=turns[:last]), prompt=True)
-                text, spans, *_ = self._turns(replace(example, messages=turns[: last + 1]))
+                shown = self.specials.mask(example) if self._is_plain else example
+                masked, turns = shown != example, shown.messages
+                prompt = self._text(replace(shown, messages=turns[:last]), prompt=True)
+                text, spans, *_ = self._turns(replace(shown, messages=turns[: last + 1]))
                 if not spans or spans[-1].turn != last:
                     raise RowProblem("template", f"the chat template leaves out turn {last + 1}")
                 answer = self._shown(text[spans[-1].start : spans[-1].stop])
-                ids = np.array(self.specials.read(prompt).ids, np.int32)
-                return ids, self.specials.unmask(answer)
+                ids = np.array(self.specials.read(prompt, masked).ids, np.int32)
+                return ids, self.specials.unmask(answer) if masked else answer
         raise RowProblem(
             "no question", f"found a {type(example).__name__}, wanted an example with an answer"
         )
@@ -299,10 +298,10 @@ class Encoder:
                 read.add(key)
             else:
                 note(f"rows whose turns have the key {key}, which nothing reads", 1)
-        has_special = self.specials.look(texts_of(example, read), note)
-        shown = self.specials.mask(example) if has_special and self._is_plain else example
+        masked = self.specials.look(texts_of(example, read), note) and self._is_plain
+        shown = self.specials.mask(example) if masked else example
         text, spans, unreasoned, added = self._turns(shown)
-        if shown is not example:
+        if masked:
             self._same(self.specials.unmask(text), self._text(example) + added)
         if unreasoned:
             note("turns that the chat template renders without their reasoning", unreasoned)
@@ -325,7 +324,7 @@ class Encoder:
                 f"found the tokenizer {type(self.tokenizer).__name__}, which does not say which "
                 "characters its tokens stand for; wanted a fast one for chat formats"
             )
-        ids, begin, end = self.specials.read(text)
+        ids, begin, end = self.specials.read(text, masked)
         target = [False] * len(ids)
         tagged = self._tagged(shown, whole, added) if GENERATION_TAG.search(template) else None
         for turn, start, stop, _ in spans:
@@ -334,7 +333,8 @@ class Encoder:
             # The first token that reaches into the turn, and the first that begins after it.
             i, j = int(np.searchsorted(end, start, "right")), int(np.searchsorted(begin, stop))
             if stop <= len(text):
-                self._verify(ids[i:j], self.specials.unmask(text[start:stop]), turn)
+                said = text[start:stop]
+                self._verify(ids[i:j], self.specials.unmask(said) if masked else said, turn)
             inside = [True] * (j - i) if tagged is None else tagged[begin[i:j]].tolist()
             if any(inside):  # tags may leave out the end of the turn
                 end_at = start + len(text[start:stop].rstrip())

@@ -81,7 +81,7 @@ class Labeled:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Pair:
     """Two answers to one prompt, the better one first. The two examples differ in their answers
     alone.
 
@@ -95,7 +95,7 @@ class Preference:
     shared: int = 0
 
 
-Example = Messages | Completion | Text | Labeled | Preference
+Example = Messages | Completion | Text | Labeled | Pair
 Format = Callable[[Mapping[str, Any]], Example]
 
 

@@ -112,7 +112,7 @@ def _build(folder: Path, build: Callable[[Path, Say], None], lock: Path, me: Own
         build(partial, lambda progress: write(lock, replace(me, progress=progress)))
         partial.rename(folder)
     except BaseException as error:
-        if folder.exists():
+        if folder.exists() and isinstance(error, OSError):
             return  # somebody else's rename came first
         failure.write_text(json.dumps({"who": me.who, "error": str(error) or type(error).__name__}))
         raise

@@ -297,7 +297,7 @@ def shares_for(
             (t,) = given("temperature", [temperature])
             # Powers differ in their last bits from machine to machine. So we round them to a coarse
             # grid.
-            return [Fraction(round(n ** float(1 / t) * 2**20), 2**20) for n in sizes]
+            return [Fraction(round(n ** float(1 / t) * GRID), GRID) for n in sizes]
     raise ValueError(
         f"found shares {kind!r}, wanted proportional, equal, explicit, temperature or epochs"
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from mtl.data.formats import Completion, Preference, RowProblem, messages
+from mtl.data.formats import Completion, Pair, RowProblem, messages
 
 Turns = list[Mapping[str, Any]]
 
@@ -21,7 +21,7 @@ def preference(
     system: str = "system",
     roles: Mapping[str, str] | None = None,
     may_drop: Sequence[str] = (),
-) -> Preference:
+) -> Pair:
     """`{"prompt", "chosen", "rejected"}` as texts or as lists of messages, and, where present,
     `tools` and `system` of a chat, as in `messages`; keywords rename the keys.
 
@@ -45,7 +45,7 @@ def preference(
         raise RowProblem("equal sides", f"found {chosen} and {rejected} alike, wanted two answers")
     if all(isinstance(side, str) for side in sides) and not isinstance(given, list):
         parted = [(given, side) for side in sides] if given is not None else _parted(*sides)
-        return Preference(*(Completion(*parts) for parts in parted))
+        return Pair(*(Completion(*parts) for parts in parted))
     if given is None and not all(isinstance(side, list) for side in sides):
         keys = ", ".join(row) or "(none)"
         raise RowProblem(
@@ -69,7 +69,7 @@ def preference(
         if not shared or after != "assistant":
             where = f"after {shared} turns that both have, {name} goes on with {after}"
             raise RowProblem("differing prompts", f"{where}, wanted one of the assistant")
-    return Preference(*checked, shared)
+    return Pair(*checked, shared)
 
 
 def _parted(chosen: str, rejected: str) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ BLOCKS, BLOCK = 64, 2**16  # beyond: so many blocks of so many bytes, evenly spa
 HUB_NAME = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.+:%\[\]-]*))?)?"
 )
+# gzip raises EOFError where a file ends too early, and zlib.error where bytes are damaged.
+UNREADABLE = (OSError, EOFError, zlib.error)
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READ = (
     ".jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder written by "
@@ -35,7 +38,7 @@ READ = (
 )
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """One row: its number in the source, and what it holds or why it cannot be read. Numbers start
     at 0; in JSONL they are the lines'.
     """
@@ -65,7 +68,7 @@ class Source(ABC):
         return None
 
     @abstractmethod
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         """All rows, from the first. Raises DataError where the reading cannot go on."""
 
     @abstractmethod
@@ -146,7 +149,7 @@ class JsonLines(Source):
     def __init__(self, name: str, path: Path):
         self.name, self.path, self.size = name, path, path.stat().st_size
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         number = 0  # of the line that is read next
         try:
             with _open(self.path) as file:
@@ -154,8 +157,7 @@ class JsonLines(Source):
                     if line.strip():
                         yield _parsed(number, line)
                     number += 1
-        # gzip raises EOFError where a file ends too early.
-        except (OSError, EOFError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{self.where(number)}: {error}") from error
 
     def where(self, number: int) -> str:
@@ -173,12 +175,12 @@ class JsonArray(Source):
     def __init__(self, name: str, path: Path):
         self.name, self.path, self.size = name, path, path.stat().st_size
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         try:
             with _open(self.path) as file:
                 # utf-8-sig: Windows programs begin UTF-8 files with a byte order mark.
                 values, twice = _load(file.read().decode("utf-8-sig"))
-        except (OSError, EOFError, ValueError, RecursionError) as error:
+        except (*UNREADABLE, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: not a JSON array: {error}") from error
         for number, value in enumerate(values):
             # We do not know here which row has a key twice. The first row reports it for the file.
@@ -197,7 +199,7 @@ class Delimited(Source):
         self.name, self.path, self.size = name, path, path.stat().st_size
         self._delimiter = delimiter
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         csv.field_size_limit(2**31 - 1)  # the default refuses texts above 128 KiB
         number = 0
         try:
@@ -212,17 +214,17 @@ class Delimited(Source):
                     raise DataError(f"{self.name}:1: found a column twice in {', '.join(names)}")
                 for values in reader:
                     if len(values) == len(names):
-                        yield Row(number, dict(zip(names, values, strict=True)))
+                        yield SourceRow(number, dict(zip(names, values, strict=True)))
                     # csv gives [] for an empty line: skipped, and counted like JSON Lines' own.
                     elif values:
-                        yield Row(
+                        yield SourceRow(
                             number,
                             None,
                             f"found {len(values)} values up to line {reader.line_num}, wanted "
                             f"{len(names)}: {', '.join(names)}",
                         )
                     number += 1
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{self.where(number)}: not readable as CSV: {error}") from error
 
     def fingerprint(self) -> str:
@@ -235,13 +237,13 @@ class Parquet(Source):
     def __init__(self, name: str, path: Path):
         self.name, self.path, self.size = name, path, path.stat().st_size
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         number = 0
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 for batch in file.iter_batches(batch_size=1024):
                     for value in batch.to_pylist():
-                        yield Row(number, value, columnar=True)
+                        yield SourceRow(number, value, columnar=True)
                         number += 1
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.where(number)}: not readable as Parquet: {error}") from error
@@ -264,9 +266,9 @@ class Table(Source):
         self.name, self._dataset, self._fingerprint = name, dataset, fingerprint
         self.size = dataset.data.nbytes
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         for number, value in enumerate(self._dataset):
-            yield Row(number, value, columnar=True)
+            yield SourceRow(number, value, columnar=True)
 
     @property
     def count(self) -> int:
@@ -314,19 +316,19 @@ def _hub(name: str, split: str) -> Source:
     return Table(f"{dataset}:{config}:{named}".replace("::", ":"), found, found._fingerprint)
 
 
-def _parsed(number: int, line: bytes) -> Row:
+def _parsed(number: int, line: bytes) -> SourceRow:
     try:
         # A byte order mark can stand at the start of the file only.
         value, twice = _load(line.decode("utf-8-sig" if number == 0 else "utf-8"))
     except UnicodeDecodeError as error:
-        return Row(
+        return SourceRow(
             number,
             None,
             f"not UTF-8: {error.reason} {line[error.start : error.start + 1]!r} at byte "
             f"{error.start + 1}",
         )
     except (ValueError, RecursionError) as error:
-        return Row(number, None, f"not JSON: {error}")
+        return SourceRow(number, None, f"not JSON: {error}")
     return _checked(number, value, twice)._replace(size=len(line))
 
 
@@ -348,15 +350,15 @@ def _load(text: str) -> tuple[Any, str]:
     return value, f"rows with the key {', '.join(sorted(twice))} twice; the last one counts"
 
 
-def _checked(number: int, value: Any, note: str = "") -> Row:
+def _checked(number: int, value: Any, note: str = "") -> SourceRow:
     if not isinstance(value, dict):
-        return Row(number, None, f"found a JSON {type(value).__name__}, wanted an object")
+        return SourceRow(number, None, f"found a JSON {type(value).__name__}, wanted an object")
     try:
         # json.loads takes a lone surrogate, and UTF-8 cannot hold one: so encoding is the test.
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Row(number, None, r"not Unicode: half of a surrogate pair (\ud800 ... \udfff)")
-    return Row(number, value, note=note)
+        return SourceRow(number, None, r"not Unicode: half of a surrogate pair (\ud800 ... \udfff)")
+    return SourceRow(number, value, note=note)
 
 
 def _open(path: Path) -> Any:
@@ -367,7 +369,7 @@ def _begins(path: Path, byte: bytes) -> bool:
     try:
         with _open(path) as file:
             return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == byte
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: {error}") from error
 
 

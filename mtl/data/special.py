@@ -100,9 +100,13 @@ class Specials:
         """The text without masks."""
         return text.translate(self._unmask)
 
-    def read(self, text: str) -> Read:
-        """Tokenize a rendered text, in which masks are plain text and special tokens are tokens."""
-        if self._masks.search(text) is None:
+    def read(self, text: str, masked: bool) -> Read:
+        """Tokenize a rendered text, in which special tokens are tokens.
+
+        Args:
+            masked: whether masks in it are plain text. Else their characters are the data's own.
+        """
+        if not masked:
             options = {"add_special_tokens": False, "return_offsets_mapping": True}
             made = self.tokenizer(text, verbose=False, **options)
             offsets = np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
@@ -127,13 +131,9 @@ class Specials:
         return self.tokenizer(text, verbose=False, **options)["input_ids"]
 
     @cached_property
-    def _masks(self) -> re.Pattern[str]:
-        last = chr(MASKS + len(self._mask) - 1)
-        return re.compile(f"[{chr(MASKS)}-{last}]" if self._mask else r"(?!)")
-
-    @cached_property
     def _either(self) -> re.Pattern[str]:
-        return re.compile(f"{self.pattern.pattern}|{self._masks.pattern}")
+        """Finds special tokens' texts and masks."""
+        return re.compile(f"{self.pattern.pattern}|[{''.join(self._mask.values())}]")
 
     @cached_property
     def _swapped(self) -> Tokenizer:

@@ -59,7 +59,8 @@ def available() -> None:
     if not did:
         raise NoSandbox(
             f"running code needs namespaces, which this machine does not give: {why or 'no reason'}"
-            ". In a container allow user namespaces and mounts, or evaluate on another machine"
+            ". Allow user namespaces (`sysctl -a | grep userns`, user.max_user_namespaces) and "
+            "mounts in a container, or evaluate on another machine"
         )
 
 

@@ -33,8 +33,7 @@ from mtl.data.collate import MicroBatch, collate
 from mtl.data.encode import Encoder, tokenizer_fingerprint
 from mtl.data.encoded import answer
 from mtl.data.examples import LOSS, Book, Piece, Row
-from mtl.data.formats import Messages, RowProblem
-from mtl.data.formats import Preference as Pair
+from mtl.data.formats import Messages, Pair, RowProblem
 from mtl.data.marks import marked
 from mtl.data.special import Note
 from mtl.losses.head import Targets

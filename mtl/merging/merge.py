@@ -41,7 +41,9 @@ def found(
         MergeError: neither is given, or `steps` is no range.
     """
     if run is None:
-        if steps or not models:
+        if steps:
+            raise MergeError(f"--steps: found {steps!r} without --run, wanted the run it is of.")
+        if not models:
             raise MergeError("found neither --models nor --run, wanted at least one of them.")
         return base, list(models)
     span = None
@@ -267,7 +269,9 @@ def _stream(
         Copy(like, target) as copy,
         ThreadPoolExecutor(threads or cores or 1, initializer=torch.set_num_threads, initargs=(1,))
         as pool,
-        tqdm(total=len(like.entries), unit="tensor", desc="merge", disable=not show) as bar,
+        # None: on a terminal only
+        tqdm(total=len(like.entries), unit="tensor", desc="merge", disable=None if show else True)
+        as bar,
     ):  # fmt: skip
 
         def settle(least: int) -> None:

@@ -31,7 +31,8 @@ def of_run(run: Path, steps: tuple[int, int] | None) -> tuple[str, list[Path]]:
     record = run / "run.json"
     if not record.is_file():
         raise MergeError(f"{run}: found no run.json, wanted the folder of a run (its `output:`).")
-    name = json.loads(record.read_text(encoding="utf-8"))["config"]["model"]["name"]
+    config = json.loads(record.read_text(encoding="utf-8"))["config"]
+    name = _base(config["model"]["name"], config.get("train", {}).get("from"))
     found = bests(run) if steps is None else checkpoints(run, *steps)
     if not found:
         hint = (
@@ -67,9 +68,12 @@ def newest(run: Path) -> dict[str, Any]:
 
 def base(config: Config) -> str:
     """What an experiment's runs start from."""
-    given = getattr(config.train, "from")
+    return _base(config.model.name, getattr(config.train, "from"))
+
+
+def _base(name: str, given: str | None) -> str:
     if given is None:
-        return config.model.name
+        return name
     # A checkpoint keeps the model in a folder of its own, beside the engine's state.
     inner = Path(given).expanduser() / "model"  # of a checkpoint
     return str(inner if inner.is_dir() else given)

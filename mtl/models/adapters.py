@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -293,15 +294,25 @@ def _fill(adapted: nn.Module, path: str, config: Config) -> None:
 def opened(folder: Path) -> nn.Module:
     """An exported adapter on its base model."""
     settings = peft.PeftConfig.from_pretrained(str(folder))
-    if settings.task_type != "SEQ_CLS":
-        return peft.AutoPeftModelForCausalLM.from_pretrained(str(folder))
-    base = AutoModelForSequenceClassification.from_pretrained(
-        settings.base_model_name_or_path,
-        revision=settings.revision,
-        config=AutoConfig.from_pretrained(folder),  # its labels differ from the base model's
-        ignore_mismatched_sizes=True,
+    family, options = _family(settings, folder)
+    base = family.from_pretrained(
+        settings.base_model_name_or_path, revision=settings.revision, **options
     )
     return peft.PeftModel.from_pretrained(base, str(folder))
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the folder's adapter belongs to a classifier of texts."""
+    return peft.PeftConfig.from_pretrained(str(folder)).task_type == "SEQ_CLS"
+
+
+def _family(settings: peft.PeftConfig, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """What loads an adapter's base model, and with which keywords beside name and revision."""
+    if settings.task_type != "SEQ_CLS":
+        return AutoModelForCausalLM, {}
+    # Its labels differ from the base model's, so the head's shape may, too: the adapter brings it.
+    config = AutoConfig.from_pretrained(folder)
+    return AutoModelForSequenceClassification, {"config": config, "ignore_mismatched_sizes": True}
 
 
 def add_up(model: nn.Module, config: Config) -> nn.Module:
@@ -355,9 +366,11 @@ def merge(
     name = settings.base_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=allow_remote_code)
     dtype = dtype_of(precision) if quantize else torch.float32
+    family, options = _family(settings, folder)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        base = family.from_pretrained(
             name,
+            **options,
             revision=settings.revision,
             dtype=dtype,
             trust_remote_code=allow_remote_code,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
@@ -38,6 +39,8 @@ def save(
     state = trained.state_dict(trainable_only=trained_only)
     if is_adapter:  # PEFT asks for each name of a tied table
         state |= {name: state[other] for name, other in _aliases(trained.module) if other in state}
+
+    transformers_logging.disable_progress_bar()  # it would write over the run's own bar and table
 
     def write() -> None:
         if comm.rank() == 0:

@@ -71,10 +71,10 @@ def export(
             f"{checkpoint}: found a whole model, wanted an adapter to merge. Export it without "
             "merging."
         )
-    if merge and (kind := _task_type(source)) not in (None, "CAUSAL_LM"):
+    if merge and (kind := _task_type(source)) not in (None, "CAUSAL_LM", "SEQ_CLS"):
         raise ExportError(
             f"{checkpoint}: found an adapter of type {kind}, wanted one of a causal language model "
-            "to merge. Export it without merging."
+            "or of a classifier to merge. Export it without merging."
         )
     # Every checkpoint has a manifest, half a one too. Without it the folder was made otherwise.
     under = "" if source == checkpoint else f"{weights}/"

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from mtl import process
 from mtl.output.board import NARROW, Board
 
 TRACKERS = {
@@ -55,7 +56,7 @@ class Console:
     def __init__(self, output: Path, steps: int, start: int = 0, every: int | None = None):
         self.every = every or max(1, steps // 20)
         self.steps = steps
-        self.terminal = sys.stderr.isatty()
+        self.terminal = process.is_screen()
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.terminal
         )

@@ -175,9 +175,9 @@ def _explained(record: Record) -> list[Figure]:
         title = what.upper() if len(what) == 2 else what.capitalize()
         tag = f"{method}/{what}"
         found.append(_numbers(f"explain-{what}", title, about, what, record.steps, {what: tag}))
-    # What needs most explaining comes first; flags last.
+    # What needs most explaining comes first, and what we have no words for last.
     order = {f"explain-{what}": n for n, what in enumerate(MEANINGS)}
-    return sorted(found, key=lambda one: order.get(one.id, len(order)) - (one.id not in order) / 2)
+    return sorted(found, key=lambda one: order.get(one.id, len(order)))
 
 
 def _draws(record: Record) -> Figure | None:

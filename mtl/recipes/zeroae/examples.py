@@ -287,6 +287,9 @@ class TextExamples(ZeroExamples):
         ids = self.tokenizer(f" {text}", **options)["input_ids"]
         # - 1: the end has a token too.
         room = self.max_length - len(prompt) - 1
+        if room < 1:
+            wanted = "a batch.max_length that leaves a token for the text"
+            raise RowProblem("too long", f"found a prompt of {len(prompt)} tokens, wanted {wanted}")
         whole = [*prompt, *ids[:room], self.tokenizer.eos_token_id]
         columns = {"decoder": np.array(whole, np.int32), "start": np.array([len(prompt)], np.int32)}
         return columns, len(whole) - len(prompt), len(ids) > room
