@@ -1,9 +1,10 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
-First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight), ruin (the weights become nan, once), sleep
-(for SLEEP seconds), limit (files to LIMIT bytes), fill (the disk of the folder FILL, but for ROOM bytes), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between forward and backward), which flip
-and ruin want. Then the step, and the rank, or "all".
+First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight), ruin (the weights become nan, once), put (an
+operation that torch has no deterministic form of), sleep (for SLEEP seconds), limit (files to LIMIT bytes), fill (the disk of
+the folder FILL, but for ROOM bytes), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step"
+(between forward and backward), which flip and ruin want. Then the step, and the rank, or "all".
 
 POISON says what a row with toys.UNUSED in it does, on the rank that has it. loss: the first task's loss is infinite, with a
 gradient that is finite. gradient: one parameter's gradient is nan, with a loss that is finite. gram: those that a balancer
@@ -96,6 +97,9 @@ def strike(module: torch.nn.Module | None = None) -> None:
         return
     if WHAT == "sleep":
         return time.sleep(float(os.environ["SLEEP"]))
+    if WHAT == "put":
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+        return
     if WHAT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if WHAT.startswith("SIG"):

@@ -620,6 +620,10 @@ class EngineSection(Section):
     """Minutes a process may stand at the same place, in a collective say, until all print their
     stacks and the missing ones are named. The run waits on. null: never.
     """
+    deterministic: bool = False
+    """Let torch use algorithms alone that give the same bits at each run. An operation that has
+    none ends the run with its name. Slower on GPUs.
+    """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.
     `"auto"` values are allowed. A key that contradicts one of ours is an error.
