@@ -43,6 +43,7 @@ from mtl.train.anchor import Anchors
 from mtl.train.average import Average
 from mtl.train.optimizer import optimizer
 from mtl.train.patience import Patience
+from mtl.train.randomness import only_deterministic
 from mtl.train.run import Run
 
 ENOUGH = 64  # rows of a task that tell where its turns end
@@ -195,6 +196,8 @@ def start_engine(
     Raises:
         ModelError: the model cannot be loaded or trained as the config asks.
     """
+    if config.engine.deterministic:
+        only_deterministic()
     torch.manual_seed(config.train.seed)  # new parameters (LoRA): the same on every rank
     model = plugins.loader(config, allow_code)(config, data.tokenizer, data.examples, empty=False)
     if new := stop_at(model, stops(data)):

@@ -1,7 +1,8 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
-First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight; "step" only), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between
+First word: kill (SIGKILL), raise (a RuntimeError), put (an operation that torch has no deterministic form of), flip (a bit of each
+weight; "step" only), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between
 forward and backward). Then the step, and the rank, or "all".
 """
 
@@ -47,6 +48,9 @@ def strike(module: torch.nn.Module | None = None) -> None:
     if WHAT == "flip":
         for parameter in module.parameters():
             parameter.data.view(torch.int32)[..., 0] ^= 1 << 20
+        return
+    if WHAT == "put":
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
         return
     if WHAT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

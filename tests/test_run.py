@@ -449,3 +449,26 @@ def test_settle_shares_the_cores(monkeypatch, given, threads):
     assert os.environ["OMP_NUM_THREADS"] == threads
     assert os.environ["OMP_WAIT_POLICY"] == "passive" and os.environ["GOMP_SPINCOUNT"] == "20000"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_deterministic_refuses_what_is_not(tmp_path, is_asked):
+    yaml = runs.write(tmp_path)
+    ended = runs.train(
+        yaml, "train.steps=2", "checkpoint.every=2", "objective=outside:causal_lm",
+        f"engine.deterministic={str(is_asked).lower()}", MISFORTUNE="put step 1 all",
+    )  # fmt: skip
+    assert ended.codes == [int(is_asked)], ended.err
+    assert ("put_ does not have a deterministic implementation" in ended.err) == is_asked
+    assert len(steps(tmp_path / "run")) == 2 - is_asked
+
+
+def test_deterministic_gives_the_same_run(tmp_path):
+    yaml = runs.write(tmp_path)
+    for name, value in {"plain": "false", "once": "true", "again": "true"}.items():
+        given = f"output={tmp_path / name}", f"engine.deterministic={value}"
+        runs.train(yaml, "train.steps=4", *given, world=2).well()
+    plain, once, again = (runs.untimed(tmp_path / name) for name in ("plain", "once", "again"))
+    assert once == again
+    for one, other in zip(plain, once, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)

@@ -597,6 +597,10 @@ class EngineSection(Section):
     """Minutes a process waits at the start until all others have started. A message every
     10 s names the missing ones. Reading the data comes afterwards, without this limit.
     """
+    deterministic: bool = False
+    """Let torch use algorithms alone that give the same bits at each run. An operation that has
+    none ends the run with its name. Slower on GPUs.
+    """
     deepspeed: DeepSpeed = {}
     """Further keys of DeepSpeed's own config, verbatim, or the path of a JSON file with them.
     `"auto"` values are allowed. A key that contradicts one of ours is an error.

@@ -265,4 +265,5 @@ def _macro(axes: Any, history: History) -> None:
         axes.axhline(loss, color=f"C{i}", linestyle=":", label=name)
     low = min([macro.min(), *merges.values()])  # the start is far above what is to be compared
     axes.set_ylim(low - 0.1 * (np.median(macro) - low) - 1e-6, 2 * np.median(macro) - low + 1e-6)
-    axes.legend(frameon=False, fontsize="small")
+    # Between where the curves fall and where they rise again.
+    axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.56, 1))
