@@ -20,6 +20,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-bench
 CONFIG ?= configs/quickstart.yaml
 STUDY ?= m0
+KIND ?= config
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
@@ -62,8 +63,8 @@ figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs th
 	$(BIN)/python launch/report.py $(wildcard runs/quickstart runs/quickstart-equal runs/quickstart-tokens) \
 	    --figure docs/quickstart.png
 
-attack: $(VENV)/with-test  # 10,000 mutated configs; CI runs a short form
-	PYTHONPATH=tests $(BIN)/python tests/attack_config.py 10000 $(ARGS)
+attack: $(VENV)/with-test  # KIND=config|kill|corrupt|disk, ARGS="--tries 10 --seed 1"; CI runs a short form of each
+	PYTHONPATH=tests $(BIN)/python tests/attack.py $(KIND) $(ARGS)
 
 evidence: $(VENV)/with-torchjd $(VENV)/with-quickstart $(VENV)/with-plot  # hours; STUDY=m1; stopped, it goes on where it was
 	$(BIN)/python launch/quickstart.py --set $(if $(filter m0%,$(STUDY)),strings,$(firstword $(subst -, ,$(STUDY))))

@@ -39,7 +39,7 @@ def main() -> None:
     rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
     with rendezvous.telling():
         rows = choice.rows(config, args.allow_code)
-    engine.init_process_group(config.engine.timeout_minutes)
+    engine.init_process_group(config.engine.timeout_minutes, config.engine.watchdog_minutes)
     output = Path(config.output).expanduser()
     with lock.alone(output, build.say_once), choice.candidates(config, args.methods) as found:
         record = choice.choose(config, rows, found, args.allow_code)

@@ -43,7 +43,7 @@ def main() -> None:
     with rendezvous.telling():
         asks = not args.losses_only
         data = evaluation.rows(config, args.split, args.allow_code, asks)
-    engine.init_process_group(config.engine.timeout_minutes)
+    engine.init_process_group(config.engine.timeout_minutes, config.engine.watchdog_minutes)
     given = {"allow_code": args.allow_code, "predictions": args.predictions}
     evaluate = evaluation.evaluator(config, data, **given)
     found, names = {str(model): evaluate(model) for model in args.models}, list(config.tasks)

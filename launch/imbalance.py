@@ -39,7 +39,7 @@ def main() -> None:
     rendezvous.meet(config.engine.rendezvous_minutes, process.tell)
     with rendezvous.telling():
         data = build.encode(config, args.allow_code)
-    engine.init_process_group(config.engine.timeout_minutes)
+    engine.init_process_group(config.engine.timeout_minutes, config.engine.watchdog_minutes)
     experiment = args.config, args.set, args.allow_code
     found = orders.study(experiment, data, args.runs, args.models)
     if comm.rank() == 0:

@@ -37,7 +37,7 @@ def main() -> None:
         engine.build_ops(config, process.say_on_host)
         data = build.encode(config, args.allow_code, rebuild=args.rebuild_cache)
 
-    engine.init_process_group(config.engine.timeout_minutes)
+    engine.init_process_group(config.engine.timeout_minutes, config.engine.watchdog_minutes)
     build.agree(config, {"resume": args.resume, "allow_code": args.allow_code})
     with lock.alone(output, build.say_once), process.stoppable():
         comm.on_first(lambda: check_output(output, is_resumed))  # now that nobody else writes there

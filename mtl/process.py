@@ -1,9 +1,11 @@
 """What one process of a run settles before torch is imported, and how it ends."""
 
 import ctypes
+import errno
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -26,6 +28,31 @@ LAUNCHERS = ("torchrun", "torch.distributed", "torch/distributed", "deepspeed", 
 
 class Preempted(Exception):
     """A signal has ended the run; it has saved."""
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the text holds that rank's error."""
+
+
+# How a system says that a disk is full, over its quota, read-only, closed to us or broken.
+STORAGE = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+)
+
+
+def storage(error: OSError, where: Path) -> str:
+    """What a file that cannot be written tells: its path, the system's words, the space there is.
+
+    Args:
+        where: stands for the path where the error has none.
+    """
+    path = Path(error.filename2 or error.filename or where)
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    return (
+        f"{path}: cannot be written: {error.strerror or error}. Free there: {free / 1e6:,.1f} MB."
+    )
 
 
 def settle() -> None:
@@ -344,6 +371,15 @@ def exit_code(main: Callable[[], None]) -> int:
     except Preempted as e:
         say_on_host(f"{e}; --resume goes on from there")
         return PREEMPTED
+    except RankError as e:  # told in full by the rank that failed
+        print(f"error [rank {os.environ.get('RANK', '?')}]: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        if e.errno not in STORAGE:
+            traceback.print_exc()
+        else:
+            print(f"error: {storage(e, Path())}", file=sys.stderr)
+        return 1
     except ValueError as e:
         if is_first_on_host():
             print(f"error: {e}", file=sys.stderr)

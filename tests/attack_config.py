@@ -1,10 +1,9 @@
 """Mutated configs: each must be a clean error or a valid config, in under a second of work.
 
-`python tests/attack_config.py 10000 [SEED]` runs many (`make attack`), CI a few hundred.
+`make attack` runs ten thousand, CI a few hundred.
 """
 
 import random
-import sys
 import time
 import traceback
 from collections import Counter
@@ -112,10 +111,3 @@ def attack(tries: int, seed: int = 0, limit: float = 1.0) -> tuple[Counter, list
         else:
             bad.append(f"--- try {i} of seed {seed}\n{text[:600]}\n{overrides}\n{outcome}")
     return counts, bad
-
-
-if __name__ == "__main__":
-    counts, bad = attack(int(sys.argv[1]), int((sys.argv[2:] or ["0"])[0]))
-    print(*bad[:10], sep="\n")
-    print(f"{dict(counts)}, {len(bad)} otherwise")
-    sys.exit(bool(bad))

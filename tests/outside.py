@@ -1,15 +1,23 @@
 """Code of a user's own, as far as a run is concerned: named in YAMLs, and let in by `--allow-code outside`.
 
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
-First word: kill (SIGKILL), raise (a RuntimeError), put (an operation that torch has no deterministic form of), flip (a bit of each
-weight; "step" only), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step" (between
-forward and backward). Then the step, and the rank, or "all".
+First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight), ruin (the weights become nan, once), put (an
+operation that torch has no deterministic form of), sleep (for SLEEP seconds), limit (files to LIMIT bytes), fill (the disk of
+the folder FILL, but for ROOM bytes), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step"
+(between forward and backward), which flip and ruin want. Then the step, and the rank, or "all".
+
+POISON says what a row with toys.UNUSED in it does, on the rank that has it. loss: the first task's loss is infinite, with a
+gradient that is finite. gradient: one parameter's gradient is nan, with a loss that is finite. gram: those that a balancer
+reads are.
 """
 
 import functools
 import os
+import resource
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +31,9 @@ from mtl.output import checkpoint, manifest
 from mtl.output.checkpoint import Checkpoints
 
 WHAT, WHERE, STEP, RANK = os.environ.get("MISFORTUNE", "no where -1 all").split()
+POISON = os.environ.get("POISON")
+UNUSED_ID = 258  # toys.UNUSED; toys would import much
+RUINED: list[bool] = []
 TEXT = f"the dog ate the {WHERE} of step {STEP}"
 
 
@@ -34,12 +45,31 @@ def causal_lm(forward: Callable, batch: Any, k: int) -> Terms:
             p.numel() == 0 and p.ds_numel > 0 for p in forward.__self__.module.parameters()
         ), "whole parameters"
     terms = objectives.causal_lm(forward, batch, k)
+    is_meant = POISON and training == (POISON != "gram")
+    if is_meant and (batch.input_ids == UNUSED_ID).any():
+        terms = poisoned(terms, k, forward.__self__.module)
     if training and WHERE == "step" and forward.__self__._engine.global_steps == int(STEP):
         strike(forward.__self__.module)
     return terms
 
 
 causal_lm.teacher = objectives.causal_lm.teacher
+
+
+def poisoned(terms: Terms, k: int, module: torch.nn.Module) -> Terms:
+    if POISON == "loss":
+        return Terms(torch.where(torch.arange(k) == 0, torch.inf, terms.sums), terms.counts)
+    if POISON == "gram":
+        terms.sums.register_hook(lambda gradient: gradient * torch.nan)
+        return terms
+    parameter = next(module.parameters())
+
+    def once(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        return gradient * torch.nan
+
+    handle = parameter.register_hook(once)
+    return terms
 
 
 def strike(module: torch.nn.Module | None = None) -> None:
@@ -49,6 +79,24 @@ def strike(module: torch.nn.Module | None = None) -> None:
         for parameter in module.parameters():
             parameter.data.view(torch.int32)[..., 0] ^= 1 << 20
         return
+    if WHAT == "ruin":
+        if not RUINED:
+            RUINED.append(True)
+            for parameter in module.parameters():
+                parameter.data.fill_(torch.nan)
+        return
+    if WHAT == "limit":
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]), hard))
+    if WHAT == "fill":
+        with (Path(os.environ["FILL"]) / "ballast").open("wb", 0) as ballast:
+            with suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+            ballast.truncate(max(0, ballast.tell() - int(os.environ.get("ROOM", 0))))
+        return
+    if WHAT == "sleep":
+        return time.sleep(float(os.environ["SLEEP"]))
     if WHAT == "put":
         torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
         return

@@ -44,6 +44,8 @@ def test_too_deep_is_an_error_of_ours(text):
         ('output="~/"', "wanted a folder of the run's own"),
         ("mix={shares: temperature, temperature: 1e-300}", "wanted a number >= 0.05"),
         ("engine.timeout_minutes=1e300", "wanted a number > 0 and <= 10080"),
+        ("engine.deepspeed.x=.nan", "engine.deepspeed.x: found nan, wanted a finite number"),
+        ("engine.deepspeed.x=[{y: -.inf}]", "deepspeed.x.0.y: found -inf, wanted a finite number"),
     ],
 )
 def test_nonsense_is_refused(override, text):

@@ -611,7 +611,7 @@ def test_overrides():
     [
         (
             "train.stepz=1",
-            "train.stepz: found an unknown key, wanted steps, epochs, seed, order or from. Did you mean steps?",
+            "train.stepz: found an unknown key, wanted steps, epochs, seed, order, not_finite, spike or from. Did you mean steps?",
         ),
         (
             "train.steps=[1",
@@ -684,7 +684,7 @@ rare = st.none() | st.floats(0.01, 100)
     weight=st.integers(1, 5) | st.floats(0.1, 5),
     names=names,
     keywords=st.dictionaries(st.text().filter(lambda key: key != "name"), plain, max_size=3),
-    free=plain,
+    free=plain.filter(lambda value: "inf" not in repr(value)),  # which DeepSpeed is not given
 )
 def test_a_resolved_config_is_the_same_config(lr, clip, weight, names, keywords, free):
     task = {"train": "a", "validation": ["b", "c"], "format": "text", "loss_weight": weight}

@@ -210,10 +210,14 @@ COMMON = ["optimizer.name=sgd", "optimizer.lr=0.05", "balancer=Tokens"]
 ENDS = {
     "full": ((2, 2), (1, 3), []),
     "LoRA": ((1, 2), (2, 3), ["model.lora={r: 4, target_modules: all-linear}"]),
+    "4 to 2": ((4, 2), (2, 2), []),
+    "1 to 4": ((1, 1), (4, 3), []),
 }
 
 
-@pytest.mark.parametrize("case", ENDS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * ("4" in case)) for case in ENDS]
+)
 def test_one_command_goes_on_in_another_layout(yaml, case):
     """The program: killed on one layout, resumed on another, against a run that stayed where it was."""
     (world, stage), (other, other_stage), more = ENDS[case]

@@ -5,6 +5,7 @@ that it reads is wrong by itself, because that has been reported.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -466,11 +467,26 @@ def _output(get: Get) -> Iterator[Finding]:
         yield ("output",), show(output), "a folder of the run's own", f"That is {folder}."
 
 
+def _finite(get: Get) -> Iterator[Finding]:
+    """DeepSpeed's own keys have no types here, and NaN would stand in every record of the run."""
+
+    def walk(value: Any, at: Keys) -> Iterator[Finding]:
+        if isinstance(value, float) and not math.isfinite(value):
+            yield at, show(value), "a finite number", ""
+        inner = value.items() if isinstance(value, dict) else ()
+        inner = enumerate(value) if isinstance(value, list) else inner
+        for key, each in inner:
+            yield from walk(each, (*at, str(key)))
+
+    yield from walk(get("engine", "deepspeed"), ("engine", "deepspeed"))
+
+
 # In any order: read.py sorts what they find by line.
 RULES = (
     _warmup,
     _trackers,
     _output,
+    _finite,
     _length,
     _best,
     _scale,

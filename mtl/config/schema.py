@@ -348,6 +348,19 @@ class OrderSection(Section):
     """
 
 
+class NotFiniteSection(Section):
+    """What happens at a step whose loss or gradient is not finite. Its update is never made."""
+
+    action: Literal["stop", "skip", "back"] = "stop"
+    """stop: the run ends, with the rows of the batch named. skip: the batch is passed over on all
+    ranks; weights, optimizer and balancer stay as they were. back: all of these are read from the
+    last checkpoint again, and the batch is passed over when its step comes. It also mends what was
+    harmed in memory since.
+    """
+    most: Annotated[int, Ge(1), Le(10_000)] = 10
+    """Batches passed over at most in the whole run; at the next one it ends."""
+
+
 class _Train(Section):
     """How long to train: exactly one of steps and epochs."""
 
@@ -363,6 +376,12 @@ class _Train(Section):
     """Seed of the order of rows, of new parameters and of dropout."""
     order: OrderSection | None = None
     """Which replica of the order of rows this run is; null: the plain order."""
+    not_finite: NotFiniteSection = NotFiniteSection()
+    """A loss or gradient that is not finite."""
+    spike: Annotated[float, Gt(1), Le(1e6)] | None = None
+    """A task's loss of a step above this many times the median of its last 64 is a warning that
+    names the rows; null: none.
+    """
 
 
 _FROM = Field(
@@ -596,6 +615,10 @@ class EngineSection(Section):
     rendezvous_minutes: Annotated[float, Gt(0), Le(10080)] = 10.0
     """Minutes a process waits at the start until all others have started. A message every
     10 s names the missing ones. Reading the data comes afterwards, without this limit.
+    """
+    watchdog_minutes: Annotated[float, Gt(0), Le(10080)] | None = 5.0
+    """Minutes a process may stand at the same place, in a collective say, until all print their
+    stacks and the missing ones are named. The run waits on. null: never.
     """
     deterministic: bool = False
     """Let torch use algorithms alone that give the same bits at each run. An operation that has

@@ -223,6 +223,14 @@ class TrainBatches:
             lambda: make(*self.mix.batch(step, self.now), self._key(step))
         ).result()
 
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Stream and row, (n,) int64 each, of the examples of global batch `step`."""
+        return self._worker.submit(lambda: self.mix.batch(step, self.now)).result()
+
+    def places(self, stream: int, rows: Sequence[int]) -> list[str]:
+        """Where these rows of a stream stand: `file:line`."""
+        return [self._splits[stream].where(int(row)) for row in rows]
+
     def forget(self) -> None:
         """Drop what was prepared, and wait until the thread reads no rows: they may change then."""
         for late in self._coming.values():

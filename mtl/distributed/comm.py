@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtl.distributed import watchdog
+from mtl.process import RankError
+
 T = TypeVar("T")
-
-
-class RankError(RuntimeError):
-    """Another rank failed; the text holds that rank's error."""
 
 
 def active() -> bool:
@@ -44,6 +43,7 @@ def sum_(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place. Returns `tensor`."""
     if active():
         dist.all_reduce(tensor, group=_group(tensor))
+        watchdog.tick()
     return tensor
 
 
@@ -51,6 +51,7 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     """Overwrite `tensor` on every rank with that of `source`. Returns `tensor`."""
     if active():
         dist.broadcast(tensor, source, group=_group(tensor))
+        watchdog.tick()
     return tensor
 
 
@@ -63,6 +64,7 @@ def leave() -> None:
     global _host
     if active():
         barrier()
+        watchdog.stop()
         dist.destroy_process_group()
         _host = None
 
@@ -119,6 +121,7 @@ def gather(value: T) -> list[T]:
         return [value]
     values: list[T] = [value] * world()
     dist.all_gather_object(values, value, group=_group(torch.zeros(1)))
+    watchdog.tick()
     return values
 
 

@@ -35,6 +35,7 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
         "stage": stage,
         "overlap_comm": device_type != "cpu",
         "contiguous_gradients": True,
+        "compute_grad_norm": True,
     }
     for ours, theirs in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         where = getattr(offload, ours)
@@ -55,7 +56,7 @@ def ds_config(config: Config, world: int, device_type: str) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -10,6 +10,7 @@ This file relies on these facts of DeepSpeed 0.19.8, which the tests measure aga
 """
 
 import ctypes
+import errno
 import hashlib
 import io
 import logging
@@ -34,20 +35,23 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from mtl import process
 from mtl.config import Config, ConfigError
-from mtl.distributed import comm, rendezvous, reshard
+from mtl.distributed import comm, rendezvous, reshard, watchdog
 from mtl.distributed.ds_config import ds_config, zero_stage
 
 deepspeed_logger.setLevel(logging.WARNING)
 
 
-def init_process_group(timeout_minutes: float) -> None:
+def init_process_group(timeout_minutes: float, watchdog_minutes: float | None = None) -> None:
     """Join the process group that the launcher describes. Started with plain python, the process is
     alone in it.
 
     Args:
         timeout_minutes: how long a collective may wait. Do slow work (tokenizing, downloading)
             before this call.
+        watchdog_minutes: how long a process may stand still before all say where they are; None:
+            as long as it likes.
 
     Raises:
         RendezvousError: a rank is missing, or has failed before.
@@ -76,6 +80,8 @@ def init_process_group(timeout_minutes: float) -> None:
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     if torch.distributed.get_backend() != "gloo":
         comm.open_host_group(timeout)
+    store = meeting.store if meeting else None
+    watchdog.start(store, comm.rank(), comm.world(), watchdog_minutes, process.tell)
 
 
 def _keep_freed_memory() -> None:
@@ -299,11 +305,15 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """Update the parameters with learning rate `lr`, unless the gradient is not finite.
+    def step(self, lr: float, *, drop: bool = False) -> float:
+        """Update the parameters with learning rate `lr`, unless the gradient is not finite. Either
+        way the gradient is gone afterwards.
+
+        Args:
+            drop: make no update, on any rank. A loss that is not finite may have a finite gradient.
 
         Returns:
-            the global gradient norm before clipping.
+            the global gradient norm before clipping; nan with `drop`.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -315,13 +325,17 @@ class Engine:
                 ):  # unused: as at the other stages, and with more processes, its gradient is 0
                     p.grad = torch.zeros_like(p)
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            norm = norm * torch.nan if drop else norm
             if norm.isfinite():
                 if self._clip and norm > self._clip:
                     torch.nn.utils.clip_grads_with_norm_(trained, self._clip, norm)
                 self._engine.step()
+            else:
+                self._engine.zero_grad()
             return float(norm)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        with _no_norm(self._engine.optimizer) if drop else nullcontext():
+            self._engine.step()
+        return torch.nan if drop else float(self._engine.get_global_grad_norm())
 
     def train(self) -> None:
         self._mode(True)
@@ -339,13 +353,24 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write every rank's shard into `folder`. Frozen parameters are left out: the base model
         has them. A collective.
+
+        Raises:
+            OSError: a shard of this rank cannot be written.
+            RankError: one of another rank.
         """
-        self._engine.save_checkpoint(
-            str(folder.parent),
-            tag=folder.name,
-            save_latest=False,
-            exclude_frozen_parameters=bool(self.frozen),
-        )
+        with _noted(self._engine) as failed:
+            self._engine.save_checkpoint(
+                str(folder.parent),
+                tag=folder.name,
+                save_latest=False,
+                exclude_frozen_parameters=bool(self.frozen),
+            )
+
+        def tell() -> None:
+            if failed:
+                raise failed[0]
+
+        comm.together(tell)
 
     def load(self, folder: Path) -> None:
         """Read this rank's shard from `folder`, onto a fresh engine of the same world size and
@@ -411,6 +436,11 @@ class Engine:
             if not hasattr(p, "ds_id")
         }
 
+    def not_finite(self) -> list[str]:
+        """Names of the trained parameters that are not finite in what this rank holds of them."""
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return [name for name, p in trained if not getattr(p, "ds_tensor", p).isfinite().all()]
+
     def _read_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
         # DeepSpeed's strict load refuses a checkpoint without the frozen parameters. Its lax load
         # takes anything. So we compare the names ourselves.
@@ -422,6 +452,69 @@ class Engine:
                 f"it lacks the trainable {missing[:3]} ({len(missing)}) and has the unknown "
                 f"{unexpected[:3]} ({len(unexpected)})."
             )
+
+
+@contextmanager
+def _noted(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[OSError]]:
+    """Within, what DeepSpeed cannot write is noted and not raised: at its barriers the other ranks
+    would wait for this one.
+    """
+    failed: list[OSError] = []
+
+    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **keywords: Any) -> Any:
+            try:
+                return write(*args, **keywords)
+            except OSError as error:
+                failed.append(error)
+            except RuntimeError as error:  # of torch's own writer
+                path = next(each for each in (*args, *keywords.values()) if isinstance(each, str))
+                failed.append(_reason(path, error))
+
+        return attempt
+
+    writer = engine.checkpoint_engine
+    replaced = (writer, "save"), (writer, "makedirs"), (engine, "_copy_recovery_script")
+    for owner, name in replaced:
+        setattr(owner, name, noting(getattr(owner, name)))  # over the class's
+    try:
+        yield failed
+    finally:
+        for owner, name in replaced:
+            delattr(owner, name)
+
+
+def _reason(path: str, error: RuntimeError) -> OSError:
+    """Why torch could not write a file. It says "unexpected pos" alone, so the system is asked to
+    write some more there.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(2**16))
+    except OSError as reason:
+        return OSError(reason.errno, reason.strerror, path)
+    return OSError(errno.EIO, str(error).splitlines()[0], path)
+
+
+# What each optimizer of DeepSpeed's asks for the gradient's norm, and how it is told "nan": then it
+# makes no update, and empties every buffer of the step, offloaded ones too.
+_NO_NORM: dict[str, Callable[[Tensor], Any]] = {
+    "get_grads_for_norm": lambda nan: ([nan], {}),  # bf16 at ZeRO 1
+    "_get_norm_groups": lambda nan: [nan],  # ZeRO 3
+    "scaled_global_norm": lambda nan: nan,  # ZeRO 1 and 2
+}
+
+
+@contextmanager
+def _no_norm(optimizer: Any) -> Iterator[None]:
+    """Within, DeepSpeed finds a gradient that is not finite, whatever it is."""
+    name = next(name for name in _NO_NORM if hasattr(optimizer, name))
+    answer = _NO_NORM[name](torch.tensor(torch.nan, device=device()))
+    setattr(optimizer, name, lambda *args, **keywords: answer)  # over the class's
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
 
 
 # The only classes in DeepSpeed's own files beside tensors and plain data.

@@ -1,10 +1,12 @@
 """A trained model on disk, as a Hugging Face folder."""
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -58,8 +60,14 @@ def save(
             tokenizer.save_pretrained(folder)
             as_umask_says(folder)
 
+    def attempt() -> None:
+        try:
+            write()
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(folder)) from error
+
     # Rank 0 writes, and all hear whether it could.
-    comm.together(write)
+    comm.together(attempt)
 
 
 def _aliases(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -184,7 +184,8 @@ class Checkpoints:
         A run killed at any moment leaves `latest` on a complete checkpoint.
 
         Raises:
-            CheckpointError: the ranks hold other weights or another state. Nothing is written.
+            CheckpointError: the ranks hold other weights or another state, or weights that are not
+                finite. Nothing is written.
         """
         _agree(engine, state)
         name = f"step-{state.step:08d}"
@@ -390,6 +391,21 @@ class Checkpoints:
             )
         return self.folder / name
 
+    def unwritable(self, error: OSError) -> CheckpointError:
+        """The error of a run that cannot write: path, space found and wanted, and what there is to
+        go on from. Not a collective.
+        """
+        complete = self._complete()
+        if complete:
+            took = manifest.size(self.folder / complete[-1]) / 1e6
+            move = (
+                f"A checkpoint takes {took:,.1f} MB, as {complete[-1]} did: that is the last good "
+                "one. Make room, and go on from it with --resume."
+            )
+        else:
+            move = "There is no checkpoint yet. Make room, and start again."
+        return CheckpointError(f"{process.storage(error, self.output)} {move}")
+
     def exported(self, which: str) -> tuple[Path, str] | None:
         """The checkpoint to export and which of its weights, "model" or "average": for "best"
         (where none beat the start, the last one), "last", or "average" (the last one's). None
@@ -487,6 +503,11 @@ def _agree(engine: Engine, state: RunState) -> None:
     for name in RunState.ARRAYS:
         if plain[name] is not None:
             plain[name] = zlib.crc32(plain[name].tobytes())
+    if bad := sorted({name for names in comm.gather(engine.not_finite()) for name in names}):
+        raise CheckpointError(
+            f"step {state.step}: weights that are not finite: {either(bad)}. No checkpoint was "
+            "written; --resume goes on from the last one."
+        )
     found = comm.differences({"state": plain, "weights": engine.checksums()})
     if found:
         more = [f"and {len(found) - 5} more"] if len(found) > 5 else []

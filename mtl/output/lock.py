@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from mtl import process
 from mtl.data import lock
 from mtl.data.lock import Owner
 from mtl.distributed import comm
@@ -61,6 +62,8 @@ def acquire(path: Path, say: Say) -> Owner:
                 return mine
             owner = lock.read(path)
         except (OSError, ValueError, TypeError) as error:
+            if getattr(error, "errno", None) in process.STORAGE:
+                raise
             raise CheckpointError(
                 f"{path}: cannot be taken ({error}). It needs a file system with hard links; a "
                 "damaged lock may be removed once no run uses the folder."

@@ -121,6 +121,11 @@ def damage(folder: Path, under: str = "", part: tuple[int, int] = (0, 1)) -> lis
     return lines
 
 
+def size(folder: Path) -> int:
+    """Bytes of a sealed folder's files."""
+    return sum(size for size, _ in (_read(folder).get("files") or {}).values())
+
+
 def strangers(folder: Path) -> list[str]:
     """Files in a sealed folder that were not there when it was sealed: somebody else's.
     None in one that was not sealed.
@@ -139,7 +144,8 @@ def discard(folder: Path, kind: str) -> None:
             folder.rmdir()
         return
     assert is_ours(folder, kind) and not strangers(folder), folder
-    mark(folder, kind)
+    if is_whole(folder, kind):  # else on a full disk the rest of a checkpoint could not go
+        mark(folder, kind)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

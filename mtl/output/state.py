@@ -1,6 +1,6 @@
 """Where a run stands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class RunState:
         anchored: (K,) float64, step of the weights that a task is held to; nan = not held.
         round_start: first step of the present round of draws (`mtl.data.mix.Round`).
         shares, drawn, owed: (S,) int64, the round's; None: the first round's.
+        passed: steps whose batch was passed over, ascending (`train.not_finite`).
+        recent: (K, W) float64, the tasks' newest losses, nan = none yet (`train.spike`).
     """
 
     step: int = 0
@@ -55,6 +57,8 @@ class RunState:
     shares: np.ndarray | None = None
     drawn: np.ndarray | None = None
     owed: np.ndarray | None = None
+    passed: list[int] = field(default_factory=list)
+    recent: np.ndarray | None = None
 
     ARRAYS = (
         "base_sums",
@@ -70,4 +74,5 @@ class RunState:
         "shares",
         "drawn",
         "owed",
+        "recent",
     )

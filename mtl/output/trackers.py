@@ -138,8 +138,11 @@ class Jsonl:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         # JSON has no NaN or infinity.
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.file.name) from error
 
     def say(self, text: str) -> None:
         pass

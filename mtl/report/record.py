@@ -139,7 +139,7 @@ class Record:
             found.append("The code had changes that no git revision holds.")
         numbers = [line["step"] for line in self.steps]
         if numbers and len(numbers) != numbers[-1] - numbers[0] + 1:
-            found.append("Steps are missing in metrics.jsonl, or stand in it twice.")
+            found.append("Steps are missing in metrics.jsonl, passed over, or in it twice.")
         found += self._of_tasks()
         return found
 

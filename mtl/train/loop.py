@@ -14,11 +14,11 @@ from mtl.config import Config
 from mtl.distributed import comm
 from mtl.output import trackers
 from mtl.output.state import RunState
-from mtl.train import anchor, draws, evaluate, schedule
+from mtl.train import anchor, draws, evaluate, incidents, schedule
 from mtl.train.evaluate import ValidationResult
 from mtl.train.randomness import seed_step
 from mtl.train.run import Run
-from mtl.train.step import GlobalBatch, StepReport, fetch, train_step
+from mtl.train.step import GlobalBatch, NonFinite, StepReport, fetch, train_step
 from mtl.train.weights import weigh
 
 
@@ -28,7 +28,22 @@ def train(run: Run, state: RunState) -> RunState:
 
     Raises:
         Preempted: a signal has asked any rank to stop; all have saved.
+        StepError: a loss or gradient is not finite, and the config lets no more batches go.
+        CheckpointError: the disk is full, or closed to us.
     """
+    while True:
+        try:
+            return _train(run, state)
+        except incidents.GoBack as back:
+            state = back.state
+        except OSError as error:
+            if error.errno not in process.STORAGE:
+                raise
+            raise run.checkpoints.unwritable(error) from error
+
+
+def _train(run: Run, state: RunState) -> RunState:
+    """`train`, until the end or until the run goes back to a checkpoint."""
     config, names, k = run.config, run.names, len(run.names)
     started, first = time.monotonic(), state.step
     while True:
@@ -37,7 +52,10 @@ def train(run: Run, state: RunState) -> RunState:
         validation = _evaluate(run, state) if is_due else None
         is_best = validation is not None and config.checkpoint.best and state.best["step"] == t
         is_over = t == run.steps or bool(run.patience and run.patience.done(state).all())
-        asked = bool(comm.sum_(torch.tensor([float(process.stop_asked())])))
+        signs = [process.stop_asked(), run.trouble is not None]
+        asked, troubled = comm.sum_(torch.tensor(signs, dtype=torch.float32)).bool().tolist()
+        if troubled:
+            comm.together(run.raise_trouble)
         is_due = asked or is_over or _due(config.checkpoint.every, t, run.steps)
         if t > first and (is_best or is_due):
             _save(run, state, is_best)
@@ -48,12 +66,21 @@ def train(run: Run, state: RunState) -> RunState:
 
         began = time.monotonic()
         draws.plan(run, state)
+        if t in state.passed:
+            incidents.pass_over(run, state)
+            continue
+        kept = incidents.before(run, state)
         batch = fetch(lambda t=t: run.batches.batch(t), k)
-        state.weights = weigh(run, state, batch, validation)
-        weights, drawn = draws.loss_weights(run, state), draws.values(run, state)
-        seed_step(config.train.seed, t)
         lr = _lr(config, t, run.steps)
-        report = train_step(run.engine, run.objective, batch, weights, lr, names)
+        try:
+            state.weights = weigh(run, state, batch, validation)
+            weights, drawn = draws.loss_weights(run, state), draws.values(run, state)
+            seed_step(config.train.seed, t)
+            report = train_step(run.engine, run.objective, batch, weights, lr, names)
+        except NonFinite as error:
+            incidents.meet(run, state, error, kept)
+            continue
+        incidents.watch(run, state, report)
         state.step, state.train_loss = t + 1, anchor.unseen(state, report.losses)
         if run.average:
             run.average.after_update(state)
@@ -73,7 +100,7 @@ def train(run: Run, state: RunState) -> RunState:
         values["time/left_seconds"] = (
             (now - started) / (state.step - first) * (run.steps - state.step)
         )
-        _log(run, t, values)
+        run.log(t, values)
 
 
 def _due(every: int | None, step: int, steps: int) -> bool:
@@ -124,19 +151,19 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
         done = zip(run.names, run.patience.done(state).tolist(), strict=True)
         values |= {f"patience/{name}/done": float(is_done) for name, is_done in done}
     values |= _memory(run.engine.device)
-    _log(run, state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
+    run.log(state.step, values | {"time/evaluate_seconds": time.monotonic() - began})
     for text in told:
-        _say(run, f"step {state.step}/{run.steps}  {text}")
+        run.say(f"step {state.step}/{run.steps}  {text}")
     if run.anchors:
         rows = run.anchors.at_pass(state)
         if rows:
-            _log(run, state.step, {"anchor/rows": rows})
+            run.log(state.step, {"anchor/rows": rows})
     if asks or run.config.evaluate.best.rpartition("/")[2] not in _kinds_asked(run):
         _judge(run, state, found)
     if run.config.checkpoint.bests:
         better = run.checkpoints.save_bests(run.engine, state, run.names, validation.losses)
         if better and state.step:
-            _say(run, f"step {state.step}/{run.steps}  kept the best of {', '.join(better)}")
+            run.say(f"step {state.step}/{run.steps}  kept the best of {', '.join(better)}")
     return validation
 
 
@@ -247,11 +274,6 @@ def _memory(device: torch.device) -> dict[str, float]:
     return found
 
 
-def _log(run: Run, step: int, values: Mapping[str, float]) -> None:
-    for tracker in run.trackers:
-        tracker.log(step, values)
-
-
 def _save(run: Run, state: RunState, is_best: bool) -> None:
     began = time.monotonic()
     state.metrics_bytes = trackers.metrics_bytes(run.checkpoints.output)
@@ -266,12 +288,6 @@ def _save(run: Run, state: RunState, is_best: bool) -> None:
         if is_best
         else ""
     )
-    _say(
-        run,
+    run.say(
         f"step {state.step}/{run.steps}  saved {folder}{best} in {time.monotonic() - began:.1f} s",
     )
-
-
-def _say(run: Run, text: str) -> None:
-    for tracker in run.trackers:
-        tracker.say(text)

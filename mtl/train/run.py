@@ -1,6 +1,6 @@
 """What a run is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,6 +36,7 @@ class Run:
         patience: when a task is done; None where the config does not ask.
         anchors: what tasks that are done are held to; None where the config asks for none.
         asking: the questions whose answers are measured; None where the config asks for none.
+        trouble: what a tracker could not write, on rank 0.
     """
 
     config: Config
@@ -55,6 +56,28 @@ class Run:
     patience: Patience | None = None
     anchors: Anchors | None = None
     asking: Asking | None = None
+    trouble: OSError | None = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Give numbers to the trackers. What they cannot write is kept as `trouble`, until all
+        ranks hear of it.
+        """
+        self._tell(lambda tracker: tracker.log(step, values))
+
+    def say(self, text: str) -> None:
+        """The same with a message for people."""
+        self._tell(lambda tracker: tracker.say(text))
+
+    def _tell(self, tell: Callable[[Tracker], None]) -> None:
+        for tracker in self.trackers:
+            try:
+                tell(tracker)
+            except OSError as error:
+                self.trouble = self.trouble or error
+
+    def raise_trouble(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
 
     @property
     def measures(self) -> dict[str, Measure]:

@@ -1,6 +1,6 @@
 """One optimizer update. Everything else exists for this function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,16 @@ from mtl.losses.terms import combine
 
 
 class NonFinite(ValueError):
-    """A task's loss or the gradient is not a number."""
+    """A loss or the gradient is not finite, on every rank; nothing was updated.
+
+    Attributes:
+        what: "the loss of copy (nan) is not finite", say.
+        tasks: the tasks it concerns; empty: not known.
+    """
+
+    def __init__(self, what: str, tasks: Sequence[str] = ()):
+        super().__init__(f"{what}. The parameters were not updated. {_ADVICE}")
+        self.what, self.tasks = what, tuple(tasks)
 
 
 @dataclass(frozen=True)
@@ -106,18 +115,14 @@ def train_step(
     means = (found[2 * k :] / batch.tokens.sum()).tolist()
     penalized = dict(zip(penalties, means, strict=True))
 
-    seen = [(n, x) for n, x, c in zip(names, losses, batch.tokens, strict=True) if c]
-    bad = [f"{n} ({x})" for n, x in (*seen, *penalized.items()) if not np.isfinite(x)]
+    seen = {n: x for n, x, c in zip(names, losses, batch.tokens, strict=True) if c}
+    bad = {n: x for n, x in (seen | penalized).items() if not np.isfinite(x)}
+    grad_norm = engine.step(lr, drop=bool(bad))
     if bad:
-        raise NonFinite(
-            f"the loss of {', '.join(bad)} is not finite. The parameters were not updated. "
-            f"{_ADVICE}"
-        )
-    grad_norm = engine.step(lr)
+        each = ", ".join(f"{name} ({value})" for name, value in bad.items())
+        raise NonFinite(f"the loss of {each} is not finite", [n for n in names if n in bad])
     if not np.isfinite(grad_norm):
-        raise NonFinite(
-            f"the gradient norm is {grad_norm}. The parameters were not updated. {_ADVICE}"
-        )
+        raise NonFinite(f"the gradient norm is {grad_norm}")
     return StepReport(losses, grad_norm, penalized)
 
 
@@ -133,5 +138,5 @@ def _agree(counted: Tensor, announced: Tensor, names: list[str]) -> None:
 
 _ADVICE = (
     "Lower optimizer.lr, or look at the rows of this step; --resume continues from the last "
-    "checkpoint."
+    "checkpoint. train.not_finite may pass over such batches."
 )

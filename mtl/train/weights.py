@@ -16,7 +16,7 @@ from mtl.train.evaluate import ValidationResult
 from mtl.train.patience import hold
 from mtl.train.randomness import seed_step
 from mtl.train.run import Run
-from mtl.train.step import GlobalBatch
+from mtl.train.step import GlobalBatch, NonFinite
 
 
 def weigh(
@@ -94,6 +94,8 @@ def _products(run: Run, step: int, group: int) -> dict[str, np.ndarray]:
     seed_step(run.config.train.seed, step)
     run.engine.train()
     ours = gradients(run.batches.by_stream, step)
+    if bad := [n for n, g in zip(run.names, ours, strict=True) if not g.isfinite().all()]:
+        raise NonFinite(f"the gradient of {', '.join(bad)} is not finite", bad)
     if Signal.GRAM in run.holder.balancer.needs:
         found["gram"] = gram.products(ours, ours)
     if Signal.VALID_GRAM in run.holder.balancer.needs:

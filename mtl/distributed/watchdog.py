@@ -1,0 +1,178 @@
+"""Says what a run waits for. Where one process has stood at the same place for long, all of them
+print where they are, and the first names those that have not come. Nothing is ended.
+
+A thread looks at the main thread's stack now and then. It has not moved where the same calls stand
+at the same instructions and no collective of ours has ended since. Ranks hear of each other through
+the store in which they met at the start, which needs none of their main threads.
+"""
+
+import atexit
+import json
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+LOOKS, SELDOM = 6, 5.0  # looks in the time that a wait may take; at most so many seconds apart
+ANSWERS = 12.0  # seconds in which the others say where they are
+COLLECTIVES = "torch/distributed/distributed_c10d.py"
+ASIDE = (
+    "/site-packages/",
+    "mtl/distributed/comm.py",
+)  # whose lines say little about where a rank is
+
+_ended = 0
+
+
+def tick() -> None:
+    """A collective has ended: the main thread has moved."""
+    global _ended
+    _ended += 1
+
+
+class Watchdog:
+    """One rank's watch.
+
+    Args:
+        store: what the ranks share (`TCPStore`); None: this process is alone.
+        seconds: how long the main thread may stand still.
+        say: takes messages for people.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, world: int, seconds: float, say: Callable[[str], None]
+    ):
+        self.store, self.rank, self.world, self.seconds, self._say = (
+            store,
+            rank,
+            world,
+            seconds,
+            say,
+        )
+        self.alarms = 0  # of all ranks, as far as known here
+        while self._is_raised():  # a launcher's store remembers those of before a restart
+            self.alarms += 1
+        self._every = min(seconds / LOOKS, SELDOM)
+        self._where: object = None
+        self._since, self._told = time.monotonic(), False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        atexit.register(self.stop)  # a thread within the store may not outlive the interpreter
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join(SELDOM)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._every):
+            try:
+                self.look()
+            except RuntimeError:  # DistError among them: rank 0 has ended, and the store with it
+                self.store = None
+
+    def look(self) -> None:
+        """Raise the alarm where the main thread stands still; answer where another rank has."""
+        frames = _main_frames()
+        where = _ended, *((id(frame.f_code), frame.f_lasti) for frame in frames)
+        if where != self._where:
+            self._where, self._since, self._told = where, time.monotonic(), False
+        stood = time.monotonic() - self._since
+        is_stuck = stood > self.seconds and not self._told
+        if not is_stuck and not self._is_raised():
+            return
+        # Ranks that wait for each other find it at the same time: one of them raises the alarm.
+        me = str(self.rank)
+        raiser = self.store.compare_set(self._alarm(), "", me).decode() if self.store else me
+        self._answer(frames, stood)
+        if raiser == me:
+            self._say(summary(self._answers(place(frames)), self.world, self.seconds))
+
+    def _alarm(self) -> str:
+        """The key of the next alarm: who raised it."""
+        return f"watchdog/{self.alarms + 1}"
+
+    def _is_raised(self) -> bool:
+        return self.store is not None and self.store.check([self._alarm()])
+
+    def _answer(self, frames: list[FrameType], stood: float) -> None:
+        """Print where this rank is, and let the others know."""
+        self.alarms, self._told = self.alarms + 1, True
+        lines = "".join(traceback.StackSummary.extract((f, f.f_lineno) for f in frames).format())
+        text = f"[rank {self.rank}] watchdog: at the same place for {stood:.0f} s:\n{lines}"
+        self._say(text.replace("\n", f"\n[rank {self.rank}] ").removesuffix(f"[rank {self.rank}] "))
+        if self.store:
+            self.store.set(f"watchdog/{self.alarms}/{self.rank}", json.dumps(place(frames)))
+
+    def _answers(self, mine: dict[str, str]) -> dict[int, dict[str, str]]:
+        """The `place` of each rank that answers before long."""
+        found, deadline = {self.rank: mine}, time.monotonic() + ANSWERS
+        while self.store and len(found) < self.world and time.monotonic() < deadline:
+            for rank in set(range(self.world)) - set(found):
+                key = f"watchdog/{self.alarms}/{rank}"
+                if self.store.check([key]):
+                    found[rank] = json.loads(self.store.get(key))
+            time.sleep(0.05)
+        return found
+
+
+def place(frames: list[FrameType]) -> dict[str, str]:
+    """Where a stack, outermost first, stands; and in which collective, if it waits in one."""
+    known = [f for f in frames if COLLECTIVES in f.f_code.co_filename]
+    names = [f.f_code.co_name for f in known if f.f_code.co_name != "wrapper"]
+    telling = [f for f in frames if not any(part in f.f_code.co_filename for part in ASIDE)]
+    inner = (telling if names and telling else frames)[-1]
+    at = f"{inner.f_code.co_filename}:{inner.f_lineno} in {inner.f_code.co_name}"
+    return {"at": at} | ({"collective": names[0]} if names else {})
+
+
+def summary(found: dict[int, dict[str, str]], world: int, seconds: float) -> str:
+    """Who waits and who is missing, from each rank's `place`; a rank without one gave no answer."""
+    waits = [r for r in sorted(found) if "collective" in found[r]]
+    lines = [f"watchdog: a process has stood at the same place for more than {seconds:.0f} s."]
+    for rank in range(world):
+        if rank not in found:
+            text = "gives no answer: its process has ended or is stopped, or its host is away"
+        elif rank in waits:
+            text = f"waits in {found[rank]['collective']}, from {found[rank]['at']}"
+        else:
+            text = f"{'is missing: it ' * bool(waits)}is at {found[rank]['at']}"
+        lines.append(f"rank {rank} {text}")
+    lines.append("Each rank's stack stands in its own output. The run waits on.")
+    return "\n  ".join(lines)
+
+
+def _main_frames() -> list[FrameType]:
+    """The main thread's stack, outermost first."""
+    frame, frames = sys._current_frames()[threading.main_thread().ident], []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames[::-1]
+
+
+_dog: Watchdog | None = None
+
+
+def start(
+    store: Any, rank: int, world: int, minutes: float | None, say: Callable[[str], None]
+) -> None:
+    """Watch this process from now on, until `stop`; None: not at all."""
+    global _dog
+    stop()
+    if minutes is not None:
+        _dog = Watchdog(store, rank, world, minutes * 60, say)
+        _dog.start()
+
+
+def stop() -> None:
+    """Watch no more."""
+    global _dog
+    if _dog is not None:
+        _dog.stop()
+        _dog = None
