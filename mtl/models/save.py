@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,12 @@ def save(
     def attempt() -> None:
         try:
             write()
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error), str(folder)) from error
+        except SafetensorError as error:  # its text ends with "(os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            why = (
+                (int(number[1]), os.strerror(int(number[1]))) if number else (errno.EIO, str(error))
+            )
+            raise OSError(*why, str(folder)) from error
 
     # Rank 0 writes, and all hear whether it could.
     comm.together(attempt)
