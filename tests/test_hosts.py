@@ -1,6 +1,7 @@
 """Two hosts, for which two network namespaces stand in: one run, and what a cut cable does to it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import runs
 
 pytestmark = pytest.mark.slow
 HOSTS = {"coba-a": ("va", "10.77.0.1"), "coba-b": ("vb", "10.77.0.2")}
-PATIENCE = 40  # seconds, beside the 15 that a collective waits here
+PATIENCE = 150  # seconds; a collective waits 15 here, and the watchdog 30 more
+ENDED = re.compile(r"rank \d of 2 (ends|failed), at step \d+ of 120")
 
 
 def ip(*words: str) -> None:
@@ -90,10 +92,8 @@ def test_two_hosts_give_what_one_gives(hosts, tmp_path):
     assert runs.untimed(tmp_path / "run") == runs.untimed(tmp_path / "one")
 
 
-def test_a_run_goes_on_with_the_host_that_is_left(hosts, tmp_path):
-    """After the cut both wait for each other: most sums end with gloo's error after the 15 s, but in the middle of a large one gloo may
-    wait for ever. Here whoever waits is killed.
-    """
+def test_a_host_that_is_cut_off_ends_the_other_which_names_the_step_and_goes_on(hosts, tmp_path):
+    """Either by gloo's own error or, in the middle of a large sum, by the watchdog."""
     yaml = runs.write(tmp_path)
     often = "train.steps=120", "checkpoint.every=10", "evaluate.every=1000"
     started = start(yaml, *often, "engine.timeout_minutes=0.25")
@@ -103,7 +103,11 @@ def test_a_run_goes_on_with_the_host_that_is_left(hosts, tmp_path):
         assert time.monotonic() < end and all(one.poll() is None for one in started), told(yaml)
         time.sleep(0.2)
     ip("-n", "coba-b", "link", "set", "vb", "down")
-    assert 0 not in codes(started, PATIENCE), told(yaml)
+    end = time.monotonic() + PATIENCE
+    while not all(ENDED.search(text) for text in told(yaml).values()):
+        assert time.monotonic() < end, told(yaml)
+        time.sleep(0.2)
+    codes(started, 0)  # a torchrun that is cut off may wait for its store
     after = runs.train(yaml, *often, world=1, resume=True).well()
     assert "resuming from" in after.err
     trained = [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line]

@@ -1,5 +1,6 @@
 """A run that waits says for whom, and goes on."""
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -97,3 +98,28 @@ def test_who_is_missing():
         "rank 2 waits in all_reduce, from loop.py:7 in train",
         "rank 3 gives no answer: its process has ended or is stopped, or its host is away",
     ]
+
+
+def test_a_collective_beyond_its_limit_ends_the_process_with_rank_and_step(monkeypatch):
+    """The rest is tests/test_hosts.py's, where a host goes away in the middle of a sum."""
+    frames, said, codes = watchdog._main_frames(), [], []
+    monkeypatch.setattr(watchdog, "_main_frames", lambda: frames)
+    monkeypatch.setattr(watchdog, "GRACE", 0.1)
+    monkeypatch.setattr(watchdog, "_doing", "at step 3 of 9")
+
+    def watched() -> list[int]:
+        dog = Watchdog(None, 1, 2, 0.1, said.append, limit=0.1)
+        monkeypatch.setattr(
+            watchdog.os, "_exit", lambda code: [codes.append(code), dog._over.set()]
+        )
+        thread = threading.Thread(target=dog._end_late)
+        thread.start()
+        thread.join(1)
+        dog._over.set()
+        thread.join()
+        return codes
+
+    assert watched() == [], "it is in no collective"
+    monkeypatch.setattr(watchdog, "place", lambda frames: {"at": "x", "collective": "all_reduce"})
+    assert watched() == [1]
+    assert re.match(r"rank 1 of 2 ends, at step 3 of 9: it has waited \d s in all_reduce ", said[0])

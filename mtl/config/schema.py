@@ -618,7 +618,8 @@ class EngineSection(Section):
     """
     watchdog_minutes: Annotated[float, Gt(0), Le(10080)] | None = 5.0
     """Minutes a process may stand at the same place, in a collective say, until all print their
-    stacks and the missing ones are named. The run waits on. null: never.
+    stacks and the missing ones are named. The run waits on, but for a collective no longer than
+    30 s beyond `timeout_minutes`. null: never, and without that end.
     """
     deterministic: bool = False
     """Let torch use algorithms alone that give the same bits at each run. An operation that has

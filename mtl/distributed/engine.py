@@ -81,7 +81,9 @@ def init_process_group(timeout_minutes: float, watchdog_minutes: float | None = 
     if torch.distributed.get_backend() != "gloo":
         comm.open_host_group(timeout)
     store = meeting.store if meeting else None
-    watchdog.start(store, comm.rank(), comm.world(), watchdog_minutes, process.tell)
+    watchdog.start(
+        store, comm.rank(), comm.world(), watchdog_minutes, process.tell, timeout_minutes
+    )
 
 
 def _keep_freed_memory() -> None:

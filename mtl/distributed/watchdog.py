@@ -1,5 +1,6 @@
 """Says what a run waits for. Where one process has stood at the same place for long, all of them
-print where they are, and the first names those that have not come. Nothing is ended.
+print where they are, and the first names those that have not come. A process in a collective for
+longer than that may take is ended: gloo does not always end a sum whose other side is away.
 
 A thread looks at the main thread's stack now and then. It has not moved where the same calls stand
 at the same instructions and no collective of ours has ended since. Ranks hear of each other through
@@ -8,6 +9,7 @@ the store in which they met at the start, which needs none of their main threads
 
 import atexit
 import json
+import os
 import sys
 import threading
 import time
@@ -24,13 +26,44 @@ ASIDE = (
     "mtl/distributed/comm.py",
 )  # whose lines say little about where a rank is
 
-_ended = 0
+GRACE = 30.0  # seconds beyond a collective's own limit
+_ended, _doing = 0, "before the first step"
+
+
+def doing(what: str) -> None:
+    """Where the run is, for what is said when it ends here."""
+    global _doing
+    _doing = what
+
+
+def done() -> str:
+    """The same, as `doing` was told."""
+    return _doing
 
 
 def tick() -> None:
     """A collective has ended: the main thread has moved."""
     global _ended
     _ended += 1
+
+
+class Stood:
+    """How long the main thread has been where it is."""
+
+    def __init__(self) -> None:
+        self._where: object = None
+        self._since = time.monotonic()
+
+    def look(self) -> tuple[list[FrameType], float, bool]:
+        """Its stack, the seconds since it was first seen there, and whether it has moved since the
+        last look.
+        """
+        frames = _main_frames()
+        where = _ended, *((id(frame.f_code), frame.f_lasti) for frame in frames)
+        has_moved = where != self._where
+        if has_moved:
+            self._where, self._since = where, time.monotonic()
+        return frames, time.monotonic() - self._since, has_moved
 
 
 class Watchdog:
@@ -40,10 +73,17 @@ class Watchdog:
         store: what the ranks share (`TCPStore`); None: this process is alone.
         seconds: how long the main thread may stand still.
         say: takes messages for people.
+        limit: seconds after which a collective should have failed by itself.
     """
 
     def __init__(
-        self, store: Any, rank: int, world: int, seconds: float, say: Callable[[str], None]
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        seconds: float,
+        say: Callable[[str], None],
+        limit: float = float("inf"),
     ):
         self.store, self.rank, self.world, self.seconds, self._say = (
             store,
@@ -56,18 +96,33 @@ class Watchdog:
         while self._is_raised():  # a launcher's store remembers those of before a restart
             self.alarms += 1
         self._every = min(seconds / LOOKS, SELDOM)
-        self._where: object = None
-        self._since, self._told = time.monotonic(), False
+        self._stood, self._told, self._limit = Stood(), False, limit
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._end = threading.Thread(target=self._end_late, name="watchdog's end", daemon=True)
 
     def start(self) -> None:
         atexit.register(self.stop)  # a thread within the store may not outlive the interpreter
         self._thread.start()
+        self._end.start()
 
     def stop(self) -> None:
         self._over.set()
         self._thread.join(SELDOM)
+
+    def _end_late(self) -> None:
+        """In a thread of its own, which asks nothing of a store: its host may be away."""
+        stood = Stood()
+        while not self._over.wait(self._every):
+            frames, seconds, _ = stood.look()
+            waits_in = place(frames).get("collective")
+            if waits_in and seconds > self._limit + GRACE:
+                self._say(
+                    f"rank {self.rank} of {self.world} ends, {_doing}: it has waited {seconds:.0f} "
+                    f"s in {waits_in} (engine.timeout_minutes). Another rank or its host is away; "
+                    "--resume goes on with what is left."
+                )
+                os._exit(1)  # the main thread cannot be woken
 
     def _watch(self) -> None:
         while not self._over.wait(self._every):
@@ -78,11 +133,8 @@ class Watchdog:
 
     def look(self) -> None:
         """Raise the alarm where the main thread stands still; answer where another rank has."""
-        frames = _main_frames()
-        where = _ended, *((id(frame.f_code), frame.f_lasti) for frame in frames)
-        if where != self._where:
-            self._where, self._since, self._told = where, time.monotonic(), False
-        stood = time.monotonic() - self._since
+        frames, stood, has_moved = self._stood.look()
+        self._told = self._told and not has_moved
         is_stuck = stood > self.seconds and not self._told
         if not is_stuck and not self._is_raised():
             return
@@ -160,13 +212,18 @@ _dog: Watchdog | None = None
 
 
 def start(
-    store: Any, rank: int, world: int, minutes: float | None, say: Callable[[str], None]
+    store: Any,
+    rank: int,
+    world: int,
+    minutes: float | None,
+    say: Callable[[str], None],
+    limit_minutes: float = float("inf"),
 ) -> None:
     """Watch this process from now on, until `stop`; None: not at all."""
     global _dog
     stop()
     if minutes is not None:
-        _dog = Watchdog(store, rank, world, minutes * 60, say)
+        _dog = Watchdog(store, rank, world, minutes * 60, say, limit_minutes * 60)
         _dog.start()
 
 

@@ -11,7 +11,7 @@ import torch
 from balancers import Holder, Signal
 from mtl import process
 from mtl.config import Config
-from mtl.distributed import comm
+from mtl.distributed import comm, watchdog
 from mtl.output import trackers
 from mtl.output.state import RunState
 from mtl.train import anchor, draws, evaluate, incidents, schedule
@@ -40,6 +40,10 @@ def train(run: Run, state: RunState) -> RunState:
             if error.errno not in process.STORAGE:
                 raise
             raise run.checkpoints.unwritable(error) from error
+        except RuntimeError as error:  # such as of a collective, whose text names no step
+            at = f"rank {comm.rank()} of {comm.world()} failed, {watchdog.done()}"
+            error.add_note(f"{at}. --resume goes on from the newest checkpoint.")
+            raise
 
 
 def _train(run: Run, state: RunState) -> RunState:
@@ -48,6 +52,7 @@ def _train(run: Run, state: RunState) -> RunState:
     started, first = time.monotonic(), state.step
     while True:
         t = state.step
+        watchdog.doing(f"at step {t} of {run.steps}")
         is_due = _due(config.evaluate.every, t, run.steps) and state.evaluated < t
         validation = _evaluate(run, state) if is_due else None
         is_best = validation is not None and config.checkpoint.best and state.best["step"] == t
