@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     add("--rounds", type=cli.positive, default=6)
     add("--p", type=float, default=0.9, help="a text is sure of its class above this probability")
     add("--gap", type=float, default=0.5, help="or where it leads the second class by this")
-    add("--share", type=float, default=0.1, help="of the pool becomes sure in a round, classes alike")
+    add("--share", type=float, default=0.1, help="of the pool becomes sure in a round")
     add("--select", type=cli.positive, default=128, help="least texts the generator gets")
     add("--generate", type=int, default=16, help="texts to write for each class in a round")
     add("--replay", type=cli.positive, default=3, help="rounds whose written texts are used")

@@ -1,6 +1,6 @@
-"""`model.loss_kernel`: Liger's kernel in place of the head's slices gives the same losses and gradients, or is refused.
+"""`model.loss_kernel`: a fused kernel in place of the head's slices gives the same losses and gradients, or is refused.
 
-The kernel itself runs under Triton's interpreter, on a CPU: `pip install 'coba-mtl[liger]'`, then
+Torch's is the real one. Liger's itself runs under Triton's interpreter, on a CPU: `pip install 'coba-mtl[liger]'`, then
 `TRITON_INTERPRET=1 pytest tests/test_loss_kernel.py`. Elsewhere a stand-in with its signature does, which shows what it is given.
 """
 
@@ -60,14 +60,15 @@ def kernel(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.mark.parametrize("which", head.KERNELS)
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_kernel_gives_the_losses_and_gradients_of_full_logits(name):
+def test_the_kernel_gives_the_losses_and_gradients_of_full_logits(name, which):
     torch.manual_seed(0)
     made = MODELS[name]()
     rest, targets = inputs()
     logits = made(**rest).logits
     wanted = F.cross_entropy(logits.flatten(0, 1)[targets.at], targets.labels, reduction="none")
-    head.install(made, "liger")
+    head.install(made, which)
     rows = []
     made.get_output_embeddings().register_forward_hook(
         lambda part, given, out: rows.append(out.numel() // out.shape[-1])
@@ -80,20 +81,23 @@ def test_the_kernel_gives_the_losses_and_gradients_of_full_logits(name):
     assert (ours - theirs).norm() < 2e-6 * theirs.norm() and theirs.norm() > 0
     made(**rest, targets=targets)
     assert rows == [1, 1, 1, 1], "checked once"
+    with torch.no_grad():
+        assert torch.equal(made(**rest, targets=targets).loss, found)
     none = made(
         **rest, targets=head.Targets(targets.at[:0], targets.labels[:0], len(targets.at))
     ).loss
     assert none.shape == (0,) and none.requires_grad
 
 
+@pytest.mark.parametrize("which", head.KERNELS)
 @pytest.mark.parametrize("name", SCALED)
-def test_a_head_that_does_more_than_multiply_is_refused(name):
+def test_a_head_that_does_more_than_multiply_is_refused(name, which):
     torch.manual_seed(0)
     made = MODELS[name]()
-    head.install(made, "liger")
+    head.install(made, which)
     rest, targets = inputs()
     with pytest.raises(
-        ValueError, match="ForCausalLM scales or caps its logits.* Leave the key out"
+        ValueError, match=f"{which}: .*ForCausalLM scales or caps its logits.* Leave the key out"
     ):
         made(**rest, targets=targets)
 
@@ -144,3 +148,17 @@ def test_what_it_needs_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"not installed. Run: pip install 'coba-mtl\[liger\]'"):
         load.load(config_for(folder), toys.tokenizer())
+
+
+def test_torchs_kernel_is_for_fp32(tmp_path, monkeypatch):
+    """Its losses of bf16 states are bf16, and it would leave autocast aside."""
+    folder = toys.save(toys.tiny_llama(), tmp_path)
+    config = config_for(folder, "model.loss_kernel=torch")
+    assert load.load(config, toys.tokenizer()) is not None
+    for precision in ("bf16", "bf16_autocast"):
+        wanted = f"found torch, wanted liger or null with precision {precision}"
+        with pytest.raises(ConfigError, match=wanted):
+            config_for(folder, "model.loss_kernel=torch", f"model.precision={precision}")
+    monkeypatch.delattr(F, "linear_cross_entropy")
+    with pytest.raises(ModelError, match="loss_kernel: torch needs torch 2.13 or newer, found"):
+        load.load(config, toys.tokenizer())

@@ -352,6 +352,9 @@ def _kernel(get: Get) -> Iterator[Finding]:
             "out: the head then runs in slices."
         )
         yield ("model", "loss_kernel"), kernel, "null at engine.zero 3", hint
+    if kernel == "torch" and (precision := get("model", "precision")) != "fp32":
+        hint = "Torch's kernel would round losses to 16 bits, or leave autocast aside."
+        yield ("model", "loss_kernel"), kernel, f"liger or null with precision {precision}", hint
 
 
 def _gram(get: Get) -> Iterator[Finding]:

@@ -216,9 +216,10 @@ class ModelSection(Section):
     to minutes longer; later steps are faster (on CPUs by a quarter, benchmarks/README.md). It needs
     a C++ compiler; on a GPU Triton.
     """
-    loss_kernel: Literal["liger"] | None = None
-    """liger: Liger's fused head and cross-entropy. It needs the extra `liger`, a GPU, zero 0-2, and
-    a head that is one linear module. null: the head in slices, in plain torch. Both compute target
+    loss_kernel: Literal["liger", "torch"] | None = None
+    """A fused head and cross-entropy, for zero 0-2 and a head that is one linear module. liger:
+    Liger's; it needs the extra `liger` and a GPU. torch: `linear_cross_entropy` of torch 2.13 or
+    newer, for precision fp32. null: the head in slices, by the model's own code. All compute target
     positions only and never hold all logits.
     """
     chat_template: TextPath | None = None

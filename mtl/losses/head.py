@@ -81,8 +81,9 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
     alike.
 
     Args:
-        kernel: "liger": Liger's fused linear cross-entropy in place of slices. It only multiplies:
-            the first forward raises ValueError if the model's head does more (a scale, a soft cap).
+        kernel: "liger" or "torch": a fused linear cross-entropy in place of slices. It only
+            multiplies: the first forward raises ValueError if the model's head does more (a scale,
+            a soft cap).
 
     Raises:
         TypeError: as `decoder_of`; or a kernel is asked for and the head is no plain linear module.
@@ -90,7 +91,7 @@ def install(model: nn.Module, kernel: str | None = None) -> None:
     causal, name = decoder_of(model)
     plain = causal.forward
     sliced = functools.partial(_sliced, causal, name)
-    fused = _Fused(causal, name) if kernel else None
+    fused = _Fused(causal, name, kernel) if kernel else None
 
     @functools.wraps(plain)
     def forward(
@@ -166,20 +167,31 @@ def linear_head(causal: nn.Module) -> nn.Linear:
     return found
 
 
+def _liger(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers import functional  # here: an extra
+
+    sums = {"reduction": "none", "accum_dtype": torch.float32}
+    return functional.liger_fused_linear_cross_entropy(
+        hidden, head.weight, labels, head.bias, **sums
+    )
+
+
+def _torch(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    return F.linear_cross_entropy(
+        hidden, head.weight, labels, linear_bias=head.bias, reduction="none",
+        options=torch.nn.LinearCrossEntropyOptions(),  # None would make all logits at once
+    )  # fmt: skip
+
+
+KERNELS = {"liger": _liger, "torch": _torch}
+
+
 class _Fused:
-    """The same as `_sliced` with Liger's fused head and cross-entropy: no logits in memory."""
+    """The same as `_sliced` with a fused head and cross-entropy: no logits in memory."""
 
-    def __init__(self, causal: nn.Module, name: str):
-        from liger_kernel.transformers.functional import (
-            liger_fused_linear_cross_entropy,
-        )  # here: an extra
-
-        self._kernel, self._causal, self._name, self._is_checked = (
-            liger_fused_linear_cross_entropy,
-            causal,
-            name,
-            False,
-        )
+    def __init__(self, causal: nn.Module, name: str, kernel: str):
+        self._kernel, self._what = KERNELS[kernel], kernel
+        self._causal, self._name, self._is_checked = causal, name, False
         linear_head(causal)
 
     def __call__(self, run: Callable[[], Any], targets: Targets) -> tuple[Any, Tensor]:
@@ -202,15 +214,7 @@ class _Fused:
             # 16 times as large, so that a soft cap shows.
             self._check(run, answer, 16 * hidden[:1].detach())
             self._is_checked = True
-        head = linear_head(self._causal)
-        losses = self._kernel(
-            hidden,
-            head.weight,
-            targets.labels,
-            head.bias,
-            reduction="none",
-            accum_dtype=torch.float32,
-        )
+        losses = self._kernel(hidden, linear_head(self._causal), targets.labels)
         return outputs, losses.float()
 
     def _check(self, run: Callable[[], Any], answer: Any, large: Tensor) -> None:
@@ -226,10 +230,9 @@ class _Fused:
             logits, wanted = run().logits[0].float(), linear_head(self._causal)(large).float()
         if not torch.allclose(logits, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
             raise ValueError(
-                f"model.loss_kernel: liger: {type(self._causal).__name__} scales or caps its "
-                "logits, which the kernel would "
-                "leave out. Leave the key out: the head then runs in slices, with the model's own "
-                "code."
+                f"model.loss_kernel: {self._what}: {type(self._causal).__name__} scales or caps "
+                "its logits, which the kernel would leave out. Leave the key out: the head then "
+                "runs in slices, with the model's own code."
             )
 
 

@@ -1,9 +1,10 @@
-"""What makes a loaded model faster: its blocks compiled, Liger's fused loss."""
+"""What makes a loaded model faster: its blocks compiled, a fused loss."""
 
 import importlib.util
 import os
 import shutil
 
+import torch
 from torch import nn
 
 from mtl.config import Config
@@ -40,9 +41,27 @@ def compile_blocks(model: nn.Module, config: Config) -> None:
         layer.compile(dynamic=True)
 
 
-def look_for_liger(model: nn.Module, config: Config) -> None:
-    """Raise ModelError where Liger's fused loss cannot run."""
-    place = f"{config.where('model.loss_kernel')}: model.loss_kernel: liger"
+def look_for_kernel(model: nn.Module, config: Config) -> None:
+    """Raise ModelError where the fused loss of `model.loss_kernel` cannot run."""
+    kernel = config.model.loss_kernel
+    place = f"{config.where('model.loss_kernel')}: model.loss_kernel: {kernel}"
+    if kernel == "liger":
+        _look_for_liger(place)
+    elif not hasattr(nn.functional, "linear_cross_entropy"):
+        raise ModelError(
+            f"{place} needs torch 2.13 or newer, found {torch.__version__}. Leave the key out."
+        )
+    causal, _ = head.decoder_of(model)
+    try:
+        head.linear_head(causal)
+    except TypeError as e:
+        found = type(causal.get_output_embeddings()).__name__
+        raise ModelError(
+            f"{place} needs a head that is one linear module without an adapter, found a {found}."
+        ) from e
+
+
+def _look_for_liger(place: str) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError(
             f"{place} needs liger-kernel, which is not installed. Run: pip install "
@@ -53,11 +72,3 @@ def look_for_liger(model: nn.Module, config: Config) -> None:
         raise ModelError(
             f"{place} needs a GPU, found a CPU. Leave the key out: the head then runs in slices."
         )
-    causal, _ = head.decoder_of(model)
-    try:
-        head.linear_head(causal)
-    except TypeError as e:
-        found = type(causal.get_output_embeddings()).__name__
-        raise ModelError(
-            f"{place} needs a head that is one linear module without an adapter, found a {found}."
-        ) from e

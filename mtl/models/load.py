@@ -181,7 +181,7 @@ def _adapt(
     if config.trains_adapter:
         model = adapters.add(model, config, "CAUSAL_LM" if family.causal else "SEQ_CLS")
     if config.model.loss_kernel:
-        accelerate.look_for_liger(model, config)
+        accelerate.look_for_kernel(model, config)
     if config.model.activation_checkpointing:
         # Reentrant checkpointing cannot give per-task gradients, and needs inputs that require
         # gradients.
