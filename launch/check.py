@@ -45,7 +45,8 @@ def main() -> None:
         return
     loader = plugins.loader(config, args.allow_code)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for each in sections.everything(config, args.config, encode, loader, args.world, color):
+    parts = loader, plugins.holder(config, args.allow_code).balancer, args.world, color
+    for each in sections.everything(config, args.config, encode, *parts):
         show(*each)
     check_output(Path(config.output).expanduser(), args.resume)
     print(f"{args.config}: nothing stands in the way of a run")

@@ -16,7 +16,7 @@ from mtl import cli, process
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON, CSV, TSV or Parquet")
     parser.add_argument("--out", type=Path, help="file to write; the terminal where left out")
     args = parser.parse_args()
     from mtl.check.starter import starter  # here: help comes at once without torch

@@ -247,9 +247,6 @@ def build(
     tasks, goals = data.tasks, data.goals
     mix = mix_for(config, tasks)
     steps = steps_of(config, mix)
-    if config.schedule.warmup > steps:  # known here where the length is given in epochs
-        found, wanted = f"{config.schedule.warmup:,}", f"at most the run's steps, {steps:,}"
-        raise ConfigError([config.error("schedule.warmup", found, wanted)])
     identity = provenance.identity(config, tasks, steps)
     # Ranks with other rows would draw other batches, and hang in a collective at best.
     comm.same(identity, "data")

@@ -7,6 +7,7 @@ A launcher takes the module instead of the file: `torchrun --nproc_per_node 8 -m
 
 import argparse
 import ast
+import difflib
 import runpy
 import sys
 from pathlib import Path
@@ -83,8 +84,13 @@ def main() -> None:
         print(f"mtl {mtl.__version__}")
         return
     if named not in PROGRAMS:
-        print(_usage(), file=sys.stdout if named in ("-h", "--help") else sys.stderr)
-        sys.exit(0 if named in ("-h", "--help") else 2)
+        if named in ("", "-h", "--help"):
+            print(_usage(), file=sys.stdout if named else sys.stderr)
+            sys.exit(0 if named else 2)
+        close = difflib.get_close_matches(named, PROGRAMS, n=1)
+        hint = f"Did you mean {close[0]}?" if close else "mtl --help lists them."
+        print(f"error: found {named!r}, wanted {', '.join(PROGRAMS)}. {hint}", file=sys.stderr)
+        sys.exit(2)
     program = runpy.run_path(str(folder() / f"{named}.py"))
     sys.argv = [f"mtl {named}", *arguments[1:]]  # what its help calls it
     sys.exit(process.exit_code(program["main"]))

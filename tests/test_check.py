@@ -236,6 +236,21 @@ def test_prepare_fills_the_cache_only(check, tmp_path):
     assert code == 0 and "encoding" not in err
 
 
+def test_warm_ups_as_long_as_the_run_are_said(check):
+    """With epochs the length is known once rows are read."""
+
+    def told(*overrides: str) -> tuple[int, str, str]:
+        return check(*(part for one in overrides for part in ("--set", one)))
+
+    inner = "balancer={name: Scheduled, balancer: {name: CoBa, warmup: 90}}"
+    code, out, err = told("train={epochs: 0.5}", inner)
+    assert code == 0, err
+    assert "remark: CoBa gives equal weights for 90 steps (balancer.warmup), and the run" in out
+    assert "it never acts" not in told("train.steps=91", "balancer={name: CoBa, warmup: 90}")[1]
+    code, _, err = told("train={epochs: 0.5}", "schedule.warmup=500", "balancer=Equal")
+    assert code == 1 and "schedule.warmup: found 500, wanted at most the run's steps" in err
+
+
 def test_more_processes_than_examples_is_said(check):
     assert "warning: 2 of 8 processes get no example of a batch" in check("--world", "8")[1]
 

@@ -114,6 +114,13 @@ def test_without_test_rows_the_split_is_refused(yaml, monkeypatch, capsys):
     assert "tasks.copy.test: found nothing, wanted rows to evaluate on" in err
 
 
+def test_a_model_that_is_not_there_is_named(yaml, tmp_path, monkeypatch, capsys):
+    """Not the YAML's own model, which has done nothing."""
+    gone = tmp_path / "checkpoints" / "step-00000030"
+    code, _, err = run(monkeypatch, capsys, "--config", yaml, gone)
+    assert code == 1 and f"error: {gone}: found no such folder and no such model on the hub" in err
+
+
 def test_two_processes_give_the_same(yaml, tmp_path):
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone",

@@ -301,17 +301,20 @@ def test_the_program(adapter, tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_exported(full, adapter, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
+    (tmp_path / "run").mkdir()
     for arguments, text in (
-        ([tmp_path / "nowhere", tmp_path / "out"], "found no model in it"),
-        ([full.parent.parent, tmp_path / "out"], "wanted a checkpoint's folder"),
+        ([tmp_path / "nowhere", tmp_path / "out"], "found no such folder"),
+        (
+            [full.parent.parent, tmp_path / "out"],
+            f"found a run, wanted a checkpoint of it, such as {full}",
+        ),
+        (
+            [tmp_path / "run", tmp_path / "out"],
+            "found no model in it; wanted a checkpoint's folder",
+        ),
         ([full, tmp_path / "out", "--merge"], "found a whole model, wanted an adapter"),
         ([full, tmp_path / "mine"], "found something other than an export"),
     ):
-        if arguments[0] == full.parent.parent:
-            (tmp_path / "run").mkdir()
-            arguments[0] = (
-                tmp_path / "run"
-            )  # a run's own folder has a model/ at its end: not a checkpoint without one
         code, _, err = call(monkeypatch, capsys, *arguments)
         assert code == 1 and text in err and "Traceback" not in err, err
     assert not (tmp_path / "out").exists() and [p.name for p in (tmp_path / "mine").iterdir()] == [

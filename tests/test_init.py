@@ -46,7 +46,7 @@ def test_formats_are_recognised(form, tmp_path):
     [
         ("data/code.train.jsonl", "code", "train"),
         ("code_val.json.gz", "code", "validation"),
-        ("en-fr.test.parquet", "en-fr", "validation"),
+        ("en-fr.test.parquet", "en-fr", "test"),
         ("code/train-00000-of-00002.parquet", "code", "train"),
         ("valid.code.jsonl", "code", "validation"),
         ("training_notes.jsonl", "notes", "train"),
@@ -90,6 +90,12 @@ def test_the_yaml_is_one_that_the_program_reads(tmp_path, monkeypatch, capsys):
     assert Path("x.yaml").read_text() == before
     init(monkeypatch, "data/code.train.jsonl", "data/chat.jsonl")
     assert capsys.readouterr().out == before
+
+
+def test_a_test_file_is_for_reports_and_chooses_nothing(tmp_path):
+    files = [write(tmp_path / f"code.{side}.jsonl", ROWS["text"]) for side in ("train", "test")]
+    (task,) = parse(starter.starter([str(file) for file in files]), "x.yaml").tasks.values()
+    assert (task.train, task.validation, task.test) == ((str(files[0]),), 0.05, (str(files[1]),))
 
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path):

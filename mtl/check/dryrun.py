@@ -97,6 +97,21 @@ def layouts(config: Config, data: EncodedData, world: int, tokens: int) -> dict[
     }
 
 
+def warmup(config: Config, data: EncodedData, balancer: Any) -> list[str]:
+    """A remark where the balancer, or the one within it, warms up as long as the run lasts."""
+    steps = steps_of(config, mix_for(config, data.tasks))
+    while balancer is not None:
+        given = getattr(balancer, "warmup", 0)
+        if given >= steps:
+            name = type(balancer).public().__name__
+            return [
+                f"remark: {name} gives equal weights for {given:,} steps (balancer.warmup), and "
+                f"the run has {steps:,}: it never acts"
+            ]
+        balancer = getattr(balancer, "balancer", None)
+    return []
+
+
 def batches(config: Config, data: EncodedData, world: int) -> list[str]:
     """The arithmetic of steps, batches and validation for `world` processes."""
     tasks = data.tasks

@@ -1,6 +1,7 @@
 """What `launch/check.py` prints, section by section, in the order in which it becomes known."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from mtl.check import dryrun
 from mtl.config import Config, dump
@@ -15,6 +16,7 @@ def everything(
     origin: str,
     encode: Callable[[], dryrun.EncodedData],
     loader: Loader,
+    balancer: Any,
     world: int,
     color: bool,
 ) -> Iterator[Section]:
@@ -23,13 +25,15 @@ def everything(
     Args:
         origin: the YAML's path.
         encode: reads and encodes the rows; slow.
+        balancer: the run's.
         world: processes of the run.
         color: whether targets are shown in green, else in brackets.
     """
     yield f"{origin}, with defaults", dump(config.resolved()).splitlines()
     data = encode()
     yield "Data", dryrun.data(data.tasks)
-    yield "Batches", dryrun.batches(config, data, world)
+    told = dryrun.batches(config, data, world)
+    yield "Batches", told + dryrun.warmup(config, data, balancer)
     targets = "in green" if color else "in [[ ]]"
     for task, number in zip(data.tasks, data.goals.of, strict=True):
         shown = data.examples[number].show(task.train.columns(0), color)

@@ -17,7 +17,8 @@ HELD_OUT = "5%"  # of the training rows, where no file has validation rows
 SAMPLE = 200  # rows of a file that are looked at
 SIDES = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "test"), "validation"),
+    **dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "validation"),
+    "test": "test",
 }
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
 TEXT = """\
@@ -28,13 +29,13 @@ model:
 train: {{epochs: 1}}
 optimizer: {{lr: 2.0e-5}}
 schedule: {{name: cosine, warmup: 20}}
-balancer: CoBa
+balancer: {{name: CoBa, warmup: 100}}          # equal weights for so many steps, then by slopes
 output: runs/{name}
 """
 
 
 class Named(NamedTuple):
-    """What a file's name says: its task, and "train", "validation" or "" for neither."""
+    """What a file's name says: its task, and "train", "validation", "test" or "" for none."""
 
     task: str
     side: str
@@ -49,7 +50,9 @@ def starter(files: Sequence[str]) -> str:
         DataError: every file that cannot be read, has rows of no format, or stands for validation
             without a training file.
     """
-    sides: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"train": [], "validation": []})
+    sides: dict[str, dict[str, list[str]]] = defaultdict(
+        lambda: {"train": [], "validation": [], "test": []}
+    )
     for file in dict.fromkeys(files):
         named = name(file)
         sides[named.task][named.side or "train"].append(file)
@@ -102,13 +105,14 @@ def _entry(task: str, paths: dict[str, list[str]]) -> dict[str, object]:
         found = ", ".join(f"{file} is {form}" for file, form in formats.items())
         raise DataError(f"task {task}: {found}; wanted one format in a task.")
     if not paths["train"]:
+        given = ", ".join(paths["validation"] + paths["test"])
         raise DataError(
-            f"{', '.join(paths['validation'])}: found no train file of the task {task}, wanted one "
-            f"beside it, such as {task}.train.jsonl. Name it too."
+            f"{given}: found no train file of the task {task}, wanted one beside it, such as "
+            f"{task}.train.jsonl. Name it too."
         )
     # No validation file: a part of the training rows is held out.
     paths = {**paths, "validation": paths["validation"] or [HELD_OUT]}
-    entry = {side: some[0] if len(some) == 1 else some for side, some in paths.items()}
+    entry = {side: some[0] if len(some) == 1 else some for side, some in paths.items() if some}
     return {**entry, "format": next(iter(formats.values()))}
 
 

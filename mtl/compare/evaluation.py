@@ -26,6 +26,7 @@ from mtl.distributed.engine import device
 from mtl.losses import head
 from mtl.losses.objective import reference_of, unit_of
 from mtl.models import adapters, packing
+from mtl.models.errors import ModelError
 from mtl.models.structure import dtype_of
 from mtl.train import reference
 from mtl.train.evaluate import ValidationResult, full_pass
@@ -173,7 +174,15 @@ def opener(
     packed: dict[type, bool] = {}  # measured once for an architecture
 
     def opened(folder: Path | str, revision: str | None = None) -> tuple[Bare, bool]:
-        module = _load(config, model_folder(str(folder)), data, allow_code, revision)
+        try:
+            module = _load(config, model_folder(str(folder)), data, allow_code, revision)
+        except ModelError as error:
+            if folder.exists():
+                raise
+            raise ModelError(
+                f"{folder}: found no such folder and no such model on the hub, wanted a checkpoint "
+                "(RUN/checkpoints/step-...), an exported model or a hub name."
+            ) from error
         model = Bare(module, device(), config.model.precision == "bf16_autocast")
         kind = type(module)
         if kind not in packed:

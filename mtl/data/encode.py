@@ -76,7 +76,8 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
             else ""
         )
         raise DataError(
-            f"{where}: model.name: found no tokenizer of {name!r}: {text[:500]}{hint}"
+            f"{where}: model.name: found no tokenizer of {name!r}, neither in the folder "
+            f"{Path(name).expanduser().absolute()} nor on the hub: {text[:500]}{hint}"
         ) from error
     if model.chat_template is not None:
         path = Path(model.chat_template).expanduser()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mtl.config import Config
+from mtl.config import Config, ConfigError
 from mtl.data.batches import Layout, Layouts, ValidationGroups
 from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
@@ -39,8 +39,16 @@ def mix_for(config: Config, tasks: Sequence[TaskData]) -> Mix:
 
 
 def steps_of(config: Config, mix: Mix) -> int:
-    """Optimizer steps of the whole run."""
-    return config.train.steps or steps_for(config.train.epochs, mix.sizes, mix.examples)
+    """Optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: the learning rate's warm-up is longer. Known here where epochs are given.
+    """
+    steps = config.train.steps or steps_for(config.train.epochs, mix.sizes, mix.examples)
+    if config.schedule.warmup > steps:
+        found, wanted = f"{config.schedule.warmup:,}", f"at most the run's steps, {steps:,}"
+        raise ConfigError([config.error("schedule.warmup", found, wanted)])
+    return steps
 
 
 def validation_groups_for(

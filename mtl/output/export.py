@@ -59,6 +59,15 @@ def export(
         ExportError: there is no model in `checkpoint`, or it is damaged; nothing to merge, no base
             model; or `target` is something else.
     """
+    if not checkpoint.is_dir():
+        raise ExportError(f"{checkpoint}: found no such folder, wanted a checkpoint's.")
+    if (checkpoint / "run.json").is_file():
+        newest = max(
+            (checkpoint / "checkpoints").glob("step-*"), default="RUN/checkpoints/step-..."
+        )
+        raise ExportError(
+            f"{checkpoint}: found a run, wanted a checkpoint of it, such as {newest}."
+        )
     source = checkpoint if (checkpoint / ADAPTER).is_file() else checkpoint / weights
     is_adapter = (source / ADAPTER).is_file()
     if not is_adapter and not (source / "config.json").is_file():
