@@ -352,7 +352,9 @@ def test_the_text_of_a_special_token_inside_data_is_said_or_refused():
         with pytest.raises(RowProblem, match=r"found the text of <\|end\|>") as problem:
             Encoder(TOK, 99, special_text="refuse")(example)
         assert problem.value.reason == "special token"
-    assert said == {f"rows with the text of {END} in them, which becomes that token": 3}
+    assert said == {
+        f"rows with the text of {END} in them, which becomes that token (batch.special_text)": 3
+    }
 
 
 def test_keys_of_turns_that_no_template_reads_are_said():

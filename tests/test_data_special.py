@@ -148,7 +148,8 @@ def test_calls_and_schemas_are_plain_too():
         id_ = TOK.convert_tokens_to_ids(token)
         assert tokens.count(id_) == made.count(id_) + 1
     texts = [
-        f"rows with the text of {token} in them, which becomes that token" for token in (END, START)
+        f"rows with the text of {token} in them, which becomes that token (batch.special_text)"
+        for token in (END, START)
     ]
     assert notes_of(kept, row) == dict.fromkeys(texts, 1)
     with pytest.raises(RowProblem, match=r"found the text of <\|end\|>"):

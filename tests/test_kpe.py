@@ -496,7 +496,9 @@ def test_special_text_in_knowledge_is_said_refused_or_plain(folder):
     example, said = choices({**good(), "knowledge": [{"text": "a<|end|>"}]}), {}
     ids = toys.tokenizer()("a<|end|>")["input_ids"]
     assert made("keep", said).columns["known"].tolist() == ids
-    assert said == {"rows with the text of <|end|> in them, which becomes that token": 1}
+    assert said == {
+        "rows with the text of <|end|> in them, which becomes that token (batch.special_text)": 1
+    }
     with pytest.raises(RowProblem, match="found the text of"):
         made("refuse", {})
     ids, said = toys.tokenizer()("a<|end|>", split_special_tokens=True)["input_ids"], {}

@@ -672,7 +672,9 @@ def test_special_text_is_said_once_or_refused(folder):
     said: list[tuple[str, int]] = []
     pair = preference({"prompt": "u<|end|>", "chosen": "good", "rejected": "bad"})
     examples(folder).encode(pair, lambda text, times: said.append((text, times)))
-    assert said == [("rows with the text of <|end|> in them, which becomes that token", 1)]
+    assert said == [
+        ("rows with the text of <|end|> in them, which becomes that token (batch.special_text)", 1)
+    ]
     with pytest.raises(RowProblem, match=r"chosen: found the text of <\|end\|>"):
         examples(folder, "batch.special_text=refuse").encode(pair)
     row = examples(folder, "batch.special_text=plain").encode(pair)

@@ -383,7 +383,9 @@ def test_a_classifier_holds_out_a_part_and_looks_for_special_tokens(folder, bert
     rows = [bytes(split.ids(i)) for split in (a.train, a.validation) for i in range(len(split))]
     assert len(rows) == len({*rows}) == 41 and 4 <= len(a.validation) <= 18
     notes = [split.report.notes for split in (a.train, a.validation)]
-    token = f"rows with the text of {special} in them, which becomes that token"
+    token = (
+        f"rows with the text of {special} in them, which becomes that token (batch.special_text)"
+    )
     assert sum(one.get(token, 0) for one in notes) == 1
     assert sum(one.get("rows with the key id, which nothing reads", 0) for one in notes) == 40
     # The other task validates on its training rows.

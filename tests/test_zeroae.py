@@ -240,7 +240,7 @@ def test_special_text_is_said_once_or_plain_to_both_models(folder):
             row = examples.encode(Labeled(text, NAMES[0]), note)
             assert row.columns["ids"].tolist() == ids
         assert row.columns["decoder"][-len(ids) - 1 : -1].tolist() == ids
-    note = "rows with the text of <|end|> in them, which becomes that token"
+    note = "rows with the text of <|end|> in them, which becomes that token (batch.special_text)"
     assert said == {"keep": [(note, 1)], "plain": []}
 
 

@@ -74,7 +74,8 @@ class Specials:
             if self.policy == "refuse":
                 raise RowProblem("special token", f"{shown}the model reads as a token")
             if self.policy == "keep":
-                note(f"rows with the text of {token} in them, which becomes that token", 1)
+                becomes = "which becomes that token (batch.special_text)"
+                note(f"rows with the text of {token} in them, {becomes}", 1)
             elif self.tokenizer.convert_tokens_to_ids(token) in self._plain(token):
                 raise RowProblem(
                     "special token", f"{shown}the tokenizer has no other tokens for, wanted some"
