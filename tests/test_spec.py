@@ -355,7 +355,7 @@ def test_check_reports_specs_together_with_the_rest():
     assert str(caught.value).splitlines() == [
         f"x.yaml:3: tasks.a.format: found 'pear', wanted {NAMES}. Did you mean pair?",
         "x.yaml:8: tasks.b.format: found 'pear', wanted " + NAMES + ". Did you mean pair?",
-        "x.yaml:10: train.stesp: found an unknown key, wanted steps, epochs, seed, order or from. Did you mean steps?",
+        "x.yaml:10: train.stesp: found an unknown key, wanted steps, epochs, seed, order, not_finite, spike or from. Did you mean steps?",
         "x.yaml:10: train: found neither steps nor epochs, wanted one of them. For instance train: {steps: 1000}.",
         "x.yaml:12: balancer.window: Ruler refuses it: window: found 0, wanted at least 1",
         "x.yaml:13: trackers.2: found 3, wanted a name, or a mapping with name and keywords.",
