@@ -13,10 +13,13 @@ from mtl.distributed.rendezvous import Meeting, RendezvousError
 def meet(ranks: list[int], world: int, seconds: float, then=lambda meeting: None) -> tuple:
     """What each of some ranks, a thread each, said and raised."""
     said, raised, port = {rank: [] for rank in ranks}, {}, runs.free_port()
+    kept = []  # as a run keeps rank 0's store: it would end before a slow rank's last look
 
     def one(rank: int) -> None:
         try:
-            then(Meeting(rank, world, "127.0.0.1", port, seconds, said[rank].append))
+            meeting = Meeting(rank, world, "127.0.0.1", port, seconds, said[rank].append)
+            kept.append(meeting)
+            then(meeting)
         except Exception as error:
             raised[rank] = error
 
