@@ -28,9 +28,8 @@ from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validatio
 from mtl.distributed import comm
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.generation.asking import ENDLESS, Asking, ask, ends, stop_at
+from mtl.generation.asking import ENDLESS, Asking, ask, ends, evenly, stop_at
 from mtl.losses.objective import Measure, maker_of_examples
-from mtl.losses.preference import PairExamples
 from mtl.models import packing
 from mtl.models.loaders import PLAIN
 from mtl.output import manifest, provenance, report, trackers
@@ -47,7 +46,6 @@ from mtl.train.randomness import only_deterministic
 from mtl.train.run import Run
 
 ENOUGH = 64  # rows of a task that tell where its turns end
-TEXTS = (NextToken, "ids"), (PairExamples, "chosen")  # columns that end as a model's text does
 
 Say = Callable[[str], None]
 
@@ -210,10 +208,8 @@ def stops(data: Data) -> frozenset[int]:
     """Ids at which a model of these rows stops: eos, and special tokens that end their texts."""
     found: list[list[int]] = []
     for s, task in enumerate(data.tasks):
-        examples = data.examples[data.goals.of[s]]
-        if name := next((each for kind, each in TEXTS if isinstance(examples, kind)), None):
-            n = len(task.train)
-            some = (i * n // min(n, ENOUGH) for i in range(min(n, ENOUGH)))
+        if name := getattr(data.examples[data.goals.of[s]], "text_column", None):
+            some = evenly(len(task.train), ENOUGH)
             found += [task.train.columns(i)[name][-8:].tolist() for i in some]
     return ends(found, data.tokenizer) if found else frozenset()
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -53,6 +54,13 @@ def storage(error: OSError, where: Path) -> str:
     return (
         f"{path}: cannot be written: {error.strerror or error}. Free there: {free / 1e6:,.1f} MB."
     )
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody listens now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def settle() -> None:

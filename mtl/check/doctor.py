@@ -16,6 +16,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from mtl import process
+
 SIZE = 64 * 2**20  # bytes of the tensor that is summed
 TIMES = 5
 PROJECT = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
@@ -82,9 +84,7 @@ def start(processes: int, command: Sequence[str]) -> None:
     Raises:
         DoctorError: a rank has failed. What it wrote stands above.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = process.free_port()
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
     ranks = [
         subprocess.Popen(

@@ -127,12 +127,14 @@ class Runner:
         )
 
     def _weights(self, run: Trial, place: re.Match[str]) -> str:
-        path = self.path(replace(run, arm=place["arm"]))
-        if not path.is_file():
+        arm = place["arm"]
+        other = replace(run, arm=arm, overrides=self.study.arms["arms"][arm])
+        result = self.result(other)
+        if result is None:
             raise StudyError(
-                f"found no {path}, wanted the finished run whose weights {place[0]} is"
+                f"found no {self.path(other)}, wanted the finished run whose weights {place[0]} is"
             )
-        found = json.loads(path.read_text(encoding="utf-8"))["weights"]
+        found = result["weights"]
         values = list(found.values())
         if place["which"] == "moved":
             values = [values[-1], *values[:-1]]

@@ -99,9 +99,13 @@ class Study:
         overrides = [PLACE.sub(self._ones, each) for each in self.overrides(run)]
         return plugins.read(self.base, overrides, self.allow_code)
 
+    @property
+    def _tasks(self) -> Mapping[str, Any]:
+        """Each task's section of the experiment, as its YAML has it."""
+        return plugins.read(self.base, self.common, self.allow_code).document.data["tasks"]
+
     def _ones(self, _: re.Match[str]) -> str:
-        document = plugins.read(self.base, self.common, self.allow_code).document.data
-        return json.dumps(dict.fromkeys(document["tasks"], 1))
+        return json.dumps(dict.fromkeys(self._tasks, 1))
 
     def overrides(self, run: Trial) -> list[str]:
         """In the order they are set: ours, the study's, the arm's, the seed."""
@@ -157,11 +161,11 @@ class Study:
         """Every reference with every task alone: `TASK.ARM`."""
         if not self.arms["references"]:
             return {}
-        document = plugins.read(self.base, self.common, self.allow_code).document.data
+        tasks = self._tasks
         return {
             f"{task}.{name}": (f"tasks={json.dumps({task: given})}", *overrides)
             for name, overrides in self.arms["references"].items()
-            for task, given in document["tasks"].items()
+            for task, given in tasks.items()
         }
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,7 +18,7 @@ from mtl.config.schema import adapter_folder
 from mtl.data.encoded import DataError
 from mtl.data.formats import REASONING, Completion, Example, Messages, RowProblem, Text
 from mtl.data.special import Note, Policy, Specials, texts_of
-from mtl.data.turns import Turns, find_turns
+from mtl.data.turns import Turns, find_turns, where_they_differ
 
 QUIET = {
     "verbose": False
@@ -362,12 +361,11 @@ class Encoder:
     def _same(self, found: str, wanted: str) -> None:
         """Refuse a rendering that depends on whether masks stand in the place of special texts."""
         if found != wanted:
-            at = len(commonprefix([found, wanted]))
+            masked, whole = where_they_differ(found, wanted)
             raise RowProblem(
                 "special token",
                 "the chat template renders the text of a special token in the data in a way of its "
-                f"own: found {wanted[max(0, at - 20) : at + 20]!r}, wanted "
-                f"{found[max(0, at - 20) : at + 20]!r}. Use batch.special_text: keep or refuse",
+                f"own: found {whole!r}, wanted {masked!r}. Use batch.special_text: keep or refuse",
             )
 
     def _verify(self, ids: list[int], text: str, turn: int) -> None:

@@ -55,6 +55,7 @@ class NextToken:
     packs = True
     makes_dummies = True
     notes = True
+    text_column = "ids"
     columns = NEXT_TOKEN
 
     def __init__(self, book: Book | None, pad_id: int, encoder: Encoder | None = None):

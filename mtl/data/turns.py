@@ -56,6 +56,12 @@ class Turns(NamedTuple):
     added: str = ""
 
 
+def where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """Of two texts the 40 characters around the first that is not the same."""
+    at = len(commonprefix([one, other]))
+    return one[max(0, at - 20) : at + 20], other[max(0, at - 20) : at + 20]
+
+
 def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern[str]) -> Turns:
     """Find each assistant turn, from the end of the generation prompt to the end of the turn.
 
@@ -74,12 +80,11 @@ def find_turns(example: Messages, render: Render, eos: str, specials: re.Pattern
     marks = _Marks(text)
     plain, found = marks.found(render(marks.put(example)))
     if plain != text:
-        at = len(commonprefix([plain, text]))
+        one, other = where_they_differ(text, plain)
         raise RowProblem(
             "template",
             "the chat template changes a text when only a mark is added to it: found "
-            f"{text[max(0, at - 20) : at + 20]!r} and {plain[max(0, at - 20) : at + 20]!r}, "
-            "so its turns cannot be found. Set model.chat_template",
+            f"{one!r} and {other!r}, so its turns cannot be found. Set model.chat_template",
         )
     unreasoned = _left_out(example, marks.pieces, {mark for _, mark in found})
     places = [place for place, _ in found]

@@ -16,7 +16,6 @@ import io
 import logging
 import os
 import shutil
-import socket
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -64,9 +63,7 @@ def init_process_group(timeout_minutes: float, watchdog_minutes: float | None = 
     }.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+        os.environ["MASTER_PORT"] = str(process.free_port())
     if get_accelerator().device_name() == "cpu":
         _keep_freed_memory()
     else:

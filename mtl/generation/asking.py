@@ -93,8 +93,7 @@ def ask(
     Raises:
         DataError: a row has no question, or the sources have changed.
     """
-    n = len(split)
-    some = range(n) if rows is None or rows >= n else [i * n // rows for i in range(rows)]
+    some = evenly(len(split), rows)
     found = list(questions(split, sources, to_example, encoder, some))
     places = [split.where(one.number) for one in found]
     for one, place in zip(found, places, strict=True):
@@ -320,6 +319,11 @@ class Asking:
 # The measure of a sum that is the value already: `scored` has taken the mean.
 def _only(sums: np.ndarray) -> float:
     return float(sums[0])
+
+
+def evenly(n: int, most: int | None) -> Sequence[int]:
+    """Numbers of at most so many of n rows, spread evenly over them; None: of all."""
+    return range(n) if most is None or most >= n else [i * n // most for i in range(most)]
 
 
 def ends(tails: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -78,6 +78,7 @@ class PairExamples:
     packs = True
     makes_dummies = False
     notes = True
+    text_column = "chosen"
     losses = (LOSS, SFT)
     columns: Mapping[str, pa.DataType] = {
         "chosen": pa.int32(), "rejected": pa.int32(),

@@ -115,12 +115,13 @@ def train_step(
     means = (found[2 * k :] / batch.tokens.sum()).tolist()
     penalized = dict(zip(penalties, means, strict=True))
 
-    seen = {n: x for n, x, c in zip(names, losses, batch.tokens, strict=True) if c}
-    bad = {n: x for n, x in (seen | penalized).items() if not np.isfinite(x)}
+    # Lists, not mappings by name: a task may be called as a penalty is.
+    seen = [(n, x) for n, x, c in zip(names, losses, batch.tokens, strict=True) if c]
+    bad = [f"{n} ({x})" for n, x in (*seen, *penalized.items()) if not np.isfinite(x)]
     grad_norm = engine.step(lr, drop=bool(bad))
     if bad:
-        each = ", ".join(f"{name} ({value})" for name, value in bad.items())
-        raise NonFinite(f"the loss of {each} is not finite", [n for n in names if n in bad])
+        tasks = [n for n, x in seen if not np.isfinite(x)]
+        raise NonFinite(f"the loss of {', '.join(bad)} is not finite", tasks)
     if not np.isfinite(grad_norm):
         raise NonFinite(f"the gradient norm is {grad_norm}")
     return StepReport(losses, grad_norm, penalized)
