@@ -538,7 +538,8 @@ def test_nulls_that_arrow_fills_in_are_no_tokens(tmp_path, tools):
             {"role": "assistant", "content": "4"},
         ]
         rows.append({"messages": said, tools: schemas})
-    one, *others = read_all(tmp_path, rows, formats.messages, TOOL_CHAT, tools=tools)
+    renamed = {} if tools == "tools" else {"tools": tools}  # the default has no keyword
+    one, *others = read_all(tmp_path, rows, formats.messages, TOOL_CHAT, **renamed)
     text = TOK.decode(one.ids(0))
     assert "null" not in text and '(weather {"city": "Oslo"})' in text
     for two in others:
