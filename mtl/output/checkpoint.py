@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,6 +94,24 @@ def check_output(output: Path, resume: bool) -> None:
         if not manifest.is_whole(folder, bests.BEST):
             check_free(folder, bests.BEST, "a task's best model goes there")
     check_free(output / "anchors", ANCHORS, "the best weights of tasks go there")
+
+
+def check_place(output: Path) -> None:
+    """Raise CheckpointError where a run cannot make its folder, or write to it."""
+    there = next(one for one in (output, *output.absolute().parents) if one.exists())
+    try:
+        with TemporaryDirectory(prefix=".coba-mtl-", dir=there):
+            pass
+    except OSError as error:
+        raise no_folder(output, error) from error
+
+
+def no_folder(output: Path, error: OSError) -> CheckpointError:
+    """The error of a folder that cannot be made."""
+    return CheckpointError(
+        f"output: found {output}, where nothing can be written ({error.strerror}), wanted a folder "
+        f"that is there or can be made. {UNTOUCHED}"
+    )
 
 
 def check_free(folder: Path, kind: str, why: str) -> None:
