@@ -409,8 +409,8 @@ def _describe(
 ) -> None:
     for task, share in zip(tasks, shares, strict=True):
         say(f"{task.name}: {share:.1%} of the examples")
-        for split, data in (("train", task.train), ("validation", task.validation)):
-            say("\n".join(f"  {split}: {line}" for line in data.problems()))
+        for split, _, lines in task.reports():
+            say("\n".join(f"  {split}: {line}" for line in lines))
     wanted = config.evaluate.probe.groups
     if groups < wanted:
         say(
