@@ -4,7 +4,7 @@
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
 #   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
-#   make zeroae    build the encoder, the decoder and unlabelled texts of ten topics, classify them
+#   make zeroae    build the encoder, the decoder and unlabelled texts of ten topics, classify them; make zeroae-arms: the comparison
 #   make bench     beside TRL's SFTTrainer and DPOTrainer, on a machine that nobody else uses: an hour, into benchmarks/results
 #   make evidence  every method on a small mixture, several seeds each: hours, into benchmarks/evidence; STUDY=m1 m1-lora m2 m3: the real ones
 #   make superglue the same methods on eight tasks and a 0.5B model: a SLURM array for GPUs
@@ -24,7 +24,7 @@ KIND ?= config
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
 
-.PHONY: superglue train quickstart classify kpe kpe-arms zeroae test test-all docs figure attack bench evidence merging constraints clean
+.PHONY: superglue train quickstart classify kpe kpe-arms zeroae zeroae-arms test test-all docs figure attack bench evidence merging constraints clean
 
 train: quickstart
 	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
@@ -49,6 +49,10 @@ zeroae: $(VENV)/with-quickstart  # resumable
 kpe-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6 --steps 2000"
 	$(BIN)/python launch/quickstart.py --set kpe
 	$(BIN)/python benchmarks/kpe.py $(ARGS)
+
+zeroae-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6"
+	$(BIN)/python launch/quickstart.py --set zeroae
+	$(BIN)/python benchmarks/zeroae.py $(ARGS)
 
 test: $(VENV)/with-test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import runpy
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,18 @@ import runs
 import torch
 import torch.nn.functional as F
 import toys
+import yaml
 from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 import mtl
 from mtl import build, plugins
 from mtl.config import ConfigError
 from mtl.data.examples import Piece
 from mtl.data.formats import Labeled, RowProblem
-from mtl.recipes.zeroae import baselines, rounds
+from mtl.models.errors import ModelError
+from mtl.recipes.zeroae import baselines, measures, rounds
 from mtl.recipes.zeroae.model import Reverse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,7 +211,9 @@ def test_the_reversed_gradient_is_minus_the_adversarys():
 def test_pairs_are_a_right_and_a_wrong_prompt(folder):
     config, data, model = parts(folder)
     batch = batch_of(data, 0, list(range(12)))
-    scores = model.pairs(batch.input_ids, batch.attention_mask, batch.text, batch.prompt)
+    scores = model.pairs(
+        batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.text, batch.prompt
+    )
     reader = rounds.Reader(config)
     every = reader.scores(model, [t for t, _ in texts(24)[:12]])
     classes = batch.prompt - 12
@@ -224,9 +232,64 @@ def test_cross_scores_read_prompt_and_text_together(folder):
     batch = batch_of(data, 0, [0, 1])
     reader = rounds.Reader(config)
     every = reader.scores(model, [t for t, _ in texts(24)[:2]])
-    scores = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                   text=batch.text, prompt=batch.prompt).detach()  # fmt: skip
+    scores = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+        token_type_ids=batch.token_type_ids, text=batch.text, prompt=batch.prompt,
+    ).detach()  # fmt: skip
     assert scores[::2].tolist() == pytest.approx([every[0, 0], every[1, 1]], rel=1e-4)
+
+
+def save_nli(folder: Path, labels: list[str], pair: str) -> list[str]:
+    """A tiny NLI model whose tokenizer has special tokens; the overrides that take it."""
+    config = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    model = toys.tiny_bert(BertForSequenceClassification, **config)
+    with torch.no_grad():  # far enough from 0 for token types and order to count
+        for p in model.parameters():
+            p.mul_(8)
+    model.save_pretrained(folder)
+    tokenizer = toys.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|unused|>", pair=pair,
+        special_tokens=[("<|start|>", 256), ("<|unused|>", 258)],
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return [
+        f"objective.encoder={folder}", "objective.scorer=cross",
+        f"tasks.recon.objective.encoder={folder}",
+    ]  # fmt: skip
+
+
+BERT_PAIR = "<|start|> $A <|unused|> $B:1 <|unused|>:1"
+ROBERTA_PAIR = "<|start|> $A <|unused|> <|unused|> $B <|unused|>"
+
+
+@pytest.mark.parametrize("labels, pair, at", [
+    (["entailment", "neutral", "contradiction"], BERT_PAIR, (0, 2)),
+    (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ROBERTA_PAIR, (2, 0)),
+    (["not_entailment", "entailment"], BERT_PAIR, (1, 0)),
+])  # fmt: skip
+def test_cross_begins_with_an_nli_models_own_head(folder, tmp_path, labels, pair, at):
+    config, data, model = parts(folder, *save_nli(tmp_path, labels, pair))
+    nli = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    rows = [t for t, _ in texts(24)[:3]]
+    with torch.no_grad():
+        logits = [[nli(**tokenizer(t, n, return_tensors="pt")).logits[0] for n in NAMES]
+                  for t in rows]  # fmt: skip
+    wanted = np.array([[float(one[at[0]] - one[at[1]]) for one in each] for each in logits])
+    assert np.ptp(wanted) > 0.1
+    found = rounds.Reader(config).scores(model, rows)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    model.train()
+    terms = data.goals.each[0](model, batch_of(data, 0, [0, 1]), 3)
+    terms.sums.sum().backward()
+    assert model.encoder.classifier.weight.grad.abs().sum() > 0
+
+
+def test_an_nli_model_whose_labels_say_nothing_is_refused(folder, tmp_path):
+    wanted = "found LABEL_0, LABEL_1, wanted entailment and contradiction"
+    with pytest.raises(ModelError, match=wanted):
+        parts(folder, *save_nli(tmp_path, ["LABEL_0", "LABEL_1"], BERT_PAIR))
 
 
 def test_special_text_is_said_once_or_plain_to_both_models(folder):
@@ -274,6 +337,14 @@ def test_written_texts_are_cleaned_and_told_of():
     assert kept == ["New  text here", "new text there"]
     shares = {"lost": 2 / 6, "copied": 1 / 6, "doubled": 1 / 6, "distinct_2": 1.0}
     assert told == pytest.approx(shares)  # four word pairs, all different
+
+
+def test_a_probe_finds_what_a_code_tells():
+    classes = np.array([0, 0, 1, 1, 2, 2, 0, 0])
+    assert measures.probe(classes + 3, classes) == (1.0, 0.5)
+    assert measures.probe(np.zeros(8, int), classes) == (0.5, 0.5)
+    # Code 2 stands in the first half alone: the most frequent class is named for it.
+    assert measures.probe(np.array([2, 0, 0, 0]), np.ones(4, int)) == (1.0, 1.0)
 
 
 # --- baselines
@@ -399,11 +470,86 @@ def test_classes_of_words_of_their_own_are_told_apart(folder, forked, tmp_path):
     plan = rounds.Plan(rounds=2, p=0.34, share=1.0, select=6, generate=2)
     sets = ["train.steps=30", "optimizer.lr=1e-3"]
     train = [sys.executable, str(ROOT / "launch/train.py")]
-    *_, last = rounds.classify(
+    _, score, *each = rounds.classify(
         str(folder / "llama.yaml"), sets, pool, folder / "valid.jsonl", plan, tmp_path / "o",
         train, [gold],
     )  # fmt: skip
-    assert last == f"accuracy on {gold}: 1.0000 of 6 texts"
+    assert score == f"accuracy on {gold}: 1.0000 of 6 texts"
+    told = json.loads((tmp_path / "o/gold.json").read_text())
+    assert told["accuracy"] == {str(gold): 1.0} and len(told["rounds"]) == len(each) == 2
+    truth = {row["text"]: row["label"] for row in rounds._read(gold)}
+    for number, note in enumerate(told["rounds"]):
+        part = tmp_path / f"o/round-{number:02d}"
+        for name in "pseudo", "selected":
+            rows = rounds._read(part / f"{name}.jsonl")
+            right = [truth[row["text"]] == row["label"] for row in rows]
+            assert note[name] == pytest.approx(np.mean(right))
+        with np.load(part / "scores.npz") as kept:
+            first = kept["scores"].argmax(1)
+        right = [NAMES[c] == n for c, n in zip(first, truth.values(), strict=True)]
+        assert note["accuracy"] == pytest.approx(np.mean(right))
+        assert ("code_probe" in note) == (number > 0)
+    counts = json.loads((tmp_path / "o/round-01/round.json").read_text())
+    assert counts["code_chance"] <= 1 and "distinct_2" in counts
+
+
+YIN = runpy.run_path(str(ROOT / "examples/yin.py"))
+
+
+def test_yins_files_become_pool_and_labels(tmp_path):
+    (tmp_path / "classes.txt").write_text("Arts & Music\nSports\n\n")
+    (tmp_path / "test.txt").write_text("0\ta song\n1\ta goal\u2028scored\n1\ta race\n\n")
+    (tmp_path / "dev.txt").write_text("0\ta tune\n")
+    said = YIN["convert"](tmp_path, tmp_path / "o", {"Sports": "sport"})
+    assert said == f"{tmp_path}/o: 3 texts of Arts & Music, sport; 0 of several labels left out"
+    assert json.loads((tmp_path / "o/labels.json").read_text()) == ["Arts & Music", "sport"]
+    assert rounds._texts(tmp_path / "o/valid.jsonl") == ["a tune"]
+    gold = rounds._read(tmp_path / "o/pool.gold.jsonl")
+    assert gold[1] == {"text": "a goal\u2028scored", "label": "sport"}
+    assert rounds._read(tmp_path / "o/pool.jsonl") == [{"text": r["text"]} for r in gold]
+    emotion, situation = tmp_path / "emotion.txt", tmp_path / "situation.txt"
+    emotion.write_text("joy\ttweets\twhat a day\nnoemo\ttales\tonce\n")
+    found = YIN["read"](emotion, {"noemo": "neutral"})
+    assert found == ([("what a day", "joy"), ("once", "neutral")], 0)
+    situation.write_text("water food\tall gone\nmed\tno doctor\n")
+    assert YIN["read"](situation, {}) == ([("no doctor", "med")], 1)
+    situation.write_text("med\tno doctor\nmed\n")
+    with pytest.raises(ValueError, match="situation.txt:2: found 'med', wanted label, TAB, text"):
+        YIN["read"](situation, {})
+
+
+def test_the_gpu_configuration_runs_on_tiny_models(folder, forked, tmp_path):
+    """Yin's files, GPT-2's form, an NLI model's head; the first round has no sure text."""
+    for name, seed in ("test", 1), ("dev", 2):
+        lines = (f"{NAMES.index(n)}\t{t}\n" for t, n in texts(18, seed))
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    YIN["convert"](tmp_path, tmp_path, {})
+    save_nli(tmp_path / "nli", ["entailment", "not_entailment"], BERT_PAIR)
+    text = (ROOT / "configs/zeroae-gpu.yaml").read_text()
+    for old, new in (
+        ("openai-community/gpt2", folder / "gpt2"), ("data/topic", tmp_path),
+        ("MoritzLaurer/deberta-v3-base-zeroshot-v2.0", tmp_path / "nli"),
+    ):  # fmt: skip
+        assert old in text
+        text = text.replace(old, str(new))
+    (tmp_path / "gpu.yaml").write_text(text)
+    sets = [
+        "train.steps=4", "evaluate.every=4", "evaluate.probe.examples=4",
+        "evaluate.probe.groups=2", "schedule.warmup=1",
+        "balancer.balancer={name: CoBa, window: 3, warmup: 1}", "engine.zero=1",
+        f"cache={tmp_path}/cache",
+    ]  # fmt: skip
+    plan = rounds.Plan(rounds=2, p=2.0, gap=2.0, select=6, generate=4)
+    said = list(rounds.classify(
+        str(tmp_path / "gpu.yaml"), sets, tmp_path / "pool.jsonl", tmp_path / "valid.jsonl", plan,
+        tmp_path / "o", [sys.executable, "launch/train.py"], [tmp_path / "pool.gold.jsonl"],
+    ))  # fmt: skip
+    assert len(said) == 4 and said[1].endswith("of 18 texts")
+    model = mtl.load(tmp_path / "o/round-01/run/model")
+    assert model.options.scorer == "cross" and model.entails == (0, 1)
+    first = json.loads((tmp_path / "o/round-00/round.json").read_text())
+    assert first["rows"]["pseudo"] == 0
 
 
 def test_two_processes_train_and_the_export_opens(folder, tmp_path):
@@ -419,6 +565,47 @@ def test_two_processes_train_and_the_export_opens(folder, tmp_path):
     assert (
         torch.equal(model.book, state["book"]) and "decoder.model.embed_tokens.weight" not in state
     )
+
+
+# --- the comparison
+
+
+@pytest.fixture
+def arms(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/zeroae.py")))
+
+
+def test_every_arm_is_a_configuration(arms, tmp_path):
+    args = SimpleNamespace(data=tmp_path, steps=7)
+    for arm in arms.ARMS:
+        path = tmp_path / f"{arm}.yaml"
+        path.write_text(yaml.safe_dump(arms.config(arm, 3, args)))
+        config = plugins.read(str(path), [])
+        assert (config.train.steps, config.train.seed) == (7, 3)
+        assert set(config.tasks) <= {"pseudo", "generated", "recon"}
+    made = {arm: arms.config(arm, 0, args) for arm in arms.ARMS}
+    assert list(made["pseudo"]["tasks"]) == ["pseudo"]
+    assert made["equal"]["balancer"]["balancer"] == "Equal"
+    assert made["no-adversary"]["tasks"]["recon"]["objective"]["gamma"] == 0
+
+
+def test_the_table_compares_seed_by_seed(arms, tmp_path):
+    base = {"cosine": {"pool": 0.6, "test": 0.5}}
+    (tmp_path / "baselines.json").write_text(json.dumps(base))
+    for arm, seed, pool in ("coba", 0, 0.7), ("coba", 1, 0.8), ("pseudo", 1, 0.75):
+        record = {
+            "arm": arm, "seed": seed, "rounds": 2, "steps": 7,
+            "accuracy": {"pool": pool, "test": 0.5},
+            "each": [{"pseudo": 0.0}, {"pseudo": 0.9}],
+        }  # fmt: skip
+        (tmp_path / f"{arm}.{seed}.json").write_text(json.dumps(record))
+    args = SimpleNamespace(output=tmp_path, rounds=2, steps=7)
+    found = arms.table(args).splitlines()
+    assert found[2].startswith("| cosine | | 0.600 | 0.500 | |")
+    assert found[3].startswith("| coba | 2 | 0.750 | 0.500 |  | 0.900 |  |")
+    assert found[4].startswith("| pseudo | 1 | 0.750 | 0.500 | -0.050, one seed | 0.900 |")
+    assert len({line.count("|") for line in found}) == 1
 
 
 # --- what is wrong is reported

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class PromptBatch(Batch):
 
     Attributes:
         input_ids, attention_mask: (N, T) int64, what the encoder reads. `bi`: the texts, then the
-            prompts; `cross`: a row is prompt and text.
+            prompts; `cross`: a row is text and prompt.
+        token_type_ids: (N, T) int64, which of the two a token belongs to.
         text, prompt: (P,) int64, a pair's rows among the N; `cross`: the same row.
         right: (P,) float32, 1: the text's class, 0: another.
         task: (P,) int64.
@@ -38,6 +40,7 @@ class PromptBatch(Batch):
 
     input_ids: Tensor
     attention_mask: Tensor
+    token_type_ids: Tensor
     text: Tensor
     prompt: Tensor
     right: Tensor
@@ -128,6 +131,11 @@ class Classes:
         self.ids = [self.tokenizer(text)["input_ids"] for text in self.prompts]
         pad = self.tokenizer.pad_token_id
         self.pad_id = 0 if pad is None else pad
+
+    @cached_property
+    def seams(self) -> "Seams":
+        """How the encoder reads two texts as one."""
+        return Seams(self.tokenizer)
 
 
 class ZeroExamples:
@@ -236,26 +244,56 @@ class PromptExamples(ZeroExamples):
             classes += [right, int(piece.rng.choice(len(chance), p=chance / chance.sum()))]
         of = np.repeat(np.arange(len(pieces)), 2)
         texts = [piece.columns["ids"] for piece in pieces]
-        ids, mask, text, prompt = pairs(texts, of, np.array(classes), self.classes, self.scorer)
+        read = pairs(texts, of, np.array(classes), self.classes, self.scorer)
         right = np.tile(np.array([1.0, 0.0], np.float32), len(pieces))
         task = np.repeat([self._task(piece) for piece in pieces], 2)
-        return PromptBatch(*map(torch.from_numpy, (ids, mask, text, prompt, right, task)))
+        return PromptBatch(*map(torch.from_numpy, (*read, right, task)))
+
+
+class Seams:
+    """Two texts as one, as the tokenizer itself would join them.
+
+    Args:
+        tokenizer: the encoder's.
+    """
+
+    def __init__(self, tokenizer: Any):
+        # Measured on two short texts: tokenizers have no call that joins ids.
+        one, two = tokenizer("a"), tokenizer("a", "a")
+        self.outer = one.sequence_ids().index(0), one.sequence_ids()[::-1].index(0)
+        of, ids = two.sequence_ids(), two["input_ids"]
+        types = two.get("token_type_ids") or [0] * len(ids)
+        n = of.count(0)
+        first, second = of.index(0), of.index(1)
+        cuts = slice(0, first), slice(first + n, second), slice(second + n, None)
+        self.ids = [ids[cut] for cut in cuts]
+        self.types = [types[cut] for cut in cuts]
+        self.kinds = types[first], types[second]
+
+    def join(self, first: Ids, second: Ids) -> tuple[list[int], list[int]]:
+        """Ids and token types of two texts whose ids have their own special tokens around them."""
+        before, after = self.outer
+        a, b = (list(ids)[before : len(ids) - after] for ids in (first, second))
+        (begin, middle, end), of = self.ids, self.types
+        types = [*of[0], *[self.kinds[0]] * len(a), *of[1], *[self.kinds[1]] * len(b), *of[2]]
+        return [*begin, *a, *middle, *b, *end], types
 
 
 def pairs(
     texts: Sequence[Ids], of: np.ndarray, classes: np.ndarray, known: Classes, scorer: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The encoder's rows for P pairs of a text and a class: ids and mask (N, T), and each pair's
-    rows of text and of prompt (P,), as `PromptBatch` has them.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The encoder's rows for P pairs of a text and a class: ids, mask and types (N, T), and each
+    pair's rows of text and of prompt (P,), as `PromptBatch` has them.
     """
     if scorer == "bi":
         ids, mask = padded([*texts, *known.ids], known.pad_id)
         # Prompts stand after the texts, in the order of the classes.
-        return ids, mask, of, len(texts) + classes
-    # Prompt and text without the text's first special token: [CLS] prompt [SEP] text [SEP].
-    rows = [[*known.ids[c], *list(texts[i])[1:]] for i, c in zip(of, classes, strict=True)]
-    ids, mask = padded(rows, known.pad_id)
-    return ids, mask, np.arange(len(rows)), np.arange(len(rows))
+        return ids, mask, np.zeros_like(ids), of, len(texts) + classes
+    # Text first: an NLI model takes it for the premise, and the prompt for the hypothesis.
+    rows = [known.seams.join(texts[i], known.ids[c]) for i, c in zip(of, classes, strict=True)]
+    ids, mask = padded([row for row, _ in rows], known.pad_id)
+    types, _ = padded([row for _, row in rows], 0)
+    return ids, mask, types, np.arange(len(rows)), np.arange(len(rows))
 
 
 class TextExamples(ZeroExamples):

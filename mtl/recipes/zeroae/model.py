@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+)
 
 from mtl.config import Config, ConfigError
 from mtl.models import load as models
@@ -73,8 +79,10 @@ def load(
                          "`objective: zeroae_classify` or `zeroae_generate`.")  # fmt: skip
     classes = (pair or text).classes
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    # A round without a text for the classifier still needs to know it.
+    scorer = pair.scorer if pair else getattr(config.objective, "scorer", "bi")
     options = Options(
-        str(classes.tokenizer.name_or_path), pair.scorer if pair else "bi",
+        str(classes.tokenizer.name_or_path), scorer,
         text.codes if text else 1, size, latent, tau, upper, dropout, len(classes.names), begin,
     )  # fmt: skip
     _check(config, options)
@@ -89,13 +97,39 @@ def load(
     )
     base = {"name": config.model.name, "revision": config.model.revision}
     with torch.device("meta") if empty else nullcontext():
-        return ZeroAE(decoder, _encoder(options.encoder, decoder.dtype, empty), base, options)
+        return ZeroAE(decoder, _encoder(options, decoder.dtype, empty), base, options)
 
 
-def _encoder(name: str, dtype: torch.dtype, empty: bool) -> nn.Module:
+def _encoder(options: Options, dtype: torch.dtype, empty: bool) -> nn.Module:
+    name, config = options.encoder, AutoConfig.from_pretrained(options.encoder)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name}: found an encoder with a decoder, wanted an encoder alone.")
+    kind = AutoModelForSequenceClassification if _entails(options, config) else AutoModel
     if empty:
-        return AutoModel.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
-    return AutoModel.from_pretrained(name, dtype=dtype)
+        return kind.from_config(config, dtype=dtype)
+    return kind.from_pretrained(name, dtype=dtype)
+
+
+def _entails(options: Options, config: Any) -> tuple[int, int] | None:
+    """The logits of entailment and of its contrary, where the encoder is an NLI model that reads
+    text and prompt as one; None: it has no such head.
+
+    Raises:
+        ModelError: its labels do not say which is which.
+    """
+    kinds = config.architectures or ()
+    if options.scorer != "cross" or not any("SequenceClassification" in kind for kind in kinds):
+        return None
+    ids = {str(name).lower(): number for number, name in config.id2label.items()}
+    contrary = ids.get("contradiction", ids.get("not_entailment"))
+    if "entailment" not in ids or contrary is None:
+        labels = ", ".join(config.id2label.values())
+        raise ModelError(
+            f"{options.encoder}: config.json: id2label: found {labels}, "
+            "wanted entailment and contradiction (or not_entailment). Write them there, each at "
+            "its number, or take an NLI model."
+        )
+    return ids["entailment"], contrary
 
 
 def _check(config: Config, o: Options) -> None:
@@ -157,9 +191,10 @@ class ZeroAE(nn.Module):
             block.requires_grad_(True)
         self.encoder = encoder
         h, d = encoder.config.hidden_size, decoder.config
-        if o.scorer == "cross":
+        self.entails = _entails(o, encoder.config)
+        if o.scorer == "cross" and not self.entails:
             self.score = nn.Linear(h, 1)
-        else:
+        elif o.scorer == "bi":
             # sigmoid(20 cos - 6): the cosines of texts and their classes are near 0.3.
             self.scale = nn.Parameter(torch.tensor([20.0, -6.0]))
         # Those of keys and values: with grouped queries there are fewer than attention heads.
@@ -191,10 +226,21 @@ class ZeroAE(nn.Module):
         return self.pairs(**inputs) if "text" in inputs else self.recover(**inputs)
 
     def pairs(
-        self, input_ids: Tensor, attention_mask: Tensor, text: Tensor, prompt: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor,
+        text: Tensor,
+        prompt: Tensor,
     ) -> Tensor:
         """(P,) logits that the prompt fits the text; shapes as `PromptBatch`."""
-        states = self._states(input_ids, attention_mask)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if getattr(self.encoder.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = token_type_ids
+        if self.entails:
+            logits = self.encoder(**inputs).logits[text]
+            return logits[:, self.entails[0]] - logits[:, self.entails[1]]
+        states = self.encoder(**inputs).last_hidden_state
         if self.options.scorer == "cross":
             return self.score(states[text, 0]).squeeze(-1)
         unit = F.normalize(masked_mean(states, attention_mask), dim=-1)
@@ -269,7 +315,8 @@ class ZeroAE(nn.Module):
         ).last_hidden_state
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        # An NLI model's states lie beneath its head.
+        return self.encoder.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     @torch.no_grad()
     def sample(
@@ -335,7 +382,7 @@ class ZeroAE(nn.Module):
             decoder = AutoModelForCausalLM.from_pretrained(
                 base["name"], revision=base["revision"], dtype=dtype
             )
-            encoder = _encoder(options.encoder, dtype, empty=False)
+            encoder = _encoder(options, dtype, empty=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: found a model that cannot be had: {error}") from error
         model = cls(decoder, encoder, base, options)

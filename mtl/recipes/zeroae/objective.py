@@ -27,7 +27,8 @@ class Classify:
         encoder: folder or hub name of the encoder, as the loader's.
         labels: a JSON file with the list of the classes' names.
         prompt: a text with {label}.
-        scorer: `bi` compares embeddings of text and prompt; `cross` reads both as one (published).
+        scorer: `bi` compares embeddings of text and prompt; `cross` reads both as one (published),
+            and begins with the encoder's own head where that is an NLI model.
 
     Raises:
         ValueError: a keyword is out of range.
@@ -47,7 +48,7 @@ class Classify:
     def __call__(self, forward: Callable, batch: PromptBatch, k: int) -> Terms:
         scores = forward(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-            text=batch.text, prompt=batch.prompt,
+            token_type_ids=batch.token_type_ids, text=batch.text, prompt=batch.prompt,
         )  # fmt: skip
         losses = F.binary_cross_entropy_with_logits(scores.float(), batch.right, reduction="none")
         return Terms.by_task(losses, batch.task, k)

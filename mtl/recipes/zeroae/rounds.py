@@ -4,9 +4,11 @@
     OUT/round-00/pseudo.jsonl   texts that are sure of their class, kept for good
                  selected.jsonl texts for the generator alone
                  generated.jsonl   what the generator wrote, this round's and earlier ones'
+                 scores.npz      what the model found before the round
                  round.json      counts, thresholds, the files' SHA-256
                  x.yaml, run/    the run on them
     OUT/predictions.jsonl       at the end: {"text", "label", "p"} of every text of the pool
+    OUT/gold.json               then, of files with labels: accuracy, and what each round had right
 
 No label of a text is read anywhere. A round is whole when its round.json is; a run that was killed
 goes on by `--resume`. So the same call again goes on where it was.
@@ -19,7 +21,7 @@ generator as the last round left it.
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from mtl.config import Config
 from mtl.data.encode import load_tokenizer
 from mtl.recipes.zeroae.baselines import Floats, softmax, without_prior
 from mtl.recipes.zeroae.examples import PromptExamples, TextExamples, padded, pairs
+from mtl.recipes.zeroae.measures import by_round, probe
 from mtl.recipes.zeroae.model import ZeroAE
 
 FILES = {"pseudo": "pseudo", "generated": "generated", "recon": "selected"}  # task -> its rows
@@ -147,7 +150,7 @@ def classify(
     base = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
     # A count of 1 for each, so that no task is left out: nothing is trained here.
     config = plugins.read(str(_yaml(out, base, out, dict.fromkeys(FILES, 1), None)), sets)
-    model, reader = mtl.load(last), Reader(config)
+    model, reader = _ready(mtl.load(last)), Reader(config)
     names = reader.classes.names
     chance = softmax(reader.scores(model, texts))
     rows = [
@@ -156,11 +159,21 @@ def classify(
     ]
     _write(out / "predictions.jsonl", rows)
     yield f"predictions: {out / 'predictions.jsonl'}"
+    known, told = set(texts), {"accuracy": {}, "rounds": []}
     for path in gold:
         labelled = _read(path)
         guessed = reader.scores(model, [row["text"] for row in labelled]).argmax(1)
         right = [names[c] == row["label"] for c, row in zip(guessed, labelled, strict=True)]
+        told["accuracy"][str(path)] = float(np.mean(right))
         yield f"accuracy on {path}: {np.mean(right):.4f} of {len(right)} texts"
+        truth = {row["text"]: row["label"] for row in labelled if row["text"] in known}
+        if truth:
+            told["rounds"] = by_round(out, plan.rounds, texts, names, truth)
+            for note in told["rounds"]:
+                shares = ((k, v) for k, v in note.items() if k != "round" and v is not None)
+                yield f"round {note['round']}: " + ", ".join(f"{k} {v:.4f}" for k, v in shares)
+    if gold:
+        (out / "gold.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def _texts(path: Path) -> list[str]:
@@ -198,6 +211,8 @@ def go(
         if not (folder / "round.json").is_file():
             folder.mkdir(exist_ok=True)
             _write_round(base, sets, pool, valid, plan, out, number)
+            # The run needs the memory that scoring took.
+            torch.cuda.empty_cache()
         if not (run / "model" / "zeroae.json").is_file():
             given = [part for one in sets for part in ("--set", one)]
             command = [*train, "--config", str(folder / "x.yaml"), "--resume", *given]
@@ -226,12 +241,14 @@ class Reader:
     def scores(self, model: ZeroAE, texts: Sequence[str], size: int = 64) -> Floats:
         """(U, C) logits that a class's prompt fits a text."""
         c, found = len(self.classes.names), []
-        for at in range(0, len(texts), size):
-            ids = [self.ids(text) for text in texts[at : at + size]]
+        # `cross` reads a row for each pair, `bi` for each text.
+        step = size if self.pair.scorer == "bi" else max(1, size // c)
+        for at in range(0, len(texts), step):
+            ids = [self.ids(text) for text in texts[at : at + step]]
             of, classes = np.divmod(np.arange(len(ids) * c), c)
             arrays = pairs(ids, of, classes, self.classes, self.pair.scorer)
-            found.append(model.pairs(*map(torch.from_numpy, arrays)).view(-1, c))
-        return torch.cat(found).double().numpy()
+            found.append(model.pairs(*_tensors(arrays, model)).view(-1, c))
+        return torch.cat(found).double().cpu().numpy()
 
     @torch.no_grad()
     def codes(self, model: ZeroAE, texts: Sequence[str], size: int = 64) -> NDArray[np.int64]:
@@ -239,7 +256,8 @@ class Reader:
         found = [np.zeros(0, np.int64)]
         for at in range(0, len(texts), size):
             arrays = padded([self.ids(t) for t in texts[at : at + size]], self.classes.pad_id)
-            found.append(model.code_logits(*map(torch.from_numpy, arrays)).argmax(-1).numpy())
+            logits = model.code_logits(*_tensors(arrays, model))
+            found.append(logits.argmax(-1).cpu().numpy())
         return np.concatenate(found)
 
     def write(
@@ -248,10 +266,18 @@ class Reader:
         """A text of the class for each code; None: it had no end."""
         assert self.text is not None
         rows = model.sample(
-            self.text.prompt(label), torch.from_numpy(codes),
+            self.text.prompt(label), *_tensors([codes], model),
             torch.Generator().manual_seed(seed), end=self.tokenizer.eos_token_id,
         )  # fmt: skip
         return [None if row is None else self.tokenizer.decode(row) for row in rows]
+
+
+def _ready(model: ZeroAE) -> ZeroAE:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _tensors(arrays: Iterable[np.ndarray], model: ZeroAE) -> list[torch.Tensor]:
+    return [torch.from_numpy(each).to(model.book.device) for each in arrays]
 
 
 def _write_round(
@@ -264,14 +290,13 @@ def _write_round(
     reader = Reader(config)
     names, seed = reader.classes.names, config.train.seed
     if number:
-        model = mtl.load(before / "run" / "model")
+        model = _ready(mtl.load(before / "run" / "model"))
         earlier = _read(before / "pseudo.jsonl")
     else:
         # The new parts are random: the same call again must give the same round.
         torch.manual_seed(seed)
-        model = plugins.loader(config)(
-            config, reader.tokenizer, [e for e in (reader.pair, reader.text) if e], empty=False
-        ).eval()
+        both = [e for e in (reader.pair, reader.text) if e]
+        model = _ready(plugins.loader(config)(config, reader.tokenizer, both, empty=False))
         earlier = []
         guessed = reader.scores(model, valid).argmax(1)
         rows = [{"text": t, "label": names[c]} for t, c in zip(valid, guessed, strict=True)]
@@ -289,14 +314,21 @@ def _write_round(
     taken = scores[chosen].argmax(1)
     picked = [{"text": pool[i], "label": names[c]} for i, c in zip(chosen, taken, strict=True)]
     made: Rows = []
-    if number and plan.generate and reader.text is not None:
-        made, told = _generate(reader, model, pool, chosen, taken, plan, seed * 1000 + number)
+    codes = np.zeros(0, np.int64)
+    if number and reader.text is not None:
+        codes = reader.codes(model, [pool[i] for i in chosen])
+        if len(codes) > 1:
+            # By the class that a text is taken for: labels are not here.
+            note["code_probe"], note["code_chance"] = probe(codes, taken)
+    if len(codes) and plan.generate:
+        made, told = _generate(reader, model, pool, codes, taken, plan, seed * 1000 + number)
         note |= told
         made += [
             row
             for i in range(max(1, number - plan.replay + 1), number)
             for row in _read(out / f"round-{i:02d}" / "new.jsonl")
         ]
+    np.savez(folder / "scores.npz", scores=scores, chosen=chosen, codes=codes)
     # This round's own come first in `made`; later rounds read them as their replay.
     _write(folder / "new.jsonl", made[: note.get("written", 0)])
     files = {"pseudo": [*earlier, *fresh], "selected": picked, "generated": made}
@@ -314,12 +346,11 @@ def _write_round(
 
 
 def _generate(
-    reader: Reader, model: ZeroAE, pool: Sequence[str], chosen: NDArray[np.int64],
+    reader: Reader, model: ZeroAE, pool: Sequence[str], codes: NDArray[np.int64],
     taken: NDArray[np.int64], plan: Plan, seed: int,
 ) -> tuple[Rows, dict[str, Any]]:  # fmt: skip
     """Written rows of each class, and what is told of them."""
     draw = np.random.default_rng(seed)
-    codes = reader.codes(model, [pool[i] for i in chosen])
     rows, made = [], []
     for label, name in enumerate(reader.classes.names):
         # At most a hundred of a class, as the paper's memory; here the pool's last.
@@ -363,7 +394,8 @@ def _yaml(
 
 
 def _read(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
