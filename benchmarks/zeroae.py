@@ -9,6 +9,7 @@ is: `ARMS`. The baselines read the same texts.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -44,8 +45,8 @@ COUNTS = {
 
 
 def config(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """configs/zeroae.yaml, changed as the arm says."""
-    text = (ROOT / "configs" / "zeroae.yaml").read_text()
+    """`args.config`, changed as the arm says."""
+    text = args.config.read_text()
     made = yaml.safe_load(text.replace(".cache/quickstart", str(args.data)))
     how, tasks = ARMS[arm], made["tasks"]
     made["tasks"] = {name: tasks[name] for name in how.get("tasks", tasks)}
@@ -71,7 +72,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     command = [
         sys.executable, str(ROOT / "launch" / "zeroae.py"), "--config", str(path),
         "--pool", str(data / "pool.jsonl"), "--out", str(folder), "--rounds", str(args.rounds),
-        "--gold", *gold.values(), *ARMS[arm].get("switches", []),
+        "--gold", *gold.values(), *ARMS[arm].get("switches", []), *shlex.split(args.given),
     ]  # fmt: skip
     print(f"{arm}, seed {seed}", flush=True)
     begun = time.monotonic()
@@ -80,7 +81,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     told = json.loads((folder / "gold.json").read_text())
     notes = [json.loads(p.read_text()) for p in sorted(folder.glob("round-*/round.json"))]
     record = {
-        "arm": arm, "seed": seed, "rounds": args.rounds, "steps": args.steps,
+        "arm": arm, "seed": seed, "rounds": args.rounds, "steps": args.steps, "given": args.given,
         "seconds": round(time.monotonic() - begun),  # less than the whole where it went on
         "accuracy": {name: told["accuracy"][file] for name, file in gold.items()},
         # By a text's true class where both have a count.
@@ -178,6 +179,8 @@ def main() -> None:
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "zeroae.yaml")
+    parser.add_argument("--given", default="", help="further switches of launch/zeroae.py")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=50, help="of a round")
     parser.add_argument("--data", type=Path, default=Path(".cache/quickstart"))

@@ -577,7 +577,7 @@ def arms(monkeypatch):
 
 
 def test_every_arm_is_a_configuration(arms, tmp_path):
-    args = SimpleNamespace(data=tmp_path, steps=7)
+    args = SimpleNamespace(data=tmp_path, steps=7, config=ROOT / "configs/zeroae.yaml")
     for arm in arms.ARMS:
         path = tmp_path / f"{arm}.yaml"
         path.write_text(yaml.safe_dump(arms.config(arm, 3, args)))

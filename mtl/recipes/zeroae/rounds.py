@@ -159,19 +159,25 @@ def classify(
     ]
     _write(out / "predictions.jsonl", rows)
     yield f"predictions: {out / 'predictions.jsonl'}"
-    known, told = set(texts), {"accuracy": {}, "rounds": []}
+    guessed = {row["text"]: row["label"] for row in rows}
+    told: dict[str, Any] = {"accuracy": {}, "rounds": []}
+    truth: dict[str, str] = {}
     for path in gold:
         labelled = _read(path)
-        guessed = reader.scores(model, [row["text"] for row in labelled]).argmax(1)
-        right = [names[c] == row["label"] for c, row in zip(guessed, labelled, strict=True)]
+        if fresh := [row["text"] for row in labelled if row["text"] not in guessed]:
+            found = reader.scores(model, fresh).argmax(1)
+            guessed |= {text: names[c] for text, c in zip(fresh, found, strict=True)}
+        right = [guessed[row["text"]] == row["label"] for row in labelled]
         told["accuracy"][str(path)] = float(np.mean(right))
         yield f"accuracy on {path}: {np.mean(right):.4f} of {len(right)} texts"
-        truth = {row["text"]: row["label"] for row in labelled if row["text"] in known}
-        if truth:
-            told["rounds"] = by_round(out, plan.rounds, texts, names, truth)
-            for note in told["rounds"]:
-                shares = ((k, v) for k, v in note.items() if k != "round" and v is not None)
-                yield f"round {note['round']}: " + ", ".join(f"{k} {v:.4f}" for k, v in shares)
+        truth |= {row["text"]: row["label"] for row in labelled}
+    if truth.keys() & set(texts):
+        told["rounds"] = by_round(out, plan.rounds, texts, names, truth)
+    for note in told["rounds"]:
+        shares = (
+            (key, value) for key, value in note.items() if key != "round" and value is not None
+        )
+        yield f"round {note['round']}: " + ", ".join(f"{key} {value:.4f}" for key, value in shares)
     if gold:
         (out / "gold.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
