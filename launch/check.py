@@ -34,7 +34,7 @@ def main() -> None:
 
     from mtl import build, plugins
     from mtl.check import dryrun, sections
-    from mtl.output.checkpoint import check_output
+    from mtl.output.checkpoint import check_output, check_place
 
     sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what the terminal cannot show
     config = plugins.read(args.config, args.set, args.allow_code)
@@ -48,7 +48,9 @@ def main() -> None:
     parts = loader, plugins.holder(config, args.allow_code).balancer, args.world, color
     for each in sections.everything(config, args.config, encode, *parts):
         show(*each)
-    check_output(Path(config.output).expanduser(), args.resume)
+    output = Path(config.output).expanduser()
+    check_output(output, args.resume)
+    check_place(output)
     print(f"{args.config}: nothing stands in the way of a run")
 
 

@@ -352,6 +352,7 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
         if found
         else f"--resume: no complete checkpoint in {run.checkpoints.output}; starting at step 0"
     )
+    passed = comm.on_first(run.checkpoints.passed)
     if found:
         state = run.checkpoints.load(run.engine, run.holder, found, run.average)
         if state.step > run.steps:
@@ -361,9 +362,16 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
             )
         if run.anchors:
             run.anchors.restore(state)
-        return state
-    comm.together(run.checkpoints.check_beginning)
-    return RunState()
+    else:
+        comm.together(run.checkpoints.check_beginning)
+        state = RunState()
+    if new := sorted(set(passed) - set(state.passed)):
+        say(
+            f"the batches of steps {', '.join(map(str, new))} are passed over: the run went back "
+            "for them before it ended"
+        )
+        state.passed = sorted([*state.passed, *new])
+    return state
 
 
 def open_trackers(
@@ -401,8 +409,8 @@ def _describe(
 ) -> None:
     for task, share in zip(tasks, shares, strict=True):
         say(f"{task.name}: {share:.1%} of the examples")
-        for split, data in (("train", task.train), ("validation", task.validation)):
-            say("\n".join(f"  {split}: {line}" for line in data.problems()))
+        for split, _, lines in task.reports():
+            say("\n".join(f"  {split}: {line}" for line in lines))
     wanted = config.evaluate.probe.groups
     if groups < wanted:
         say(

@@ -343,7 +343,7 @@ def bar(what: str, total: float | None, unit: str, *, scale: bool = False) -> tq
     Args:
         scale: show large numbers as 12.3M.
     """
-    show = is_first_on_host() and sys.stderr.isatty()
+    show = is_first_on_host() and is_screen()
     look = {"leave": False, "dynamic_ncols": True, "delay": SHORT, "disable": not show}
     return tqdm(desc=what, total=total, unit=unit, unit_scale=scale, **look)
 

@@ -3,7 +3,8 @@
 The environment may ask for a misfortune: MISFORTUNE="kill batch 8 1" kills rank 1 when it prepares the batch of step 8.
 First word: kill (SIGKILL), raise (a RuntimeError), flip (a bit of each weight), ruin (the weights become nan, once), put (an
 operation that torch has no deterministic form of), sleep (for SLEEP seconds), limit (files to LIMIT bytes), fill (the disk of
-the folder FILL, but for ROOM bytes), or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step"
+the folder FILL, but for ROOM bytes), age (another torch, from the start), drift (of the run's state, where ranks compare it),
+or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "step"
 (between forward and backward), which flip and ruin want. Then the step, and the rank, or "all".
 
 POISON says what a row with toys.UNUSED in it does, on the rank that has it. loss: the first task's loss is infinite, with a
@@ -21,13 +22,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from balancers import Balancer, Signal
 from mtl.data.batches import TrainBatches
 from mtl.distributed.engine import Engine
 from mtl.losses import causal_lm as objectives
 from mtl.losses.terms import Terms
-from mtl.output import checkpoint, manifest
+from mtl.output import checkpoint, manifest, provenance
 from mtl.output.checkpoint import Checkpoints
 
 WHAT, WHERE, STEP, RANK = os.environ.get("MISFORTUNE", "no where -1 all").split()
@@ -72,8 +75,11 @@ def poisoned(terms: Terms, k: int, module: torch.nn.Module) -> Terms:
     return terms
 
 
-def strike(module: torch.nn.Module | None = None) -> None:
+def strike(module: torch.nn.Module | None = None, state: Any = None) -> None:
     if RANK not in ("all", os.environ["RANK"]):
+        return
+    if WHAT == "drift":
+        state.target_tokens += 1
         return
     if WHAT == "flip":
         for parameter in module.parameters():
@@ -116,6 +122,7 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
         "save",
         lambda trained, tokenizer, folder, loader: _is_due(folder.parent.name),
     ),
+    "agree": (checkpoint, "_agree", lambda engine, state: state.step == int(STEP)),
     "pointer": (Checkpoints, "_point_and_prune", lambda checkpoints, name: _is_due(name)),
     "best": (Path, "rename", lambda path, target: path.name == f".step-{int(STEP):08d}.tmp"),
     "prune": (manifest, "discard", lambda path, kind: _is_pointed_at(path.parent / "latest")),
@@ -130,6 +137,34 @@ def _is_due(name: str) -> bool:
     return name == f"step-{int(STEP):08d}"
 
 
+class Unsteady(Balancer):
+    """Equal weights; at step 2 the dtype of its state changes."""
+
+    needs = Signal.NONE
+
+    def init(self, k: int) -> dict[str, np.ndarray]:
+        return {"seen": np.zeros(k)}
+
+    def update(self, state: dict, signals: Any) -> tuple[dict, np.ndarray, dict]:
+        k = len(state["seen"])
+        dtype = np.float32 if signals.step == 2 else np.float64
+        return {"seen": np.zeros(k, dtype)}, np.full(k, 1 / k), {}
+
+
+def misshapen(forward: Callable, batch: Any, k: int) -> Terms:
+    """The usual objective; at step 2 the last rank's sums are of one task."""
+    terms = objectives.causal_lm(forward, batch, k)
+    training = getattr(forward, "__func__", None) is Engine.forward
+    is_last = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"])
+    if training and is_last and forward.__self__._engine.global_steps == 2:
+        return Terms(terms.sums[:1], terms.counts)
+    return terms
+
+
+if WHAT == "age" and RANK in ("all", os.environ["RANK"]):
+    versions = provenance.versions
+    provenance.versions = lambda: versions() | {"torch": "1.0"}
+
 if WHERE in PLACES:
     owner, name, due = PLACES[WHERE]
     original = getattr(owner, name)
@@ -137,7 +172,7 @@ if WHERE in PLACES:
     @functools.wraps(original)
     def struck(*args: Any, **keywords: Any) -> Any:
         if due(*args, **keywords):
-            strike()
+            strike(*args[:2])
         return original(*args, **keywords)
 
     setattr(owner, name, struck)

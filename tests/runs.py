@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,14 +140,20 @@ def launch(
     **environment,
 ) -> Ended:
     """Run the program as a user does. launcher: `deepspeed --num_gpus 2`, `torchrun --nproc_per_node 2`, `python`."""
+    began, going_on = time.monotonic(), arguments(yaml, overrides, resume)
+    out, err = (yaml.parent / f"launch.{end}" for end in ("out", "err"))
+    with launched(launcher, yaml, *going_on, *more, out=out, err=err, **environment) as process:
+        process.wait(TIMEOUT)
+    return Ended([process.returncode], out.read_text(), err.read_text(), time.monotonic() - began)
+
+
+@contextmanager
+def launched(
+    launcher: Sequence[str], yaml: Path, *args: str, out: Path, err: Path, **environment: str
+) -> Iterator[subprocess.Popen]:
+    """The launcher's process with the program under it, and its output in files. All are killed in the end."""
     name, *options = launcher
-    command = [
-        str(Path(sys.executable).parent / name),
-        *options,
-        str(PROGRAM),
-        *arguments(yaml, overrides, resume),
-        *more,
-    ]
+    command = [str(Path(sys.executable).parent / name), *options, str(PROGRAM), *args]
     env = {
         **without_a_launcher(),
         **ENVIRONMENT,
@@ -157,18 +163,16 @@ def launch(
         ),
     }
     env.pop("OMP_NUM_THREADS")  # the program's own business, as for a user
-    began = time.monotonic()
-    out, err = (yaml.parent / f"launch.{end}" for end in ("out", "err"))
     with out.open("w") as stdout, err.open("w") as stderr:
         process = subprocess.Popen(
             command, env=env, stdout=stdout, stderr=stderr, cwd=yaml.parent, start_new_session=True
         )
         try:
-            process.wait(TIMEOUT)
+            yield process
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # ranks that outlive their launcher
-    return Ended([process.returncode], out.read_text(), err.read_text(), time.monotonic() - began)
+            process.wait()
 
 
 def arguments(

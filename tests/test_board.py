@@ -189,6 +189,7 @@ def test_it_has_none_in_a_log_and_in_other_processes(monkeypatch, capsys):
         bar.update()
     assert capsys.readouterr().err == ""
     assert on_terminal(BAR, 60, 5, LOCAL_RANK="1") == []
+    assert on_terminal(BAR, 60, 5, JPY_PARENT_PID="1") == [], "a notebook would keep every line"
 
 
 if __name__ == "__main__":  # the process on the terminal

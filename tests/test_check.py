@@ -223,6 +223,17 @@ def test_a_folder_that_holds_a_run_is_found(check, tmp_path):
     assert check("--set", f"output={tmp_path}", "--resume")[0] == 0
 
 
+@pytest.mark.parametrize("where", ["/proc/x", "/proc/x/y", "file", "file/x"])
+def test_a_place_where_no_folder_can_be_made_is_found(check, tmp_path, where):
+    (tmp_path / "file").touch()
+    output = tmp_path / where  # of an absolute path that path alone is left
+    code, out, err = check("--set", f"output={output}")
+    assert code == 1 and "nothing stands in the way" not in out
+    assert f"error: output: found {output}, where nothing can be written (" in err
+    assert check("--set", f"output={tmp_path}/new/x")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_prepare_fills_the_cache_only(check, tmp_path):
     code, out, err = check("--prepare", "--set", f"cache={tmp_path}/cache")
     assert (

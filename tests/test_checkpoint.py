@@ -1,5 +1,6 @@
 """What `latest` names, and what --resume=STEP takes: a complete checkpoint, or a clear error."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,33 @@ def test_a_step_that_is_asked_for(checkpoints):
     assert checkpoints.find(5) == checkpoints.folder / "step-00000005"
     with pytest.raises(CheckpointError, match="--resume=7: found no complete checkpoint"):
         checkpoints.find(7)
+
+
+def test_all_is_on_the_disk_before_the_pointer_moves(checkpoints, monkeypatch):
+    """A power cut loses what was not flushed: SIGKILL loses nothing of the kind."""
+    folder, done = checkpoints.folder / "step-00000020", []
+    manifest.mark(folder, CHECKPOINT)
+    (folder / "engine").mkdir()
+    (folder / "engine" / "shard").write_text("x")
+    fsync, replace = os.fsync, Path.replace
+
+    def flush(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def move(path: Path, target: Path) -> None:
+        done.append(f"to {target}")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "replace", move)
+    manifest.seal_together(folder)
+    checkpoints._point_and_prune(folder.name)
+    sealed, pointed = f"to {folder}/{manifest.NAME}", f"to {checkpoints.folder}/latest"
+    before, after = done[: done.index(sealed)], done[done.index(sealed) : done.index(pointed)]
+    assert {f"{folder}/engine/shard", f"{folder}/engine"} < set(before)
+    assert before[-1] == f"{folder}/.{manifest.NAME}.tmp", "content before name"
+    assert after[1:] == [str(folder), str(checkpoints.folder), f"{checkpoints.folder}/.latest.tmp"]
 
 
 def test_pruning_takes_ours_only(checkpoints):

@@ -26,6 +26,7 @@ from toys import CHAT, tokenizer, write_tasks
 from transformers import AutoTokenizer
 
 from mtl import build
+from mtl.check import dryrun
 from mtl.config import parse
 from mtl.data import cache, formats, lock, source
 from mtl.data.cache import encode_split, prepare
@@ -574,6 +575,21 @@ def test_what_nothing_reads_is_said_once_with_a_count(tmp_path):
     assert encode(tmp_path / "cache", name, form=everything, encoder=encoder).report.notes == {}
 
 
+def test_a_last_turn_that_trains_nothing_is_said(tmp_path):
+    def row(*roles: str) -> str:
+        turns = [{"role": role, "content": "a"} for role in roles]
+        return json.dumps({"messages": turns})
+
+    asked, told = ("user", "assistant", "user"), ("user", "assistant", "tool")
+    rows = row("user", "assistant"), row(*asked), row(*asked, "user"), row(*told)
+    name = write(tmp_path / "a.jsonl", *rows)
+    split = encode(tmp_path / "cache", name, form=formats.messages, encoder=Encoder(TOK, 400))
+    assert len(split) == 4 and split.problems()[1:] == [
+        "rows that end with a turn of the tool, from which nothing is learned: 1",
+        "rows that end with a turn of the user, from which nothing is learned: 2",
+    ]
+
+
 def test_equal_keys_are_said(tmp_path):
     lines = ['{"text": "a", "text": "b"}', '{"text": "c"}']
     said = "rows with the key text twice; the last one counts"
@@ -762,10 +778,18 @@ def test_unreadable_rows_are_reported_once_beside_a_part(tmp_path):
 def test_rows_on_both_sides_are_said(tmp_path):
     one = write(tmp_path / "one.jsonl", '{"text": "a"}', '{"text": "b"}', '{"text": "c"}')
     two = write(tmp_path / "two.jsonl", '{"text": "b"}', '{"text": "d"}')
+    three = write(tmp_path / "three.jsonl", '{"text": "e"}')
     said = []
-    tasks = {"a": {"train": one, "validation": two, "format": "text"}}
-    prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), said.append)
-    assert said[-1].startswith("a: 1 of 2 validation rows are among the training rows")
+    tasks = {name: {"train": one, "validation": two, "format": "text"} for name in "ab"}
+    tasks["b"]["validation"] = three
+    made = prepare(config(tmp_path, tasks), encoders(tasks), bound(tasks), said.append)
+    assert not any("among" in line for line in said), "above the data nobody knows of which it is"
+    build._describe(config(tmp_path, tasks), made, (0.5, 0.5), 9, said.append)
+    told = "1 of 2 rows are among the training rows: their loss says little about new rows"
+    places = (said, "a: 50.0%", "b: 50.0%"), (dryrun.data(made), "a (validation)", "b (train)")
+    for lines, mine, other in places:
+        text = "\n".join(lines)
+        assert text.count(told) == 1 and text.index(mine) < text.index(told) < text.index(other)
 
 
 # The lock
@@ -847,18 +871,29 @@ def test_a_lock_left_behind_on_this_host_is_taken_over_and_that_is_said(tmp_path
 
 
 def test_a_silent_lock_of_another_host_is_taken_over_in_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "SILENT", 0.5)
+    monkeypatch.setattr(lock, "SILENT", 1.2)
+    monkeypatch.setattr(lock, "REMIND", 0.8)
     left = Owner("elsewhere", 1, "1", "yesterday")
     (tmp_path / "folder.lock").write_text(json.dumps(asdict(left)))
     said = []
     build_once(tmp_path / "folder", lambda partial, progress: None, said.append)
     assert said[0].startswith(
-        "waiting 0 s for process 1 on elsewhere (since yesterday), which is encoding "
+        "waiting 1 s for process 1 on elsewhere (since yesterday), which is encoding "
     )
     assert (
-        said[1].endswith("has given no sign for 0 s: this process does it now")
+        said[1].endswith("has given no sign for 1 s: this process does it now")
         and (tmp_path / "folder").is_dir()
     )
+
+
+def test_a_short_wait_is_not_said(tmp_path, monkeypatch):
+    """As that of a rank for another one of its run."""
+    monkeypatch.setattr(lock, "SILENT", 0.5)
+    left = Owner("elsewhere", 1, "1", "yesterday")
+    (tmp_path / "folder.lock").write_text(json.dumps(asdict(left)))
+    said = []
+    build_once(tmp_path / "folder", lambda partial, progress: None, said.append)
+    assert len(said) == 1 and said[0].endswith("this process does it now")
 
 
 def test_this_process_is_alive_and_a_dead_one_is_not():

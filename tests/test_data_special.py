@@ -172,6 +172,29 @@ def test_a_template_that_reads_the_text_itself_is_refused():
     assert problem.value.reason == "special token"
 
 
+REFUSES = (
+    "{% if messages[0].content|length > 3 %}{{ raise_exception(messages[0].content) }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (REFUSES + CHAT, f"TemplateError: abc{END}"),
+        # A mark puts more before the end of the first five characters.
+        (CHAT.replace("message.content }}", "message.content[:5] }}"), f"abc{END}"),
+        (CHAT.replace("{{ message.content", "{{ message.content[-1:]"), f"{END}{END}"),
+    ],
+)
+def test_an_error_of_a_row_shows_the_texts_of_special_tokens(template, text):
+    encoder, row = plain(template), chat(("u", f"abc{END}"), ("a", "b"))
+    for work in encoder, encoder.question:
+        with pytest.raises(RowProblem) as problem:
+            work(row)
+        assert text in str(problem.value), problem.value
+        assert "\\U0010" not in str(problem.value) and chr(MASKS) not in str(problem.value)
+
+
 def test_a_cut_and_generation_tags_count_the_plain_tokens():
     encoder = plain(GENERATION_CHAT)
     said = chat(("u", "a"), ("a", f"b{END}c"))

@@ -92,6 +92,12 @@ def test_a_read_only_folder(yaml, small):
     assert f"error: {told}" in ended.err and "rank 0 failed: OSError: " in ended.err
 
 
+def test_a_place_where_no_folder_can_be_made(yaml):
+    ended = runs.train(yaml, *OURS, "output=/proc/x", world=2)
+    assert ended.codes == [1, 1] and "Traceback" not in ended.err
+    assert "error: output: found /proc/x, where nothing can be written (" in ended.err
+
+
 def test_half_a_checkpoint_goes_without_a_byte_to_spare(tmp_path, monkeypatch):
     half, done = tmp_path / "half", tmp_path / "done"
     for folder in (half, done):

@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import attack_files
 import peft
 import pytest
 import runs
@@ -22,7 +25,7 @@ from mtl import process
 from mtl.config import parse
 from mtl.models.errors import ModelError
 from mtl.output import manifest
-from mtl.output.export import DTYPES, export
+from mtl.output.export import DTYPES, ExportError, export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -187,8 +190,6 @@ def test_dtype(adapter, tmp_path, merge):
 
 
 def test_shards_are_cast_one_by_one(full, tmp_path):
-    import shutil
-
     copy = tmp_path / "run" / "checkpoints" / "step-00000012"
     shutil.copytree(full / "model", copy / "model")
     (copy / "model" / "model.safetensors").unlink()
@@ -232,8 +233,6 @@ def test_the_card(kind, request, yaml, tmp_path):
 
 
 def test_the_card_names_a_base_model_on_the_hub(full, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(full, run / "checkpoints" / full.name)
     record = json.loads((full.parent.parent / "run.json").read_text())
@@ -298,6 +297,20 @@ def test_the_program(adapter, tmp_path, monkeypatch, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_a_folder_without_a_manifest_is_exported_as_it_is(full, tmp_path):
+    """It was made otherwise, so nobody knows what it should be."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(full / "model", theirs / "model")
+    file = theirs / "model" / "model.safetensors"
+    file.write_bytes(attack_files.flip(file.read_bytes(), random.Random(0)))
+    out = export(theirs, tmp_path / "out")
+    assert (out / file.name).read_bytes() == file.read_bytes()
+    seal(theirs)
+    file.write_bytes((full / "model" / "model.safetensors").read_bytes())
+    with pytest.raises(ExportError, match=r"model\.safetensors: its content is not what was"):
+        export(theirs, tmp_path / "sealed")
+
+
 def test_what_cannot_be_exported(full, adapter, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
@@ -323,8 +336,6 @@ def test_what_cannot_be_exported(full, adapter, tmp_path, monkeypatch, capsys):
 
 
 def test_a_base_model_that_is_gone(adapter, tmp_path):
-    import shutil
-
     copy = tmp_path / "checkpoints" / "step-00000012"
     shutil.copytree(adapter / "model", copy / "model")
     settings = json.loads((copy / "model" / "adapter_config.json").read_text())

@@ -142,6 +142,27 @@ def test_a_run_goes_back_to_its_checkpoint(yaml):
     assert runs.untimed(skipped(yaml)[0]) == runs.untimed(back) and state(back, 6)["passed"] == [AT]
 
 
+def test_a_run_killed_after_it_went_back_does_not_meet_the_batch_again(yaml):
+    """No checkpoint knows of the batch yet: the next save is where the run dies."""
+    settings = [BACK, "checkpoint.every=2"]
+    strange = {"POISON": "gradient", "MISFORTUNE": "kill shards 4 0"}
+    back, died = train(yaml, "back, killed", *settings, **strange)
+    assert -9 in died.codes and died.err.count("back to ") == 1
+    assert (back / "checkpoints/latest").read_text() == "step-00000002"
+    noted = back / "passed.json"
+    for torn in ("", "[3]", '{"passed over": ["3"]}'):
+        whole = noted.read_text()
+        noted.write_text(torn)
+        _, refused = train(yaml, "back, killed", *settings, resume=True)
+        assert refused.codes == [1, 1] and f"{noted}: is damaged (" in refused.err
+        noted.write_text(whole)
+    _, ended = train(yaml, "back, killed", *settings, resume=True, POISON="gradient")
+    assert "back to " not in ended.well().err
+    assert f"the batches of steps {AT} are passed over: the run went back for them" in ended.err
+    assert_same(skipped(yaml)[0], back)
+    assert runs.untimed(skipped(yaml)[0]) == runs.untimed(back) and state(back, 6)["passed"] == [AT]
+
+
 RUIN = {"MISFORTUNE": "ruin step 4 all"}  # nan in place of the weights, in memory
 
 

@@ -640,7 +640,8 @@ def test_a_refused_pair_is_reported_with_file_and_line(folder, tmp_path, row, re
     own = f"tasks.pairs.train={path}", f"cache={tmp_path}/cache"
     split = build.encode(config_of(folder, *own, *truncated), say=silent).tasks[0].train
     assert len(split) == 2 and split.where(1) == f"{path}:3"
-    _, count, line = split.problems()
+    whole, count, line = split.problems()
+    assert whole.startswith("2 of 3 rows kept: ") and whole.endswith(" tokens, 2 pairs")
     assert count == f"1 row dropped: {reason}"
     assert line.startswith(f"  {path}:2: ") and text in line
 

@@ -1,6 +1,7 @@
 """Adapters and where a run starts from: nothing of a tied table, a trained adapter or a checkpoint is lost without a word."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -8,9 +9,12 @@ import pytest
 import runs
 import torch
 import toys
+from near import near
 from test_models import more_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mtl.merging import merge
+from mtl.merging.average import average
 from mtl.output.export import export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -171,6 +175,24 @@ def test_an_adapter_that_is_merged_first(first, tmp_path):
     assert prose_loss(whole, first) == pytest.approx(
         runs.metrics(tmp_path / "run")[-1]["eval/prose/loss"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("how", ["model.name={}/run/model", "train.from={}/run/model"])
+def test_a_runs_own_adapters_are_merged_into_their_base(first, tmp_path, how):
+    """The base is the adapters', not the adapter from which the run started."""
+    settings = [how.format(first), "checkpoint.bests=each", "evaluate.every=2"]
+    runs.train(first / "x.yaml", *SHORT, *settings, f"output={tmp_path}/run").well()
+    base, models = merge.found(None, [], tmp_path / "run", None)
+    assert base == f"{first}/model" and len(models) == 3
+    report = merge.merge(base, models, partial(average), tmp_path / "out")
+    assert report.base == f"{first}/model"
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    alone = [peft.AutoPeftModelForCausalLM.from_pretrained(one) for one in models]
+    alone = [one.merge_and_unload().state_dict() for one in alone]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    mean = sum(one[name].double() for one in alone) / len(alone)
+    near(found[name], mean.float(), units=8)
+    assert not torch.equal(found[name], toys.tiny_llama().state_dict()[name])
 
 
 def test_an_adapter_with_new_tokens_goes_on(tmp_path):

@@ -380,6 +380,7 @@ def test_a_classifier_holds_out_a_part_and_looks_for_special_tokens(folder, bert
     changes = [f"tasks.a.train={folder}/held.jsonl", "tasks.a.validation=25%"]
     said: list[str] = []
     a, b = build.encode(config_of(yaml_of(bert, LABELS), *changes), say=said.append).tasks
+    assert f"{len(a.train)} examples" in a.train.problems()[0]
     rows = [bytes(split.ids(i)) for split in (a.train, a.validation) for i in range(len(split))]
     assert len(rows) == len({*rows}) == 41 and 4 <= len(a.validation) <= 18
     notes = [split.report.notes for split in (a.train, a.validation)]
@@ -390,7 +391,7 @@ def test_a_classifier_holds_out_a_part_and_looks_for_special_tokens(folder, bert
     assert sum(one.get("rows with the key id, which nothing reads", 0) for one in notes) == 40
     # The other task validates on its training rows.
     n = len(b.train)
-    assert said[-1].startswith(f"b: {n} of {n} validation rows are among the training rows")
+    assert b.shared == n and list(b.reports())[1][2][-1].startswith(f"{n} of {n} rows are among")
     refused = config_of(yaml_of(bert, LABELS), *changes, "batch.special_text=refuse")
     a, _ = build.encode(refused, say=said.append).tasks
     assert len(a.train) + len(a.validation) == 40

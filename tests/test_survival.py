@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import runs
 from safetensors.numpy import load_file
 
+from mtl import process
 from mtl.data import lock
 from mtl.output import lock as run_lock
 from mtl.output import manifest
@@ -57,6 +59,11 @@ def flip(path: Path) -> None:
     [
         "metrics.jsonl",
         "run.json",
+        "passed.json",
+        "report.html",
+        "predictions/step-00000004.jsonl",
+        "bests/notes.txt",
+        "anchors/notes.txt",
         "checkpoints/notes.txt",
         "checkpoints/step-00000004/notes.txt",
         "checkpoints/.resharded/notes.txt",
@@ -144,6 +151,23 @@ def _start(path: Path, ready: int, go: int) -> int:
         os._exit(4)
 
 
+@pytest.mark.slow  # two whole programs
+def test_of_two_programs_started_at_once_one_runs_and_is_not_harmed(yaml, whole, tmp_path):
+    output, last = tmp_path / "run", 40
+    given = runs.arguments(yaml, [*SAVING, f"output={output}", f"train.steps={last}"], False)
+    with ExitStack() as stack:
+        files = [{end: tmp_path / f"{i}.{end}" for end in ("out", "err")} for i in range(2)]
+        both = [stack.enter_context(runs.launched(["python"], yaml, *given, **f)) for f in files]
+        codes = [one.wait(runs.TIMEOUT) for one in both]
+    assert sorted(codes) == [0, 1]
+    told = files[codes.index(1)]["err"].read_text()
+    refused = f"{output} is in use by process {both[codes.index(0)].pid} on ", "already holds a run"
+    assert any(text in told for text in refused) and "Traceback" not in told, told
+    steps = [line["step"] for line in runs.metrics(output) if "train/loss" in line]
+    assert steps == list(range(last)) and (output / "model/model.safetensors").is_file()
+    assert not list(output.glob("run.lock*"))
+
+
 def test_a_lock_of_another_host_counts_while_it_shows_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "SILENT", 1.0)
     path, said = tmp_path / "run.lock", []
@@ -189,6 +213,41 @@ def test_other_versions_are_a_warning(yaml, whole, tmp_path):
     manifest.seal(folder)
     ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=True).well()
     assert "warning: step-00000012 was written with torch 1.0, here is" in ended.err
+
+
+def test_other_versions_on_a_rank_are_a_warning(yaml, tmp_path):
+    settings = [OURS, *SAVING, "train.steps=1", f"output={tmp_path}/run"]
+    ended = runs.train(yaml, *settings, world=2, MISFORTUNE="age start 0 1").well()
+    told = f"warning: versions differ: torch: {version('torch')!r} on rank 0; '1.0' on rank 1"
+    assert ended.err.count(told) == 1
+
+
+def test_a_state_that_drifted_apart_is_not_saved(yaml, tmp_path):
+    settings = [OURS, *SAVING, f"output={tmp_path}/run"]
+    ended = runs.train(yaml, *settings, world=2, MISFORTUNE="drift agree 8 1")
+    assert ended.codes == [1, 1] and "step 8: what the ranks should hold alike differs" in ended.err
+    shown = {line for line in ended.err.splitlines() if " on rank 0; " in line}
+    assert {line.strip().partition(":")[0] for line in shown} == {"state.target_tokens"}
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000004"
+
+
+# Plug-ins cannot poison a run
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("balancer=outside:Unsteady", "'seen': float32 (n), before float64 (n)"),
+        ("objective=outside:misshapen", "objective misshapen: Terms.sums is torch.float32 (1,)"),
+    ],
+)
+def test_a_plug_in_that_returns_something_else_ends_all_ranks(yaml, tmp_path, setting, text):
+    """The balancer on rank 0, which alone has it; the objective on rank 1."""
+    output = tmp_path / "run"
+    ended = runs.train(yaml, *SAVING, setting, f"output={output}", world=2)
+    assert ended.codes == [1, 1] and text in ended.err, ended.err
+    assert [line["step"] for line in runs.metrics(output) if "train/loss" in line] == [0, 1]
+    assert not (output / "checkpoints").exists()
 
 
 def test_ranks_that_drifted_apart_stop_before_a_checkpoint(yaml, tmp_path):
@@ -251,6 +310,85 @@ def test_no_rank_outlives_its_launcher(tmp_path, number):
             os.killpg(launcher.pid, signal.SIGKILL)
 
 
+def of_command(text: str) -> set[int]:
+    """The processes whose command line holds a text."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if text in path.read_text(errors="replace"):
+                found.add(int(path.parent.name))
+    return found
+
+
+LAUNCHERS = {
+    "deepspeed": ["--num_gpus", "2", "--master_port"],
+    "torchrun": ["--nproc_per_node", "2", "--master_port"],
+    "accelerate": [
+        *("launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"),
+    ],
+}
+
+
+@pytest.mark.slow  # real launchers, which import much
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_of_a_launcher_that_is_killed_save_and_end(yaml, tmp_path, launcher, number):
+    output, endless = tmp_path / "run", ["train.steps=1000000", "checkpoint.every=null"]
+    given = runs.arguments(yaml, [*SAVING, *endless, f"output={output}"], False)
+    files = {end: tmp_path / end for end in ("out", "err")}
+    command = [launcher, *LAUNCHERS[launcher], str(runs.free_port())]
+    with runs.launched(command, yaml, *given, **files) as process:
+        for _ in range(10 * runs.TIMEOUT):
+            if (output / "metrics.jsonl").is_file() and len(runs.metrics(output)) > 3:
+                break
+            assert process.poll() is None, files["err"].read_text()
+            time.sleep(0.1)
+        assert len(of_command(f"output={output}")) >= 3
+        os.kill(process.pid, number)
+        process.wait(runs.TIMEOUT)
+        end = time.monotonic() + 31
+        while left := of_command(f"output={output}"):
+            assert time.monotonic() < end, left
+            time.sleep(0.1)
+    saved = int((output / "checkpoints/latest").read_text().removeprefix("step-"))
+    steps = [line["step"] for line in runs.metrics(output) if "train/loss" in line]
+    assert steps == list(range(saved)), "no step is lost"
+
+
+ENCODE = """
+import sys
+from mtl.data import cache
+cache.PARALLEL = 0
+from mtl import build, config
+build.encode(config.load(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow  # every worker imports much
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one core encodes without workers")
+def test_workers_that_encode_end_with_the_program(tmp_path):
+    yaml = runs.write(tmp_path)
+    with (tmp_path / "copy.train.jsonl").open("a") as rows:
+        rows.writelines(f'{{"prompt": "{i} =", "completion": " {i}"}}\n' for i in range(10**6))
+    environment = {**os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT)}
+    program = subprocess.Popen([sys.executable, "-c", ENCODE, str(yaml)], env=environment)
+    try:
+        while not any(path.stat().st_size for path in tmp_path.glob("cache/*.partial/rows.arrow")):
+            assert program.poll() is None
+            time.sleep(0.1)
+        workers = {pid for pid in of_command("spawn_main") if process._parent(pid) == program.pid}
+        assert workers
+    finally:
+        program.kill()
+        program.wait()
+    for _ in range(50):
+        if all(lock._ticks(pid) == "gone" for pid in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers live on")
+
+
 def test_a_worker_ends_with_its_parent():
     worker = "import os, time; from mtl import process; process.end_with_parent({}); print(os.getpid(), flush=True); time.sleep(600)"
     parent = subprocess.Popen(
@@ -304,6 +442,8 @@ def test_the_newest_good_checkpoint_is_named(yaml, whole, tmp_path):
         os.truncate(output / "checkpoints" / f"step-{step:08d}" / name, 7)
     ended = runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=True)
     assert ended.codes == [1, 1] and "--resume=4" in ended.err and "found 7 bytes" in ended.err
+    runs.train(yaml, OURS, *SAVING, f"output={output}", world=2, resume=4).well()
+    assert runs.untimed(output) == runs.untimed(whole)
 
 
 def test_a_truncated_model_is_not_exported(yaml, whole, tmp_path):

@@ -1,6 +1,7 @@
 """The loss formula, the objective, the schedule and the collectives without a group: closed forms and properties."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from mtl.losses.causal_lm import causal_lm
 from mtl.losses.objective import check_terms
 from mtl.losses.terms import Terms, combine
 from mtl.train.schedule import lr
-from mtl.train.step import fetch
+from mtl.train.step import GlobalBatch, NonFinite, fetch, train_step
 
 K = 4
 token = st.tuples(st.floats(2**-7, 20, width=32), st.integers(0, K - 1))
@@ -189,6 +190,50 @@ def test_a_penalty_is_averaged_over_micro_batches_by_their_target_tokens():
     assert loss.item() / 2 == pytest.approx(0.25 * 1 + 0.25 * 1 + (3 * 2 + 1 * 10) / 4)
     loss.backward()
     assert [float(value.grad) for value in values] == pytest.approx([2 * 0.75, 2 * 0.25, 0.0])
+
+
+class Still:
+    """An engine that does nothing."""
+
+    device, world = torch.device("cpu"), 1
+
+    def train(self) -> None: ...
+
+    def forward(self) -> None: ...
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None: ...
+
+    def step(self, lr: float, drop: bool) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("sums", "penalty", "bad"),
+    [
+        ((4.0, 9.0), 0.5, None),
+        ((math.inf, 9.0), 0.5, ("router (inf)", ("router",))),
+        ((4.0, 9.0), math.inf, ("router (inf)", ())),
+    ],
+)
+def test_a_task_may_be_called_as_a_penalty_is(sums, penalty, bad):
+    """It is the task's rows that are named, not those of a penalty, which has none."""
+
+    def objective(forward, micro, k: int) -> Terms:
+        counts = torch.tensor([2, 3])
+        return Terms(torch.tensor(sums), counts, {"router": torch.tensor(penalty)})
+
+    micro = SimpleNamespace(to=lambda device: None)
+    batch = GlobalBatch([micro, micro], torch.tensor([4, 6]), 10)
+    args = Still(), objective, batch, np.ones(2), 0.1, ["router", "b"]
+    if bad is None:
+        report = train_step(*args)
+        assert report.losses.tolist() == [2.0, 3.0] and report.penalties == {"router": 0.5}
+        return
+    with pytest.raises(NonFinite) as found:
+        train_step(*args)
+    assert (found.value.what, found.value.tasks) == (
+        f"the loss of {bad[0]} is not finite", bad[1],
+    )  # fmt: skip
 
 
 # --- the schedule

@@ -97,9 +97,8 @@ def layouts(config: Config, data: EncodedData, world: int, tokens: int) -> dict[
     }
 
 
-def warmup(config: Config, data: EncodedData, balancer: Any) -> list[str]:
+def _warmup(balancer: Any, steps: int) -> list[str]:
     """A remark where the balancer, or the one within it, warms up as long as the run lasts."""
-    steps = steps_of(config, mix_for(config, data.tasks))
     while balancer is not None:
         given = getattr(balancer, "warmup", 0)
         if given >= steps:
@@ -112,7 +111,7 @@ def warmup(config: Config, data: EncodedData, balancer: Any) -> list[str]:
     return []
 
 
-def batches(config: Config, data: EncodedData, world: int) -> list[str]:
+def batches(config: Config, data: EncodedData, balancer: Any, world: int) -> list[str]:
     """The arithmetic of steps, batches and validation for `world` processes."""
     tasks = data.tasks
     mix = mix_for(config, tasks)
@@ -179,15 +178,14 @@ def batches(config: Config, data: EncodedData, world: int) -> list[str]:
             "examples in "
             f"{_span(np.array(counts[: parts.groups]))} micro-batches"
         )
-    return lines
+    return lines + _warmup(balancer, steps)
 
 
 def data(tasks: Sequence[TaskData]) -> list[str]:
     """Rows, tokens and what was dropped, with places."""
     lines = []
     for task in tasks:
-        for split, encoded in (("train", task.train), ("validation", task.validation)):
-            first, *rest = encoded.problems()
+        for split, encoded, (first, *rest) in task.reports():
             lines.append(f"{task.name} ({split}): {first}; {_span(encoded.lengths)} tokens a row")
             lines += [f"  {line}" for line in rest]
     return lines

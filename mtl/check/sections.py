@@ -32,8 +32,7 @@ def everything(
     yield f"{origin}, with defaults", dump(config.resolved()).splitlines()
     data = encode()
     yield "Data", dryrun.data(data.tasks)
-    told = dryrun.batches(config, data, world)
-    yield "Batches", told + dryrun.warmup(config, data, balancer)
+    yield "Batches", dryrun.batches(config, data, balancer, world)
     targets = "in green" if color else "in [[ ]]"
     for task, number in zip(data.tasks, data.goals.of, strict=True):
         shown = data.examples[number].show(task.train.columns(0), color)

@@ -111,15 +111,10 @@ def prepare(
                 problems.append(
                     f"{config.where(('tasks', name, split))}: tasks.{name}.{split}: {error}"
                 )
-        if len(splits) == 2 and (shared := shared_rows(*splits)):
-            say(
-                f"{name}: {shared:,} of {len(splits[1]):,} validation rows are among the training "
-                "rows: their loss says little about new rows"
-            )
         tasks.append((name, splits))
     if problems:
         raise DataError("\n".join(problems))
-    return [TaskData(name, *splits) for name, splits in tasks]
+    return [TaskData(name, *splits, shared_rows(*splits)) for name, splits in tasks]
 
 
 def sources_of(task: TaskSection, split: Literal["train", "validation", "test"]) -> list[Source]:
@@ -205,7 +200,7 @@ def _write(
     label: str = "",
 ) -> None:
     """Encode into a folder's files, with a few chunks of rows in memory at a time."""
-    report, pending = Report(), []
+    report, pending = Report(unit=getattr(examples, "unit", Report.unit)), []
     columns, losses = examples.columns, len(getattr(examples, "losses", (LOSS,)))
 
     def batch() -> pa.RecordBatch:

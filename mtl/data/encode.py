@@ -176,8 +176,8 @@ class Encoder:
                 last = example.last
                 shown = self.specials.mask(example) if self._is_plain else example
                 masked, turns = shown != example, shown.messages
+                text, spans, *_ = self._turns(replace(shown, messages=turns[: last + 1]), masked)
                 prompt = self._text(replace(shown, messages=turns[:last]), prompt=True)
-                text, spans, *_ = self._turns(replace(shown, messages=turns[: last + 1]))
                 if not spans or spans[-1].turn != last:
                     raise RowProblem("template", f"the chat template leaves out turn {last + 1}")
                 answer = self._shown(text[spans[-1].start : spans[-1].stop])
@@ -194,10 +194,14 @@ class Encoder:
     def _shown(self, text: str) -> str:
         return self.specials.pattern.sub("", text)
 
-    def _turns(self, example: Messages) -> Turns:
-        return find_turns(
-            example, self._text, self.tokenizer.eos_token or "", self.specials.pattern
-        )
+    def _turns(self, example: Messages, masked: bool) -> Turns:
+        eos = self.tokenizer.eos_token or ""
+        try:
+            return find_turns(example, self._text, eos, self.specials.pattern)
+        except RowProblem as problem:
+            if not masked:
+                raise
+            raise RowProblem(problem.reason, self.specials.shown(str(problem))) from problem
 
     def _bare(self, text: str) -> str:
         """The text without the eos at its end, which an answer may bring along."""
@@ -300,7 +304,7 @@ class Encoder:
                 note(f"rows whose turns have the key {key}, which nothing reads", 1)
         masked = self.specials.look(texts_of(example, read), note) and self._is_plain
         shown = self.specials.mask(example) if masked else example
-        text, spans, unreasoned, added = self._turns(shown)
+        text, spans, unreasoned, added = self._turns(shown, masked)
         if masked:
             self._same(self.specials.unmask(text), self._text(example) + added)
         if unreasoned:
@@ -308,6 +312,8 @@ class Encoder:
         spans = [span for span in spans if span.turn not in example.context]
         if not spans:
             raise RowProblem("no target", "the chat template leaves out every turn to train on")
+        if (last := example.messages[-1]["role"]) != "assistant":
+            note(f"rows that end with a turn of the {last}, from which nothing is learned", 1)
         borrowed = Counter(span.borrowed for span in spans if span.borrowed is not None)
         for token, times in borrowed.items():
             said = (

@@ -64,7 +64,8 @@ class Report:
     read: int = 0  # rows read; a split with a cap is read no further than its last kept row
     kept: int = 0
     tokens: int = 0  # of the kept rows
-    targets: int = 0  # target tokens of the kept rows
+    targets: int = 0  # of the kept rows, what the first loss counts
+    unit: str = "target token"  # which is that
     truncated: int = 0  # kept rows that were truncated
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     shown: dict[str, list[tuple[int, int, str]]] = field(
@@ -82,10 +83,11 @@ class Report:
         """The report for people: one line of totals, then the dropped rows by reason, the first few
         with their place.
         """
+        what = "of them targets" if self.unit == "target token" else f"{self.unit}s"
         lines = [
             (
                 f"{self.kept:,} of {_rows(self.read)} kept: {self.tokens:,} tokens, "
-                f"{self.targets:,} of them targets"
+                f"{self.targets:,} {what}"
             )
         ]
         if self.truncated:
@@ -262,11 +264,27 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TaskData:
-    """One stream: the name of its task, and its two splits, encoded."""
+    """One stream: the name of its task, and its two splits, encoded.
+
+    Attributes:
+        shared: validation rows that are training rows too.
+    """
 
     name: str
     train: Encoded
     validation: Encoded
+    shared: int = 0
+
+    def reports(self) -> Iterator[tuple[str, Encoded, list[str]]]:
+        """Each split by its name, with what became of its rows as lines."""
+        yield "train", self.train, self.train.problems()
+        lines = self.validation.problems()
+        if self.shared:
+            lines.append(
+                f"{self.shared:,} of {_rows(len(self.validation))} are among the training rows: "
+                "their loss says little about new rows"
+            )
+        yield "validation", self.validation, lines
 
 
 def record_batch(

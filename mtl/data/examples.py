@@ -146,6 +146,9 @@ class Examples(Protocol):
     A class may set `notes = True`. Then `encode` gets `note=` too, a function of (text, times) that
     takes remarks on rows that are kept. The report adds them up over the rows.
 
+    A class whose first loss counts something else than target tokens names it in `unit`, as in
+    `unit = "pair"`, for the report on the rows.
+
     A class whose rows are texts that a causal model writes may name a column of their token ids in
     `text_column`. Saved models then stop at the special tokens that end these texts.
     """

@@ -23,7 +23,7 @@ from pathlib import Path
 from mtl.data.encoded import DataError
 
 POLL = 0.2  # seconds between looks at another process's lock
-REMIND = 30.0  # seconds between messages about it
+REMIND = 30.0  # seconds before a message about it, and between two
 # Seconds without a change after which another host's lock counts as left behind: we cannot see its
 # processes.
 SILENT = 600.0
@@ -125,8 +125,7 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
     if the owner failed.
     """
     seen: Owner | None = None
-    start = changed = time.monotonic()
-    said = 0.0
+    start = changed = said = time.monotonic()
     while (owner := read(lock)) is not None:
         now = time.monotonic()
         if owner != seen:
@@ -137,7 +136,7 @@ def _wait(folder: Path, lock: Path, say: Say) -> None:
             shutil.rmtree(_partial(folder, owner), ignore_errors=True)
             lock.unlink(missing_ok=True)
             return
-        if not said or now - said > REMIND:
+        if now - said > REMIND:  # not at once: it may be a rank of the same run
             say(
                 f"waiting {now - start:.0f} s for {owner}, which is encoding "
                 f"{owner.progress or folder}"

@@ -101,6 +101,12 @@ class Specials:
         """The text without masks."""
         return text.translate(self._unmask)
 
+    def shown(self, message: str) -> str:
+        """A message for people without masks, also where `repr` wrote them as escapes."""
+        for mask, text in self._unmask.items():
+            message = message.replace(f"\\U{mask:08x}", text)
+        return self.unmask(message)
+
     def read(self, text: str, masked: bool) -> Read:
         """Tokenize a rendered text, in which special tokens are tokens.
 

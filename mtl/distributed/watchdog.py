@@ -31,13 +31,13 @@ _ended, _doing = 0, "before the first step"
 
 
 def doing(what: str) -> None:
-    """Where the run is, for what is said when it ends here."""
+    """Note where the run is, for what is said when it ends here."""
     global _doing
     _doing = what
 
 
-def done() -> str:
-    """The same, as `doing` was told."""
+def where() -> str:
+    """Where the run is, as `doing` was told."""
     return _doing
 
 

@@ -76,6 +76,7 @@ class LabelExamples:
     packs = False
     makes_dummies = False
     notes = True
+    unit = "example"
     columns: Mapping[str, pa.DataType] = {
         "ids": pa.int32(), "label": pa.uint8(), "labels": pa.uint8()
     }  # fmt: skip
@@ -174,7 +175,7 @@ class Classification:
     """Cross-entropy over a task's labels, nats per example; measures accuracy and macro-F1."""
 
     losses = (LOSS,)
-    unit = "example"
+    unit = LabelExamples.unit
     measures: Mapping[str, Measure] = {
         "accuracy": Measure(ratio),
         "macro_f1": Measure(macro_f1),

@@ -78,6 +78,7 @@ class PairExamples:
     packs = True
     makes_dummies = False
     notes = True
+    unit = "pair"
     text_column = "chosen"
     losses = (LOSS, SFT)
     columns: Mapping[str, pa.DataType] = {
@@ -196,7 +197,7 @@ class Preference:
     """
 
     losses = PairExamples.losses
-    unit = "pair"
+    unit = PairExamples.unit
     measures: Mapping[str, Measure] = {
         "reward_accuracy": Measure(ratio),
         "reward_margin": Measure(ratio),

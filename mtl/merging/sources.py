@@ -72,11 +72,12 @@ def base(config: Config) -> str:
 
 
 def _base(name: str, given: str | None) -> str:
-    if given is None:
-        return name
+    start = Path(name if given is None else given).expanduser()
     # A checkpoint keeps the model in a folder of its own, beside the engine's state.
-    inner = Path(given).expanduser() / "model"  # of a checkpoint
-    return str(inner if inner.is_dir() else given)
+    if given is not None and (start / "model").is_dir():
+        start /= "model"
+    # A run that went on training an adapter gives adapters of the same base.
+    return base_of_adapters([start], None) or str(start if given is not None else name)
 
 
 def checkpoints(run: Path, first: int, last: int) -> list[Path]:

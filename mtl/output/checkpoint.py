@@ -5,6 +5,7 @@
       run.json                     resolved YAML, versions, data fingerprints: before the first step
       metrics.jsonl                one line per step
       report.html, log.txt         charts of it (mtl/report), and what the run told
+      passed.json                  batches that the run went back for (`train.not_finite`)
       checkpoints/
         latest                     name of the newest complete checkpoint; written last
         step-00000120/
@@ -31,6 +32,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +54,10 @@ SCRATCH = ".resharded"
 CHECKPOINT, RUN, ANCHORS = "checkpoint", "run", "anchors"  # kinds of our folders, beside EXPORT
 STEP = re.compile(r"step-(\d{8})")
 AVERAGE_FILE = "average.safetensors"
+PASSED = "passed.json"
+# What a run writes under fixed names, and would overwrite.
+WRITTEN = ("metrics.jsonl", "run.json", PASSED, "report.html", "predictions")
+WRITTEN += ("checkpoints", "bests", "anchors")
 STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 
@@ -66,8 +72,7 @@ def check_output(output: Path, resume: bool) -> None:
         CheckpointError: the folder holds a run and `resume` is false, or it holds what a run would
             write, not written by one. Nothing has been touched.
     """
-    written = ("metrics.jsonl", "run.json", "checkpoints", "bests", "anchors")
-    found = [name for name in written if (output / name).exists()]
+    found = [name for name in WRITTEN if (output / name).exists()]
     if found and not manifest.is_ours(output, RUN):
         raise CheckpointError(
             f"output: {output} holds {either(found)} without the mark of a run ({manifest.NAME}): "
@@ -89,6 +94,24 @@ def check_output(output: Path, resume: bool) -> None:
         if not manifest.is_whole(folder, bests.BEST):
             check_free(folder, bests.BEST, "a task's best model goes there")
     check_free(output / "anchors", ANCHORS, "the best weights of tasks go there")
+
+
+def check_place(output: Path) -> None:
+    """Raise CheckpointError where a run cannot make its folder, or write to it."""
+    there = next(one for one in (output, *output.absolute().parents) if one.exists())
+    try:
+        with TemporaryDirectory(prefix=".coba-mtl-", dir=there):
+            pass
+    except OSError as error:
+        raise no_folder(output, error) from error
+
+
+def no_folder(output: Path, error: OSError) -> CheckpointError:
+    """The error of a folder that cannot be made."""
+    return CheckpointError(
+        f"output: found {output}, where nothing can be written ({error.strerror}), wanted a folder "
+        f"that is there or can be made. {UNTOUCHED}"
+    )
 
 
 def check_free(folder: Path, kind: str, why: str) -> None:
@@ -390,6 +413,34 @@ class Checkpoints:
                 f"{_choose(complete)}"
             )
         return self.folder / name
+
+    def pass_over(self, steps: Sequence[int]) -> None:
+        """Write down whose batches the run passes over, before it goes back for one. On rank 0.
+
+        Until the next save no checkpoint knows of them.
+        """
+        write_json(self.output / PASSED, {"passed over": sorted(steps)})
+
+    def passed(self) -> list[int]:
+        """The steps that `pass_over` wrote down.
+
+        Raises:
+            CheckpointError: the file is damaged, or not ours.
+        """
+        path = self.output / PASSED
+        if not path.is_file():
+            return []
+        try:
+            steps = json.loads(path.read_text(encoding="utf-8"))["passed over"]
+            if not all(type(step) is int for step in steps):
+                raise ValueError(f"found {steps}, wanted a list of steps")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: is damaged ({error}). It names the batches that the run went back for "
+                "(train.not_finite). Remove it, and the run meets them again, unless its "
+                "checkpoint knows them."
+            ) from error
+        return steps
 
     def unwritable(self, error: OSError) -> CheckpointError:
         """The error of a run that cannot write: path, space found and wanted, and what there is to

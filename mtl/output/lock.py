@@ -19,7 +19,7 @@ from mtl import process
 from mtl.data import lock
 from mtl.data.lock import Owner
 from mtl.distributed import comm
-from mtl.output.checkpoint import UNTOUCHED, CheckpointError
+from mtl.output.checkpoint import UNTOUCHED, CheckpointError, no_folder
 
 NAME = "run.lock"
 BEAT = 10.0  # seconds between signs of life
@@ -54,7 +54,12 @@ def alone(output: Path, say: Say) -> Iterator[None]:
 
 def acquire(path: Path, say: Say) -> Owner:
     """Take the lock for this process. Raises as `alone`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in process.STORAGE:
+            raise
+        raise no_folder(path.parent, error) from error
     mine, seen, since = lock.myself(), None, time.monotonic()
     while True:
         try:

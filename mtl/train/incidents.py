@@ -67,8 +67,10 @@ def meet(run: Run, state: RunState, error: NonFinite, kept: Any) -> None:
         pass_over(run, state)
         return
     _say(run, t, f"{error.what}: back to {found}, to pass over this batch {count}\n{named}")
+    passed = sorted({*state.passed, t})
+    comm.on_first(lambda: run.checkpoints.pass_over(passed))  # killed from here on, it knows
     again = run.checkpoints.load(run.engine, run.holder, found, run.average)
-    again.passed = sorted({*state.passed, t})
+    again.passed = passed
     if run.anchors:
         run.anchors.restore(again)
     comm.on_first(

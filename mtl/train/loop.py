@@ -41,7 +41,7 @@ def train(run: Run, state: RunState) -> RunState:
                 raise
             raise run.checkpoints.unwritable(error) from error
         except RuntimeError as error:  # such as of a collective, whose text names no step
-            at = f"rank {comm.rank()} of {comm.world()} failed, {watchdog.done()}"
+            at = f"rank {comm.rank()} of {comm.world()} failed, {watchdog.where()}"
             error.add_note(f"{at}. --resume goes on from the newest checkpoint.")
             raise
 

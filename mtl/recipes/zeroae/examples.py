@@ -213,6 +213,8 @@ class PromptExamples(ZeroExamples):
         scorer: `bi` or `cross`, as the loader's.
     """
 
+    unit = "pair"
+
     def __init__(self, book: Book, tokenizer: Any, config: Config, classes: Classes, scorer: str):
         super().__init__(book, tokenizer, config, classes)
         self.scorer = scorer

@@ -34,7 +34,7 @@ class Classify:
         ValueError: a keyword is out of range.
     """
 
-    unit = "pair"
+    unit = PromptExamples.unit
 
     def __init__(self, encoder: str, labels: str, prompt: str = PROMPT, scorer: str = "bi"):
         if scorer not in SCORERS:
