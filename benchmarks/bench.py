@@ -183,9 +183,10 @@ def preference(precision: str) -> dict[str, Settings]:
     """Ours and TRL's DPOTrainer on the same pairs. TRL has no packing of them.
 
     Without arguments it holds a second model and asks it at every step. Then as ours does: the
-    reference is computed before.
+    reference is computed before. Ours has the peer's precision: at this learning rate bf16 weights
+    take another path than fp32 weights under autocast.
     """
-    own = mine(precision)["ours"]
+    own = ours("Tokens", precision)
     alike = {
         "trainer": "dpo",
         "learning_rate": PREFERENCE_LR,
@@ -443,11 +444,11 @@ def check(group: str, found: Settings) -> list[str]:
         for name, value in found.items()
         if value["same_rows"]
     }
-    expect(len(set(total.values())) == 1, f"target tokens of the run, same rows: {total}")
+    expect(len(set(total.values())) == 1, f"{unit(group)} of the run, same rows: {total}")
     if everything:
         expect(
             set(everything.values()) == set(total.values()),
-            f"target tokens of the peers' data sets: {everything}",
+            f"{unit(group)} of the peers' data sets: {everything}",
         )
     for name, value in found.items():
         if "isolation" in value["about"]:
