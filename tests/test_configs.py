@@ -1,9 +1,9 @@
 """The configurations that ship: they are read, DeepSpeed's follows from them for any number of processes, and on toy data with a toy
 model `launch/check.py` finds nothing in the way."""
 
-import importlib.util
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,9 +44,10 @@ WRITTEN_FOR = {
 
 
 def without_extras(path: Path) -> list[str]:
-    """Overrides for what a machine that runs the tests may lack."""
-    quantizes = load(path).model.quantize and importlib.util.find_spec("bitsandbytes") is None
-    return ["model.attention=sdpa", *["model.quantize=null"] * bool(quantizes)]
+    """Overrides for what a machine that runs the tests may lack. An attention kernel may be lacking:
+    the check goes on."""
+    quantizes = load(path).model.quantize and find_spec("bitsandbytes") is None
+    return ["model.quantize=null"] * bool(quantizes)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
@@ -71,7 +72,8 @@ def test_it_fits_the_gpus_it_is_written_for(name, tmp_path):
     """By the estimate that `launch/check.py` prints, from the hub model's sizes, where half of all positions are targets."""
     world, memory_of_gpu, sizes, parameters = WRITTEN_FOR[name]
     Qwen2Config(vocab_size=152064, tie_word_embeddings=False, **sizes).save_pretrained(tmp_path)
-    config = load(FOLDER / name, [f"model.name={tmp_path}", *without_extras(FOLDER / name)])
+    here = ["model.attention=sdpa", *without_extras(FOLDER / name)]
+    config = load(FOLDER / name, [f"model.name={tmp_path}", *here])
     skeleton = models.skeleton(config, toys.tokenizer())
     frozen = sum(p.numel() for n, p in skeleton.named_parameters() if "lora_" not in n)
     assert frozen == pytest.approx(parameters, rel=1e-3), "it is the model it says"
@@ -116,3 +118,5 @@ def test_nothing_stands_in_the_way_of_it(name, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert code == 0 and "nothing stands in the way of a run" in out, out + err
     assert f"ZeRO {config.engine.zero}, {world} process" in out
+    lacks = config.model.attention == "flash_attention_2" and not find_spec("flash_attn")
+    assert ("model.attention: found flash_attention_2, wanted a kernel" in out) == lacks

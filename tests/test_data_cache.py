@@ -502,14 +502,15 @@ def test_processes_give_what_one_gives(tmp_path, monkeypatch):
     assert one.read_bytes() == two.read_bytes()
 
 
-def read_both(tmp_path, rows, form, template=None, **keywords):
-    """The rows from JSONL and from Parquet, encoded."""
+def read_all(tmp_path, rows, form, template=None, **keywords):
+    """The rows from JSONL, from Parquet and from a saved folder, encoded."""
     name = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     encoder = Encoder(tokenizer(template=template), 4000)
     return [
         encode(tmp_path / "cache", one, form=partial(form, **keywords), encoder=encoder)
-        for one in (name, str(tmp_path / "a.parquet"))
+        for one in (name, str(tmp_path / "a.parquet"), str(tmp_path / "saved"))
     ]
 
 
@@ -538,12 +539,12 @@ def test_nulls_that_arrow_fills_in_are_no_tokens(tmp_path, tools):
             {"role": "assistant", "content": "4"},
         ]
         rows.append({"messages": said, tools: schemas})
-    one, two = read_both(tmp_path, rows, formats.messages, TOOL_CHAT, tools=tools)
-    assert [one.ids(i).tolist() for i in (0, 1)] == [two.ids(i).tolist() for i in (0, 1)]
-    assert b"null" not in bytes(two.ids(0).astype(np.uint8))
-    assert "null" not in TOK.decode(two.ids(0)) and '(weather {"city": "Oslo"})' in TOK.decode(
-        two.ids(0)
-    )
+    renamed = {} if tools == "tools" else {"tools": tools}  # the default has no keyword
+    one, *others = read_all(tmp_path, rows, formats.messages, TOOL_CHAT, **renamed)
+    text = TOK.decode(one.ids(0))
+    assert "null" not in text and '(weather {"city": "Oslo"})' in text
+    for two in others:
+        assert [one.ids(i).tolist() for i in (0, 1)] == [two.ids(i).tolist() for i in (0, 1)]
 
 
 def test_a_null_that_a_row_of_jsonl_has_stays(tmp_path):
@@ -743,10 +744,12 @@ def test_a_part_of_the_training_rows_is_held_out(tmp_path):
     assert sorted(train + valid) == sorted(row["text"] for row in rows)
     assert 70 < len(valid) < 130 and not {*train} & {*valid}
     # Copies stand together, whatever nothing reads of them, and appended rows move none.
-    more = [*rows, *({**row, "id": 1000} for row in rows), {"text": "new"}]
+    more = [*rows, *({**row, "id": 1000} for row in rows)]
+    more += [{"text": f"new {i}"} for i in range(100)]
     later, held, said = held_out(tmp_path, more, "25%")
-    assert {*train} <= {*later} and {*valid} <= {*held} and not {*later} & {*held}
-    assert len(held) - 2 * len(valid) in (0, 1) and not any("are among" in one for one in said)
+    mine = [sorted(text for text in side if text.startswith("row")) for side in (later, held)]
+    assert mine == [sorted(2 * train), sorted(2 * valid)]
+    assert not {*later} & {*held} and not any("are among" in one for one in said)
 
 
 def test_a_number_of_the_training_rows_is_held_out(tmp_path):

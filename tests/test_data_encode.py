@@ -387,6 +387,19 @@ def test_no_space_comes_between_prompt_and_completion():
         assert ids[~target].tolist() == encoder.tokenizer(prompt)["input_ids"]
 
 
+def test_a_token_that_reaches_over_the_start_of_a_turn_is_refused():
+    """`:b` is one token: the template's colon and the turn's first letter."""
+    made = llama2()
+    made.chat_template = (
+        "{% for m in messages %}{{ 'a' if m.role == 'assistant' else 'd' }}:{{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    row = Encoder(made, 99)(turns(("user", "c"), ("assistant", "cb")))
+    assert made.decode(row.ids[row.target]) == "cb</s>"
+    with pytest.raises(RowProblem, match=r"turn 2 \(assistant\) are not its text: found ':bc</s>'"):
+        Encoder(made, 99)(turns(("user", "c"), ("assistant", "bc")))
+
+
 def test_messages_drops_what_arrow_fills_in():
     row = {
         "messages": [

@@ -1,14 +1,16 @@
 """Targets in one rendering, on templates that do what families' templates do: against the
 difference of prefixes where that holds, against generation tags, and as text where neither does."""
 
+import numpy as np
 import pytest
 from chats import GEMMA, GLM, GPT_OSS, LLAMA3, MISTRAL, PHI, QWEN2, QWEN3, R1, TOKENS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from toys import CHAT, END, GENERATION_CHAT, tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mtl.data.encode import Encoder
-from mtl.data.formats import Messages, RowProblem
+from mtl.data.formats import Completion, Messages, RowProblem, Text
 
 
 def encoder(template: str, most: int = 4000) -> Encoder:
@@ -249,9 +251,15 @@ def test_calls_within_a_conversation_of_qwen3():
 
 def test_generation_tags_agree_with_one_rendering():
     tagged, plain = encoder(GENERATION_CHAT), encoder(CHAT)
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
     for chat in (PLAIN, SYSTEM, TWICE):
         one, two = tagged(chat), plain(chat)
-        assert one.ids.tolist() == two.ids.tolist() and one.target.tolist() == two.target.tolist()
+        made = tagged.tokenizer.apply_chat_template([dict(t) for t in chat.messages], **options)
+        inside = np.array(made["assistant_masks"], dtype=bool)
+        end = inside.nonzero()[0][-1] + 1
+        for row in (one, two):
+            assert row.ids.tolist() == made["input_ids"][:end]
+            assert row.target.tolist() == inside[:end].tolist()
 
 
 @pytest.mark.parametrize("template", [CHAT, GENERATION_CHAT])
@@ -321,12 +329,20 @@ def test_a_long_chat_is_rendered_a_fixed_number_of_times(monkeypatch):
 
 
 def test_a_row_that_is_far_too_long_is_not_tokenized(monkeypatch):
-    enc = encoder(CHAT, 50)
-    monkeypatch.setattr(enc, "_ids", lambda text: pytest.fail("tokenized"))
+    enc, tokenized = encoder(CHAT, 50), [0]
+    call = PreTrainedTokenizerFast.__call__
+
+    def spy(self, text, **options):
+        tokenized.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", spy)
     long = talk(("u", "a" * 10**6), ("a", "b"))
-    with pytest.raises(RowProblem, match=r"found 1,000,0\d\d characters") as problem:
-        enc(long)
-    assert problem.value.reason == "too long"
+    for row in (long, Completion("a", "b" * 10**6), Text("a" * 10**6)):
+        with pytest.raises(RowProblem, match=r"found 1,000,0\d\d characters") as problem:
+            enc(row)
+        assert problem.value.reason == "too long"
+    assert max(tokenized) == 0
     cut = Encoder(enc.tokenizer, 50, "truncate")
     with pytest.raises(RowProblem, match="cut at 50 tokens, which leaves no target"):
         cut(long)
@@ -336,3 +352,4 @@ def test_a_row_that_is_far_too_long_is_not_tokenized(monkeypatch):
     )
     assert made.truncated and made.ids.tolist() == part.ids.tolist()[:50]
     assert made.target.tolist() == part.target.tolist()[:50]
+    assert 0 < max(tokenized) < 2000

@@ -10,6 +10,7 @@ import pytest
 
 from mtl.config import Config
 from mtl.config.words import branches, is_section, type_at
+from mtl.data.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -135,6 +136,15 @@ def test_every_test_that_a_page_names_exists():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_resolves(page):
     assert broken(page) == []
+
+
+def test_the_page_about_rows_has_every_format():
+    """What is read, what becomes a target, what refuses a row."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text.partition("\n## Formats\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", table, re.MULTILINE))
+    assert rows.keys() == FORMATS.keys()
+    assert all(cell.strip() for row in rows.values() for cell in row.split(" | "))
 
 
 def test_the_walks_name_functions():

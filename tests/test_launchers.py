@@ -163,6 +163,13 @@ def yaml(tmp_path_factory) -> Path:
     return runs.write(tmp_path_factory.mktemp("launchers"))
 
 
+def test_the_program_does_not_train_alone_among_others(yaml):
+    output = yaml.parent / "alone"
+    ended = runs.train(yaml, *STEPS, f"output={output}", OMPI_COMM_WORLD_SIZE="8")
+    assert ended.codes == [1] and not output.exists()
+    assert "WORLD_SIZE: found 1 beside OMPI_COMM_WORLD_SIZE=8" in ended.err
+
+
 @pytest.fixture(scope="module")
 def alike(yaml):
     """Asserts that a run in a folder is the one that two forked processes make."""
@@ -236,18 +243,13 @@ def test_a_real_mpirun_starts_a_run(yaml, alike):
 
 
 def test_accelerate_starts_a_run(yaml, alike):
+    """By the line in docs/cluster.md, with 2 for its 8."""
     output = yaml.parent / "accelerate"
-    port = str(runs.free_port())
-    launcher = [
-        "accelerate",
-        "launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    text = (runs.ROOT / "docs" / "cluster.md").read_text()
+    (line,) = re.findall(r"`(accelerate launch .*) launch/train\.py --config x\.yaml`", text)
+    launcher = ["2" if word == "8" else word for word in shlex.split(line)]
+    launcher += ["--num_machines", "1", "--main_process_port", str(runs.free_port())]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     runs.launch(launcher, yaml, *STEPS, f"output={output}").well()
     alike(output)
 

@@ -209,6 +209,7 @@ def test_text_with_line_breaks_of_unicode_and_a_byte_order_mark(config, tmp_path
     rows = [chat(f"q{i}\u2028second\u2029line", f"a{i}\x85z") for i in range(20)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "math" / "part.jsonl").write_text("\ufeff" + text, encoding="utf-8")
+    config.write_text("\ufeff" + config.read_text(), encoding="utf-8")
     migrate(config, 2, tmp_path / "new")
     found = {
         tuple(turn["content"] for turn in row["messages"])

@@ -3,8 +3,10 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 from hypothesis import given
@@ -87,15 +89,25 @@ def test_tasks_in_another_order_keep_their_names(tmp_path, monkeypatch):
     """The figure's labels are the first run's; the second run's curves follow them."""
     plt = pytest.importorskip("matplotlib.pyplot")
     found = report.histories([write(tmp_path / "one", "ab"), write(tmp_path / "two", "ba")])
+    for name, order in (("one", [0, 1]), ("two", [1, 0])):
+        found[name] = replace(
+            found[name],
+            eval_steps=np.arange(2),
+            eval_losses=np.array([[4.0, 4.0], [1.0, 2.0]])[:, order],
+            weights=np.array([[0.1, 0.9]])[:, order],
+            averages=np.full(2, np.nan),
+        )
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     report.figure(found, tmp_path / "figure.png")
     (figure,) = drawn
-    labels = [
-        [line.get_label() for line in axes.get_lines() if not line.get_label().startswith("_")]
+    curves = [
+        {line.get_label(): line.get_ydata()[-1] for line in axes.get_lines()}
         for axes in figure.axes[:2]
     ]
-    assert labels == [["a", "b"], ["a", "b"]]
+    assert [(ends["a"], ends["b"]) for ends in curves] == [(0.25, 0.5)] * 2
+    weights = [[line.get_ydata()[-1] for line in axes.get_lines()] for axes in figure.axes[2:4]]
+    assert weights == [[0.1, 0.9]] * 2
 
 
 def test_a_torn_line_names_file_and_line(tmp_path):
