@@ -49,15 +49,22 @@ def _remove() -> None:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def start(yaml: Path, *overrides: str) -> list[subprocess.Popen]:
-    """A process on each host, by torchrun; what it writes goes into HOST.log beside the YAML."""
+def start(
+    yaml: Path, *overrides: str, launcher: str = "torch.distributed.run"
+) -> list[subprocess.Popen]:
+    """A process on each host, by a launcher; what it writes goes into HOST.log beside the YAML."""
     first = HOSTS["coba-a"][1]
-    started = []
+    started, hostfile = [], yaml.parent / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for _, address in HOSTS.values()))
+    more = {
+        "torch.distributed.run": ["--nnodes", "2", "--nproc_per_node", "1"],
+        "deepspeed.launcher.runner": ["--hostfile", str(hostfile), "--no_ssh"],
+    }[launcher]
     for rank, (name, (interface, _)) in enumerate(HOSTS.items()):
         environment = {**runs.without_a_launcher(), **runs.ENVIRONMENT}
         environment |= {"GLOO_SOCKET_IFNAME": interface, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", launcher, *more]
+        command += ["--node_rank", str(rank)]
         command += ["--master_addr", first, "--master_port", "29777", str(runs.PROGRAM)]
         command += runs.arguments(yaml, overrides, False)
         with (yaml.parent / f"{name}.log").open("w") as log:
@@ -85,9 +92,10 @@ def told(yaml: Path) -> dict[str, str]:
     return {name: (yaml.parent / f"{name}.log").read_text() for name in HOSTS}
 
 
-def test_two_hosts_give_what_one_gives(hosts, tmp_path):
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "deepspeed.launcher.runner"])
+def test_two_hosts_give_what_one_gives(hosts, tmp_path, launcher):
     yaml = runs.write(tmp_path)
-    assert codes(start(yaml), runs.TIMEOUT) == [0, 0], told(yaml)
+    assert codes(start(yaml, launcher=launcher), runs.TIMEOUT) == [0, 0], told(yaml)
     runs.train(yaml, f"output={tmp_path / 'one'}", world=2).well()
     assert runs.untimed(tmp_path / "run") == runs.untimed(tmp_path / "one")
 
