@@ -229,6 +229,14 @@ def test_a_batch_without_a_task_says_what_is_left_of_the_weights(tmp_path):
         (loss,) = (line[tag] for task in TASKS if (tag := f"train/{task}/loss") in line)
         assert line["train/present_weight"] == pytest.approx(1 / 3, rel=1e-12)
         assert line["train/loss"] == pytest.approx(loss / 3, rel=1e-12)
+    # The gradient too: a task that weighs 1/2 instead of 1/3 has half as much again.
+    first = steps(tmp_path / "run")[0]
+    (task,) = (task for task in TASKS if f"train/{task}/loss" in first)
+    more = ["train.steps=1", f"tasks.{task}.loss_weight=2.0", f"output={tmp_path}/more"]
+    runs.train(yaml, *one, *more).well()
+    (more,) = steps(tmp_path / "more")
+    assert more["train/present_weight"] == pytest.approx(1 / 2, rel=1e-12)
+    assert more["train/grad_norm"] / first["train/grad_norm"] == pytest.approx(1.5, rel=1e-5)
 
 
 # What it leaves
