@@ -20,7 +20,9 @@ def near(found: Any, wanted: Any, units: float) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
 
 
-def strayed(found: Mapping[str, Any], wanted: Mapping[str, Any], before: Mapping[str, Any]) -> float:
+def strayed(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], before: Mapping[str, Any]
+) -> float:
     """How far trained weights are off: the largest difference of any element, as a part of the
     largest change that training made. An optimizer such as Adam turns rounding into parts of a step.
     """

@@ -105,7 +105,9 @@ def test_it_comes_back(at_once):
     "case", ["zero 0", "zero 2", "zero 3", "lora", "lora, zero 0", "lora, zero 3", "follow"]
 )
 def test_two_processes_train_as_one(case, at_once):
-    alone = {"lora": "lora, one process", "foll": "follow, one process"}.get(case[:4], "one process")
+    alone = {"lora": "lora, one process", "foll": "follow, one process"}.get(
+        case[:4], "one process"
+    )
     ours, theirs = steps(at_once[case]), steps(at_once[alone])
     for mine, wanted in zip(ours, theirs, strict=True):
         for tag in wanted:
@@ -134,9 +136,7 @@ def test_the_cache_is_what_the_best_model_says(case, at_once, yaml):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "case", ["zero 0", "zero 2", "zero 3", "lora", "lora, zero 3", "follow"]
-)
+@pytest.mark.parametrize("case", ["zero 0", "zero 2", "zero 3", "lora", "lora, zero 3", "follow"])
 def test_a_run_killed_while_a_task_is_held_goes_on_bit_for_bit(case, at_once, yaml):
     world, given = CASES[case]
     output = yaml.parent / f"{case} killed"

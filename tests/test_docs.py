@@ -24,7 +24,9 @@ PAGES = sorted(
 TOP = ("mtl", "balancers", "launch", "benchmarks", "examples", "configs", "tests")
 PATH = re.compile(rf"(?:{'|'.join(TOP)})/[\w/.-]*\w\.(?:py|yaml|sh|md)|(?:{'|'.join(TOP)})/")
 NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
-FILE = re.compile(r".*\.(?:py|json|jsonl|yaml|md|safetensors|npz|png|parquet|html|txt|js|arrow|npy)")
+FILE = re.compile(
+    r".*\.(?:py|json|jsonl|yaml|md|safetensors|npz|png|parquet|html|txt|js|arrow|npy)"
+)
 
 
 @cache

@@ -89,7 +89,9 @@ def test_an_error_of_one_rank_ends_both_with_its_text(yaml, tmp_path):
     )
     assert ended.codes == [1]
     assert re.search(r"^RuntimeError: the dog ate the batch of step 2$", ended.err, re.MULTILINE)
-    assert "error [rank 0]: rank 1 failed: RuntimeError: the dog ate the batch of step 2" in ended.err
+    assert (
+        "error [rank 0]: rank 1 failed: RuntimeError: the dog ate the batch of step 2" in ended.err
+    )
     assert [line["step"] for line in runs.metrics(tmp_path) if "train/loss" in line] == [0, 1]
     assert ended.seconds < 0.8 * runs.TIMEOUT, "not the group's timeout"
 
