@@ -4,7 +4,7 @@ import pytest
 from attack_config import BASE, TEXTS, attack
 
 from mtl.config import ConfigError, parse
-from mtl.config.document import MOST, Document
+from mtl.config.document import BRACKETS, MOST, Document, _Loader
 
 
 def test_each_of_some_hundred_mutated_configs_is_a_clean_error_or_valid():
@@ -29,6 +29,15 @@ def test_too_deep_is_an_error_of_ours(text):
         parse(BASE, overrides=[f"balancer.x={text}"])
     with pytest.raises(ConfigError, match="too deep in others, wanted at most 50 levels"):
         parse(BASE, overrides=["balancer.x=" + "[" * 60 + "]" * 60])
+
+
+def test_reading_ends_where_too_many_brackets_are_open(monkeypatch):
+    """1,000 brackets took a second: the scanner looks at all that are open at each next token."""
+    tokens, fetch = [], _Loader.fetch_more_tokens
+    monkeypatch.setattr(_Loader, "fetch_more_tokens", lambda self: tokens.append(fetch(self)))
+    with pytest.raises(ConfigError, match="hundreds of levels deep"):
+        parse("[" * 1000)
+    assert len(tokens) <= BRACKETS + 5
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ _SCALARS = {
 }
 MOST = 20_000  # values in a document; a few aliases of aliases would make billions
 DEEPEST = 50  # levels of a document
+BRACKETS = 200  # open at once, where reading ends; what is deeper than DEEPEST is an error anyway
 _BASES = {"0o": 8, "0x": 16}
 _KEY = r'(?:"[^"]*"|[^."=]+)'
 _OVERRIDE = re.compile(rf"({_KEY}(?:\.{_KEY})*)=(.*)", re.DOTALL)
@@ -69,6 +70,12 @@ class Problem(NamedTuple):
 class _Loader(yaml.SafeLoader):
     # Empty: nothing of YAML 1.1 (`no`, 1:30, dates) is inherited.
     yaml_implicit_resolvers: dict = {}
+
+    def fetch_flow_collection_start(self, TokenClass: type) -> None:
+        # The scanner's work grows with the square of the brackets that are open: a second at 1,000.
+        if self.flow_level >= BRACKETS:
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass)
 
 
 class _Dumper(yaml.SafeDumper):
