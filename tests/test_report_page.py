@@ -15,6 +15,7 @@ from scipy import stats
 
 from mtl import process
 from mtl.compare import statistics
+from mtl.output import checkpoint, manifest
 from mtl.report import compare, figures, page, record, tracker
 
 
@@ -328,7 +329,8 @@ def test_a_run_leaves_a_report_and_none_ends_it(tmp_path):
         assert series["y"] == pytest.approx(values / values[0], rel=1e-5)
     other = yaml.parent / "other"
     (other / "report.html").mkdir(parents=True)
-    ended = runs.train(yaml, "train.steps=4", f"output={other}").well()
+    manifest.mark(other, checkpoint.RUN)
+    ended = runs.train(yaml, "train.steps=4", f"output={other}", resume=True).well()
     assert "could not be written" in ended.err and (other / "model").is_dir()
 
 
