@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
+from mtl.compare.report import insert
 from mtl.compare.statistics import interval
 
-MARK = "<!-- table of benchmarks/kpe.py -->"
 LOADER = {"name": "kpe", "layers": 2, "width": 64}
 # By name: keywords of the loader, tasks beside the rows, balancer, and whose knowledge a row has.
 ARMS: dict[str, dict[str, Any]] = {
@@ -165,16 +165,6 @@ def table(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def put(page: Path, text: str, steps: int) -> None:
-    """The table between the page's two marks."""
-    before, mark, rest = page.read_text(encoding="utf-8").partition(MARK)
-    _, end, after = rest.partition(MARK)
-    if not mark or not end:
-        raise ValueError(f"{page}: found no two lines {MARK}, wanted a place for the table")
-    made = f"{before}{MARK}\n{steps} steps.\n\n{text}\n{MARK}{after}"
-    page.write_text(made, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,7 +192,8 @@ def main() -> None:
             run(arm, seed, args)
     print(table(args))
     if args.page:
-        put(args.page, table(args), args.steps)
+        text = f"{args.steps} steps.\n\n{table(args)}\n"
+        insert(args.page, "kpe", text, by="benchmarks/kpe.py")
 
 
 if __name__ == "__main__":

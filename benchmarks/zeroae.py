@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
+from mtl.compare.report import insert
 from mtl.compare.statistics import interval
 
-MARK = "<!-- table of benchmarks/zeroae.py -->"
 SETS = "pool", "test"
 # By name: the tasks that are left, keywords of the generator, the balancer, switches of the rounds.
 ARMS: dict[str, dict[str, Any]] = {
@@ -97,6 +97,7 @@ def baselines(data: Path) -> dict[str, dict[str, float]]:
 
     from mtl.recipes.shared import masked_mean
     from mtl.recipes.zeroae import baselines as known
+    from mtl.recipes.zeroae import measures
     from mtl.recipes.zeroae.objective import PROMPT
 
     model = AutoModel.from_pretrained(data / "minilm").eval()
@@ -116,8 +117,7 @@ def baselines(data: Path) -> dict[str, dict[str, float]]:
     prompts = read([PROMPT.format(label=name) for name in names])
     found: dict[str, dict[str, float]] = {}
     for name in SETS:
-        lines = (data / "zeroae" / f"{name}.gold.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = measures.read(data / "zeroae" / f"{name}.gold.jsonl")
         texts, label = read([r["text"] for r in rows]), [names.index(r["label"]) for r in rows]
         scores = known.cosine(texts, prompts)
         for method, each in {
@@ -163,16 +163,6 @@ def table(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def put(page: Path, text: str, args: argparse.Namespace) -> None:
-    """The table between the page's two marks."""
-    before, mark, rest = page.read_text(encoding="utf-8").partition(MARK)
-    _, end, after = rest.partition(MARK)
-    if not mark or not end:
-        raise ValueError(f"{page}: found no two lines {MARK}, wanted a place for the table")
-    made = f"{args.rounds} rounds of {args.steps} steps.\n\n{text}"
-    page.write_text(f"{before}{MARK}\n{made}\n{MARK}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -198,7 +188,8 @@ def main() -> None:
             run(arm, seed, args)
     print(table(args))
     if args.page:
-        put(args.page, table(args), args)
+        text = f"{args.rounds} rounds of {args.steps} steps.\n\n{table(args)}\n"
+        insert(args.page, "zeroae", text, by="benchmarks/zeroae.py")
 
 
 if __name__ == "__main__":

@@ -477,11 +477,11 @@ def test_classes_of_words_of_their_own_are_told_apart(folder, forked, tmp_path):
     assert score == f"accuracy on {gold}: 1.0000 of 6 texts"
     told = json.loads((tmp_path / "o/gold.json").read_text())
     assert told["accuracy"] == {str(gold): 1.0} and len(told["rounds"]) == len(each) == 2
-    truth = {row["text"]: row["label"] for row in rounds._read(gold)}
+    truth = {row["text"]: row["label"] for row in rounds.read(gold)}
     for number, note in enumerate(told["rounds"]):
         part = tmp_path / f"o/round-{number:02d}"
         for name in "pseudo", "selected":
-            rows = rounds._read(part / f"{name}.jsonl")
+            rows = rounds.read(part / f"{name}.jsonl")
             right = [truth[row["text"]] == row["label"] for row in rows]
             assert note[name] == pytest.approx(np.mean(right))
         with np.load(part / "scores.npz") as kept:
@@ -504,9 +504,9 @@ def test_yins_files_become_pool_and_labels(tmp_path):
     assert said == f"{tmp_path}/o: 3 texts of Arts & Music, sport; 0 of several labels left out"
     assert json.loads((tmp_path / "o/labels.json").read_text()) == ["Arts & Music", "sport"]
     assert rounds._texts(tmp_path / "o/valid.jsonl") == ["a tune"]
-    gold = rounds._read(tmp_path / "o/pool.gold.jsonl")
+    gold = rounds.read(tmp_path / "o/pool.gold.jsonl")
     assert gold[1] == {"text": "a goal\u2028scored", "label": "sport"}
-    assert rounds._read(tmp_path / "o/pool.jsonl") == [{"text": r["text"]} for r in gold]
+    assert rounds.read(tmp_path / "o/pool.jsonl") == [{"text": r["text"]} for r in gold]
     emotion, situation = tmp_path / "emotion.txt", tmp_path / "situation.txt"
     emotion.write_text("joy\ttweets\twhat a day\nnoemo\ttales\tonce\n")
     found = YIN["read"](emotion, {"noemo": "neutral"})

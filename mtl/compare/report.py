@@ -220,14 +220,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
-def insert(page: Path, name: str, text: str) -> None:
-    """Put a table into a page, between its line `<!-- NAME: written by launch/compare.py -->` and
+def insert(page: Path, name: str, text: str, by: str = "launch/compare.py") -> None:
+    """Put a table into a page, between its lines `<!-- NAME: written by BY -->` and
     `<!-- end of NAME -->`.
 
     Raises:
         StudyError: the page lacks one of them.
     """
-    begin, end = f"<!-- {name}: written by launch/compare.py -->", f"<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: written by {by} -->", f"<!-- end of {name} -->"
     given = page.read_text(encoding="utf-8")
     for line in begin, end:
         if line not in given:

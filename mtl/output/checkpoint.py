@@ -56,8 +56,10 @@ STEP = re.compile(r"step-(\d{8})")
 AVERAGE_FILE = "average.safetensors"
 PASSED = "passed.json"
 # What a run writes under fixed names, and would overwrite.
-WRITTEN = ("metrics.jsonl", "run.json", PASSED, "report.html", "predictions")
-WRITTEN += ("checkpoints", "bests", "anchors")
+WRITTEN = (
+    "metrics.jsonl", "run.json", PASSED, "report.html", "predictions", "checkpoints", "bests",
+    "anchors",
+)  # fmt: skip
 STEPS = "steps of the run"  # in an identity: the only thing that may grow
 
 

@@ -11,6 +11,13 @@ from numpy.typing import NDArray
 Ints = NDArray[np.integer]
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a JSON Lines file."""
+    # Not splitlines: texts may hold separators of other kinds.
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def probe(codes: Ints, classes: Ints) -> tuple[float, float]:
     """How well a code tells a text's class: the share of texts that are of their code's most
     frequent class, and of those that are of the most frequent class. Equal: it tells nothing.
@@ -55,8 +62,7 @@ def by_round(
             first, chosen, codes = kept["scores"].argmax(1), kept["chosen"], kept["codes"]
         note = {"round": number, "accuracy": _share(first[known] == label[known])}
         for name in "pseudo", "selected":
-            with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
-                rows = [row for row in map(json.loads, lines) if row["text"] in truth]
+            rows = [row for row in read(folder / f"{name}.jsonl") if row["text"] in truth]
             note[name] = _share([truth[row["text"]] == row["label"] for row in rows])
         if len(codes):
             mine = known[chosen]

@@ -37,7 +37,7 @@ from mtl.config import Config
 from mtl.data.encode import load_tokenizer
 from mtl.recipes.zeroae.baselines import Floats, softmax, without_prior
 from mtl.recipes.zeroae.examples import PromptExamples, TextExamples, padded, pairs
-from mtl.recipes.zeroae.measures import by_round, probe
+from mtl.recipes.zeroae.measures import by_round, probe, read
 from mtl.recipes.zeroae.model import ZeroAE
 
 FILES = {"pseudo": "pseudo", "generated": "generated", "recon": "selected"}  # task -> its rows
@@ -163,7 +163,7 @@ def classify(
     told: dict[str, Any] = {"accuracy": {}, "rounds": []}
     truth: dict[str, str] = {}
     for path in gold:
-        labelled = _read(path)
+        labelled = read(path)
         if fresh := [row["text"] for row in labelled if row["text"] not in guessed]:
             found = reader.scores(model, fresh).argmax(1)
             guessed |= {text: names[c] for text, c in zip(fresh, found, strict=True)}
@@ -184,7 +184,7 @@ def classify(
 
 def _texts(path: Path) -> list[str]:
     found = []
-    for number, row in enumerate(_read(path), 1):
+    for number, row in enumerate(read(path), 1):
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path}:{number}: found {str(row)[:60]}, wanted a row with a text.")
@@ -297,7 +297,7 @@ def _write_round(
     names, seed = reader.classes.names, config.train.seed
     if number:
         model = _ready(mtl.load(before / "run" / "model"))
-        earlier = _read(before / "pseudo.jsonl")
+        earlier = read(before / "pseudo.jsonl")
     else:
         # The new parts are random: the same call again must give the same round.
         torch.manual_seed(seed)
@@ -332,7 +332,7 @@ def _write_round(
         made += [
             row
             for i in range(max(1, number - plan.replay + 1), number)
-            for row in _read(out / f"round-{i:02d}" / "new.jsonl")
+            for row in read(out / f"round-{i:02d}" / "new.jsonl")
         ]
     np.savez(folder / "scores.npz", scores=scores, chosen=chosen, codes=codes)
     # This round's own come first in `made`; later rounds read them as their replay.
@@ -397,11 +397,6 @@ def _yaml(
     path = folder / "x.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
-
-
-def _read(path: Path) -> Rows:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
