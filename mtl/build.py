@@ -25,7 +25,7 @@ from mtl.data.encoded import TaskData
 from mtl.data.examples import Book, Examples
 from mtl.data.next_token import NextToken
 from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validation_groups_for
-from mtl.distributed import comm
+from mtl.distributed import comm, masters
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
 from mtl.generation.asking import ENDLESS, Asking, ask, ends, evenly, stop_at
@@ -201,7 +201,10 @@ def start_engine(
     if new := stop_at(model, stops(data)):
         names = ", ".join(data.tokenizer.convert_ids_to_tokens(sorted(new)))
         say(f"models are saved with settings for generation that stop at {names}, as rows do")
-    return Engine(model, config, optimizer(config), say)
+    engine = Engine(model, config, optimizer(config), say)
+    if config.model.precision == "bf16" and config.engine.offload.optimizer != "nvme":
+        masters.dither(engine, config.train.seed)
+    return engine
 
 
 def stops(data: Data) -> frozenset[int]:

@@ -51,6 +51,8 @@ def write(folder: Path) -> Path:
     rows = [{"text": "ZQXJ KVWY"}, {"text": "QQZZ XXKK JJ"}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "prose.validation.jsonl").write_text(text)
+    train = folder / "prose.train.jsonl"
+    train.write_text(train.read_text() * 4)  # more rows than a held task draws
     return yaml
 
 
@@ -117,12 +119,18 @@ def test_two_processes_train_as_one(case, at_once):
 
 @pytest.mark.parametrize("case", ["one process", "zero 2", "zero 3"])
 def test_the_cache_is_what_the_best_model_says(case, at_once, yaml):
-    stored = np.load(at_once[case] / "anchors" / "task-2-00000006.npy")
+    stored = np.load(at_once[case] / "anchors" / "task-2-00000006-00000009.npy")
     assert stored.dtype.itemsize == 516
     best = at_once[case] / "checkpoints" / "step-00000006" / "model"
     model = AutoModelForCausalLM.from_pretrained(best).eval()
     config = plugins.read(str(yaml), [*SETTINGS], runs.ALLOWED)
-    rows, at = build.encode(config, runs.ALLOWED).tasks[2].train, 0
+    tasks = build.encode(config, runs.ALLOWED).tasks
+    rows, at = tasks[2].train, 0
+    mix = build.mix_for(config, tasks)
+    held = mix.next(mix.first, 9, np.array([11 / 24, 11 / 24, 2 / 24]))  # from step 9 to 15
+    first, last = (int(mix.drawn(step, held)[2]) for step in (9, 15))
+    read = mix.rows(2, first, last + 6)
+    assert len(read) < len(rows), "or no row is left out"
     for i in range(len(rows)):
         ids = torch.tensor(rows.ids(i), dtype=torch.long)
         where = torch.from_numpy(np.flatnonzero(rows.target(i))) - 1
@@ -130,6 +138,9 @@ def test_the_cache_is_what_the_best_model_says(case, at_once, yaml):
             kept, log_p = teacher.summary(model(ids[None]).logits[0, where].float())
         mine = stored[at : at + len(where)]
         at += len(where)
+        if i not in read:
+            assert not mine["log_p"].any() and not mine["ids"].any()
+            continue
         np.testing.assert_allclose(mine["log_p"], log_p, atol=2e-4)
         assert (mine["ids"] == kept.numpy()).mean() > 0.9  # near ties change places
     assert at == len(stored)
@@ -152,12 +163,24 @@ def test_a_cache_that_is_gone_is_made_anew(yaml):
     output = yaml.parent / "gone"
     settings = (*SETTINGS, "engine.zero=0", f"output={output}")
     runs.train(yaml, *settings, MISFORTUNE="kill step 11 0")
-    cache = output / "anchors" / "task-2-00000006.npy"
+    cache = output / "anchors" / "task-2-00000006-00000009.npy"
     cache.unlink()
     ended = runs.train(yaml, *settings, resume=True).well()
     assert f"{cache} is gone: prose begins anew, not done and without a best" in ended.err
     weights = [line["train/prose/weight"] for line in steps(output)]
     assert weights[9] == pytest.approx(0.25 / 3) and weights[10] == pytest.approx(1 / 3)
+
+
+def test_a_longer_run_reads_the_rows_that_it_draws_more(yaml):
+    output = yaml.parent / "longer"
+    settings = (*SETTINGS, "engine.zero=0", f"output={output}")
+    runs.train(yaml, *settings, world=1).well()
+    longer = runs.train(yaml, *settings, "train.steps=30", world=1, resume=True).well()
+    assert longer.err.count("prose: its best weights read") == 1, "or a row has no answers"
+    read = [line["step"] for line in runs.metrics(output) if "anchor/rows" in line]
+    assert read[:2] == [9, 15]
+    kl = [line.get("train/prose/kl", np.nan) for line in steps(output)[9:18]]
+    assert np.nanmax(kl) < 5 and np.isfinite(kl[6:]).any(), "it is drawn after step 15 too"
 
 
 def test_with_draws_that_follow_a_held_task_keeps_its_part_of_both(at_once):
@@ -184,18 +207,21 @@ def test_a_task_that_comes_back_has_no_teacher(tmp_path):
     stored = np.zeros(3, [("ids", "<i4", (2,)), ("log_p", "<f4", (3,))])
     stored["ids"] = [[1, 2], [3, 4], [5, 6]]
     (tmp_path / "anchors").mkdir()
-    np.save(tmp_path / "anchors" / "task-1-00000030.npy", stored)
+    np.save(tmp_path / "anchors" / "task-1-00000030-00000040.npy", stored)
+    (tmp_path / "anchors" / "weights-00000030.safetensors").touch()
     batches = Batches()
     anchors = Anchors(None, [], tasks, None, batches, tmp_path / "anchors", print)
     nan = np.nan
-    state = RunState(best_at=np.array([nan, 30]), anchored=np.array([nan, 30]))
+    state = RunState(
+        best_at=np.array([nan, 30]), anchored=np.array([nan, 30]), asked=np.array([nan, 40])
+    )
     anchors.restore(state)
     np.testing.assert_array_equal(tasks[1].train.columns(0)[TEACHER[0]], [[1, 2], [3, 4]])
     np.testing.assert_array_equal(tasks[1].train.columns(1)[TEACHER[0]], [[5, 6]])
     assert tasks[1].train.columns(1)[TEACHER[1]].shape == (1, 3)
     assert TEACHER[0] not in tasks[0].train.columns(0)
     np.testing.assert_array_equal(unseen(state, np.array([1.0, 2.0])), [1, nan])
-    state.anchored = np.array([nan, nan])
+    state.anchored = state.asked = np.array([nan, nan])
     anchors._attach(state)
     assert not set(TEACHER) & set(tasks[1].train.columns(0)) and batches.forgotten == 2
     anchors._attach(state)

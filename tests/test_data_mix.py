@@ -95,6 +95,16 @@ def test_drawn_counts_the_batches_before(mix, step):
 
 
 @settings(deadline=None)
+@given(mixes(), st.integers(0, 12), st.integers(0, 12))
+def test_rows_of_draws_are_those_of_the_batches(mix, first, steps):
+    drawn = [mix.drawn(step).tolist() for step in (first, first + steps)]
+    batches = [mix.batch(step) for step in range(first, first + steps)]
+    for k in range(len(mix.sizes)):
+        wanted = {row for tasks, rows in batches for row in rows[tasks == k].tolist()}
+        assert mix.rows(k, drawn[0][k], drawn[1][k]).tolist() == sorted(wanted)
+
+
+@settings(deadline=None)
 @given(mixes())
 def test_an_epoch_of_a_task_is_every_row_once(mix):
     seen = [[] for _ in mix.sizes]

@@ -28,6 +28,7 @@ from mtl.data.batches import Layout, ValidationGroups
 from mtl.data.collate import MicroBatch, collate, deal
 from mtl.data.encoded import Encoded, TaskData
 from mtl.distributed import comm, engine
+from mtl.distributed import masters as fp32
 from mtl.losses import head
 from mtl.losses.causal_lm import causal_lm
 from mtl.losses.terms import Terms
@@ -279,6 +280,25 @@ def nudge(folder: str, **overrides: object) -> dict[str, Any]:
     return {"before": before, "once": once, "after": parameters(trained)}
 
 
+def dithered(folder: str, **overrides: object) -> dict[str, Any]:
+    """Master weights with drawn lower bits, before and after, and one update too small for bf16."""
+    trained = start(folder, Nudge, **overrides)
+    before = parameters(trained)
+    whole = fp32.whole(trained, fp32.local(trained))
+    fp32.dither(trained, 5)
+    drawn = fp32.whole(trained, fp32.local(trained))
+    fp32.publish(trained)
+    published = parameters(trained)
+    update(trained, examples_of([[(0,), (1,)]])[0], WEIGHTS[1], "cells", False)
+    return {
+        "before": before,
+        "whole": {name: each.numpy() for name, each in whole.items()},
+        "drawn": {name: each.numpy() for name, each in drawn.items()},
+        "published": published,
+        "once": parameters(trained),
+    }
+
+
 def spoiled(folder: str, value: float | None, **overrides: object) -> dict[str, Any]:
     """One task's loss is `value`, on the last rank alone; None: the loss is as it was, but its gradient is infinite."""
     trained = start(folder, **overrides)
@@ -465,6 +485,7 @@ for z in (1, 2, 3):
     job(f"bf16 gradient 1x4 zero {z}", gradient, **CUTS["1x4"], engine__zero=z, master=True, **BF16)
     job(f"bf16 gradient 2x2 zero {z}", gradient, **CUTS["2x2"], engine__zero=z, master=True, **BF16)
     job(f"nudge zero {z}", nudge, engine__zero=z, **BF16)
+    job(f"dither zero {z}", dithered, engine__zero=z, **BF16)
 job("bf16 zero 0", train, engine__zero=0, **BF16)
 job("autocast zero 2", train, engine__zero=2, model__precision="bf16_autocast")
 job("one rank fails", one_rank_fails)
@@ -739,6 +760,30 @@ def test_bf16_has_fp32_master_weights(zero, results):
     for name, before in found["before"].items():
         np.testing.assert_allclose(found["after"][name], before * (1 + 2**-11) ** 32, rtol=2**-8)
         assert (found["after"][name] != before)[before != 0].all()
+
+
+@pytest.mark.parametrize("zero", (1, 2, 3))
+def test_drawn_lower_bits_change_no_weight_and_show_the_mean_of_an_update(zero, results):
+    """The update is a factor of 1 + 2^-11: a sixteenth to an eighth of the space between bf16 numbers."""
+    found = results[f"dither zero {zero}"][0]
+    assert furthest(found["published"], found["before"]) == 0
+    places, moved = [], []
+    for name, before in found["before"].items():
+        np.testing.assert_array_equal(found["whole"][name], before, err_msg="on the grid before")
+        np.testing.assert_array_equal(found["drawn"][name], results["dither zero 1"][0]["drawn"][name])
+        assert (found["drawn"][name] == before)[before == 0].all()
+        has = before != 0
+        bits = [np.ascontiguousarray(one[has]).view(np.int32) for one in (found["drawn"][name], before)]
+        places.append((bits[0] - bits[1]) / 2**16)  # in spaces of the grid
+        moved.append(found["once"][name][has] / before[has] - 1)
+    places, moved = np.concatenate(places), np.concatenate(moved)
+    assert len(places) > 10_000
+    assert np.abs(places).max() < 0.5
+    wanted = (np.arange(len(places)) + 0.5) / len(places) - 0.5
+    # Kolmogorov and Smirnov's distance, at p = 0.001
+    assert np.abs(np.sort(places) - wanted).max() < 1.95 / len(places) ** 0.5
+    noise = moved.std() / len(moved) ** 0.5
+    assert abs(moved.mean() - 2**-11) < 4 * noise and noise < 2**-11 / 10
 
 
 # --- errors

@@ -227,6 +227,17 @@ class TrainBatches:
         """Stream and row, (n,) int64 each, of the examples of global batch `step`."""
         return self._worker.submit(lambda: self.mix.batch(step, self.now)).result()
 
+    def reach(self, stream: int, step: int, stop: int, spare: int = 0) -> np.ndarray:
+        """Ascending int64: the rows of a stream in batches step..stop-1, if the present round lasts,
+        and in `spare` further draws.
+        """
+
+        def rows() -> np.ndarray:
+            first, last = (int(self.mix.drawn(n, self.now)[stream]) for n in (step, stop))
+            return self.mix.rows(stream, first, last + spare)
+
+        return self._worker.submit(rows).result()
+
     def places(self, stream: int, rows: Sequence[int]) -> list[str]:
         """Where these rows of a stream stand: `file:line`."""
         return [self._splits[stream].where(int(row)) for row in rows]

@@ -200,6 +200,12 @@ class Mix:
         rows = [self._row(k, j) for k, j in draws]
         return np.array([k for k, _ in draws], dtype=np.int64), np.array(rows, dtype=np.int64)
 
+    def rows(self, k: int, first: int, last: int) -> np.ndarray:
+        """Ascending int64: the rows of task k that its draws first..last-1 are, each once."""
+        if last - first >= self.sizes[k]:
+            return np.arange(self.sizes[k])
+        return np.unique(np.array([self._row(k, j) for j in range(first, last)], dtype=np.int64))
+
     def next(self, now: Round, step: int, parts: np.ndarray) -> Round:
         """The round that follows `now` from batch `step` on.
 

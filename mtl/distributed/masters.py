@@ -7,13 +7,17 @@ part of the master weights, a slice of each parameter's flat values. We rely on 
 after them.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine, shape
+
+BLOCK = 1 << 20  # values of a parameter whose lower bits are drawn at once: 2 MB
 
 
 def local(engine: Engine) -> dict[str, Tensor]:
@@ -22,6 +26,28 @@ def local(engine: Engine) -> dict[str, Tensor]:
     Names without a part on this rank are absent. At ZeRO 1-3 call `publish` after a change.
     """
     return {name: values for name, (values, _) in _fragments(engine).items()}
+
+
+def dither(engine: Engine, seed: int) -> None:
+    """Draw the lower bits of master weights of bf16 parameters, of which they have none yet.
+
+    Every master weight gets a value, at random and evenly, among those that round to its bf16
+    weight. So the model does not change. Without this a weight moves only when its updates add up
+    to half a space of bf16's grid, all weights alike; with it, some weights move at each update,
+    and the mean is the update. Zeros stay, as they have no space around them. Values depend on the
+    seed and the parameter's name, not on the number of processes or the stage.
+    """
+    for name, (values, start) in _fragments(engine).items():
+        stop = start + len(values)
+        for first in range(start - start % BLOCK, stop, BLOCK):
+            key = [seed, zlib.crc32(name.encode()), first // BLOCK]
+            drawn = np.random.default_rng(key).integers(-32767, 32768, BLOCK, dtype=np.int16)
+            low, high = max(start, first), min(stop, first + BLOCK)
+            part = values[low - start : high - start]
+            # fp32's bits as integers stand in the order of the numbers, bf16's 65,536 apart.
+            bits, lower = part.view(torch.int32), torch.from_numpy(drawn[low - first : high - first])
+            on_grid = part.isfinite() & (part != 0) & (bits & 0xFFFF == 0)
+            bits += torch.where(on_grid, lower.to(bits.device, torch.int32), 0)
 
 
 def publish(engine: Engine) -> None:

@@ -29,6 +29,7 @@ class RunState:
             held.
         best_at: (K,) float64, step of `lowest`; nan = none. This and the next with `anchor` only.
         anchored: (K,) float64, step of the weights that a task is held to; nan = not held.
+        asked: (K,) float64, step before which these read the task's rows; nan = they have not.
         round_start: first step of the present round of draws (`mtl.data.mix.Round`).
         shares, drawn, owed: (S,) int64, the round's; None: the first round's.
         passed: steps whose batch was passed over, ascending (`train.not_finite`).
@@ -53,6 +54,7 @@ class RunState:
     held: np.ndarray | None = None
     best_at: np.ndarray | None = None
     anchored: np.ndarray | None = None
+    asked: np.ndarray | None = None
     round_start: int = 0
     shares: np.ndarray | None = None
     drawn: np.ndarray | None = None
@@ -71,6 +73,7 @@ class RunState:
         "held",
         "best_at",
         "anchored",
+        "asked",
         "shares",
         "drawn",
         "owed",

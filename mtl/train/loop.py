@@ -71,6 +71,8 @@ def _train(run: Run, state: RunState) -> RunState:
 
         began = time.monotonic()
         draws.plan(run, state)
+        if run.anchors and (rows := run.anchors.ask(state, run.steps)):
+            run.log(t, {"anchor/rows": rows})
         if t in state.passed:
             incidents.pass_over(run, state)
             continue
@@ -160,9 +162,7 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     for text in told:
         run.say(f"step {state.step}/{run.steps}  {text}")
     if run.anchors:
-        rows = run.anchors.at_pass(state)
-        if rows:
-            run.log(state.step, {"anchor/rows": rows})
+        run.anchors.at_pass(state)
     if asks or run.config.evaluate.best.rpartition("/")[2] not in _kinds_asked(run):
         _judge(run, state, found)
     if run.config.checkpoint.bests:
