@@ -20,7 +20,7 @@ from distributed import run_distributed
 from near import near
 from test_equivalence import exposed
 
-from mtl import build, plugins
+from mtl import build, plugins, process
 from mtl.compare import evaluation
 from mtl.config import ConfigError
 from mtl.data.examples import Piece
@@ -448,6 +448,21 @@ def test_the_reference_is_read_from_disk_by_model_content_at_every_stage(folder)
         assert damaged["asked"][-1:] == asks
         np.testing.assert_allclose(damaged["column"], first["column"], rtol=1e-5)
     assert "is damaged" in ranks[0][4]["asked"][0]
+
+
+def stopped(folder: str) -> dict[str, Any]:
+    """A start of which rank 1 is asked to stop while the starting model reads, and the next."""
+    mine, asked = f"cache={folder}/cache-of-stops", process.stop_asked
+    process.stop_asked = lambda: comm.rank() == 1
+    with pytest.raises(process.Preempted, match="asked to stop while the starting model read rows"):
+        started(folder, mine)
+    process.stop_asked = asked
+    return started(folder, mine)
+
+
+def test_a_signal_ends_all_ranks_while_the_starting_model_reads(folder):
+    for rank in run_distributed(stopped, 2, str(folder)):
+        assert rank["asked"] == ["pairs (train): the starting model reads 11 rows"]
 
 
 def adapted(folder: str) -> dict[int, dict[str, Any]]:

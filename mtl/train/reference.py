@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mtl import process
 from mtl.data.batches import Layout, Layouts
 from mtl.data.cache import module_hash
 from mtl.data.collate import Micro
@@ -53,6 +54,9 @@ def fill(
 
     Returns:
         the fingerprint of the starting weights; None where no objective has a `reference`.
+
+    Raises:
+        Preempted: a signal has asked any rank to stop. Splits that were read stay in the cache.
     """
     asked = [(reference_of(one), at) for one, at in zip(objectives, layouts.each, strict=True)]
     if not any(ask for ask, _ in asked):
@@ -73,7 +77,8 @@ def fill(
                 answers = comm.on_first(lambda path=path, rows=rows: _read(path, rows, say))
                 if answers is None:
                     say(f"{label}: the starting model reads {rows:,} rows")
-                    answers = _answers(engine, ask, layout, splits, s)
+                    with process.bar(f"{label}, starting model", rows, "row") as bar:
+                        answers = _answers(engine, ask, layout, splits, s, bar.update)
                     # Rank 0 writes; the others have their own copy and read nothing back.
                     comm.on_first(lambda path=path, found=answers: _write(path, found, say))
                 split.attach(COLUMN, answers)
@@ -114,14 +119,23 @@ def _write(path: Path | None, found: np.ndarray, say: Callable[[str], None]) -> 
 
 
 def _answers(
-    engine: Engine, ask: Callable, layout: Layout, splits: Sequence[Encoded], s: int
+    engine: Engine,
+    ask: Callable,
+    layout: Layout,
+    splits: Sequence[Encoded],
+    s: int,
+    show: Callable[[int], Any],
 ) -> np.ndarray:
     """(n, m) float32: the answers for all n rows of stream s, the same on every rank."""
     row = np.arange(len(splits[s]))
     found = None
     with torch.no_grad():
         for micro, batch in micro_batches(engine, layout, splits, s, row):
+            # On all ranks at once: they have as many micro-batches.
+            if comm.sum_(torch.tensor([float(process.stop_asked())])):
+                raise process.Preempted("asked to stop while the starting model read rows")
             answers = ask(engine.evaluate, batch).double()
+            show(comm.world() * sum(map(len, micro)))
             if found is None:
                 shape = len(row), answers.shape[1]
                 found = torch.zeros(shape, dtype=torch.float64, device=engine.device)
