@@ -414,6 +414,8 @@ def _describe(
         say(f"{task.name}: {share:.1%} of the examples")
         for split, _, lines in task.reports():
             say("\n".join(f"  {split}: {line}" for line in lines))
+        for line in task.remarks():
+            say(f"  {line}")
     wanted = config.evaluate.probe.groups
     if groups < wanted:
         say(

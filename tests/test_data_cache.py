@@ -565,10 +565,10 @@ def test_what_nothing_reads_is_said_once_with_a_count(tmp_path):
     name = write(tmp_path / "a.jsonl", *map(json.dumps, rows), '{"id": 1}')
     encoder = Encoder(TOK, 400)
     split = encode(tmp_path / "cache", name, form=formats.chat_rounds, encoder=encoder)
-    assert split.problems()[1:3] == [
-        "rows with the key chat_rounds[].chat_round_id, which nothing reads: 4",
-        "rows with the key id, which nothing reads: 3",
-    ]
+    assert split.report.notes == {
+        "rows with the key chat_rounds[].chat_round_id, which nothing reads": 4,
+        "rows with the key id, which nothing reads": 3,
+    }
 
     def everything(row):
         return formats.Text(str({**row}))
@@ -585,10 +585,10 @@ def test_a_last_turn_that_trains_nothing_is_said(tmp_path):
     rows = row("user", "assistant"), row(*asked), row(*asked, "user"), row(*told)
     name = write(tmp_path / "a.jsonl", *rows)
     split = encode(tmp_path / "cache", name, form=formats.messages, encoder=Encoder(TOK, 400))
-    assert len(split) == 4 and split.problems()[1:] == [
-        "rows that end with a turn of the tool, from which nothing is learned: 1",
-        "rows that end with a turn of the user, from which nothing is learned: 2",
-    ]
+    assert len(split) == 4 and split.report.notes == {
+        "rows that end with a turn of the tool, from which nothing is learned": 1,
+        "rows that end with a turn of the user, from which nothing is learned": 2,
+    }
 
 
 def test_equal_keys_are_said(tmp_path):
@@ -604,21 +604,21 @@ def test_equal_keys_are_said(tmp_path):
 
 def test_a_long_row_gives_signs_while_it_lasts(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "NEWS", 0.01)
-    signs, enough = [], threading.Event()
+    signs, in_time, enough = [], [], threading.Event()
 
     def progress(text):
         signs.append(text)
         enough.set()
 
     def slow(row):
-        assert enough.wait(60)
+        in_time.append(enough.wait(60))
         return formats.Text(row["text"])
 
-    name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    name = write(tmp_path / "a.jsonl", '{"text": "a"}')
     cache._write(
         tmp_path, [open_source(name)], slow, NextToken(None, 0, Encoder(TOK, 20)), None, progress
     )
-    assert signs[0] == "0 rows"
+    assert in_time == [True] and signs[0] == "0 rows"
 
 
 def test_long_rows_make_short_chunks():
@@ -793,6 +793,29 @@ def test_rows_on_both_sides_are_said(tmp_path):
     for lines, mine, other in places:
         text = "\n".join(lines)
         assert text.count(told) == 1 and text.index(mine) < text.index(told) < text.index(other)
+
+
+def test_a_remark_on_rows_is_said_once_a_task(tmp_path):
+    def rows(name: str, ids: int, more: str = "") -> str:
+        lines = [f'{{"text": "{name} {i}", "id": {i}}}' for i in range(ids)]
+        return write(tmp_path / f"{name}.jsonl", *lines, f'{{"text": "{name}"{more}}}')
+
+    twice = ', "text": "b"'
+    ends = {"train": rows("one", 3), "validation": rows("two", 2, twice), "format": "text"}
+    tasks = {"a": ends, "b": {**ends, "validation": rows("three", 1)}}
+    settings, said = config(tmp_path, tasks), []
+    made = prepare(settings, encoders(tasks), bound(tasks), lambda text: None)
+    key, equal = "rows with the key id, which nothing reads", "rows with the key text twice"
+    assert [task.remarks() for task in made] == [
+        [f"{key}: 5", f"{equal}; the last one counts: 1"],
+        [f"{key}: 4"],
+    ]
+    build._describe(settings, made, (0.5, 0.5), 9, said.append)
+    places = ("\n".join(said), "  "), ("\n".join(dryrun.data(made)), "{}: ")
+    for text, lead in places:
+        assert text.count(key) == 2 and text.count(equal) == 1
+        for name, count in (("a", 5), ("b", 4)):
+            assert f"\n{lead.format(name)}{key}: {count}" in text
 
 
 # The lock

@@ -188,6 +188,7 @@ def data(tasks: Sequence[TaskData]) -> list[str]:
         for split, encoded, (first, *rest) in task.reports():
             lines.append(f"{task.name} ({split}): {first}; {_span(encoded.lengths)} tokens a row")
             lines += [f"  {line}" for line in rest]
+        lines += [f"{task.name}: {line}" for line in task.remarks()]
     return lines
 
 

@@ -4,6 +4,7 @@ source row.
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -81,7 +82,7 @@ class Report:
 
     def lines(self, where: Callable[[int, int], str]) -> list[str]:
         """The report for people: one line of totals, then the dropped rows by reason, the first few
-        with their place.
+        with their place. `TaskData.remarks` has the notes.
         """
         what = "of them targets" if self.unit == "target token" else f"{self.unit}s"
         lines = [
@@ -92,7 +93,6 @@ class Report:
         ]
         if self.truncated:
             lines.append(f"{_rows(self.truncated)} truncated")
-        lines += [f"{text}: {count:,}" for text, count in sorted(self.notes.items())]
         for reason, count in sorted(self.dropped.items()):
             lines.append(f"{_rows(count)} dropped: {reason}")
             lines += [f"  {where(source, row)}: {text}" for source, row, text in self.shown[reason]]
@@ -285,6 +285,11 @@ class TaskData:
                 "their loss says little about new rows"
             )
         yield "validation", self.validation, lines
+
+    def remarks(self) -> list[str]:
+        """The notes on rows that are kept, a line each, with how often they hold in both splits."""
+        both = Counter(self.train.report.notes) + Counter(self.validation.report.notes)
+        return [f"{text}: {count:,}" for text, count in sorted(both.items())]
 
 
 def record_batch(
