@@ -15,7 +15,6 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import cli, process
-from mtl.migrate.mftcoder import migrate
 
 
 def main() -> None:
@@ -29,6 +28,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
+    from mtl.migrate.mftcoder import migrate  # here: --help need not wait for what it imports
+
     for line in migrate(args.config, args.world, args.out):
         print(line)
     print(f"written: {args.out / 'config.yaml'}")

@@ -15,9 +15,6 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import cli, process
-from mtl.output.files import write_json
-from mtl.report import record, replay
-from mtl.report.compare import show
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -31,6 +28,10 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     args, settings = arguments()
+    from mtl.output.files import write_json  # here: --help need not wait for what these import
+    from mtl.report import record, replay
+    from mtl.report.compare import show
+
     run = record.read(args.run)
     found = replay.replay(run, replay.asked(run, args.balancer, settings))
     path = args.json or args.run / replay.FILE

@@ -15,7 +15,6 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import cli, process
-from mtl.compare import replicas
 
 
 def main() -> None:
@@ -26,13 +25,13 @@ def main() -> None:
     add("--scheme", choices=("rotate", "shuffle", "batch"), default="rotate", help="train.order")
     add("--epochs", choices=("first", "all"), default="first", help="where orders differ")
     add("--launcher", default=sys.executable, help="starts a run: 'deepspeed --num_gpus 2'")
-    add("--methods", nargs="+", default=list(replicas.METHODS), help="of launch/merge.py")
+    add("--methods", nargs="+", help="of launch/merge.py")
     add("--split", choices=("validation", "test"), default="validation", help="rows to report on")
     add("--dry-run", action="store_true", help="print the runs' commands, and start none")
     args = parser.parse_args()
     # No `process.settle()`: the runs are started from here and share the cores themselves.
     from mtl import plugins
-    from mtl.compare import orders
+    from mtl.compare import orders, replicas
 
     config = plugins.read(args.config, args.set, args.allow_code)
     experiment = ["--config", args.config]
@@ -41,7 +40,7 @@ def main() -> None:
     order = (args.scheme, args.of, args.epochs)
     started = (shlex.split(args.launcher), Path(__file__).resolve().parent)
     rows = orders.applies(config, args.allow_code), find_spec("matplotlib") is not None
-    reported = args.methods, args.split, *rows
+    reported = args.methods or list(replicas.METHODS), args.split, *rows
     study = replicas.ReplicaStudy(config, experiment, *started, args.out, *order, *reported)
     if args.dry_run:
         commands = study.commands()

@@ -12,8 +12,6 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import cli, process
-from mtl.output import report
-from mtl.report import page
 
 
 def main() -> None:
@@ -24,6 +22,9 @@ def main() -> None:
         "--figure", type=Path, help="also draw the runs side by side into this file (matplotlib)"
     )
     args = parser.parse_args()
+    from mtl.output import report  # here: --help need not wait for what these import
+    from mtl.report import page
+
     histories = report.histories(args.runs)
     for name, history in histories.items():
         print(f"{name}\n{report.table(history)}\n")
