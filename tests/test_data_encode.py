@@ -249,9 +249,14 @@ def test_parts_of_text_are_joined_and_others_refused():
     assert formats.messages({"messages": said}) == turns(
         ("user", "Say hello"), ("assistant", "hello")
     )
-    parts.append({"type": "image_url", "image_url": {"url": "x"}})
-    with pytest.raises(RowProblem, match="messages, turn 1: content: found the part .*wanted text"):
-        formats.messages({"messages": said})
+    wanted = "messages, turn 1: content: found the part .*wanted text"
+    for other in (
+        {"type": "image_url", "image_url": {"url": "x"}},
+        {"type": "image", "text": "what it shows"},
+        {"type": "text", "text": None},
+    ):
+        with pytest.raises(RowProblem, match=wanted):
+            formats.messages({"messages": [{"role": "user", "content": [*parts, other]}, said[1]]})
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
