@@ -343,6 +343,9 @@ def test_a_row_that_is_far_too_long_is_not_tokenized(monkeypatch):
             enc(row)
         assert problem.value.reason == "too long"
     assert max(tokenized) == 0
+    # What follows the last target is not tokenized either: no loss depends on it.
+    said = ("u", "a"), ("a", "b")
+    assert enc(talk(*said, ("u", "a" * 10**6))).ids.tolist() == enc(talk(*said)).ids.tolist()
     cut = Encoder(enc.tokenizer, 50, "truncate")
     with pytest.raises(RowProblem, match="cut at 50 tokens, which leaves no target"):
         cut(long)
