@@ -1,6 +1,6 @@
 # Everything from nothing, in .venv:
 #   make train     install, build the quickstart's model and data (once), train with CoBa on the GPUs there are or on 2 CPU processes
-#   make test      install, run the tests that CI runs;   make test-all: the slow ones too
+#   make test      install, run the tests that CI runs;   make test-all: the slow ones too;   APART= one file after another
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
 #   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
@@ -23,6 +23,7 @@ STUDY ?= m0
 KIND ?= config
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
+APART ?= -n 2 --dist loadfile
 
 .PHONY: superglue train quickstart classify kpe kpe-arms zeroae zeroae-arms test test-all docs figure attack bench evidence merging constraints clean
 
@@ -55,10 +56,10 @@ zeroae-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6"
 	$(BIN)/python benchmarks/zeroae.py $(ARGS)
 
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(APART) $(ARGS)
 
 test-all: $(VENV)/with-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(APART) $(ARGS)
 
 docs: $(VENV)/with-docs
 	$(BIN)/python -m mkdocs build --strict
