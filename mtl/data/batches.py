@@ -228,7 +228,7 @@ class TrainBatches:
         return self._worker.submit(lambda: self.mix.batch(step, self.now)).result()
 
     def reach(self, stream: int, step: int, stop: int, spare: int = 0) -> np.ndarray:
-        """Ascending int64: the rows of a stream in batches step..stop-1, if the present round lasts,
+        """Ascending int64: rows of a stream in batches step..stop-1, if the present round lasts,
         and in `spare` further draws.
         """
 

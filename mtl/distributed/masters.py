@@ -45,7 +45,8 @@ def dither(engine: Engine, seed: int) -> None:
             low, high = max(start, first), min(stop, first + BLOCK)
             part = values[low - start : high - start]
             # fp32's bits as integers stand in the order of the numbers, bf16's 65,536 apart.
-            bits, lower = part.view(torch.int32), torch.from_numpy(drawn[low - first : high - first])
+            bits = part.view(torch.int32)
+            lower = torch.from_numpy(drawn[low - first : high - first])
             on_grid = part.isfinite() & (part != 0) & (bits & 0xFFFF == 0)
             bits += torch.where(on_grid, lower.to(bits.device, torch.int32), 0)
 
