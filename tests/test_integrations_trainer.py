@@ -331,7 +331,9 @@ def test_resumed_it_goes_on_bit_for_bit(world, alone, two):
 
 
 def test_the_probe_is_the_same_on_two_processes(alone, two):
-    np.testing.assert_allclose(two[0]["at once"]["weights"], alone["at once"]["weights"], rtol=1e-4)
+    # Losses differ in their last bits, which slopes magnify: 7e-4 was seen with AVX2. A probe of one
+    # rank alone gives other weights by 10 % or more.
+    np.testing.assert_allclose(two[0]["at once"]["weights"], alone["at once"]["weights"], rtol=2e-3)
 
 
 def test_what_is_refused(alone):
