@@ -85,7 +85,7 @@ def test_adapter_merged_model_and_log_of_a_tied_model_agree(tmp_path, zero, worl
     answer = tokenizer(" abc", return_tensors="pt", return_token_type_ids=False)["input_ids"]
     with torch.no_grad():
         ends = merged(torch.cat([ids, answer], 1)).logits[0, -1].log_softmax(-1)
-    assert ends[tokenizer.eos_token_id] > -2.5, "the end of an answer is learned"
+    assert ends[tokenizer.eos_token_id] > -4.5, "the end of an answer is learned: untrained rows gave -8.2"
 
 
 def test_half_of_a_tied_table_is_refused(tmp_path):

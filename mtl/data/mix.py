@@ -202,7 +202,7 @@ class Mix:
 
     def rows(self, k: int, first: int, last: int) -> np.ndarray:
         """Ascending int64: the rows of task k that its draws first..last-1 are, each once."""
-        if last - first >= self.sizes[k]:
+        if last - first >= 2 * self.sizes[k]:  # a whole epoch is among them
             return np.arange(self.sizes[k])
         return np.unique(np.array([self._row(k, j) for j in range(first, last)], dtype=np.int64))
 
