@@ -1,6 +1,6 @@
 # Everything from nothing, in .venv:
 #   make train     install, build the quickstart's model and data (once), train with CoBa on the GPUs there are or on 2 CPU processes
-#   make test      install, run the tests that CI runs;   make test-all: the slow ones too;   APART="-n 2 --dist loadfile" two files at a time
+#   make test      install, run the tests that CI runs;   make test-all: the slow ones too
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
 #   make kpe       build the encoder and multiple-choice rows with knowledge, train the adapter on them; make kpe-arms: the comparison
@@ -23,7 +23,6 @@ STUDY ?= m0
 KIND ?= config
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
 ARGS ?=
-APART ?=
 
 .PHONY: superglue train quickstart classify kpe kpe-arms zeroae zeroae-arms test test-all docs figure attack bench evidence merging constraints clean
 
@@ -56,10 +55,10 @@ zeroae-arms: $(VENV)/with-quickstart  # resumable; ARGS="--seeds 6"
 	$(BIN)/python benchmarks/zeroae.py $(ARGS)
 
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest -m "not slow" $(APART) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: $(VENV)/with-test
-	$(BIN)/python -m pytest $(APART) $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 docs: $(VENV)/with-docs
 	$(BIN)/python -m mkdocs build --strict

@@ -85,13 +85,14 @@ class Anchors:
         """Before batch `state.step` of a run of `steps`, its round of draws planned: let teachers
         read the rows that their tasks can draw. Returns how many rows were read. A collective.
         """
-        if held(state) is None:
+        tasks = held(state)
+        if tasks is None:
             return 0
         now = self._batches.now, state.anchored.tobytes()
         if now == self._known:
             return 0
         read = 0
-        for k in np.flatnonzero(held(state)):
+        for k in np.flatnonzero(tasks):
             if not self._has(k, self._batches.reach(k, state.step, steps)):
                 # Other rounds of the same share may draw it up to 2 (K - 1) times more by the end.
                 rows = self._batches.reach(k, state.step, steps, spare=2 * len(self._tasks))
