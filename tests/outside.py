@@ -9,7 +9,7 @@ or a signal: SIGTERM, SIGUSR1. Second: where, one of the names in `PLACES`, or "
 
 POISON says what a row with toys.UNUSED in it does, on the rank that has it. loss: the first task's loss is infinite, with a
 gradient that is finite. gradient: one parameter's gradient is nan, with a loss that is finite. gram: those that a balancer
-reads are.
+reads are. validation: its loss in validation is nan.
 """
 
 import functools
@@ -32,6 +32,7 @@ from mtl.losses import causal_lm as objectives
 from mtl.losses.terms import Terms
 from mtl.output import checkpoint, manifest, provenance
 from mtl.output.checkpoint import Checkpoints
+from mtl.train import evaluate
 
 WHAT, WHERE, STEP, RANK = os.environ.get("MISFORTUNE", "no where -1 all").split()
 POISON = os.environ.get("POISON")
@@ -48,7 +49,7 @@ def causal_lm(forward: Callable, batch: Any, k: int) -> Terms:
             p.numel() == 0 and p.ds_numel > 0 for p in forward.__self__.module.parameters()
         ), "whole parameters"
     terms = objectives.causal_lm(forward, batch, k)
-    is_meant = POISON and training == (POISON != "gram")
+    is_meant = POISON and training == (POISON not in ("gram", "validation"))
     if is_meant and (batch.input_ids == UNUSED_ID).any():
         terms = poisoned(terms, k, forward.__self__.module)
     if training and WHERE == "step" and forward.__self__._engine.global_steps == int(STEP):
@@ -60,8 +61,9 @@ causal_lm.teacher = objectives.causal_lm.teacher
 
 
 def poisoned(terms: Terms, k: int, module: torch.nn.Module) -> Terms:
-    if POISON == "loss":
-        return Terms(torch.where(torch.arange(k) == 0, torch.inf, terms.sums), terms.counts)
+    if POISON in ("loss", "validation"):
+        bad = torch.inf if POISON == "loss" else torch.nan
+        return Terms(torch.where(torch.arange(k) == 0, bad, terms.sums), terms.counts)
     if POISON == "gram":
         terms.sums.register_hook(lambda gradient: gradient * torch.nan)
         return terms
@@ -115,6 +117,7 @@ def strike(module: torch.nn.Module | None = None, state: Any = None) -> None:
 
 # Where a run may be struck: what is about to be called, and from its arguments whether the step has come.
 PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
+    "pass": (evaluate, "full_pass", lambda *parts: True),
     "batch": (TrainBatches, "make", lambda batches, step: step == int(STEP)),
     "shards": (Engine, "save", lambda engine, folder: _is_due(folder.parent.name)),
     "model": (

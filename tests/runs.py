@@ -1,36 +1,24 @@
-"""Runs of `launch/train.py` on a toy model, started as a user starts them or, in a tenth of the time, by forking.
+"""Runs of `launch/train.py` on a toy model, started as a user starts them or, in a tenth of the time, by forking."""
 
-A run needs seconds to import torch, transformers and DeepSpeed. So one process (this file as a program) imports them
-once and forks for every rank of every run: from there on the program itself runs, in processes that may fail or die.
-"""
-
-import functools
 import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import forks
+
+ROOT = forks.ROOT
 PROGRAM = ROOT / "launch" / "train.py"
 TIMEOUT = 240  # seconds
 ALLOWED = ("outside", "three")  # packages whose code the YAML may name
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "passive",
-}
-
 YAML = """\
 model: {{name: {folder}/model, precision: fp32}}
 tasks:
@@ -61,7 +49,7 @@ cache: {folder}/cache
 
 def write(folder: Path) -> Path:
     """A model, three tasks and the YAML above, in `folder`; the YAML's path. 12 steps of about 3 micro-batches each."""
-    import toys  # not above: this file is also a program that only forks
+    import toys  # not above: a process that was forked for a run needs none
 
     toys.save(toys.tiny_llama(), folder / "model")
     toys.write_tasks(folder)
@@ -104,25 +92,18 @@ def train(
 
     last: further arguments of the last rank alone.
     """
-    job = {
-        "arguments": arguments(yaml, overrides, resume, allow),
-        "last": list(last),
-        "world": world,
-        "port": free_port(),
-        "environment": environment,
-        "folder": str(yaml.parent),
-    }
-    began, server = time.monotonic(), _server()
-    assert server.stdin and server.stdout
-    server.stdin.write(json.dumps(job) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
-    assert answer, "the process that forks has died"
-    out, err = (
-        "".join((yaml.parent / f"{r}.{end}").read_text() for r in range(world))
-        for end in ("out", "err")
-    )
-    return Ended(json.loads(answer), out, err, time.monotonic() - began)
+    began = time.monotonic()
+    ranks = [arguments(yaml, overrides, resume, allow) for _ in range(world)]
+    ranks[-1] += last
+    codes = forks.fork("runs:program", ranks, yaml.parent, environment)
+    out, err = (forks.said(yaml.parent, world, end) for end in ("out", "err"))
+    return Ended(codes, out, err, time.monotonic() - began)
+
+
+def program(arguments: list[str]) -> None:
+    """The program itself, in a process that was forked for it."""
+    sys.argv = [str(PROGRAM), *arguments]
+    runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
 def without_a_launcher() -> dict[str, str]:
@@ -156,7 +137,7 @@ def launched(
     command = [str(Path(sys.executable).parent / name), *options, str(PROGRAM), *args]
     env = {
         **without_a_launcher(),
-        **ENVIRONMENT,
+        **forks.ENVIRONMENT,
         **environment,
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -184,12 +165,6 @@ def arguments(
     return ["--config", str(yaml), *allowed, *sets, *going_on]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def metrics(output: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -211,75 +186,3 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-# --- the process that forks
-
-
-@functools.cache
-def _server() -> subprocess.Popen:
-    env = {
-        **os.environ,
-        **ENVIRONMENT,
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        ),
-    }
-    return subprocess.Popen(
-        [sys.executable, __file__],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _serve() -> None:
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401, imports torch's compiler
-    import pandas  # noqa: F401, imported by pyarrow when it hands out numpy arrays
-    import peft  # noqa: F401
-    import transformers.integrations.deepspeed  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    for line in sys.stdin:
-        job = json.loads(line)
-        running = {_fork(rank, job): rank for rank in range(job["world"])}
-        codes = [0] * job["world"]
-        while running:
-            pid, status = os.wait()
-            codes[running.pop(pid)] = code = os.waitstatus_to_exitcode(status)
-            for other in running if code < 0 else ():  # as a cluster's power cut would
-                os.kill(other, signal.SIGKILL)
-        print(json.dumps(codes), flush=True)
-
-
-def _fork(rank: int, job: dict[str, Any]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        for number, end in ((1, "out"), (2, "err")):
-            file = os.open(f"{job['folder']}/{rank}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, number)
-        os.environ |= {
-            **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
-            **{name: str(job["world"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), **job["environment"],
-        }  # fmt: skip
-        os.chdir(job["folder"])
-        more = job["last"] if rank == job["world"] - 1 else []
-        sys.argv = [str(PROGRAM), *job["arguments"], *more]
-        runpy.run_path(str(PROGRAM), run_name="__main__")
-    except SystemExit as e:
-        code = int(e.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    _serve()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import forks
 import pytest
 import runs
 
@@ -61,7 +62,7 @@ def start(
         "deepspeed.launcher.runner": ["--hostfile", str(hostfile), "--no_ssh"],
     }[launcher]
     for rank, (name, (interface, _)) in enumerate(HOSTS.items()):
-        environment = {**runs.without_a_launcher(), **runs.ENVIRONMENT}
+        environment = {**runs.without_a_launcher(), **forks.ENVIRONMENT}
         environment |= {"GLOO_SOCKET_IFNAME": interface, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = ["ip", "netns", "exec", name, sys.executable, "-m", launcher, *more]
         command += ["--node_rank", str(rank)]

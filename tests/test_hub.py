@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import forks
 import pytest
 import runs
 
@@ -102,7 +103,7 @@ def checked(tmp_path_factory) -> Iterator[tuple[dict[str, str], Hub, Path]]:
     hub = Hub(folder)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     environment = {
-        **os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        **os.environ, **forks.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HOME": str(yaml.parent / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
     command = [sys.executable, "-c", CHECK, str(yaml), *ERRORS, "owner/remote"]

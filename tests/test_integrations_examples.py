@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from distributed import ROOT, run_distributed
+from distributed import run_distributed
+from forks import ROOT
 
 CALLS = {
     "plain": "import plain; b = plain.main(30)",

@@ -10,7 +10,7 @@ import runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtl import cli, plugins
+from mtl import cli, plugins, process
 
 STEPS = ["train.steps=4", "evaluate.every=2", "checkpoint.every=null"]
 
@@ -21,7 +21,7 @@ def yaml(tmp_path_factory) -> Path:
 
 
 def deepspeed() -> list[str]:
-    return ["deepspeed", "--num_gpus", "2", "--master_port", str(runs.free_port())]
+    return ["deepspeed", "--num_gpus", "2", "--master_port", str(process.free_port())]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import runs
@@ -211,7 +212,7 @@ def test_srun_and_mpirun_start_a_run(yaml, alike, launcher):
         *runs.arguments(yaml, [*STEPS, f"output={output}"], resume=False),
     ]
     environment = {
-        **runs.without_a_launcher(), **runs.ENVIRONMENT, "MASTER_PORT": str(runs.free_port()),
+        **runs.without_a_launcher(), **forks.ENVIRONMENT, "MASTER_PORT": str(process.free_port()),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     tasks = [
@@ -248,7 +249,7 @@ def test_accelerate_starts_a_run(yaml, alike):
     text = (runs.ROOT / "docs" / "cluster.md").read_text()
     (line,) = re.findall(r"`(accelerate launch .*) launch/train\.py --config x\.yaml`", text)
     launcher = ["2" if word == "8" else word for word in shlex.split(line)]
-    launcher += ["--num_machines", "1", "--main_process_port", str(runs.free_port())]
+    launcher += ["--num_machines", "1", "--main_process_port", str(process.free_port())]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     runs.launch(launcher, yaml, *STEPS, f"output={output}").well()
     alike(output)
@@ -256,7 +257,7 @@ def test_accelerate_starts_a_run(yaml, alike):
 
 def test_the_console_script_runs_the_programs(yaml):
     command = [sys.executable, "-m", "mtl.cli"]
-    environment = {**os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT)}
+    environment = {**os.environ, **forks.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT)}
 
     def call(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -363,7 +364,7 @@ def test_a_wheel_holds_the_whole_package(installed):
 
 
 def test_an_installed_wheel_needs_no_checkout(installed, yaml, tmp_path):
-    environment = {**os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(installed)}
+    environment = {**os.environ, **forks.ENVIRONMENT, "PYTHONPATH": str(installed)}
 
     def call(*arguments: str) -> subprocess.CompletedProcess:
         command = [str(installed / "bin" / "mtl"), *arguments]

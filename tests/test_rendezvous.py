@@ -1,18 +1,24 @@
 """Ranks that do not come, or fail before there is a process group: who, and soon."""
 
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import runs
+from torch.distributed import TCPStore
 
+from mtl import process
 from mtl.distributed import rendezvous
+from mtl.distributed.engine import init_process_group
 from mtl.distributed.rendezvous import Meeting, RendezvousError
 
 
-def meet(ranks: list[int], world: int, seconds: float, then=lambda meeting: None) -> tuple:
+def meet(
+    ranks: list[int], world: int, seconds: float, then=lambda meeting: None, port: int = 0
+) -> tuple:
     """What each of some ranks, a thread each, said and raised."""
-    said, raised, port = {rank: [] for rank in ranks}, {}, runs.free_port()
+    said, raised, port = {rank: [] for rank in ranks}, {}, port or process.free_port()
     kept = []  # as a run keeps rank 0's store: it would end before a slow rank's last look
 
     def one(rank: int) -> None:
@@ -74,6 +80,39 @@ def test_one_that_fails_is_heard_by_all(failing):
     _, raised = meet([0, 1, 2], 3, 60, then)
     assert str(raised.pop(failing)) == "no such file" and len(raised) == 2
     assert {str(error) for error in raised.values()} == {f"rank {failing} failed: no such file"}
+
+
+def test_a_restart_does_not_read_what_an_attempt_before_has_said(monkeypatch):
+    """torchrun's agent keeps the store while it starts the ranks again."""
+    port = process.free_port()
+    limit = timedelta(seconds=30)
+    agent = TCPStore("127.0.0.1", port, None, True, limit, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(rendezvous, "FAREWELL", 0.1)
+
+    def fail(meeting: Meeting) -> None:
+        if meeting.rank == 1:  # torchrun ends the other one while it reads its data
+            with meeting.telling():
+                raise ValueError("no such file")
+
+    _, raised = meet([0, 1], 2, 60, fail, port)
+    assert str(raised.pop(1)) == "no such file" and not raised
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    _, raised = meet([0, 1], 2, 60, lambda meeting: meeting.ready(60), port)
+    assert not raised
+    del agent
+
+
+def test_several_ranks_need_a_port_that_all_know(monkeypatch):
+    """Else each would invent its own and wait there."""
+    monkeypatch.setattr(rendezvous, "_meeting", None)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="MASTER_PORT: found nothing beside WORLD_SIZE=2, wanted"):
+        rendezvous.meet(1)
+    with pytest.raises(ValueError, match="MASTER_PORT: found nothing"):
+        init_process_group(1)
 
 
 def test_a_run_one_of_whose_ranks_lacks_a_file_ends_on_all(tmp_path):

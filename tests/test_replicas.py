@@ -7,6 +7,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import forks
 import pytest
 import runs
 from safetensors.torch import load_file
@@ -104,7 +105,7 @@ def test_a_study_that_was_killed_goes_on_to_its_end(tmp_path):
     for each in ("train.steps=6", "checkpoint.every=3", "objective=outside:causal_lm"):
         command += ["--set", each]
     paths = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
-    environment = {**runs.without_a_launcher(), **runs.ENVIRONMENT, "PYTHONPATH": paths}
+    environment = {**runs.without_a_launcher(), **forks.ENVIRONMENT, "PYTHONPATH": paths}
 
     def study(**more: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mtl import process
 from mtl.distributed.engine import _refuse
 from mtl.output import manifest
 from mtl.train import schedule
@@ -140,6 +141,19 @@ def test_killed_while_saving(yaml, whole, where):
     assert_each_step_once(output)
     assert_same(whole, output)
     assert {path.name for path in (output / "checkpoints").glob("step-*")} == {"step-00000012"}
+
+
+def test_killed_while_saving_in_place_of_the_checkpoint_that_latest_names(yaml):
+    """It is cleared first, and the run goes on from the one that --resume=STEP named."""
+    output, settings = yaml.parent / "in place", [OURS, "checkpoint={every: 2, keep: 9}"]
+    settings += ["train.steps=4", "evaluate.every=100"]
+    runs.train(yaml, *settings, f"output={output}").well()
+    before = runs.untimed(output)
+    settings.append(f"output={output}")
+    died = runs.train(yaml, *settings, resume=2, MISFORTUNE="kill shards 4 0")
+    assert died.codes == [-9] and newest(output).name == "step-00000002"
+    assert "step-00000002\n" in runs.train(yaml, *settings, resume=True).well().err
+    assert runs.untimed(output) == before and newest(output).name == "step-00000004"
 
 
 def test_half_a_checkpoint_never_takes_a_complete_ones_place(yaml, whole):
@@ -298,7 +312,7 @@ def test_a_checkpoint_that_could_run_code_ends_the_run(yaml, whole, tmp_path):
 
 def test_deepspeed_launch_killed_and_resumed(yaml, tmp_path):
     """The same with the real launcher: a rank killed ends the launch, and one word more on the command line goes on."""
-    deepspeed = ["deepspeed", "--num_gpus", "2", "--master_port", str(runs.free_port())]
+    deepspeed = ["deepspeed", "--num_gpus", "2", "--master_port", str(process.free_port())]
     at_once, killed = tmp_path / "at once", tmp_path / "killed"
     runs.train(yaml, OURS, *LORA, f"output={at_once}", world=2).well()
     died = runs.launch(

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import forks
 import pytest
 import runs
 from safetensors.numpy import load_file
@@ -21,6 +22,7 @@ from mtl.data import lock
 from mtl.output import lock as run_lock
 from mtl.output import manifest
 from mtl.output.checkpoint import CheckpointError, check_output
+from mtl.process import free_port
 
 OURS = "objective=outside:causal_lm"  # the usual one, from a module that can kill
 SAVING = ["engine.zero=2", "checkpoint.every=4", "checkpoint.keep=3", "evaluate.every=100"]
@@ -277,6 +279,17 @@ def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(yaml, whole, tmp_pa
     assert runs.untimed(output) == runs.untimed(whole)
 
 
+def test_a_run_stopped_before_its_first_step_does_not_say_that_it_saved(yaml, whole, tmp_path):
+    output = tmp_path / "run"
+    settings = [OURS, *SAVING, f"output={output}"]
+    ended = runs.train(yaml, *settings, world=2, MISFORTUNE="SIGTERM pass 0 1")
+    assert ended.codes == [75, 75]
+    assert "asked to stop at step 0/12; --resume goes on from there" in ended.err
+    assert not (output / "checkpoints").exists()
+    runs.train(yaml, *settings, world=2, resume=True).well()
+    assert runs.untimed(output) == runs.untimed(whole)
+
+
 # A rank never outlives its launcher
 
 
@@ -337,7 +350,7 @@ def test_ranks_of_a_launcher_that_is_killed_save_and_end(yaml, tmp_path, launche
     output, endless = tmp_path / "run", ["train.steps=1000000", "checkpoint.every=null"]
     given = runs.arguments(yaml, [*SAVING, *endless, f"output={output}"], False)
     files = {end: tmp_path / end for end in ("out", "err")}
-    command = [launcher, *LAUNCHERS[launcher], str(runs.free_port())]
+    command = [launcher, *LAUNCHERS[launcher], str(free_port())]
     with runs.launched(command, yaml, *given, **files) as process:
         for _ in range(10 * runs.TIMEOUT):
             if (output / "metrics.jsonl").is_file() and len(runs.metrics(output)) > 3:
@@ -371,7 +384,7 @@ def test_workers_that_encode_end_with_the_program(tmp_path):
     yaml = runs.write(tmp_path)
     with (tmp_path / "copy.train.jsonl").open("a") as rows:
         rows.writelines(f'{{"prompt": "{i} =", "completion": " {i}"}}\n' for i in range(10**6))
-    environment = {**os.environ, **runs.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT)}
+    environment = {**os.environ, **forks.ENVIRONMENT, "PYTHONPATH": str(runs.ROOT)}
     program = subprocess.Popen([sys.executable, "-c", ENCODE, str(yaml)], env=environment)
     try:
         while not any(path.stat().st_size for path in tmp_path.glob("cache/*.partial/rows.arrow")):
