@@ -20,7 +20,7 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl.compare.report import insert
-from mtl.compare.statistics import interval
+from mtl.compare.statistics import mean_interval
 
 LOADER = {"name": "kpe", "layers": 2, "width": 64}
 # By name: keywords of the loader, tasks beside the rows, balancer, and whose knowledge a row has.
@@ -158,7 +158,7 @@ def table(args: argparse.Namespace) -> str:
         elif len(pairs) == 1:
             said = f"{pairs[0]:+.3f}, one seed"
         else:
-            low, high = interval(pairs)
+            low, high = mean_interval(pairs)
             said = f"{sum(pairs) / len(pairs):+.3f} ({low:+.3f} to {high:+.3f})"
         mean = sum(seeds.values()) / len(seeds)
         lines.append(f"| {arm} | {len(seeds)} | {mean:.3f} | {against} | {said} |")

@@ -24,7 +24,7 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl.compare.report import insert
-from mtl.compare.statistics import interval
+from mtl.compare.statistics import mean_interval
 
 SETS = "pool", "test"
 # By name: the tasks that are left, keywords of the generator, the balancer, switches of the rounds.
@@ -154,7 +154,7 @@ def table(args: argparse.Namespace) -> str:
         if len(above) == 1:
             said += ", one seed"
         elif above:
-            said += " ({:+.3f} to {:+.3f})".format(*interval(above))
+            said += " ({:+.3f} to {:+.3f})".format(*mean_interval(above))
         cells = [str(len(seeds)), *(f"{x:.3f}" for x in reached), said]
         for key in COUNTS.values():
             last = [one["each"][-1].get(key) for one in seeds.values()]

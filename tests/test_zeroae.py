@@ -5,6 +5,7 @@ import math
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,6 +321,10 @@ def test_sure_texts_are_few_and_the_surest():
     assert rows.tolist() == [0] and classes.tolist() == [0]
     rows, _ = rounds.sure(scores, free, p=2.0, gap=0.0, most=5)
     assert sorted(rows.tolist()) == [0, 1, 3, 4]
+    # Beside the others, the last two are rather of the second class.
+    skewed = np.log(np.array([[0.999, 0.001], [0.95, 0.05], [0.99, 0.01]]))
+    rows, classes = rounds.sure(skewed, np.ones(3, bool), p=0.9, gap=2.0, most=5)
+    assert rows.tolist() == [0] and classes.tolist() == [0]
 
 
 @pytest.mark.parametrize("least, rows, threshold", [
@@ -450,6 +455,21 @@ def test_a_killed_round_goes_on_where_it_was(folder, forked, tmp_path, monkeypat
     assert go(folder, tmp_path / "b", folder / "pool.jsonl") == whole
     a, b = (load_file(tmp_path / n / "round-01/run/model/zeroae.safetensors") for n in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_rounds_of_another_call_are_not_gone_on_with(folder, forked, tmp_path):
+    """Their model knows other texts."""
+    plan, out = replace(PLAN, rounds=1), tmp_path / "a"
+    go(folder, out, folder / "pool.jsonl", plan)
+    go(folder, out, folder / "pool.jsonl", PLAN)  # a round more
+    toys.write_rows(tmp_path / "pool.jsonl", [{"text": t} for t, _ in texts(30, 5)])
+    for pool, other, sets in (
+        (tmp_path / "pool.jsonl", PLAN, []),
+        (folder / "pool.jsonl", replace(PLAN, p=0.4), []),
+        (folder / "pool.jsonl", PLAN, ["train.steps=5"]),
+    ):
+        with pytest.raises(ValueError, match=r"round-00/round.json: found a round of other texts"):
+            go(folder, out, pool, other, *sets)
 
 
 def test_a_round_without_a_sure_text_trains_on(folder, forked, tmp_path):
@@ -593,7 +613,9 @@ def test_every_arm_is_a_configuration(arms, tmp_path):
 def test_the_table_compares_seed_by_seed(arms, tmp_path):
     base = {"cosine": {"pool": 0.6, "test": 0.5}}
     (tmp_path / "baselines.json").write_text(json.dumps(base))
-    for arm, seed, pool in ("coba", 0, 0.7), ("coba", 1, 0.8), ("pseudo", 1, 0.75):
+    runs_of = {"coba": (0.7, 0.8), "pseudo": (None, 0.75), "equal": (0.66, 0.75)}
+    each = [(arm, *one) for arm, found in runs_of.items() for one in enumerate(found) if one[1]]
+    for arm, seed, pool in each:
         record = {
             "arm": arm, "seed": seed, "rounds": 2, "steps": 7,
             "accuracy": {"pool": pool, "test": 0.5},
@@ -604,7 +626,9 @@ def test_the_table_compares_seed_by_seed(arms, tmp_path):
     found = arms.table(args).splitlines()
     assert found[2].startswith("| cosine | | 0.600 | 0.500 | |")
     assert found[3].startswith("| coba | 2 | 0.750 | 0.500 |  | 0.900 |  |")
-    assert found[4].startswith("| pseudo | 1 | 0.750 | 0.500 | -0.050, one seed | 0.900 |")
+    # Student's: 12.706 deviations of the mean.
+    assert found[4].startswith("| equal | 2 | 0.705 | 0.500 | -0.045 (-0.109 to +0.019) | 0.900 |")
+    assert found[5].startswith("| pseudo | 1 | 0.750 | 0.500 | -0.050, one seed | 0.900 |")
     assert len({line.count("|") for line in found}) == 1
 
 
@@ -648,6 +672,38 @@ def test_rows_that_cannot_be_used_are_refused(folder, example, reason):
         with pytest.raises(RowProblem) as caught:
             examples.encode(example)
         assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("line", ["{", "", "[1]"])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    (tmp_path / "pool.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"pool.jsonl:2: found .*, wanted a JSON object"):
+        rounds._texts(tmp_path / "pool.jsonl")
+
+
+def test_a_task_that_no_round_has_rows_for_is_refused(tmp_path):
+    base = {"tasks": {"pseudo": {}, "gold": {}}}
+    with pytest.raises(ValueError, match="tasks: found gold, wanted some of pseudo, generated"):
+        rounds._yaml(tmp_path, base, tmp_path, dict.fromkeys(rounds.FILES, 1), None)
+
+
+def test_labelled_files_are_looked_for_first_and_their_labels_last(folder, forked, tmp_path):
+    plan, pool = replace(PLAN, rounds=1), folder / "pool.jsonl"
+    config_of(folder)
+
+    def done(gold: Path) -> list[str]:
+        return list(rounds.classify(
+            str(folder / "llama.yaml"), [], pool, folder / "valid.jsonl", plan, tmp_path / "a",
+            [sys.executable, str(ROOT / "launch/train.py")], [gold],
+        ))  # fmt: skip
+
+    with pytest.raises(ValueError, match="gone.jsonl: found no such file"):
+        done(tmp_path / "gone.jsonl")
+    assert not (tmp_path / "a").exists()
+    toys.write_rows(tmp_path / "odd.jsonl", [{"text": "a", "label": "delta"}])
+    with pytest.raises(ValueError, match=r"odd.jsonl: found .*, wanted a label of alpha, beta"):
+        done(tmp_path / "odd.jsonl")
+    assert (tmp_path / "a/predictions.jsonl").is_file()
 
 
 def test_a_pool_row_without_a_text_names_its_line(tmp_path):

@@ -1,7 +1,7 @@
 """What the rounds did, by texts whose class is known. Nothing here is read by a round."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,27 @@ from numpy.typing import NDArray
 Ints = NDArray[np.integer]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a JSON Lines file."""
+def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a JSON Lines file, each with its line's number.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
     # Not splitlines: texts may hold separators of other kinds.
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: found {line[:60]!r}, wanted a JSON object.")
+            yield number, row
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file. Raises as `numbered`."""
+    return [row for _, row in numbered(path)]
 
 
 def probe(codes: Ints, classes: Ints) -> tuple[float, float]:

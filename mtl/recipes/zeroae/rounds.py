@@ -22,7 +22,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from mtl.config import Config
 from mtl.data.encode import load_tokenizer
 from mtl.recipes.zeroae.baselines import Floats, softmax, without_prior
 from mtl.recipes.zeroae.examples import PromptExamples, TextExamples, padded, pairs
-from mtl.recipes.zeroae.measures import by_round, probe, read
+from mtl.recipes.zeroae.measures import by_round, numbered, probe, read
 from mtl.recipes.zeroae.model import ZeroAE
 
 FILES = {"pseudo": "pseudo", "generated": "generated", "recon": "selected"}  # task -> its rows
@@ -50,8 +50,9 @@ class Plan:
 
     Attributes:
         rounds: how many runs there are.
-        p, gap: a text is sure of its class where its probability is above `p`, or that far above
-            the second's once each class's mean score over the pool is taken off.
+        p, gap: a text is sure of its class where it leads the second by `gap` once each class's
+            mean score over the pool is taken off, or where its probability is above `p` and its
+            class is the same both ways.
         share: at most this share of the pool becomes sure in a round, over all classes alike.
         select: least texts that the generator gets in a round.
         generate: texts to write for each class in a round; 0: none.
@@ -84,7 +85,9 @@ def sure(
     chance, level = softmax(scores), softmax(without_prior(scores))
     ordered = np.sort(level, 1)
     lead, first = ordered[:, -1] - ordered[:, -2], level.argmax(1)
-    fits = free & ((chance.max(1) > p) | (lead > gap))
+    # A class that is likely for every text may be this one's by chance alone.
+    likely = (chance.max(1) > p) & (chance.argmax(1) == first)
+    fits = free & (likely | (lead > gap))
     rows = [
         mine[np.argsort(-lead[mine], kind="stable")[:most]]
         for mine in (np.flatnonzero(fits & (first == c)) for c in range(scores.shape[1]))
@@ -143,8 +146,11 @@ def classify(
         gold: files of {"text", "label"} rows, opened after the predictions are written.
 
     Raises:
-        ValueError: a row without a text; and as `go`.
+        ValueError: a row without a text, no such file, a label that is no class; and as `go`.
     """
+    for path in pool, valid, *gold:  # now, not after hours
+        if not path.is_file():
+            raise ValueError(f"{path}: found no such file, wanted JSON Lines.")
     texts = _texts(pool)
     last = go(config_path, texts, _texts(valid), plan, out, train, sets)
     base = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
@@ -164,6 +170,9 @@ def classify(
     truth: dict[str, str] = {}
     for path in gold:
         labelled = read(path)
+        if odd := [row for row in labelled if row.get("label") not in names]:
+            wanted = f"a label of {', '.join(names)}"
+            raise ValueError(f"{path}: found {str(odd[0])[:60]}, wanted {wanted}.")
         if fresh := [row["text"] for row in labelled if row["text"] not in guessed]:
             found = reader.scores(model, fresh).argmax(1)
             guessed |= {text: names[c] for text, c in zip(fresh, found, strict=True)}
@@ -184,7 +193,7 @@ def classify(
 
 def _texts(path: Path) -> list[str]:
     found = []
-    for number, row in enumerate(read(path), 1):
+    for number, row in numbered(path):
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path}:{number}: found {str(row)[:60]}, wanted a row with a text.")
@@ -205,20 +214,28 @@ def go(
         sets: overrides of the config.
 
     Raises:
-        ValueError: a round has no row to train on.
+        ValueError: a round has no row to train on, or `out` has rounds of another call.
         CalledProcessError: a run failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     base = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
+    # More rounds of the same kind may be asked for later.
+    same = [base, list(sets), list(pool), list(valid), asdict(replace(plan, rounds=0))]
+    key = hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()
     for number in range(plan.rounds):
         folder = out / f"round-{number:02d}"
-        run = folder / "run"
+        run, note = folder / "run", folder / "round.json"
         # Written last, by renaming: with it all files of the round are there.
-        if not (folder / "round.json").is_file():
+        if not note.is_file():
             folder.mkdir(exist_ok=True)
-            _write_round(base, sets, pool, valid, plan, out, number)
+            _write_round(base, sets, pool, valid, plan, out, number, key)
             # The run needs the memory that scoring took.
             torch.cuda.empty_cache()
+        elif json.loads(note.read_text(encoding="utf-8")).get("key") != key:
+            raise ValueError(
+                f"{note}: found a round of other texts, another configuration or other switches. "
+                "Give another --out, or move this one away."
+            )
         if not (run / "model" / "zeroae.json").is_file():
             given = [part for one in sets for part in ("--set", one)]
             command = [*train, "--config", str(folder / "x.yaml"), "--resume", *given]
@@ -288,7 +305,7 @@ def _tensors(arrays: Iterable[np.ndarray], model: ZeroAE) -> list[torch.Tensor]:
 
 def _write_round(
     base: Mapping[str, Any], sets: Sequence[str], pool: Sequence[str], valid: Sequence[str],
-    plan: Plan, out: Path, number: int,
+    plan: Plan, out: Path, number: int, key: str,
 ) -> None:  # fmt: skip
     """Write a round's files and its YAML. The model that it needs is let go of at the end."""
     folder, before = out / f"round-{number:02d}", out / f"round-{number - 1:02d}"
@@ -313,7 +330,7 @@ def _write_round(
     most = max(1, int(plan.share * len(pool) / len(names)))
     rows, classes = sure(scores, free, p=plan.p, gap=plan.gap, most=most)
     fresh = [{"text": pool[i], "label": names[c]} for i, c in zip(rows, classes, strict=True)]
-    note: dict[str, Any] = {"round": number, "plan": asdict(plan), "sure": len(fresh)}
+    note: dict[str, Any] = {"round": number, "key": key, "plan": asdict(plan), "sure": len(fresh)}
     chosen, note["threshold"] = select(scores, plan.select)
     if not plan.uncertain:
         chosen = np.array(sorted({*rows, *np.flatnonzero(~free)}), np.int64)
@@ -380,6 +397,8 @@ def _yaml(
 ) -> Path:
     """The round's own YAML: the experiment without tasks that have no row, on the round's files."""
     config = json.loads(json.dumps(base))  # aliases become copies
+    if other := sorted(config["tasks"].keys() - FILES.keys()):
+        raise ValueError(f"tasks: found {', '.join(other)}, wanted some of {', '.join(FILES)}.")
     tasks = {name: task for name, task in config["tasks"].items() if counts.get(name)}
     if not tasks:
         raise ValueError(f"{folder}: found no row to train on: lower --p, --gap or raise --share.")
