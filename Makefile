@@ -1,5 +1,5 @@
 # Everything from nothing, in .venv:
-#   make train     install, build the quickstart's model and data (once), train with CoBa on the GPUs there are or on 2 CPU processes
+#   make train     install, build the quickstart's model and data (once), train on the GPUs there are or on 2 CPU processes, tasks held at their best
 #   make test      install, run the tests that CI runs;   make test-all: the slow ones too
 # A step that is up to date is skipped.
 #   make classify  build a small encoder and three labeled tasks, train a classifier on them
@@ -21,14 +21,19 @@ PEERS := .venv-bench
 CONFIG ?= configs/quickstart.yaml
 STUDY ?= m0
 KIND ?= config
-PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); echo $$((n ? n : 2)))
+GPUS = $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'))
+PROCESSES ?= $(or $(GPUS),2)
 ARGS ?=
+# A CPU without instructions for bf16 multiplies it tens of times more slowly than fp32; compiling wants a compiler.
+FITS = $(if $(GPUS),,$(shell grep -qwE 'amx_bf16|avx512_bf16|bf16' /proc/cpuinfo || echo --set model.precision=fp32)) \
+    $(shell command -v $${CXX:-g++} >/dev/null || echo --set model.compile=false)
 
 .PHONY: superglue train quickstart classify kpe kpe-arms zeroae zeroae-arms test test-all docs figure attack bench evidence merging constraints clean
 
 train: quickstart
-	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(ARGS)
-	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/choose.py --config $(CONFIG) $(filter-out --resume%,$(ARGS))
+	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/train.py --config $(CONFIG) $(FITS) $(ARGS)
+	$(BIN)/deepspeed --num_gpus $(PROCESSES) launch/choose.py --config $(CONFIG) $(FITS) \
+	    $(filter-out --resume%,$(ARGS))
 
 quickstart: $(VENV)/with-quickstart
 	$(BIN)/python launch/quickstart.py
@@ -64,7 +69,7 @@ docs: $(VENV)/with-docs
 	$(BIN)/python -m mkdocs build --strict
 
 figure: $(VENV)/with-quickstart $(VENV)/with-plot  # of the quickstart's runs that there are
-	$(BIN)/python launch/report.py $(wildcard runs/quickstart runs/quickstart-equal runs/quickstart-tokens) \
+	$(BIN)/python launch/report.py $(wildcard runs/quickstart runs/quickstart-equal runs/quickstart-coba) \
 	    --figure docs/quickstart.png
 
 attack: $(VENV)/with-test  # KIND=config|kill|corrupt|disk, ARGS="--tries 10 --seed 1"; CI runs a short form of each

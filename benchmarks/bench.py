@@ -65,7 +65,7 @@ Settings = dict[str, Any]
 def ours(
     balancer: Any = "Tokens", precision: str = "fp32", lora: bool = False, **changes: Any
 ) -> Settings:
-    """Changes to configs/quickstart.yaml, whose settings of the batch stand; those of balancer and
+    """Changes to configs/even.yaml, whose settings of the batch stand; those of balancer and
     probe are left out.
 
     One process has nothing to share: ZeRO 0, and with bf16 weights 1, the first stage that has fp32
@@ -269,7 +269,7 @@ class Bench:
     """Where contenders are made from settings.
 
     Args:
-        config: the base configuration, as a mapping (configs/quickstart.yaml).
+        config: the base configuration, as a mapping (configs/even.yaml).
         python: {program: interpreter}.
         work: a folder for the files of the run.
         steps: optimizer steps that every contender will take.
@@ -679,7 +679,7 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     text = (
-        (ROOT / "configs/quickstart.yaml")
+        (ROOT / "configs/even.yaml")
         .read_text()
         .replace(".cache/quickstart", str(args.cache.resolve()))
     )

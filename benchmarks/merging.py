@@ -27,10 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
+from mtl.compare.report import insert
 from mtl.compare.statistics import mean_interval
 
 RESULTS = ROOT / "benchmarks" / "results" / "merging"
-PAGE, BEGIN, END = ROOT / "docs" / "merging.md", "<!-- benchmarks/merging.py", "<!-- end -->"
+PAGE = ROOT / "docs" / "merging.md"
 SINGLE = "best single checkpoint"
 
 
@@ -64,7 +65,7 @@ class Study:
     of: int = 0
 
 
-QUICK = dict(config="configs/quickstart.yaml", steps=120, every=10, ranges=((30, 80), (20, 120)),
+QUICK = dict(config="configs/even.yaml", steps=120, every=10, ranges=((30, 80), (20, 120)),
              decay=0.95, tail=120)  # fmt: skip
 PLAIN = ("balancer=Equal",)
 STRINGS = dict(config="configs/m0.yaml", steps=1600, every=100, cosine=1600,
@@ -309,11 +310,7 @@ def write_tables(results: Path, page: Path) -> None:
         paths = sorted(results.glob(f"{name}-[0-9]*.json"))
         if paths:
             lines += table(study.title, [json.loads(p.read_text())["rows"] for p in paths])
-    text = page.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    first, _, rest = rest.partition("\n")
-    _, _, tail = rest.partition(END)
-    page.write_text(f"{head}{BEGIN}{first}\n{chr(10).join(lines)}{END}{tail}", encoding="utf-8")
+    insert(page, "merging", "\n".join(lines), by="benchmarks/merging.py")
 
 
 if __name__ == "__main__":

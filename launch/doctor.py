@@ -31,6 +31,8 @@ def main() -> None:
     for line in [*doctor.machine(), *doctor.versions()]:
         print(line, flush=True)
     doctor.check()
+    for line in doctor.speed():
+        print(line, flush=True)
     doctor.start(args.processes, [sys.executable, __file__, "--minutes", str(args.minutes)])
 
 

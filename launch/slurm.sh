@@ -11,6 +11,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+# Seconds before the end at which the run saves: more than a full validation pass and a save take.
 #SBATCH --signal=USR1@180
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out

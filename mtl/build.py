@@ -28,9 +28,9 @@ from mtl.data.plan import layouts_for, mix_for, probe_every, steps_of, validatio
 from mtl.distributed import comm, masters
 from mtl.distributed.ds_config import zero_stage
 from mtl.distributed.engine import Engine
-from mtl.generation.asking import ENDLESS, Asking, ask, ends, evenly, stop_at
+from mtl.generation.asking import ENDLESS, Asking, ask, ends, evenly, last_ids, stop_at
 from mtl.losses.objective import Measure, maker_of_examples
-from mtl.models import packing
+from mtl.models import accelerate, packing
 from mtl.models.loaders import PLAIN
 from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
@@ -45,6 +45,7 @@ from mtl.train.patience import Patience
 from mtl.train.randomness import only_deterministic
 from mtl.train.run import Run
 
+SLOW = 4.0  # times as long as in fp32: then bf16 on a CPU is worth a remark
 ENOUGH = 64  # rows of a task that tell where its turns end
 
 Say = Callable[[str], None]
@@ -202,9 +203,22 @@ def start_engine(
         names = ", ".join(data.tokenizer.convert_ids_to_tokens(sorted(new)))
         say(f"models are saved with settings for generation that stop at {names}, as rows do")
     engine = Engine(model, config, optimizer(config), say)
+    _remark_on_bf16(config, engine, say)
     if config.model.precision == "bf16" and config.engine.offload.optimizer != "nvme":
         masters.dither(engine, config.train.seed)
     return engine
+
+
+def _remark_on_bf16(config: Config, engine: Engine, say: Say) -> None:
+    precision = config.model.precision
+    if precision == "fp32" or engine.device.type != "cpu" or comm.rank() != 0:
+        return
+    times = accelerate.bf16_over_fp32()
+    if times > SLOW:
+        say(
+            f"model.precision: {precision} is slow on this CPU: a matrix product takes {times:.0f} "
+            "times as long as in fp32. Set model.precision: fp32."
+        )
 
 
 def stops(data: Data) -> frozenset[int]:
@@ -212,8 +226,7 @@ def stops(data: Data) -> frozenset[int]:
     found: list[list[int]] = []
     for s, task in enumerate(data.tasks):
         if name := getattr(data.examples[data.goals.of[s]], "text_column", None):
-            some = evenly(len(task.train), ENOUGH)
-            found += [task.train.columns(i)[name][-8:].tolist() for i in some]
+            found += last_ids(task.train, name, evenly(len(task.train), ENOUGH))
     return ends(found, data.tokenizer) if found else frozenset()
 
 
@@ -260,7 +273,7 @@ def build(
 
     evaluated = layouts(config.evaluate.tokens or config.batch.tokens)
     settings = config.resolved()["model"]
-    weights = reference.fill(engine, goals.each, tasks, evaluated, settings, say)
+    weights = reference.fill(engine, goals.each, goals.specs, tasks, evaluated, settings, say)
     # A checkpoint belongs to these answers: another start would give others.
     if weights is not None:
         identity["starting model (content)"] = weights
@@ -345,8 +358,9 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or the run has changed since.
     """
+    weights = run.holder.weights  # of the tasks before the first update
     if resume is False:
-        return RunState()
+        return RunState(weights=weights)
     # Every rank looks by itself: its host may not see the folder.
     found = comm.together(lambda: run.checkpoints.find(None if resume is True else resume))
     comm.same({"checkpoint": str(found)}, "newest checkpoints")
@@ -367,7 +381,7 @@ def restore(run: Run, resume: bool | int, say: Say = say_once) -> RunState:
             run.anchors.restore(state)
     else:
         comm.together(run.checkpoints.check_beginning)
-        state = RunState()
+        state = RunState(weights=weights)
     if new := sorted(set(passed) - set(state.passed)):
         say(
             f"the batches of steps {', '.join(map(str, new))} are passed over: the run went back "

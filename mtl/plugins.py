@@ -10,11 +10,11 @@ import numpy as np
 from balancers import METHODS, Balancer, Grouped, Holder, Signal
 from mtl.config import Config, ConfigError, load
 from mtl.config.document import Document, Problem, show
-from mtl.config.schema import BEST, short_name
+from mtl.config.schema import BEST, Spec, short_name
 from mtl.config.spec import Kind, Maker, check, resolve
 from mtl.config.words import did_you_mean, either
 from mtl.data.examples import Book
-from mtl.data.formats import FORMATS, Format
+from mtl.data.formats import FORMATS, Format, wrong_values
 from mtl.generation.metrics import METRICS, Metric
 from mtl.losses.objective import (
     OBJECTIVES,
@@ -75,11 +75,13 @@ class Goals:
 
     Attributes:
         each: the objectives, in the order of the YAML.
+        specs: what the YAML says of each.
         of: (S,) the number of each stream's objective.
         book: which task each loss of each stream's rows counts for.
     """
 
     each: Sequence[Callable]
+    specs: Sequence[Spec]
     of: Sequence[int]
     book: Book
 
@@ -110,7 +112,7 @@ def objectives(config: Config, allow_code: Collection[str] = ()) -> Goals:
             # A loss that is taken is reported by `_misfits`; here it keeps its first task.
             if loss in number and number[loss][s] < 0:
                 number[loss][s] = k
-    return Goals(made, of, Book(tuple(names), tuple(streams), number))
+    return Goals(made, specs, of, Book(tuple(names), tuple(streams), number))
 
 
 def _built(target: Callable) -> Callable:
@@ -149,6 +151,7 @@ def _misfits(
             if task.loss != first:
                 hint = "Another loss of the same rows is a task of its own, with `of`."
                 yield document.problem(("tasks", name, "loss"), show(task.loss), first, hint)
+    yield from _formats(config, document)
     yield from _units(config, document, goals)
     yield from _anchors(config, document, goals)
     yield from _metrics(config, document, goals, generated)
@@ -183,6 +186,15 @@ def _metrics(
             # Measures and metrics share the tags eval/<task>/<name>.
             if name in taken or name in (*BEST, "loss", "average", "time"):
                 yield document.problem(path, f"the name {show(name)}, which is taken", "another")
+
+
+def _formats(config: Config, document: Document) -> Iterator[Problem]:
+    for name, task in config.streams.items():
+        # A format of the user's own gives these words what meaning it likes.
+        if task.format.name in FORMATS:
+            for path, found, wanted, words in wrong_values(task.format.keywords):
+                path, hint = ("tasks", name, "format", *path), did_you_mean(found, words)
+                yield document.problem(path, show(found), wanted, hint)
 
 
 def _anchors(config: Config, document: Document, goals: Goals) -> Iterator[Problem]:

@@ -28,7 +28,7 @@ LAUNCHERS = ("torchrun", "torch.distributed", "torch/distributed", "deepspeed", 
 
 
 class Preempted(Exception):
-    """A signal has ended the run; it has saved."""
+    """A signal has ended the run; it has saved what there was."""
 
 
 class RankError(RuntimeError):

@@ -62,6 +62,10 @@ WRONG = {
     "balancer's tasks": ("{name: CoBa, window: 5, warmup: 3}", "{name: Static, weights: [1, 2]}", "balancer: Static weights: found 2 of them, wanted one for each of 3 tasks", ""),
     "unknown tracker": ("engine: {zero: 2,", "trackers: [console, jsonn]\nengine: {zero: 2,", "trackers.1: found 'jsonn', wanted ", "Did you mean jsonl?"),
     "unknown format": ("format: text", "format: txt", "tasks.prose.format: found 'txt', wanted ", "Did you mean text?"),
+    "role": ("format: messages", "format: {name: messages, roles: {human: usr}}", "tasks.chat.format.roles.human: found 'usr', wanted one of system, developer, user, assistant, tool", "Did you mean user?"),
+    "roles": ("format: messages", "format: {name: messages, roles: [human]}", "tasks.chat.format.roles: found a list ('human'), wanted a mapping of names to roles", ""),
+    "what may be dropped": ("format: messages", "format: {name: messages, may_drop: [reasoning, systm]}", "tasks.chat.format.may_drop: found 'systm', wanted some of reasoning, system, user,", "Did you mean system?"),
+    "objective's value": ("mix: {shares: equal}", "objective: {name: preference, loss: null}\nmix: {shares: equal}", "objective.loss: ", "found None, wanted "),
     "code from outside": ("format: text", "format: elsewhere:rows", "tasks.prose.format: found 'elsewhere:rows', code from outside", "add --allow-code elsewhere"),
 }  # fmt: skip
 

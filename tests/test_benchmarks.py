@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import runs
 import toys
-from distributed import ROOT, run_distributed
+from distributed import run_distributed
+from forks import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -27,7 +28,7 @@ STEPS = 4
 
 
 def base(folder: Path) -> dict[str, Any]:
-    """A configuration in the place of configs/quickstart.yaml."""
+    """A configuration in the place of configs/even.yaml."""
     toys.save(toys.tiny_llama(), folder / "model")
     return {
         "model": {"name": str(folder / "model"), "precision": "fp32"},
@@ -358,12 +359,13 @@ def test_a_seed_of_the_merging_table(tmp_path):
 
     results = tmp_path / "results"
     results.mkdir()
-    page.write_text("before\n<!-- benchmarks/merging.py: x -->\nold\n<!-- end -->\nafter\n")
+    begin, end = "<!-- merging: written by benchmarks/merging.py -->", "<!-- end of merging -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for seed in range(2):
         (results / f"m0-{seed}.json").write_text(json.dumps({"rows": rows}))
     merging.write_tables(results, page)
     text = page.read_text()
-    assert text.startswith("before\n<!-- ") and text.endswith("<!-- end -->\nafter\n")
+    assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
     single = rows[merging.SINGLE]["figure"]
     assert f"| best single checkpoint | {single:.3f} ± 0.000 |  |  |" in text and "old" not in text
 

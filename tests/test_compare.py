@@ -2,7 +2,9 @@
 
 import json
 import runpy
+import shlex
 import sys
+from dataclasses import replace
 from itertools import product
 from math import comb, log
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from mtl import process
 from mtl.compare import cost, report, statistics, study
-from mtl.compare.runs import Runner, perform, slurm
+from mtl.compare.runs import Runner, _by_task, _refuse_degenerate, perform, slurm
 from mtl.config import load
 from mtl.output.report import best_steps
 
@@ -51,6 +53,7 @@ def test_p_counts_every_assignment_of_signs():
 def test_holm_by_hand():
     assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
+    assert statistics.holm([0.01, 0.04], tests=5) == pytest.approx([0.05, 0.16])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
@@ -126,6 +129,10 @@ def written(base: Path, folder: Path, **changes: object) -> Path:
             r"arms.still: found \{mean:coba\}, wanted an arm above it",
         ),
         ({"set": ["tasks.chat.test=null"]}, r"tasks.chat.test: found nothing, wanted rows that"),
+        (
+            {"set": ["evaluate.probe={examples: all}"]},
+            r"evaluate.probe.examples: found all, wanted batch or a number",
+        ),
         ({"references": {"seeds": 1, "arms": {"alone": ["x.y=1"]}}}, "references.copy.alone: .*x"),
     ],
 )
@@ -152,6 +159,26 @@ def test_the_order_of_runs_and_their_settings(base, tmp_path):
     keys = {found.key(run) for run in found.runs()}
     assert len(keys) == len(names)
     assert f"--array=1-{len(names)} " in slurm(Runner(found, tmp_path, PROGRAMS), Path("x.py"))
+
+
+def test_a_slurm_task_runs_what_was_asked_for(base, tmp_path):
+    found = study.read(written(base, tmp_path), ("mine",))
+    script = slurm(Runner(found, tmp_path / "an out", PROGRAMS, 3, keep=True), Path("x.py"))
+    options = shlex.split(script.splitlines()[-1].removeprefix("exec "))[1:]
+    assert options == [
+        "x.py", str(found.path), "--out", str(tmp_path / "an out"), "--threads", "3",
+        "--allow-code", "mine", "--keep", "--number", "$SLURM_ARRAY_TASK_ID",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [0.0, float("nan"), float("inf")])
+def test_a_test_loss_without_a_log_is_the_arms_own_fault(loss):
+    with pytest.raises(study.StudyError, match=rf"t.json: found {loss} for b \(last\), wanted a"):
+        _refuse_degenerate({"best": {"a": 1.0}, "last": {"b": loss}}, Path("t.json"))
+
+
+def test_small_losses_stay_above_zero():
+    assert _by_task(["a"], np.array([[3e-7, 1.2345678]])) == {"a": [3e-7, 1.23457]}
 
 
 def test_cost_in_forwards(base):
@@ -229,7 +256,8 @@ def test_the_table_by_hand(base, tmp_path):
     differences = np.log(gains) / 2
     assert coba["differences"] == pytest.approx(differences)
     assert coba["difference"] == pytest.approx(differences.mean())
-    assert (coba["p"], coba["p_holm"], coba["win_rate"]) == (2 / 64, 2 / 64, 0.5)
+    # Two arms are tested: `late` counts though it is not finished.
+    assert (coba["p"], coba["p_holm"], coba["win_rate"]) == (2 / 64, 4 / 64, 0.5)
     assert coba["interval"] == pytest.approx(statistics.interval(differences), rel=0.02)  # ties
     assert coba["captured"] == pytest.approx(-differences.mean() / (log(2) / 2))
     assert coba["cost_of_equal"] == 1.1
@@ -256,6 +284,9 @@ def test_holms_p_is_over_the_primary_arms(base, tmp_path):
         assert ("p_holm" in found["arms"]["one"]) == (not primary)
         assert (runner.study.shortfall is None) == bool(primary)
     assert "p (Holm) is over `two`, which were named before" in report.markdown(found)
+    headless = made_up(base, tmp_path, arms)
+    headless = replace(headless, study=replace(headless.study, equal="one"))
+    assert report.comparison(headless)["arms"]["two"]["captured"] is None, "no own best was read"
     assert [statistics.pairs_for(n) for n in (1, 2, 3, 4, 32)] == [6, 7, 7, 8, 11]
 
 

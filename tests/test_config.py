@@ -310,6 +310,10 @@ def test_a_config_cannot_be_changed():
             "gram, objective, average, evaluate, checkpoint, export, output, engine, trackers or cache. Did you mean batch?",
         ),
         (
+            "sequence_len: 2048",
+            "sequence_len: found a key of another framework, wanted batch.max_length.",
+        ),
+        (
             "mix: {lr: 1}",
             "mix.lr: found an unknown key, wanted shares, temperature, follow, every or floor. Did you mean optimizer.lr?",
         ),
@@ -431,6 +435,14 @@ def test_one_wrong_line(line, error):
     assert found == [f"{where}: {error}"]
 
 
+def test_evaluation_holds_the_rows_of_training():
+    found = errors(with_("batch: {row_length: 2048}\nevaluate: {tokens: 1024}"))
+    assert found == [
+        "x.yaml:8: evaluate.tokens: found 1024, wanted at least batch.row_length, 2048."
+    ]
+    parse(with_("batch: {row_length: 2048}\nevaluate: {tokens: 2048}"))
+
+
 @pytest.mark.parametrize(
     ("task", "error"),
     [
@@ -490,6 +502,17 @@ def test_every_task_needs_its_share():
         "x.yaml:3: tasks.define.epochs: found nothing, wanted a number > 0. With mix.shares: epochs every task needs epochs.",
         'x.yaml:4: tasks."v1.5".epochs: found nothing, wanted a number > 0. With mix.shares: epochs every task needs epochs.',
     ]
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_a_flash_kernel_packs_one_row_a_micro_batch(kernel):
+    text = MINIMAL.replace("name: m", f"name: m, attention: {kernel}")
+    assert errors(text + "batch: {row_length: 2048}") == [
+        f"x.yaml:7: batch.row_length: found 2048, wanted null with model.attention: {kernel}. "
+        "This kernel tells packed examples apart only where a micro-batch is one row."
+    ]
+    for batch in ("row_length: 4096", "row_length: 2048, packing: false"):
+        parse(text + f"batch: {{{batch}}}")
 
 
 def test_exactly_one_of_steps_and_epochs():

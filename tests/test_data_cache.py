@@ -228,6 +228,48 @@ def test_a_comment_does_not_encode_rows_again(tmp_path, monkeypatch):
     assert plain == said != hashed('def f():\n    return "# a comment"\n') and plain
 
 
+def test_what_a_format_imports_of_its_package_is_part_of_the_key(tmp_path, monkeypatch):
+    package = tmp_path / "my_package"
+    package.mkdir()
+    files = {
+        "__init__.py": "",
+        "made.py": "from .words import ONE\n\n\ndef made(row):\n    from my_package import late\n",
+        "words.py": "import json\n\nfrom my_package import deep\n\nONE = 1  # one\n",
+        "deep.py": "TWO = 2\n",
+        "late.py": "THREE = 3\n",
+        "other.py": "FOUR = 4\n",
+    }
+    for file, text in files.items():
+        (package / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = write(tmp_path / "a.jsonl", *map(json.dumps, ROWS))
+    made = importlib.import_module("my_package.made").made
+    examples = NextToken(None, 0, Encoder(TOK, 20))
+
+    def key(file: str, text: str) -> str:
+        (package / file).write_text(text)
+        found = cache._key(open_sources(name), made, examples, None, None)
+        (package / file).write_text(files[file])
+        return found
+
+    plain = key("other.py", "FOUR = 5\n")  # nothing imports it
+    assert plain == key("words.py", files["words.py"] + "# said\n")
+    changed = {key(file, files[file] + "FIVE = 5\n") for file in ("words.py", "deep.py", "late.py")}
+    assert len(changed | {plain}) == 4
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_file_under_another_suffix_is_encoded_anew(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "b.csv").write_text("text\tmore\nabc\td\n")
+    for before, after in (("a.jsonl", "a.json"), ("b.csv", "b.tsv")):
+        with pytest.raises(DataError, match="no usable row"):
+            encode(tmp_path, str(tmp_path / before))
+        (tmp_path / before).rename(tmp_path / after)
+        assert len(encode(tmp_path, str(tmp_path / after)))
+
+
 def test_fingerprints_follow_content_not_place(tmp_path, monkeypatch):
     one, same = write(tmp_path / "a.jsonl", "{}"), write(tmp_path / "b.jsonl", "{}")
     other = write(tmp_path / "c.jsonl", "[]")
@@ -750,6 +792,12 @@ def test_a_part_of_the_training_rows_is_held_out(tmp_path):
     mine = [sorted(text for text in side if text.startswith("row")) for side in (later, held)]
     assert mine == [sorted(2 * train), sorted(2 * valid)]
     assert not {*later} & {*held} and not any("are among" in one for one in said)
+
+
+def test_a_part_that_holds_out_no_row_is_named(tmp_path):
+    said = "no usable row among the 0.01 of the training rows .* how many to hold out, such as 20"
+    with pytest.raises(DataError, match=said):
+        held_out(tmp_path, [{"text": "a"}, {"text": "b"}], "1%")
 
 
 def test_a_number_of_the_training_rows_is_held_out(tmp_path):

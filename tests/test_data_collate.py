@@ -136,6 +136,9 @@ def test_flash_attention_gets_one_row_a_micro_batch():
     assert [[len(micro) for micro in rank] for rank in deal(lengths, 2, 1024, 1024)] == [
         [1] * 3
     ] * 2
+    # Rows of less than half a micro-batch, where two would fit into one.
+    ranks = deal([16, 29, 33, 17, 23, 21, 33, 27], 2, 100, 100)
+    assert [[len(micro) for micro in rank] for rank in ranks] == [[1, 1], [1, 1]]
 
 
 def test_row_length():

@@ -285,6 +285,16 @@ def test_a_system_text_beside_the_turns_is_the_first():
     with pytest.raises(RowProblem, match="found system and a system turn in messages"):
         said = turns(first, ("user", "a"), ("assistant", "b")).messages
         formats.messages({"system": "In French.", "messages": said})
+    said = [{**turn, "role": turn["role"].replace("system", "sys")} for turn in said]
+    with pytest.raises(RowProblem, match="found system and a system turn in messages"):
+        formats.messages({"system": "In French.", "messages": said}, roles={"sys": "system"})
+    said = [{"from": turn["role"], "value": turn["content"]} for turn in turns(first).messages]
+    said += [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    with pytest.raises(RowProblem, match="found system and a system turn in conversations"):
+        formats.sharegpt({"system": "In French.", "conversations": said})
+    assert formats.sharegpt({"system": "In French.", "conversations": said[1:]}) == turns(
+        first, ("user", "a"), ("assistant", "b")
+    )
 
 
 @pytest.mark.parametrize("role", ["tool_call", "Assistant"])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mtl.config import Config
-from mtl.config.words import branches, is_section, type_at
+from mtl.config import Config, foreign
+from mtl.config.words import branches, fields, is_section, type_at
 from mtl.data.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +138,17 @@ def test_every_test_that_a_page_names_exists():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_resolves(page):
     assert broken(page) == []
+
+
+def test_the_page_for_others_has_every_key_and_names_ours():
+    page = (ROOT / "docs" / "from-others.md").read_text(encoding="utf-8")
+    ours = {".".join(keys) for keys, _, _ in fields(Config)}
+    for wanted, names in foreign.NAMES.items():
+        cells = ", ".join(f"`{name}`" for name in names.split())
+        assert f"| {cells} | {wanted} |" in page
+        for key in re.findall(r"(?:[a-z_]+\.)+[a-z_]+|^[a-z_]+$", wanted.replace("tasks.<name>", "tasks.*")):
+            assert key in ours | {"launch/train.py", "train.py"}, key
+    assert not foreign.HERE.keys() & ours, "a key of ours is no other's"
 
 
 def test_the_page_about_rows_has_every_format():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtl.check import doctor
+from mtl.models import accelerate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +25,7 @@ def test_processes_talk_and_are_measured():
     assert [line.split()[0] for line in told[:5]] == [
         "host", "cores", "devices", "variables", "python",
     ]  # fmt: skip
+    assert re.fullmatch(r"bf16 +a matrix product takes \d+\.\d times as long as in fp32", told[-1])
     assert re.fullmatch(r"deepspeed +\S+ +>=0\.19\.8", next(x for x in told if "deepspeed" in x))
     found = re.fullmatch(
         r"2 processes on 1 host over gloo: one number summed in (\d+) µs, "
@@ -34,6 +36,15 @@ def test_processes_talk_and_are_measured():
     # each sends half of the other's sum and gets half of its own: the tensor's size in all
     milliseconds, rate = int(found[2]), float(found[3])
     assert rate * milliseconds == pytest.approx(62.5, abs=0.5 * rate + 0.005 * milliseconds + 0.1)
+
+
+def test_what_bf16_costs_is_told_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(accelerate, "bf16_over_fp32", lambda: 97.44)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
+    told = "bf16        a matrix product takes 97.4 times as long as in fp32"
+    assert doctor.speed() == [told]
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert doctor.speed() == []
 
 
 def test_what_is_here_is_not_refused():

@@ -326,6 +326,33 @@ def test_killed_right_after_a_drop_that_another_run_told(yaml):
     assert min(drawn[:4]) > 0 == max(drawn[4:])
 
 
+# --- before the first update
+
+
+def test_a_task_that_was_best_at_the_start_is_held_at_its_part(yaml):
+    """The weights of the start are those before the first update, each times its loss_weight."""
+    told = yaml.parent / "best at once.json"
+    told.write_text(json.dumps({"steps": {"own": {"copy": 0, "chat": 9, "prose": 9}}}))
+    for action, kept in ("freeze", 1.0), ("anchor", 0.25):
+        patience = f"evaluate.patience={{from: {told}, action: {action}}}"
+        output = yaml.parent / f"best at once, {action}"
+        given = [patience, "tasks.copy.loss_weight=2", "train.steps=2", f"output={output}"]
+        runs.train(yaml, "objective=outside:causal_lm", *given).well()
+        found = [line["train/copy/weight"] for line in runs.metrics(output) if "train/loss" in line]
+        assert found == pytest.approx([kept * 2 / 4] * 2), action
+
+
+def test_draws_follow_the_first_weights_where_the_first_batch_is_passed_over(yaml):
+    rows = yaml.parent / "poison.jsonl"
+    toys.write_rows(rows, [{"prompt": f"{toys.UNUSED} =", "completion": " x"}] * 9)
+    given = ["objective=outside:causal_lm", "mix.follow=balancer", "mix.every=1", "train.steps=2"]
+    output, skip = yaml.parent / "passed over", "train.not_finite.action=skip"
+    given += [f"tasks.copy.train={rows}", skip, "checkpoint.every=null", f"output={output}"]
+    runs.train(yaml, *given, POISON="loss").well()
+    lines = [line for line in runs.metrics(output) if "train/passed_over" in line]
+    assert [line["step"] for line in lines] == [0, 1]
+
+
 # --- configs
 
 CONFIG = """

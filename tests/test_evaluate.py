@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import runs
 import toys
@@ -15,6 +16,7 @@ from mtl import plugins, process
 from mtl.compare import evaluation
 from mtl.config import ConfigError
 from mtl.distributed import comm
+from mtl.models.errors import ModelError
 
 PROGRAM = runs.ROOT / "launch" / "evaluate.py"
 
@@ -123,6 +125,17 @@ def test_a_model_that_is_not_there_is_named(yaml, tmp_path, monkeypatch, capsys)
     assert code == 1 and f"error: {gone}: found no such folder and no such model on the hub" in err
 
 
+def test_a_starting_model_that_is_not_there_is_named(monkeypatch):
+    """Its name comes from the YAML, as text."""
+
+    def gone(*_: object) -> None:
+        raise ModelError("no such model")
+
+    monkeypatch.setattr(evaluation, "_load", gone)
+    with pytest.raises(ModelError, match="^mine/gone: found no such folder and no such model"):
+        evaluation.opener(None, None)("mine/gone")
+
+
 def test_two_processes_give_the_same(yaml, tmp_path):
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone",
@@ -130,7 +143,7 @@ def test_two_processes_give_the_same(yaml, tmp_path):
         "--json", str(tmp_path / "two.json"),
     ]  # fmt: skip
     done = subprocess.run(
-        command, env={**os.environ, **runs.ENVIRONMENT}, capture_output=True, text=True
+        command, env={**os.environ, **forks.ENVIRONMENT}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     config = plugins.read(str(yaml))

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,16 @@ from distributed import run_distributed
 from transformers import AutoModelForCausalLM
 
 import runs
-from mtl import plugins
+from mtl import build, plugins
 from mtl.compare import evaluation
 from mtl.config import ConfigError
-from mtl.data.encoded import DataError
+from mtl.data import cache, formats
+from mtl.data.encode import Encoder
+from mtl.data.encoded import DataError, TaskData
 from mtl.data.formats import Completion
+from mtl.data.next_token import NextToken
 from mtl.data.questions import Question
+from mtl.data.source import open_sources
 from mtl.generation import metrics
 from mtl.generation.metrics import Answer, Choice, scored
 
@@ -123,6 +128,26 @@ def test_a_metric_gives_one_score_each_or_one_number():
 
 
 # --- generation
+
+
+def test_where_a_row_was_cut_is_no_end_of_a_turn(tmp_path):
+    tok, file = toys.tokenizer(), tmp_path / "a.jsonl"
+    long = f"{'x' * 15}{toys.UNUSED} and the rest"
+    examples = NextToken(None, 0, Encoder(tok, 20, "truncate"))
+
+    def stops(*completions: str) -> list[str]:
+        file.write_text("".join(json.dumps({"text": f"a =={one}"}) + "\n" for one in completions))
+        made = cache.encode_split(
+            tmp_path / "cache", open_sources(str(file)), formats.text, examples, None, "a", print
+        )
+        assert made.report.truncated == completions.count(long)
+        assert tok.decode(made.ids(0)[-1:]) == (toys.UNUSED if long in completions else toys.END)
+        data = build.Data(
+            tok, [TaskData("a", made, made)], SimpleNamespace(of=[0], book=None), [examples]
+        )
+        return tok.convert_ids_to_tokens(sorted(build.stops(data)))
+
+    assert stops(long, "b", "cd") == stops("b", "cd") == [toys.END]
 
 
 def by_hand(model: torch.nn.Module, prompt: list[int], stops: set[int]) -> tuple[str, bool]:

@@ -163,6 +163,17 @@ def test_a_run_killed_after_it_went_back_does_not_meet_the_batch_again(yaml):
     assert runs.untimed(skipped(yaml)[0]) == runs.untimed(back) and state(back, 6)["passed"] == [AT]
 
 
+def test_a_run_resumed_at_a_step_goes_back_to_that_step(yaml):
+    """Until the first save `latest` names a checkpoint of the run that was left behind."""
+    back = shutil.copytree(skipped(yaml)[0], yaml.parent / "left behind")
+    assert (back / "checkpoints/latest").read_text() == "step-00000006"
+    settings = [BACK, "checkpoint.every=6"]
+    _, ended = train(yaml, back.name, *settings, POISON="gradient", resume=2)
+    assert ended.well().err.count(f"back to {back}/checkpoints/step-00000002, to pass over") == 1
+    assert_same(skipped(yaml)[0], back)
+    assert runs.untimed(skipped(yaml)[0]) == runs.untimed(back)
+
+
 RUIN = {"MISFORTUNE": "ruin step 4 all"}  # nan in place of the weights, in memory
 
 
@@ -187,6 +198,20 @@ def test_a_run_passes_over_so_many_batches_and_no_more(yaml):
     output, ended = train(yaml, "most", *settings, **RUIN)
     assert ended.codes == [1, 1] and passed(output) == [4]
     assert "1 batches were passed over before (train.not_finite.most)" in ended.err
+    # The probe reads these weights first.
+    told = "step 5: the validation loss of copy (nan), chat (nan), prose (nan) is not finite"
+    assert told in ended.err
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(yaml):
+    """Whatever task judges the run: a loss of nan is not that of a task which is absent."""
+    rows = yaml.parent / "poison.validation.jsonl"
+    poison = {"prompt": f"{toys.UNUSED} =", "completion": " x"}
+    toys.write_rows(rows, [*([{"prompt": "ab =", "completion": " ab"}] * 7), poison])
+    settings = [f"tasks.copy.validation={rows}", "evaluate.best=chat"]
+    output, ended = train(yaml, "nan", *settings, POISON="validation")
+    assert ended.codes == [1, 1] and not (output / "checkpoints").exists()
+    assert "validation at step 0: the loss of copy (nan) is not finite" in ended.err
 
 
 def test_a_run_that_may_not_pass_over_a_batch_ends_with_its_rows(yaml):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 
+from mtl import plugins
 from mtl.check import starter
 from mtl.config import load, parse
 
@@ -115,3 +116,21 @@ def test_rows_are_held_out_where_no_file_has_validation_rows(tmp_path):
     lone = write(tmp_path / "lone.train.jsonl", ROWS["text"])
     (task,) = parse(starter.starter([str(lone)]), "x.yaml").tasks.values()
     assert (task.train, task.validation) == ((str(lone),), 0.05)
+
+
+def test_rows_of_pairs_get_their_objective_and_what_is_left_to_choose_is_said(tmp_path):
+    rows = {
+        "pairs": {"prompt": "q", "chosen": " a", "rejected": " b"},
+        "labels": {"text": "t", "label": "good"},
+        "options": {"question": "q", "options": ["a", "b"], "answer": 0, "knowledge": [{"text": "k"}]},
+        "plain": {"text": "t"},
+    }
+    files = [str(write(tmp_path / f"{name}.train.jsonl", row)) for name, row in rows.items()]
+    text = starter.starter(files)
+    (tmp_path / "x.yaml").write_text(text)
+    tasks = plugins.read(str(tmp_path / "x.yaml")).tasks
+    assert tasks["pairs"].objective.name == tasks["pairs"].format.name == "preference"
+    assert all(tasks[name].objective is None for name in ("labels", "options", "plain"))
+    assert "# labels: nothing reads its `label`. For a classifier: model.loader:" in text
+    assert "# options: its rows are dropped unless model.loader and objective are kpe" in text
+    assert text.count("\n# ") == 3 + 1 and "# plain" not in text

@@ -1,6 +1,6 @@
 """`model.loss_kernel`: a fused kernel in place of the head's slices gives the same losses and gradients, or is refused.
 
-Torch's is the real one. Liger's itself runs under Triton's interpreter, on a CPU: `pip install 'coba-mtl[liger]'`, then
+Torch's is the real one. Liger's itself runs under Triton's interpreter, on a CPU: `pip install liger-kernel`, then
 `TRITON_INTERPRET=1 pytest tests/test_loss_kernel.py`. Elsewhere a stand-in with its signature does, which shows what it is given.
 """
 

@@ -256,6 +256,14 @@ def test_another_type_is_refused(models, tmp_path):
     refused(models, other, tmp_path, r"dtype of \S+: it has BF16, \S+/a F32")
 
 
+def test_quantized_weights_are_refused(models, tmp_path):
+    """Their codes would be the base's, under scales that are averaged."""
+    other = changed(models, tmp_path / "x")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    refused(models, other, tmp_path, "x: found quantized weights, wanted fp32")
+
+
 def test_the_base_itself_is_refused(models, tmp_path):
     refused(models, models / "base", tmp_path, "base: found the base itself")
 

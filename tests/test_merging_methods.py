@@ -249,6 +249,18 @@ def test_search_finds_weights_between():
     assert len(tried) <= 4 + 12 * 6 and len(tried) == len({tuple(np.round(w, 9)) for w in tried})
 
 
+@pytest.mark.parametrize("step", [0, 1, 1.5])
+def test_a_search_goes_a_part_of_the_way(step):
+    with pytest.raises(MergeError, match=f"step: found {step}, wanted a part of the way"):
+        search(Candidates(2, bowl([0.5, 0.5])), step=step)
+
+
+@pytest.mark.parametrize("method", [soup, search])
+def test_a_loss_that_is_not_finite_ends_the_choice(method):
+    with pytest.raises(MergeError, match=r"loss of nan with the weights .* broken"):
+        method(Candidates(2, bowl([float("nan"), 0.0])))
+
+
 # --- names
 
 
@@ -268,6 +280,9 @@ def test_settings_are_yaml_and_bound():
         ("tie", [], "Did you mean ties?"),
         ("ties", ["densty=1"], "Did you mean density?"),
         ("nowhere.x:y", [], "--allow-code nowhere"),
+        ("dare", ["drop=abc"], 'method.drop: found "abc", wanted a number'),
+        ("dare", ["drop=true"], "method.drop: found true, wanted a number"),
+        ("search", ["rounds=1.5"], "method.rounds: found 1.5, wanted a whole number"),
     ],
 )
 def test_wrong_names_are_refused(name, settings, text):
@@ -281,6 +296,8 @@ def test_wrong_names_are_refused(name, settings, text):
         (average, {"weights": [1]}, r"weights: found \[1\], wanted 2"),
         (average, {"weights": [1, -1]}, "wanted numbers >= 0"),
         (ties, {"density": 0}, "density: found 0"),
+        (ties, {"weights": [1, -1]}, "wanted numbers >= 0"),
+        (ties, {"weights": [0, 0]}, "not all 0"),
         (dare, {"drop": 1}, "drop: found 1"),
         (select, {"granularity": "column"}, "granularity: found 'column'"),
         (select, {"resample": "often"}, "resample: found 'often'"),

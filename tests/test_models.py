@@ -13,13 +13,16 @@ import torch
 import toys
 import transformers
 from distributed import run_distributed
-from near import strayed
+from near import near, strayed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mtl
 from mtl import plugins
 from mtl.config import parse
 from mtl.config.spec import resolve
 from mtl.data.collate import collate
+from mtl.data.encode import load_tokenizer
+from mtl.data.encoded import DataError
 from mtl.distributed import comm, engine
 from mtl.losses import head
 from mtl.losses.causal_lm import causal_lm
@@ -243,10 +246,10 @@ def test_new_tokens_beside_an_adapter_must_be_trained_with_it(tmp_path):
     merged = export(
         tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "merged", merge=True
     )
-    assert AutoModelForCausalLM.from_pretrained(merged).get_input_embeddings().weight.shape == (
-        262,
-        64,
-    )
+    whole, apart = AutoModelForCausalLM.from_pretrained(merged), mtl.load(tmp_path / "run/model")
+    assert whole.get_input_embeddings().weight.shape == (262, 64)
+    ids = torch.arange(250, 262)[None]
+    near(apart(ids).logits, whole(ids).logits, units=100)
 
 
 def test_a_tokenizer_without_a_pad_token(tmp_path):
@@ -266,6 +269,29 @@ def config_for(name: Path | str):
         f"model: {{name: {name}, precision: fp32}}\ntasks: {{a: {{train: a, validation: a, format: text}}}}\n"
         "train: {steps: 1}\noutput: x\nengine: {zero: 0}"
     )
+
+
+def test_damaged_weights_are_an_error_of_the_models_name(tmp_path):
+    toys.save(toys.tiny_llama(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    where = "config:1: model.name: "
+    with pytest.raises(ModelError, match=f"^{where}.*A file of its weights is not whole"):
+        load.load(config_for(tmp_path), toys.tokenizer())
+    weights.write_bytes(whole)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_size": 32}))
+    with pytest.raises(ModelError, match=f"^{where}.*other shapes than its config.json says"):
+        load.load(config_for(tmp_path), toys.tokenizer())
+
+
+def test_a_tokenizer_that_cannot_be_read_is_an_error_of_the_models_name(tmp_path):
+    toys.save(toys.tiny_llama(), tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"type": "BPE"', '"type": "Foo"'))
+    with pytest.raises(DataError, match="^x:1: model.name: .*tokenizer.json is damaged, or"):
+        load_tokenizer(config_for(tmp_path).model, "x:1")
 
 
 @pytest.mark.parametrize("how", [load.load, load.skeleton])

@@ -11,6 +11,9 @@ from toys import tiny_gpt2, tiny_llama
 
 from mtl.config import ConfigError, parse
 from mtl.data.collate import collate
+from mtl.data.encoded import Encoded, TaskData
+from mtl.data.next_token import NextToken
+from mtl.data.plan import layouts_for
 from mtl.losses import head
 from mtl.losses.causal_lm import causal_lm
 from mtl.models.packing import decide, measure
@@ -141,10 +144,10 @@ def test_packed_is_padded(name):
         assert (gradient - wanted).norm() < 1e-6 * wanted.norm()
 
 
-def config_of(packing: str):
+def config_of(packing: str, model: str = "name: m"):
     return parse(
         f"""
-model: {{name: m}}
+model: {{{model}}}
 tasks: {{a: {{train: x, validation: x, format: text}}}}
 train: {{steps: 1}}
 batch:
@@ -168,3 +171,59 @@ def test_deciding():
         ConfigError, match=r":6: batch.packing: found true, wanted auto or false.*OPTForCausalLM"
     ):
         decide(config_of("true"), leaking, VOCABULARY, said.append)
+
+
+def attended(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def apart(q, k, v, cu_seqlens_q, **_):
+    ends = cu_seqlens_q.tolist()
+    parts = ([x[None, a:b] for x in (q, k, v)] for a, b in zip(ends, ends[1:], strict=False))
+    return torch.cat([attended(*part)[0] for part in parts])
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """A model on FlashAttention: transformers' own choice between its two kernels, torch in their place."""
+    kernels = (lambda q, k, v, **_: attended(q, k, v)), apart, None, None, None
+    nothing = (lambda **_: {}), (lambda **_: {})
+    monkeypatch.setattr(
+        "transformers.modeling_flash_attention_utils.lazy_import_flash_attention",
+        lambda *_, **__: (kernels, nothing),
+    )
+    module = tiny_llama()
+    module.config._attn_implementation = "flash_attention_2"
+    return engine_of(module)
+
+
+def test_flash_attention_keeps_apart_in_one_row_only(flash):
+    assert measure(flash, VOCABULARY, rows=1).holds
+    found = measure(flash, VOCABULARY, rows=2)
+    assert not found.holds and found.leak > 1e-3
+    said: list[str] = []
+    assert decide(config_of("auto", "name: m, attention: hub/flash-attn2"), flash, 200, said.append)
+    # A kernel whose name does not say so gets several rows, and is measured in several.
+    assert not decide(config_of("auto", "name: m, attention: hub/other"), flash, 200, said.append)
+
+
+@pytest.mark.parametrize("kernel", ("flash_attention_2", "hub/flash-attn2"))
+def test_flash_attention_is_given_one_row(kernel):
+    config = config_of("auto\n  row_length: 4096", f"name: m, attention: {kernel}")
+    split = Encoded.of([(np.zeros(9, dtype=np.int32), np.arange(9) > 0)])
+    for tokens in (4096, 1024, 8192):  # evaluate.tokens may differ from batch.tokens
+        made = layouts_for(
+            config, [TaskData("a", split, split)], [NextToken(None, 0)], [0], 1, 0, True, tokens
+        )
+        assert made.each[0].row_length == tokens
+
+
+def test_a_row_is_no_longer_than_a_micro_batch_of_its_pass():
+    config = config_of("auto\n  row_length: 2048")
+    split = Encoded.of([(np.zeros(9, dtype=np.int32), np.arange(9) > 0)])
+    made = layouts_for(
+        config, [TaskData("a", split, split)], [NextToken(None, 0)], [0], 1, 0, True, 1024
+    )
+    assert made.each[0].row_length == 1024

@@ -197,7 +197,8 @@ def batch_of(folder: Path, packed: bool = False) -> tuple[Any, Any]:
         eval=other.eval, evaluate=other, device=torch.device("cpu"), forward=other,
         module=other,
     )  # fmt: skip
-    fill(bare, data.goals.each, data.tasks, layouts, {"packed": packed}, silent)
+    goals = data.goals
+    fill(bare, goals.each, goals.specs, data.tasks, layouts, {"packed": packed}, silent)
     row, splits = np.arange(len(split)), [task.train for task in data.tasks]
     ((micro, most),) = layouts.each[0].deal(splits, np.zeros(len(split), int), row)
     return layouts.each[0].collate(micro, most, splits, np.zeros(len(split), int), row), data
@@ -313,6 +314,10 @@ def test_a_pair_must_fit(folder):
         ConfigError, match="batch.max_length: found 50, wanted half of batch.tokens"
     ):
         examples(folder, "batch.max_length=50")
+    wanted = "evaluate.tokens: found 42, wanted at least 78: a pair has two sides"
+    with pytest.raises(ConfigError, match=wanted):
+        examples(folder, "evaluate.tokens=42")
+    examples(folder, "evaluate.tokens=78")
 
 
 def test_conservative_dpo_by_hand():
@@ -408,9 +413,10 @@ def test_the_update_is_that_of_plain_autograd(compared, zero):
 def started(folder: str, *overrides: str, zero: int = 2) -> dict[str, Any]:
     """What a start says of the reference, and the column itself."""
     said: list[str] = []
-    config = config_of(Path(folder), *overrides, zero=zero)
-    data = build.encode(config, say=silent)
-    run = build.build(config, data, packed=False, say=said.append)
+    path, code = yaml_of(Path(folder), zero=zero), {"allow_code": ["test_preference"]}
+    config = plugins.read(str(path), overrides, **code)
+    data = build.encode(config, say=silent, **code)
+    run = build.build(config, data, packed=False, say=said.append, **code)
     split = data.tasks[0].train
     found = {
         "asked": [line for line in said if "starting model" in line or "damaged" in line],
@@ -448,6 +454,37 @@ def test_the_reference_is_read_from_disk_by_model_content_at_every_stage(folder)
         assert damaged["asked"][-1:] == asks
         np.testing.assert_allclose(damaged["column"], first["column"], rtol=1e-5)
     assert "is damaged" in ranks[0][4]["asked"][0]
+
+
+class Scaled(Preference):
+    """An objective whose reference reads a keyword."""
+
+    def __init__(self, times: float = 1.0, beta: float = 0.1):
+        super().__init__(beta=beta)
+        self.times = times
+
+    def reference(self, forward, batch):
+        return self.times * super().reference(forward, batch)
+
+
+def keyed(folder: str) -> list[dict[str, Any]]:
+    """Starts of objectives with other keywords, on one cache."""
+    mine = f"cache={folder}/cache-of-keywords"
+    scaled = [
+        started(folder, mine, f"tasks.pairs.objective={{name: test_preference:Scaled, times: {x}}}")
+        for x in (1, 2)
+    ]
+    usual = [started(folder, mine, f"tasks.pairs.objective.beta={x}") for x in (0.1, 0.2)]
+    return [*scaled, *usual]
+
+
+def test_a_reference_that_can_read_keywords_is_kept_for_these_keywords(folder):
+    """The losses of this repository read none: runs with another `beta` share what is kept."""
+    (rank,) = run_distributed(keyed, 1, str(folder))
+    once, twice, first, second = rank
+    np.testing.assert_allclose(twice["column"], 2 * once["column"], rtol=1e-6)
+    assert once["asked"] == twice["asked"] == first["asked"] and second["asked"] == []
+    np.testing.assert_array_equal(second["column"], first["column"])
 
 
 def stopped(folder: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from contract import CHECKS
 
 from balancers.methods import METHODS, method
 from balancers.wrapper import Wrapper
-from mtl.config import load
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -65,12 +64,3 @@ def test_every_page_the_readme_links_to_exists():
     missing = [target for target in targets if not (Path(__file__).parent.parent / target).exists()]
     assert targets and not missing
     assert "@@" not in README, "a figure still to be filled in"
-
-
-def test_the_quickstarts_configurations_differ_in_the_balancer_and_the_folder_only():
-    configs = Path(__file__).parent.parent / "configs"
-    first, *others = (
-        load(configs / f"quickstart{name}.yaml").resolved() for name in ("", "-equal", "-tokens")
-    )
-    for other in others:
-        assert {key for key in first if first[key] != other[key]} == {"balancer", "output"}

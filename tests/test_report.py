@@ -110,6 +110,25 @@ def test_tasks_in_another_order_keep_their_names(tmp_path, monkeypatch):
     assert weights == [[0.1, 0.9]] * 2
 
 
+def test_the_lowest_macro_loss_of_every_run_is_within_the_frame(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    found = report.histories([write(tmp_path / "one", "ab"), write(tmp_path / "two", "ab")])
+    for name, last in (("one", 1.0), ("two", 2.5)):
+        found[name] = replace(
+            found[name],
+            eval_steps=np.arange(4),
+            eval_losses=np.array([[9.0, 9.0], [3.0, 3.0], [2.8, 2.8], [last, last]]),
+            weights=np.full((1, 2), 0.5),
+            averages=np.full(4, np.nan),
+        )
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    report.figure(found, tmp_path / "figure.png")
+    for axes in drawn[0].axes[4:6]:
+        low, high = axes.get_ylim()
+        assert low == pytest.approx(1.0 - 0.1 * 1.9, abs=1e-5) and 2.9 < high < 9.0
+
+
 def test_a_torn_line_names_file_and_line(tmp_path):
     run = write(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:

@@ -198,6 +198,12 @@ def test_equal_settings_are_told_apart_by_their_folders(tmp_path):
     assert "configurations do not differ" in page.page([side])
 
 
+def test_runs_of_one_seed_are_not_seeds_of_each_other(tmp_path):
+    again = [recorded.write(tmp_path / name / "run", seed=0) for name in ("a", "b")]
+    (side,) = compare.sides([*again, recorded.write(tmp_path / "c" / "run", seed=1)])
+    assert all(len(each) == 1 for each in side.groups.values()) and len(side.groups) == 3
+
+
 def test_runs_of_unlike_tasks_stand_apart(tmp_path):
     one, two = (
         recorded.write(tmp_path / "one"),

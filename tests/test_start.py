@@ -1,8 +1,10 @@
 """Adapters and where a run starts from: nothing of a tied table, a trained adapter or a checkpoint is lost without a word."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -18,6 +20,8 @@ from mtl import build, plugins
 from mtl.distributed import masters
 from mtl.merging import merge
 from mtl.merging.average import average
+from mtl.models import accelerate, adapters
+from mtl.models.errors import ModelError
 from mtl.output.export import export
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -228,6 +232,14 @@ def test_an_adapter_that_does_not_fit_is_refused(first, tmp_path):
             f"output={tmp_path}/run",
         )  # fmt: skip
         assert ended.codes == [1] and text in ended.err, ended.err
+    with_scales = shutil.copytree(first / "run" / "model", tmp_path / "scales")
+    settings = json.loads((with_scales / "adapter_config.json").read_text())
+    settings["alpha_pattern"] = {"q_proj": 64}
+    (with_scales / "adapter_config.json").write_text(json.dumps(settings))
+    scales = [f"model.adapter={with_scales}", "model.lora={r: 4, alpha: 8}"]
+    config = plugins.read(str(first / "x.yaml"), scales)
+    with pytest.raises(ModelError, match="beside an adapter with alpha_pattern, wanted null. Leave"):
+        adapters.add(toys.tiny_llama(), config)
     toys.tiny_llama(hidden_size=32).save_pretrained(tmp_path / "other")
     either = f"model.adapter={{path: {first}/run/model, other_base: true}}"
     other = [either, f"output={tmp_path}/run"]
@@ -302,3 +314,44 @@ def test_a_run_in_bf16_starts_with_lower_bits_of_its_seed(tmp_path):
         assert ((mine["bf16"] & 0xFFFF) != 0).float().mean() > 0.9, "between the grid's points"
         assert torch.equal(mine["again"], mine["bf16"])
         assert (mine["other seed"] != mine["bf16"]).float().mean() > 0.9
+
+
+def said_at_the_start(yaml: str) -> dict[tuple[str, float], list[str]]:
+    """What a run says where a product in bf16 takes so many times as long as in fp32."""
+    found = {}
+    for precision in ("fp32", "bf16", "bf16_autocast"):
+        config = plugins.read(yaml, [f"model.precision={precision}"], runs.ALLOWED)
+        data = build.encode(config, runs.ALLOWED, say=lambda text: None)
+        for times in (0.4, 97.4):
+            said = []
+            with patch.object(accelerate, "bf16_over_fp32", lambda times=times: times):
+                build.start_engine(config, data, say=said.append)
+            found[precision, times] = [text for text in said if "slow" in text]
+    return found
+
+
+def test_bf16_on_a_cpu_that_has_no_instructions_for_it_is_remarked_on(tmp_path):
+    (found,) = run_distributed(said_at_the_start, 1, str(runs.write(tmp_path)))
+    text = (
+        "model.precision: {} is slow on this CPU: a matrix product takes 97 times as long as in "
+        "fp32. Set model.precision: fp32."
+    )
+    slow = {key: [text.format(key[0])] for key in found if key[0] != "fp32" and key[1] > 1}
+    assert found == dict.fromkeys(found, []) | slow
+    assert len(slow) == 2
+
+
+def test_what_bf16_costs_is_measured(monkeypatch):
+    clock = [0.0]
+
+    class Matrix:
+        def __init__(self, *_: int, dtype: torch.dtype):
+            self.seconds, self.first = (6.0 if dtype == torch.bfloat16 else 1.5), 50.0
+
+        def __matmul__(self, other: "Matrix") -> None:
+            clock[0] += self.seconds + self.first
+            self.first = 0.0
+
+    monkeypatch.setattr(torch, "ones", Matrix)
+    monkeypatch.setattr(accelerate.time, "perf_counter", lambda: clock[0])
+    assert accelerate.bf16_over_fp32() == 4.0

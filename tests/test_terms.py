@@ -236,6 +236,24 @@ def test_a_task_may_be_called_as_a_penalty_is(sums, penalty, bad):
     )  # fmt: skip
 
 
+def test_ranks_add_penalties_in_one_order():
+    """Whichever comes first in a rank's micro-batches."""
+
+    def objective(forward, micro, k: int) -> Terms:
+        penalties = {name: torch.tensor(x) for name, x in micro.items()}
+        return Terms(torch.ones(2), torch.tensor([1, 1]), penalties)
+
+    class Micro(dict):
+        def to(self, device):
+            return self
+
+    one, other = Micro(a=1.0), Micro(b=2.0)
+    for micros in [one, other], [other, one]:
+        batch = GlobalBatch(micros, torch.tensor([2, 2]), 10)
+        report = train_step(Still(), objective, batch, np.ones(2), 0.1, ["x", "y"])
+        assert list(report.penalties.items()) == [("a", 0.5), ("b", 1.0)]
+
+
 # --- the schedule
 
 
@@ -322,10 +340,21 @@ SUMS, COUNTS = torch.ones(2), torch.ones(2, dtype=torch.int64)
             Terms(SUMS, COUNTS, {"router": SUMS}),
             r"Terms.penalties\['router'\] is torch.float32 \(2,\)",
         ),
+        (
+            Terms(SUMS, COUNTS, {}, {"entropy": torch.ones(2, 2)}),
+            r"Terms.measures has 'entropy', wanted names of its attribute `measures`: 'accuracy'",
+        ),
+        (
+            Terms(SUMS, COUNTS, {}, {"accuracy": torch.ones(1, 2)}),
+            r"Terms.measures\['accuracy'\] is torch.float32 \(1, 2\), wanted .* \(2, m\)",
+        ),
+        (Terms(SUMS, COUNTS, {}, {"accuracy": SUMS}), r"Terms.measures\['accuracy'\] is"),
+        (Terms(SUMS, COUNTS, {}, {"accuracy": 0.5}), r"Terms.measures\['accuracy'\] is float"),
     ],
 )
 def test_an_objective_returns_terms_of_all_tasks(returned, text):
     with pytest.raises(ValueError, match=f"objective mine: {text}"):
-        check_terms(returned, 2, "mine")
-    fine = Terms(SUMS, COUNTS, {"router": torch.ones(())})
-    assert check_terms(fine, 2, "mine") is fine
+        check_terms(returned, 2, "mine", ["accuracy"])
+    measures = {"accuracy": torch.ones(2, 3, dtype=torch.int64)}
+    fine = Terms(SUMS, COUNTS, {"router": torch.ones(())}, measures)
+    assert check_terms(fine, 2, "mine", ["accuracy", "another"]) is fine

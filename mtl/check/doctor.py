@@ -78,6 +78,20 @@ def check() -> None:
         raise DoctorError("\n  ".join(["a run would fail here:", *wrong]))
 
 
+def speed() -> list[str]:
+    """What `model.precision: bf16` costs on this machine's CPUs; nothing where it has another
+    device. Call it after `check`: it needs DeepSpeed.
+    """
+    import torch
+
+    from mtl.models import accelerate
+
+    if torch.accelerator.device_count():
+        return []
+    times = accelerate.bf16_over_fp32()
+    return [f"bf16        a matrix product takes {times:.1f} times as long as in fp32"]
+
+
 def start(processes: int, command: Sequence[str]) -> None:
     """Run `command` as that many ranks of this host, and wait.
 

@@ -3,10 +3,10 @@
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtl.config import dump, parse
 from mtl.data.encoded import DataError
@@ -28,9 +28,19 @@ model:
 {tasks}batch: {{examples: 32, tokens: 8192}}   # examples a step; token positions of a GPU's forward
 train: {{epochs: 1}}
 optimizer: {{lr: 2.0e-5}}
-schedule: {{name: cosine, warmup: 20}}
-balancer: {{name: CoBa, warmup: 100}}          # equal weights for so many steps, then by slopes
+schedule: {{name: cosine}}                   # warmup: 20, once there are hundreds of steps
+balancer: {{name: CoBa, gate: 1.0}}          # equal weights for 100 steps (warmup), then by slopes
+mix: {{shares: equal, follow: balancer}}     # a task is drawn as often as its weight says
 output: runs/{name}
+"""
+# What rows need that the YAML says once for all tasks, or that only their owner can choose.
+LABELS = """\
+# {task}: nothing reads its `label`. For a classifier: model.loader: sequence_classification,
+# objective: classification, format: labeled (docs/classification.md). As an answer in words:
+# format: {{name: prompt_completion, prompt: text, completion: label}}.
+"""
+CHOICES = """\
+# {task}: its rows are dropped unless model.loader and objective are kpe (docs/kpe.md).
 """
 
 
@@ -66,7 +76,8 @@ def starter(files: Sequence[str]) -> str:
     if problems:
         raise DataError("\n".join(problems))
     run = next(iter(tasks)) if len(tasks) == 1 else "mine"
-    text = TEXT.format(tasks=dump({"tasks": tasks}), name=run)
+    remarks = (_remark(task, entry, sides[task]["train"][0]) for task, entry in tasks.items())
+    text = TEXT.format(tasks="".join([dump({"tasks": tasks}), *remarks]), name=run)
     parse(text, "the starter")  # what we write is what we read
     return text
 
@@ -113,7 +124,17 @@ def _entry(task: str, paths: dict[str, list[str]]) -> dict[str, object]:
     # No validation file: a part of the training rows is held out.
     paths = {**paths, "validation": paths["validation"] or [HELD_OUT]}
     entry = {side: some[0] if len(some) == 1 else some for side, some in paths.items() if some}
-    return {**entry, "format": next(iter(formats.values()))}
+    form = next(iter(formats.values()))
+    # Pairs have no tokens to predict: the objective of the other tasks would drop them.
+    objective = {"objective": "preference"} if form == "preference" else {}
+    return {**entry, "format": form, **objective}
+
+
+def _remark(task: str, entry: dict[str, object], file: str) -> str:
+    if entry["format"] == "choices":
+        return CHOICES.format(task=task)
+    labeled = entry["format"] == "text" and any("label" in row for row in _sample(file))
+    return LABELS.format(task=task) if labeled else ""
 
 
 def recognise(file: str) -> str:
@@ -122,8 +143,7 @@ def recognise(file: str) -> str:
     Raises:
         DataError: none reads any, with what the first row holds.
     """
-    rows = [row.value for row in itertools.islice(open_source(file).rows(), SAMPLE)]
-    rows = [row for row in rows if row is not None]
+    rows = _sample(file)
     # Of formats that read equally many, the first in FORMATS wins.
     counts = Counter(
         {form: sum(_reads(dotted, row) for row in rows) for form, dotted in FORMATS.items()}
@@ -135,7 +155,13 @@ def recognise(file: str) -> str:
     return best
 
 
-def _reads(dotted: str, row: dict) -> bool:
+def _sample(file: str) -> list[Mapping[str, Any]]:
+    """The first rows that can be read."""
+    rows = (row.value for row in itertools.islice(open_source(file).rows(), SAMPLE))
+    return [row for row in rows if row is not None]
+
+
+def _reads(dotted: str, row: Mapping[str, Any]) -> bool:
     module, _, function = dotted.partition(":")
     try:
         getattr(import_module(module), function)(row)

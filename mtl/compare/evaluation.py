@@ -143,7 +143,7 @@ def evaluator(
         start = (config.adapter.path, None) if config.adapter else (name, revision)
         model, packed = opened(*start)
         settings = config.resolved()["model"]
-        reference.fill(model, goals.each, tasks, layouts(packed), settings, say)
+        reference.fill(model, goals.each, goals.specs, tasks, layouts(packed), settings, say)
         # Before the next one is loaded.
         del model
 
@@ -177,7 +177,7 @@ def opener(
         try:
             module = _load(config, model_folder(str(folder)), data, allow_code, revision)
         except ModelError as error:
-            if folder.exists():
+            if Path(folder).exists():
                 raise
             raise ModelError(
                 f"{folder}: found no such folder and no such model on the hub, wanted a checkpoint "

@@ -134,14 +134,14 @@ def table(found: Mapping[str, Imbalance]) -> list[list[str]]:
 
 
 def figure(found: Mapping[str, Imbalance], path: Path) -> None:
-    """Each curve over the place in the first epoch. Needs matplotlib (`coba-mtl[plot]`)."""
+    """Each curve over the place in the first epoch. Needs matplotlib (the extra `plot`)."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as e:
-        raise ValueError("matplotlib is not installed: pip install 'coba-mtl[plot]'.") from e
+        raise ValueError("matplotlib is not installed: pip install matplotlib.") from e
     fig, axes = plt.subplots(figsize=(7, 4))
     for name, one in found.items():
         x = (np.arange(len(one.curve)) + 0.5) / len(one.curve)

@@ -60,7 +60,9 @@ def comparison(runner: Runner) -> dict[str, Any]:
             row["captured"] = _captured(arms[arm], arms[study.equal], shared)
             row["cost_of_equal"] = row["cost"] / equal["cost"]
     tested = [rows[arm] for arm in study.tested if "p" in rows.get(arm, {})]
-    for row, p in zip(tested, statistics.holm([row["p"] for row in tested]), strict=True):
+    # Of all arms tested: one that failed or is not finished takes no test away from the others.
+    adjusted = statistics.holm([row["p"] for row in tested], len(study.tested))
+    for row, p in zip(tested, adjusted, strict=True):
         row["p_holm"] = p
     runs = study.runs()
     done = sum(runner.path(run).is_file() for run in runs)
@@ -169,7 +171,7 @@ def _against(
 
 def _captured(found: Mapping[int, Any], equal: Mapping[int, Any], seeds: list[int]) -> float | None:
     """(G_equal - G) / (G_equal - G_oracle), where the oracle reads each task of equal's runs at its
-    own best step. None where that is no gain.
+    own best step. None where that is no gain, or not known.
     """
     if not seeds:
         return None
@@ -177,6 +179,9 @@ def _captured(found: Mapping[int, Any], equal: Mapping[int, Any], seeds: list[in
     def mean(results: Mapping[int, Any], at: str) -> float:
         return float(np.mean([_score(results[seed]["test"][at]) for seed in seeds]))
 
+    # Runs from before this arm was named `equal:` did not read their tasks' own best models.
+    if not all("own" in equal[seed]["test"] for seed in seeds):
+        return None
     room = mean(equal, "best") - mean(equal, "own")
     return (mean(equal, "best") - mean(found, "best")) / room if room > 0 else None
 
@@ -259,7 +264,7 @@ def _cells(arm: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def figure(found: Mapping[str, Any], path: Path) -> bool:
-    """Draw every arm's paired differences; whether matplotlib (`coba-mtl[plot]`) is there to."""
+    """Draw every arm's paired differences; whether matplotlib (the extra `plot`) is there to."""
     try:
         import matplotlib
 

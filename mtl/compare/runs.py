@@ -7,6 +7,7 @@ run's own folder, OUT/KIND/ARM/seed-N, goes away with its checkpoints then.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,7 @@ class Runner:
         """Train, or go on with it, read the test rows, write the result.
 
         Raises:
-            StudyError: a program failed; its log is named.
+            StudyError: a program failed, and its log is named; or a test loss is 0 or not finite.
         """
         folder, began = self.out / run.name, time.monotonic()
         overrides = [self._filled(run, each) for each in self.study.overrides(run)]
@@ -93,6 +94,7 @@ class Runner:
         reported = {what: {task: test[what][task] for task in names} for what in ("best", "last")}
         if f"own {names[0]}" in test:
             reported["own"] = {task: test[f"own {task}"][task] for task in names}
+        _refuse_degenerate(reported, losses)
         result = {
             **asdict(run),
             "key": self.study.key(run),
@@ -200,20 +202,36 @@ def _steps(history: History) -> dict[str, Any]:
     return {"last": int(at[-1]), "best": best, "own": history.best_steps}
 
 
+def _refuse_degenerate(test: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    for which, losses in test.items():
+        for task, loss in losses.items():
+            # G is a mean of logs: one such loss would be all of it.
+            if not 0 < loss < np.inf:
+                raise StudyError(
+                    f"{path}: found {loss} for {task} ({which}), wanted a loss above 0 that is "
+                    "finite. Look at the run's log and at the task's test rows."
+                )
+
+
 def _by_task(names: list[str], values: np.ndarray) -> Mapping[str, Any]:
-    return {name: np.round(row, 5).tolist() for name, row in zip(names, values, strict=True)}
+    # Digits, not decimals: a small loss must not become 0, whose log is -inf.
+    short = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
+    return {name: short(row).tolist() for name, row in zip(names, values, strict=True)}
 
 
 def slurm(runner: Runner, program: Path) -> str:
     """An sbatch script: one task of the array a run, then `--report` by hand."""
     count = len(runner.study.runs())
-    options = f"{runner.study.path} --out {runner.out} --threads {runner.threads}"
+    options = [str(runner.study.path), "--out", str(runner.out), "--threads", str(runner.threads)]
+    options += [part for each in runner.study.allow_code for part in ("--allow-code", each)]
+    options += ["--keep"] * runner.keep
+    command = shlex.join([sys.executable, str(program), *options])
     return (
         "#!/usr/bin/env bash\n"
         f"#SBATCH --job-name={runner.study.path.stem} --array=1-{count} --ntasks=1\n"
         f"#SBATCH --cpus-per-task={runner.threads} --output=slurm-%A-%a.out\n"
         "# For GPUs add --gpus-per-task=1. Submitted again it goes on where it was; then:\n"
-        f"#   {sys.executable} {program} {options} --report\n"
+        f"#   {command} --report\n"
         f'cd "${{SLURM_SUBMIT_DIR:?submit this with sbatch}}"\n'
-        f'exec {sys.executable} {program} {options} --number "$SLURM_ARRAY_TASK_ID"\n'
+        f'exec {command} --number "$SLURM_ARRAY_TASK_ID"\n'
     )

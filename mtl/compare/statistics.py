@@ -75,13 +75,17 @@ def pairs_for(tests: int) -> int:
     return next(n for n in range(1, EXACT + 1) if least_p(n) * tests <= 1 - LEVEL)
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def holm(p: Sequence[float], tests: int | None = None) -> list[float]:
     """p adjusted for as many tests (Holm 1979): the i-th smallest times the number of tests left,
     never below one before it.
+
+    Args:
+        tests: how many there are, those without a p so far counted in; None: as many as p.
     """
+    tests = len(p) if tests is None else tests
     adjusted, highest = np.ones(len(p)), 0.0
     for i, k in enumerate(np.argsort(p, kind="stable")):
-        highest = max(highest, min(1.0, (len(p) - i) * p[k]))
+        highest = max(highest, min(1.0, (tests - i) * p[k]))
         adjusted[k] = highest
     return adjusted.tolist()
 

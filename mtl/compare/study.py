@@ -174,7 +174,7 @@ def read(path: Path, allow_code: Sequence[str] = ()) -> Study:
 
     Raises:
         StudyError: an unknown key, an arm that is not there, too few seeds for a claim, an arm
-            whose experiment does not resolve or has a task without test rows.
+            whose experiment does not resolve, has a task without test rows, or probes all rows.
     """
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -251,6 +251,9 @@ def _check(study: Study) -> None:
             for task, section in config.streams.items()
             if section.test is None
         ]
+        if config.evaluate.probe.examples == "all":
+            wanted = "batch or a number: with all, its cost is not known beforehand"
+            problems.append(config.error("evaluate.probe.examples", "all", wanted))
         for place in PLACE.finditer(" ".join(run.overrides)):
             if run.kind != "arms" or place["arm"] not in list(arms)[: list(arms).index(run.arm)]:
                 problems.append(

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mtl.config.document import ConfigError, Document, Keys, Problem, child, show
+from mtl.config.foreign import HERE
 from mtl.config.rules import contradictions
 from mtl.config.schema import FILES, Config, TaskName
 from mtl.config.words import did_you_mean, either, elsewhere, model_of, next_move, type_at, wanted
@@ -111,6 +112,8 @@ def _problem(document: Document, kind: str, location: Sequence[str | int]) -> Pr
             keys, f"the name {show(keys[-1])}", wanted(TaskName), "Rename the task."
         )
     if kind == "extra_forbidden":
+        if len(keys) == 1 and keys[0] in HERE:
+            return document.problem(keys, "a key of another framework", HERE[keys[0]])
         known = model_of(type_at(Config, keys[:-1])).model_fields
         hint = did_you_mean(keys[-1], known) or elsewhere(Config, keys[-1])
         return document.problem(keys, "an unknown key", either(known), hint)

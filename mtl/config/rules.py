@@ -14,7 +14,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from mtl.config.document import Document, Keys, Problem, child, show
-from mtl.config.schema import BEST, RESERVED, Config, adapter_folder, short_name
+from mtl.config.schema import (
+    BEST,
+    RESERVED,
+    Config,
+    adapter_folder,
+    short_name,
+    takes_one_row,
+)
 from mtl.config.words import did_you_mean, either, model_of, type_at, wanted
 
 OWN = ("train", "validation", "format")  # what a task with rows has
@@ -198,10 +205,26 @@ def _lengths(get: Get) -> Iterator[Finding]:
         )
 
 
+def _one_row(get: Get) -> Iterator[Finding]:
+    attention, tokens, row = (
+        get("model", "attention"),
+        get("batch", "tokens"),
+        get("batch", "row_length"),
+    )
+    packs = get("batch", "packing") is not False
+    if packs and row not in (None, tokens) and takes_one_row(attention):
+        wanted = f"null with model.attention: {attention}"
+        hint = "This kernel tells packed examples apart only where a micro-batch is one row."
+        yield ("batch", "row_length"), show(row), wanted, hint
+
+
 def _evaluation(get: Get) -> Iterator[Finding]:
-    longest, tokens = get("batch", "max_length"), get("evaluate", "tokens")
-    if tokens is not None and longest > tokens:
-        yield ("evaluate", "tokens"), show(tokens), f"at least batch.max_length, {longest}", ""
+    tokens = get("evaluate", "tokens")
+    for key in "row_length", "max_length":
+        least = get("batch", key) or 0
+        if tokens is not None and least > tokens:
+            yield ("evaluate", "tokens"), show(tokens), f"at least batch.{key}, {least}", ""
+            return
 
 
 def _generate(get: Get) -> Iterator[Finding]:
@@ -497,6 +520,7 @@ RULES = (
     _follow,
     _known_order,
     _lengths,
+    _one_row,
     _evaluation,
     _generate,
     _momentum,

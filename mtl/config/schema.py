@@ -327,7 +327,7 @@ class BatchSection(Section):
     row_length: Count | None = None
     """The most token positions of a packed row; null: chosen from the attention kernel and the
     longest example. Up to this, rows get the length that leaves least padding. Where it equals
-    `tokens`, a micro-batch is one row.
+    `tokens`, a micro-batch is one row; a flash kernel packs no other.
     """
 
 
@@ -391,8 +391,14 @@ _FROM = Field(
     "(`RUN/checkpoints/step-...`), an exported model or an adapter. null: those of `model.name`. "
     "`model.name` always names the tokenizer, and an adapter's base model.",
 )
+# There is none to read docstrings from, and the search takes 0.1 s.
+_NO_SOURCE = {"use_attribute_docstrings": False}
 TrainSection = create_model(  # a class statement cannot have an attribute named `from`
-    "TrainSection", __base__=_Train, __doc__=_Train.__doc__, **{"from": (TextPath | None, _FROM)}
+    "TrainSection",
+    __base__=_Train,
+    __doc__=_Train.__doc__,
+    __cls_kwargs__=_NO_SOURCE,
+    **{"from": (TextPath | None, _FROM)},
 )
 
 
@@ -489,6 +495,7 @@ PatienceSection = create_model(
     "PatienceSection",
     __base__=_Patience,
     __doc__=_Patience.__doc__,
+    __cls_kwargs__=_NO_SOURCE,
     **{"from": (TextPath | None, _TIMES)},
 )
 
@@ -656,12 +663,13 @@ class Config(Section):
     schedule: ScheduleSection = ScheduleSection()
     """Learning rate over the steps."""
     balancer: Spec = Spec(name="CoBa")
-    """The method that sets the tasks' weights: one of `balancers`, or a class of yours."""
+    """The method that sets the tasks' weights: one of docs/balancers.md, or a class of yours."""
     gram: GramSection = GramSection()
     """The balancer's gradients."""
     objective: Spec = Spec(name="causal_lm")
     """What is minimized. `causal_lm`: cross-entropy of the next tokens; `router_loss: 0.02` adds a
-    mixture of experts' load balancing loss.
+    mixture of experts' load balancing loss. Others: `classification`, `preference`, `kpe`,
+    `zeroae_classify`, `zeroae_generate`, or one of yours (docs/extend.md).
     """
     average: AverageSection | None = None
     """An average of the trained weights beside them; null: none."""
@@ -760,6 +768,11 @@ def adapter_folder(path: str) -> Path | None:
     """The folder of a PEFT adapter, if the path is one."""
     folder = model_folder(path)
     return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def takes_one_row(attention: str | None) -> bool:
+    """Whether an attention kernel tells packed examples apart only in a batch of one row."""
+    return "flash" in (attention or "")  # transformers' own test, for hub kernels too
 
 
 def short_name(name: str) -> str:

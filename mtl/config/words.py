@@ -84,10 +84,11 @@ def either(words: Iterable[Any]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
+def did_you_mean(word: Any, choices: Iterable[str]) -> str:
     """ "Did you mean steps?", or nothing where nothing is close."""
     folded = {choice.casefold(): choice for choice in choices}
-    close = difflib.get_close_matches(word.casefold(), list(folded), n=1)
+    # The YAML may have a number or null where a word is wanted.
+    close = difflib.get_close_matches(str(word).casefold(), list(folded), n=1)
     return f"Did you mean {folded[close[0]]}?" if close else ""
 
 

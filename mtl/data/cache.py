@@ -2,12 +2,16 @@
 
 A hash of everything that decides a split's content names its folder. It covers the sources' bytes,
 the tokenizer with its chat template, and the format with its keywords. It also covers the length
-policy, the cap and the code that encodes. The folder holds `rows.arrow` (Arrow's stream format, a
+policy, the cap and the code that encodes; of code from outside, what it imports of its package too.
+The folder holds `rows.arrow` (Arrow's stream format, a
 row an example; `datasets.Dataset.from_file` reads it too), `report.json` and `checksums.json`. What
 a starting model says of the rows comes beside them (`mtl/train/reference.py`).
 """
 
+import ast
+import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -185,6 +189,12 @@ def encode_split(
             if len(split) == 0
             else f"{long:,} rows above batch.max_length, with too_long: error"
         )
+        if len(split) == 0 and side and side[1]:
+            found += (
+                f" among the {side[0]:.2g} of the training rows that are held out (by what they "
+                "hold: of few rows it may be none), wanted one at least. Give validation rows of "
+                "their own, or how many to hold out, such as 20"
+            )
         raise DataError("\n  ".join([f"found {found}", *split.problems()]))
     return split
 
@@ -469,8 +479,10 @@ def _key(
     function = getattr(
         to_example, "func", getattr(to_example, "target", to_example)
     )  # of a partial, a spec.Maker
+    used = (function, type(examples))
     identity = {
-        "sources": [one.fingerprint() for one in sources],
+        # The same bytes under another suffix are read in another way.
+        "sources": [[type(one).__name__, one.fingerprint()] for one in sources],
         "format": [function.__module__, function.__qualname__, getattr(to_example, "keywords", {})],
         "examples": [type(examples).__qualname__, examples.identity],
         "cap": cap,
@@ -479,19 +491,12 @@ def _key(
         "code": [
             module_hash(thing)
             for thing in (
-                *(
-                    function,
-                    open_source,
-                    RowProblem,
-                    Encoder,
-                    Specials,
-                    find_turns,
-                    Report,
-                    Summing,
-                ),
-                type(examples),
+                *used,
+                *(_outcome, open_source, RowProblem, Encoder, Specials),
+                *(find_turns, Report, Summing),
             )
         ],
+        "imports": [_imports_hash(one.__module__) for one in used if not _is_ours(one)],
     }
     return hash_of(json.dumps(identity, sort_keys=True, default=repr))
 
@@ -504,6 +509,42 @@ def module_hash(thing: Callable[..., object]) -> str:
         return ""
 
 
+def _is_ours(thing: Callable[..., object]) -> bool:
+    return thing.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _imports_hash(name: str) -> str:
+    """Equal for equal source, comments aside, of a module and of what it imports of its package."""
+    package, sources, ahead = name.partition(".")[0], {}, [name]
+    while ahead:
+        name = ahead.pop()
+        if name in sources or name.partition(".")[0] != package:
+            continue
+        sources[name] = ""
+        # From the files: which modules are loaded differs from process to process.
+        # Other errors than OSError: no module has this name, or it has no source.
+        with suppress(OSError, ImportError, ValueError, AttributeError, TypeError, SyntaxError):
+            spec = importlib.util.find_spec(name)
+            source = Path(spec.origin).read_text(encoding="utf-8")
+            ahead += _imported(source, spec.parent)
+            sources[name] = _without_comments(source)
+    return hash_of(json.dumps(sources, sort_keys=True))
+
+
+@functools.cache
+def _imported(source: str, package: str) -> tuple[str, ...]:
+    """The full names of what a module of the package imports, its attributes among them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names += [base, *(f"{base}.{each.name}" for each in node.names)]
+    return tuple(names)
+
+
+@functools.cache  # every split of a run asks it of the same few modules
 def _without_comments(source: str) -> str:
     """Lines with something else than a comment, without the comments at their ends."""
     lines = source.splitlines()

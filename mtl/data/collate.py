@@ -193,8 +193,10 @@ def deal(
     else:
         rows = _fill(lengths, order, world, tokens, row_length) if order else []
     widths = [sum(lengths[i] for i in row) for row in rows]
+    # A row that may fill a micro-batch has one for itself: FlashAttention packs no other.
+    taken = [tokens] * len(rows) if row_length == tokens else widths
     micros = sorted(
-        _split(widths, world, tokens),
+        _split(taken, world, tokens),
         key=lambda micro: -(micro.stop - micro.start) * sum(widths[micro.start :][:1]),
     )
     # Deal back and forth over the ranks: the next, smaller round takes back a round's differences.

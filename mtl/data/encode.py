@@ -62,7 +62,7 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
             revision=model.revision,
             trust_remote_code=model.allow_remote_code,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # tokenizers raises no other class for a file that it cannot read
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise DataError(
@@ -72,6 +72,8 @@ def load_tokenizer(model: TokenizerChoice, where: str = "config") -> PreTrainedT
         hint = (
             " Ask its owner for access, then log in with `hf auth login` or set HF_TOKEN."
             if "gated" in text
+            else " Its tokenizer.json is damaged, or of a newer version of tokenizers."
+            if type(error) is Exception
             else ""
         )
         raise DataError(

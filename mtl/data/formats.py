@@ -132,17 +132,8 @@ def messages(
         roles: further names of roles, and which of ROLES each is.
         may_drop: of LEFT_OUT, what the chat template may leave out of a row.
     """
-    said = _get(row, messages, list)
-    if row.get(system):
-        first = {"role": "system", "content": _get(row, system, str)}
-        if said and isinstance(said[0], Mapping) and said[0].get("role") == "system":
-            raise RowProblem(
-                "bad value", f"found {system} and a system turn in {messages}, wanted one of them"
-            )
-        turns, context = _turns(said, messages, roles)
-        turns, context = [first, *turns], frozenset(i + 1 for i in context)
-    else:
-        turns, context = _turns(said, messages, roles)
+    turns, context = _turns(_get(row, messages, list), messages, roles)
+    turns, context = _led(row, system, turns, context, messages)
     return _conversation(turns, _tools(row, tools), context, may_drop)
 
 
@@ -252,12 +243,10 @@ def sharegpt(
     """
     turns: list[Mapping[str, Any]] = []
     context = set()
-    if row.get(system):
-        turns.append({"role": "system", "content": _get(row, system, str)})
     for i, turn in enumerate(_get(row, conversations, list), 1):
         at = f"{conversations}, turn {i}: "
         said = _get(_object(turn, conversations), content, str, at)
-        # The number that this turn is about to get, a system turn before it counted.
+        # The number that this turn is about to get.
         if not _trained(turn, at):
             context.add(len(turns))
         if turn.get(role) == "function_call":
@@ -266,6 +255,7 @@ def sharegpt(
             turns.append(
                 {"role": _role(_get(turn, role, str, at), SHAREGPT_ROLES, at), "content": said}
             )
+    turns, context = _led(row, system, turns, context, conversations)
     return _conversation(turns, _tools(row, tools), context, may_drop)
 
 
@@ -301,6 +291,24 @@ SHAREGPT_ROLES = {
 }
 
 
+def wrong_values(
+    keywords: Mapping[str, Any],
+) -> Iterator[tuple[tuple[str, ...], Any, str, Sequence[str]]]:
+    """What `roles` and `may_drop` of a format here cannot hold: the path, what is found, what is
+    wanted, and the words there are.
+    """
+    roles, may_drop = keywords.get("roles") or {}, keywords.get("may_drop", ())
+    if not isinstance(roles, Mapping):
+        yield ("roles",), roles, "a mapping of names to roles", ()
+        roles = {}
+    for name, role in roles.items():
+        if role not in ROLES:
+            yield ("roles", name), role, f"one of {', '.join(ROLES)}", ROLES
+    for one in may_drop if isinstance(may_drop, list | tuple) else [may_drop]:
+        if one not in LEFT_OUT:
+            yield ("may_drop",), one, f"some of {', '.join(LEFT_OUT)}", LEFT_OUT
+
+
 def _turns(
     said: Sequence[Any], key: str, roles: Mapping[str, str] | None = None
 ) -> tuple[list[Mapping[str, Any]], frozenset[int]]:
@@ -327,6 +335,24 @@ def _turns(
             turn["content"] = "".join(_part(part, at) for part in turn["content"])
         turns.append(turn)
     return turns, frozenset(context)
+
+
+def _led(
+    row: Mapping[str, Any],
+    system: str,
+    turns: list[Mapping[str, Any]],
+    context: Collection[int],
+    key: str,
+) -> tuple[list[Mapping[str, Any]], Collection[int]]:
+    """Turns and their context, after the row's `system` where it has one."""
+    if not row.get(system):
+        return turns, context
+    if turns and turns[0]["role"] == "system":
+        raise RowProblem(
+            "bad value", f"found {system} and a system turn in {key}, wanted one of them"
+        )
+    first = {"role": "system", "content": _get(row, system, str)}
+    return [first, *turns], {i + 1 for i in context}
 
 
 def _trained(turn: Mapping[str, Any], at: str) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mtl.config import Config, ConfigError
+from mtl.config.schema import takes_one_row
 from mtl.data.batches import Layout, Layouts, ValidationGroups
 from mtl.data.collate import row_length_for
 from mtl.data.encoded import TaskData
@@ -116,14 +117,16 @@ def layouts_for(
         packed: whether examples that can share a row do (`batch.packing` and the model decide).
         tokens: `batch.tokens`, or that of evaluation.
     """
-    dense_mask = not (config.model.attention or "").startswith("flash")
+    dense_mask = not takes_one_row(config.model.attention)
+    # Without a dense mask a row is the whole micro-batch, whose size differs from pass to pass.
+    given = config.batch.row_length if dense_mask else None
     found = []
     for number, each in enumerate(examples):
         streams = [s for s, mine in enumerate(of) if mine == number]
         splits = [split for s in streams for split in (tasks[s].train, tasks[s].validation)]
         # Both splits use this layout, so the longest example of either has to fit in a row.
         longest = max(int(split.positions.max()) for split in splits)
-        row_length = config.batch.row_length or row_length_for(longest, tokens, dense_mask)
+        row_length = min(tokens, given or row_length_for(longest, tokens, dense_mask))
         # None: with one objective every row is its own, and there is nothing to pick out.
         whose = None if len(examples) == 1 else streams
         packs = packed and each.packs

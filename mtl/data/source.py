@@ -73,8 +73,8 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hexadecimal hash of the content, the same wherever the source lies. Large files are
-        sampled, so it is cheap (`WHOLE`).
+        """A hexadecimal hash of the content, for this class of source: the same wherever it lies.
+        Large files are sampled, so it is cheap (`WHOLE`).
         """
 
     def where(self, number: int) -> str:
@@ -228,7 +228,7 @@ class Delimited(Source):
             raise DataError(f"{self.where(number)}: not readable as CSV: {error}") from error
 
     def fingerprint(self) -> str:
-        return _file_fingerprint(self.path)
+        return _hash(self._delimiter, _file_fingerprint(self.path))
 
 
 class Parquet(Source):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mtl.data.formats import REASONING, Messages, RowProblem
 
-PRIVATE = range(0xF0000, 0xFFF00, 12)  # 12 characters a mark; no standard gives them a meaning
+PRIVATE = range(0xF0000, 0xFFF00, 2)  # two characters a mark; no standard gives them a meaning
 # Marks stand inside tags such as <think>: templates ask whether a content begins or ends with one.
 OPENING = re.compile(r"\s*(?:<[^<>\n]{1,40}>\s*)*")
 ENDING = re.compile(r"(?:\s*<[^<>\n]{1,40}>)*\s*\Z")
@@ -241,12 +241,9 @@ class _Marks:
 
     def __init__(self, text: str):
         used = set(text)
-        base = next(b for b in PRIVATE if used.isdisjoint(map(chr, range(b, b + 12))))
-        first, last, self._open, self._close = map(chr, (base, base + 9, base + 10, base + 11))
-        # Digits of a mark are private characters too, or the texts' own numbers could pass for it.
-        self._hide = {ord("0") + d: base + d for d in range(10)}
-        self._show = {base + d: ord("0") + d for d in range(10)}
-        self._mark = re.compile(f"{self._open}([{first}-{last}]+){self._close}")
+        pairs = ((chr(code), chr(code + 1)) for code in PRIVATE)
+        self._open, self._close = next(pair for pair in pairs if used.isdisjoint(pair))
+        self._mark = re.compile(f"{self._open}([0-9]+){self._close}")
         self.pieces: list[_Shown] = []  # piece n has the marks 2 n and 2 n + 1
 
     def put(self, example: Messages) -> Messages:
@@ -281,11 +278,11 @@ class _Marks:
             plain.append(text[end : match.start()])
             length += match.start() - end
             end = match.end()
-            marks.append((length, int(match[1].translate(self._show))))
+            marks.append((length, int(match[1])))
         return "".join([*plain, text[end:]]), marks
 
     def _text(self, number: int) -> str:
-        return self._open + str(number).translate(self._hide) + self._close
+        return f"{self._open}{number}{self._close}"
 
 
 def _pieces(turn: Mapping[str, Any]) -> Iterator[_Piece]:

@@ -53,7 +53,7 @@ def init_process_group(timeout_minutes: float, watchdog_minutes: float | None = 
             as long as it likes.
 
     Raises:
-        RendezvousError: a rank is missing, or has failed before.
+        RendezvousError: a rank is missing, has failed before, or does not know the port.
     """
     for name, value in {
         "RANK": "0",
@@ -62,8 +62,9 @@ def init_process_group(timeout_minutes: float, watchdog_minutes: float | None = 
         "MASTER_ADDR": "127.0.0.1",
     }.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(process.free_port())
+    # Among several each rank would invent its own, and wait there.
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", str(process.free_port()))
     if get_accelerator().device_name() == "cpu":
         _keep_freed_memory()
     else:

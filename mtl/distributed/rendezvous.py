@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, PrefixStore, TCPStore
 
 from mtl import process
 
@@ -54,7 +54,7 @@ class Meeting:
         if not serves:
             self._find(host, port, deadline, seconds)
         try:
-            self.store = TCPStore(
+            store = TCPStore(
                 host,
                 port,
                 world,
@@ -69,6 +69,10 @@ class Meeting:
                 f"rank {rank} cannot {'listen' if serves else 'speak'} at {self.where}: "
                 f"{str(error).splitlines()[0]} {move}"
             ) from error
+        # torchrun's agent keeps its store when it starts the ranks again: what they said before
+        # stands under another name.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = PrefixStore(f"attempt {attempt}", store)
         self._wait("come", deadline, f"{seconds:.0f} s (engine.rendezvous_minutes)")
 
     def ready(self, seconds: float) -> None:
@@ -168,12 +172,18 @@ def meet(minutes: float, say: Callable[[str], None] = lambda text: None) -> Meet
     """Meet the ranks that the launcher's variables announce, once in a process; None alone.
 
     Raises:
-        RendezvousError: as `Meeting`.
+        RendezvousError: as `Meeting`; or no MASTER_PORT tells where.
     """
     global _meeting
     e = os.environ
     world = int(e.get("WORLD_SIZE", "1"))
-    if _meeting is None and world > 1 and "MASTER_PORT" in e:
+    if _meeting is None and world > 1:
+        if "MASTER_PORT" not in e:
+            raise RendezvousError(
+                f"MASTER_PORT: found nothing beside WORLD_SIZE={world}, wanted a free port of "
+                "rank 0's host, alike on all ranks, such as 29500. Set it, or start with torchrun, "
+                "deepspeed, accelerate, srun or mpirun, which do."
+            )
         host, port = e.get("MASTER_ADDR", "127.0.0.1"), int(e["MASTER_PORT"])
         _meeting = Meeting(int(e["RANK"]), world, host, port, minutes * 60, say)
     return _meeting

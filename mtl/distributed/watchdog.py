@@ -70,7 +70,7 @@ class Watchdog:
     """One rank's watch.
 
     Args:
-        store: what the ranks share (`TCPStore`); None: this process is alone.
+        store: what the ranks of this start share (`Meeting.store`); None: this process is alone.
         seconds: how long the main thread may stand still.
         say: takes messages for people.
         limit: seconds after which a collective should have failed by itself.
@@ -93,8 +93,6 @@ class Watchdog:
             say,
         )
         self.alarms = 0  # of all ranks, as far as known here
-        while self._is_raised():  # a launcher's store remembers those of before a restart
-            self.alarms += 1
         self._every = min(seconds / LOOKS, SELDOM)
         self._stood, self._told, self._limit = Stood(), False, limit
         self._over = threading.Event()
@@ -108,7 +106,8 @@ class Watchdog:
 
     def stop(self) -> None:
         self._over.set()
-        self._thread.join(SELDOM)
+        for thread in (self._thread, self._end):
+            thread.join(SELDOM)
 
     def _end_late(self) -> None:
         """In a thread of its own, which asks nothing of a store: its host may be away."""

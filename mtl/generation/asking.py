@@ -99,9 +99,7 @@ def ask(
     for one, place in zip(found, places, strict=True):
         if not len(one.prompt):
             raise DataError(f"{place}: found a prompt without a token, wanted one to go on from")
-    # The last few ids: an end of turn, and white space that a template puts after it.
-    tails = (split.ids(one.number)[-8:].tolist() for one in found)
-    stops = ends(tails, encoder.tokenizer)
+    stops = ends(last_ids(split, "ids", [one.number for one in found]), encoder.tokenizer)
     return Asked(task, number, metrics, found, places, stops, encoder)
 
 
@@ -324,6 +322,17 @@ def _only(sums: np.ndarray) -> float:
 def evenly(n: int, most: int | None) -> Sequence[int]:
     """Numbers of at most so many of n rows, spread evenly over them; None: of all."""
     return range(n) if most is None or most >= n else [i * n // most for i in range(most)]
+
+
+def last_ids(split: Encoded, column: str, rows: Iterable[int]) -> list[list[int]]:
+    """The last few ids of some rows: an end of turn, and white space that a template puts after it.
+
+    A row that was cut may end anywhere. Where there are such rows, the longest are left out.
+    """
+    texts = [split.columns(row)[column] for row in rows]
+    longest = max(map(len, texts), default=0)
+    whole = (ids for ids in texts if len(ids) < longest or not split.report.truncated)
+    return [ids[-8:].tolist() for ids in whole]
 
 
 def ends(tails: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -39,7 +39,6 @@ METRICS = {
         "code": "code",
     }.items()
 }
-EXTRA = "Install coba-mtl[generate]."
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -105,7 +104,7 @@ def rouge_l(answers: Sequence[Answer], *, stem: bool = False) -> list[float]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ValueError(f"rouge_l: rouge-score is not installed. {EXTRA}") from error
+        raise ValueError("rouge_l: pip install rouge-score: it is not installed.") from error
     scorer = RougeScorer(["rougeL"], use_stemmer=stem)
     return [scorer.score(one.question.answer, one.text)["rougeL"].fmeasure for one in answers]
 
@@ -221,7 +220,7 @@ def _sacrebleu() -> Any:
     try:
         from sacrebleu import metrics
     except ImportError as error:
-        raise ValueError(f"bleu, chrf: sacrebleu is not installed. {EXTRA}") from error
+        raise ValueError("bleu, chrf: pip install sacrebleu: it is not installed.") from error
     return metrics
 
 

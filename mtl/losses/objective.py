@@ -18,7 +18,7 @@ module's in evaluation. An objective may have these attributes:
                 then trained on the divergence from it. Default: none
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,15 +108,19 @@ class Objectives:
     def __call__(self, forward: Callable, batch: Batch, k: int) -> Terms:
         objective = self.each[batch.objective]
         # Every batch is checked: what an objective returns may depend on it.
-        terms = check_terms(objective(forward, batch, k), k, _name(objective))
+        found, measures = objective(forward, batch, k), measures_of(objective)
+        terms = check_terms(found, k, _name(objective), measures)
         return terms.silenced() if batch.is_dummy else terms
 
 
-def check_terms(terms: Any, k: int, name: str) -> Terms:
+def check_terms(terms: Any, k: int, name: str, measures: Collection[str] = ()) -> Terms:
     """What the objective of this name returned, if it is Terms of K tasks.
 
     Sums of shape (1,) would silently be added to every task. We look at shapes and dtypes only, so
     no device waits.
+
+    Args:
+        measures: names that `Terms.measures` may have.
 
     Raises:
         ValueError: it is not.
@@ -128,6 +132,18 @@ def check_terms(terms: Any, k: int, name: str) -> Terms:
     _check(name, "counts", terms.counts, (k,))
     for which, penalty in terms.penalties.items():
         _check(name, f"penalties[{which!r}]", penalty, ())
+    for which, sums in terms.measures.items():
+        if which not in measures:
+            known = ", ".join(map(repr, measures)) or "none"
+            raise ValueError(
+                f"objective {name}: Terms.measures has {which!r}, wanted names of its attribute "
+                f"`measures`: {known}"
+            )
+        if not (isinstance(sums, Tensor) and sums.ndim == 2 and len(sums) == k):
+            raise ValueError(
+                f"objective {name}: Terms.measures[{which!r}] is {_seen(sums)}, wanted a tensor "
+                f"of shape ({k}, m)"
+            )
     return terms
 
 
@@ -137,12 +153,15 @@ def _check(name: str, what: str, found: Any, shape: tuple[int, ...]) -> None:
         fits = found.dtype == torch.int64 if what == "counts" else found.is_floating_point()
         if found.shape == shape and fits:
             return
-        seen = f"{found.dtype} {tuple(found.shape)}"
-    else:
-        seen = type(found).__name__
     raise ValueError(
-        f"objective {name}: Terms.{what} is {seen}, wanted a tensor ({kind}) of shape {shape}"
+        f"objective {name}: Terms.{what} is {_seen(found)}, wanted a tensor ({kind}) of shape "
+        f"{shape}"
     )
+
+
+def _seen(found: Any) -> str:
+    is_tensor = isinstance(found, Tensor)
+    return f"{found.dtype} {tuple(found.shape)}" if is_tensor else type(found).__name__
 
 
 def _name(objective: Any) -> str:

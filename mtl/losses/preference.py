@@ -89,9 +89,13 @@ class PairExamples:
     def __init__(self, book: Book, tokenizer: Any, config: Config):
         self.book, self.tokenizer = book, tokenizer
         self.max_length, self.too_long = config.batch.max_length, config.batch.too_long
-        if 2 * (self.max_length - 1) > config.batch.tokens:
+        longest, evaluated = 2 * (self.max_length - 1), config.evaluate.tokens
+        if longest > config.batch.tokens:
             wanted = f"half of batch.tokens, {config.batch.tokens}, at most: a pair has two sides"
             raise ConfigError([config.error("batch.max_length", str(self.max_length), wanted)])
+        if evaluated is not None and longest > evaluated:
+            wanted = f"at least {longest}: a pair has two sides of up to batch.max_length tokens"
+            raise ConfigError([config.error("evaluate.tokens", str(evaluated), wanted)])
         special_text = config.batch.special_text
         self.encoder = Encoder(tokenizer, self.max_length, self.too_long, special_text)
         self.pad_id = tokenizer.pad_token_id or 0
@@ -236,7 +240,8 @@ class Preference:
     def examples(self, book: Book, tokenizer: Any, config: Config) -> PairExamples:
         return PairExamples(book, tokenizer, config)
 
-    def reference(self, forward: Callable, batch: PairBatch) -> Tensor:
+    @staticmethod  # it reads no keywords, so runs with others share its answers
+    def reference(forward: Callable, batch: PairBatch) -> Tensor:
         """(B, 2) float32: log-probabilities of the two answers."""
         return _log_probabilities(forward, batch)[0]
 

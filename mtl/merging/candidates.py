@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mtl.merging.piece import MergeError
+
 
 class Losses(Protocol):
     """Validation losses of one model, K tasks, rows in two halves: the first chooses, the second
@@ -34,11 +36,21 @@ class Candidates:
     _known: dict[tuple[float, ...], float] = field(default_factory=dict)
 
     def loss(self, weights: Sequence[float]) -> float:
-        """The mean of the tasks' losses on the half that chooses, nats per target token."""
+        """The mean of the tasks' losses on the half that chooses, nats per target token.
+
+        Raises:
+            MergeError: it is not finite.
+        """
         # Weights that differ by rounding alone are the same average.
         key = tuple(round(w, 9) for w in weights)
         if key not in self._known:
-            self._known[key] = float(self.evaluate(weights).group(0).mean())
+            found = float(self.evaluate(weights).group(0).mean())
+            if not np.isfinite(found):
+                raise MergeError(
+                    f"found a validation loss of {found} with the weights {list(key)}, wanted a "
+                    "finite one: is a sub-model broken?"
+                )
+            self._known[key] = found
         return self._known[key]
 
 

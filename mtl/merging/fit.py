@@ -20,9 +20,16 @@ def check(base: Stored, models: list[Stored]) -> None:
     The base may be stored in another type: training started from it in the sub-models' type.
 
     Raises:
-        MergeError: what differs, of each kind and model the first five.
+        MergeError: what differs, of each kind and model the first five; quantized weights.
     """
     lines = []
+    for model in [base, *models]:
+        # Codes and scales of packed weights have no mean.
+        if "quantization_config" in model.json("config.json"):
+            raise MergeError(
+                f"{model.folder}: found quantized weights, wanted fp32, bf16 or fp16. Load it "
+                "dequantized (transformers: model.dequantize()), save it, and merge that."
+            )
     for model in models:
         kinds = {
             "config": _values(_config(base), _config(model), "the base", here="it"),

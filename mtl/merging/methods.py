@@ -1,5 +1,7 @@
 """Where each method lives: a literal table, and from a name to the function."""
 
+import inspect
+import json
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -36,4 +38,15 @@ def named(
     document = Document(text, "--method", [f"method.{each}" for each in settings])
     if document.problems:
         raise ConfigError(document.problems)
-    return resolve_in(document, "method", Kind(METHODS, arguments=1), allow_code)
+    method = resolve_in(document, "method", Kind(METHODS, arguments=1), allow_code)
+    parameters = inspect.signature(method.func).parameters
+    kinds = {int: (int, "a whole number"), float: ((int, float), "a number")}
+    problems = []
+    for key, value in method.keywords.items():
+        types, wanted = kinds.get(parameters[key].annotation, (object, ""))
+        # True is an int to Python.
+        if not isinstance(value, types) or (wanted and isinstance(value, bool)):
+            problems.append(document.error(("method", key), json.dumps(value), wanted))
+    if problems:
+        raise ConfigError(problems)
+    return method

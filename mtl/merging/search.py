@@ -1,6 +1,7 @@
 """Weights of the average by coordinate descent on the simplex, without gradients."""
 
 from mtl.merging.candidates import Candidates, chooses
+from mtl.merging.piece import MergeError
 
 
 @chooses
@@ -15,6 +16,8 @@ def search(candidates: Candidates, *, rounds: int = 4, step: float = 0.5) -> lis
         rounds: how often to go through the weights.
         step: of the way to a sub-model (up) or off it (down), in (0, 1).
     """
+    if not 0 < step < 1:
+        raise MergeError(f"step: found {step}, wanted a part of the way, above 0 and below 1.")
     k = candidates.k
     starts = [[1 / k] * k, *([float(j == i) for j in range(k)] for i in range(k))]
     best = min(starts, key=candidates.loss)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl.merging.piece import MergeError, TensorPiece, factors
+from mtl.merging.piece import MergeError, TensorPiece, factors, shares
 
 
 def ties(
@@ -23,13 +23,15 @@ def ties(
     Args:
         density: fraction of entries kept, in (0, 1]; the paper keeps a fifth.
         scale: lambda of the paper.
-        weights: K, >= 0; None: 1 each.
+        weights: K, >= 0, not all 0; None: 1 each.
 
     Source: Yadav et al., NeurIPS 2023 (arXiv 2306.01708), algorithm 1. It trims over the whole
     task vector; we trim tensor by tensor, as we stream (mergekit does too).
     """
     if not 0 < density <= 1:
         raise MergeError(f"density: found {density}, wanted a fraction above 0, at most 1.")
+    if weights is not None:
+        shares(weights, piece.k)  # refuses those that are negative, or all 0
     w = piece.deltas.new_tensor(factors(weights, piece.k, 1.0))
     flat = piece.flat
     # At least one entry, or small tensors would stay the base's.

@@ -1,8 +1,9 @@
-"""What makes a loaded model faster: its blocks compiled, a fused loss."""
+"""What makes a loaded model faster: its blocks compiled, a fused loss. And what bf16 costs."""
 
 import importlib.util
 import os
 import shutil
+import time
 
 import torch
 from torch import nn
@@ -41,6 +42,23 @@ def compile_blocks(model: nn.Module, config: Config) -> None:
         layer.compile(dynamic=True)
 
 
+def bf16_over_fp32() -> float:
+    """How many times as long as in fp32 a matrix product takes in bf16 on this CPU: less than 1
+    where it has instructions for bf16, tens of times where it has none.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(32, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        found = []
+        for _ in range(4):  # the first one also sets up its kernel
+            began = time.perf_counter()
+            a @ b
+            found.append(time.perf_counter() - began)
+        return min(found)
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
+
+
 def look_for_kernel(model: nn.Module, config: Config) -> None:
     """Raise ModelError where the fused loss of `model.loss_kernel` cannot run."""
     kernel = config.model.loss_kernel
@@ -65,7 +83,7 @@ def _look_for_liger(place: str) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError(
             f"{place} needs liger-kernel, which is not installed. Run: pip install "
-            "'coba-mtl[liger]'."
+            "liger-kernel."
         )
     # Triton's interpreter runs GPU kernels on a CPU, slowly: tests use it.
     if device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -262,6 +262,12 @@ def _same(lora: LoraSection, trained: peft.LoraConfig, config: Config) -> None:
         for k in theirs
         if mine[k] != theirs[k]
     ]
+    # Scale and rank of single modules: model.lora has no keys for them, and would drop the scales.
+    for key in ("alpha_pattern", "rank_pattern"):
+        if getattr(trained, key):
+            found = f"settings beside an adapter with {key}"
+            hint = "Leave model.lora out: training goes on with the adapter's settings."
+            lines.append(config.error("model.lora", found, "null", hint))
     if lines:
         raise ModelError("\n".join(lines))
 
@@ -298,7 +304,17 @@ def opened(folder: Path) -> nn.Module:
     base = family.from_pretrained(
         settings.base_model_name_or_path, revision=settings.revision, **options
     )
-    return peft.PeftModel.from_pretrained(base, str(folder))
+    return peft.PeftModel.from_pretrained(_with_rows(base, str(folder)), str(folder))
+
+
+def _with_rows(base: nn.Module, path: str) -> nn.Module:
+    """The base model with as many rows for tokens as the adapter's own tables have."""
+    tensors = peft.utils.load_peft_weights(path, device="cpu")
+    ends = [f"{table}.{kind}weight" for table in tables(base) for kind in ("", "modules_to_save.")]
+    rows = max((t.shape[0] for n, t in tensors.items() if n.endswith(tuple(ends))), default=0)
+    if rows > base.get_input_embeddings().weight.shape[0]:  # the adapter overwrites the new rows
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    return base
 
 
 def is_classifier(folder: Path) -> bool:
@@ -326,11 +342,7 @@ def add_up(model: nn.Module, config: Config) -> nn.Module:
     """
     path = config.adapter.path
     _of_this_base(settings_of(path, config), config)
-    tensors = peft.utils.load_peft_weights(source(path), device="cpu")
-    ends = [f"{table}.{kind}weight" for table in tables(model) for kind in ("", "modules_to_save.")]
-    rows = max((t.shape[0] for n, t in tensors.items() if n.endswith(tuple(ends))), default=0)
-    if rows > model.get_input_embeddings().weight.shape[0]:  # the adapter overwrites the new rows
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    model = _with_rows(model, source(path))
     try:
         adapted = peft.PeftModel.from_pretrained(model, source(path), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError) as e:
@@ -390,10 +402,6 @@ def merge(
         ) from e
     if quantize:
         base = base.dequantize(torch.float32).float()
-    if (
-        len(tokenizer) > base.get_input_embeddings().weight.shape[0]
-    ):  # the adapter's own rows overwrite those made here
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return peft.PeftModel.from_pretrained(
-        base, str(folder), autocast_adapter_dtype=False
+        _with_rows(base, str(folder)), str(folder), autocast_adapter_dtype=False
     ).merge_and_unload(), tokenizer

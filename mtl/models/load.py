@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -143,9 +144,16 @@ def _refusals(config: Config) -> Iterator[None]:
         yield
     except (ModelError, ConfigError):
         raise
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as e:
         text, hint = " ".join(str(e).split()), ""
-        if "trust_remote_code" in text:
+        if isinstance(e, RuntimeError):
+            if "ignore_mismatched_sizes" not in text:
+                raise  # memory, a collective: not what lies in the folder
+            text = "its weights have other shapes than its config.json says; see the report above."
+            hint = "Take both from one model."
+        elif isinstance(e, SafetensorError):
+            hint = "A file of its weights is not whole: download it again."
+        elif "trust_remote_code" in text:
             text, hint = (
                 "it needs code that comes with it.",
                 "If you trust that code: model.allow_remote_code: true.",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl.config import Config, ConfigError
+from mtl.config.schema import takes_one_row
 from mtl.data.collate import collate
 from mtl.distributed import comm
 from mtl.distributed.engine import Engine
@@ -27,7 +28,7 @@ class Isolation:
     """How far packed logits are from the right ones, relative to the largest logit.
 
     Attributes:
-        apart: three sequences packed in one row, against each in its own row.
+        apart: three sequences packed in a row, against each in its own row.
         leak: how the later sequences' logits change when the first sequence has other tokens.
         tolerance: the largest `apart` allowed in the model's dtype.
     """
@@ -41,11 +42,12 @@ class Isolation:
         return self.apart <= self.tolerance and self.leak <= LEAK
 
 
-def measure(engine: Engine, vocabulary: int) -> Isolation:
+def measure(engine: Engine, vocabulary: int, rows: int = 2) -> Isolation:
     """Run three short random sequences packed and apart, in eval mode. A collective.
 
     Args:
         vocabulary: token ids to draw from.
+        rows: of the packed batch, all alike. Some kernels keep sequences apart in one row only.
     """
     # A fixed seed: every rank measures the same sequences.
     rng = np.random.default_rng(0)
@@ -53,8 +55,8 @@ def measure(engine: Engine, vocabulary: int) -> Isolation:
     other = (first + 1) % vocabulary
     engine.eval()
     with torch.no_grad():
-        packed = _logits(engine, [first, second, third])
-        changed = _logits(engine, [other, second, third])
+        packed = _logits(engine, [first, second, third], rows)
+        changed = _logits(engine, [other, second, third], rows)
         # In the order of the packed row, so that positions can be compared one by one.
         apart = torch.cat([_logits(engine, [ids]) for ids in (first, second, third)])
     scale = apart.abs().max()
@@ -82,7 +84,8 @@ def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str],
     wanted = config.batch.packing
     if wanted is False:
         return False
-    found = measure(engine, vocabulary)
+    # As many rows as the run's micro-batches may have: see `layouts_for`.
+    found = measure(engine, vocabulary, rows=1 if takes_one_row(config.model.attention) else 2)
     # Ranks on different hardware may measure a borderline case differently, but all must decide
     # alike.
     holds = not comm.sum_(torch.tensor([float(not found.holds)])).item()
@@ -102,11 +105,13 @@ def decide(config: Config, engine: Engine, vocabulary: int, say: Callable[[str],
     return holds
 
 
-def _logits(engine: Engine, sequences: list[np.ndarray]) -> Tensor:
-    """(sum of lengths, vocabulary) float32: the sequences packed into one row, without autocast."""
+def _logits(engine: Engine, sequences: list[np.ndarray], rows: int = 1) -> Tensor:
+    """(sum of lengths, vocabulary) float32: the sequences packed into one row, without autocast.
+    The batch has that row so many times.
+    """
     # Each gets one more token at its end, because `collate` drops a row's last token.
     row = [(np.append(ids, 0), np.zeros(len(ids) + 1, dtype=bool), 0) for ids in sequences]
-    batch = collate([row], pad_id=0, packed=True).to(engine.device)
+    batch = collate([row] * rows, pad_id=0, packed=True).to(engine.device)
     logits = engine.module(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
     ).logits

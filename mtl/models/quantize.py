@@ -30,7 +30,7 @@ def settings(
         return {}
     needs = f"model.quantize: {kind} needs bitsandbytes"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"{needs}, which is not installed. Run: pip install 'coba-mtl[qlora]'.")
+        raise ModelError(f"{needs}, which is not installed. Run: pip install bitsandbytes.")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     four = {
         "bnb_4bit_quant_type": kind,

@@ -176,6 +176,8 @@ class Checkpoints:
         best: name of the best checkpoint's folder so far.
         best_weights: which folder in it is meant, "model" or "average".
         named: folders of `bests` that the newest checkpoint names.
+        at: the checkpoint that this process has saved or loaded last; None before. `latest` may
+            name a later one until the next save: --resume=STEP leaves that one behind.
     """
 
     output: Path
@@ -189,6 +191,7 @@ class Checkpoints:
     best: str | None = field(default=None, init=False)
     best_weights: str = field(default="model", init=False)
     named: set[str] = field(default_factory=set, init=False)
+    at: Path | None = field(default=None, init=False)
 
     @property
     def folder(self) -> Path:
@@ -255,7 +258,7 @@ class Checkpoints:
         comm.together(write)
         manifest.seal_together(folder)  # every file is on the disk when this returns
         comm.on_first(lambda: self._point_and_prune(name))
-        self.named = bests.named(state)
+        self.at, self.named = folder, bests.named(state)
         comm.on_first(lambda: self._prune_bests(state))
         return folder
 
@@ -334,6 +337,7 @@ class Checkpoints:
         # `latest` may be a later checkpoint than this one: a run that is killed before it saves
         # again, and goes on from there, wants what that one names.
         self.named = bests.named(state) | comm.on_first(self._named_by_latest)
+        self.at = folder
         return state
 
     def _named_by_latest(self) -> set[str]:
@@ -523,6 +527,10 @@ class Checkpoints:
     def _clear(self, folder: Path, kind: str = CHECKPOINT) -> None:
         """Make a folder empty but for our mark: a killed run may have left half of it."""
         check_free(folder, kind, "we are about to write there")
+        pointer = self.folder / "latest"
+        if self.at and pointer.is_file() and pointer.read_text("utf-8").strip() == folder.name:
+            # After --resume=STEP. Killed from here on, the run goes on from that step once more.
+            write_text(pointer, self.at.name)
         manifest.discard(folder, kind)
         manifest.mark(folder, kind)
 

@@ -206,7 +206,7 @@ def choice(record: dict[str, Any]) -> str:
 def figure(runs: dict[str, History], path: Path) -> None:
     """Per task: validation loss over its start, one line a run; below, the weights; last, the macro
     loss of the trained weights, of their average, and of what was chosen from at the end. Needs
-    matplotlib (`coba-mtl[plot]`).
+    matplotlib (the extra `plot`).
 
     Raises:
         ValueError: runs of unlike tasks; no matplotlib.
@@ -224,10 +224,11 @@ def figure(runs: dict[str, History], path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as e:
-        raise ValueError("matplotlib is not installed: pip install 'coba-mtl[plot]'.") from e
+        raise ValueError("matplotlib is not installed: pip install matplotlib.") from e
     fig, axes = plt.subplots(
         3, len(runs), figsize=(4.6 * len(runs), 8.5), sharex=True, sharey="row", squeeze=False
     )
+    limits = []  # of the macro losses; the runs share the axis
     for column, (name, history) in enumerate(runs.items()):
         ratios = history.eval_losses / history.eval_losses[0]
         for task in next(iter(runs.values())).tasks:  # in one order, so in the same colours
@@ -241,8 +242,10 @@ def figure(runs: dict[str, History], path: Path) -> None:
                 history.steps, history.weights[:, k], color=line.get_color(), linewidth=1
             )
         axes[0, column].set_title(name)
-        _macro(axes[2, column], history)
+        limits.append(_macro(axes[2, column], history))
         axes[2, column].set_xlabel("optimizer steps")
+    lows, highs = zip(*limits, strict=True)
+    axes[2, 0].set_ylim(min(lows), max(highs))
     axes[0, 0].set_ylabel("validation loss / its start  (dot: best)")
     axes[1, 0].set_ylabel("weight")
     axes[2, 0].set_ylabel("macro validation loss")
@@ -253,8 +256,10 @@ def figure(runs: dict[str, History], path: Path) -> None:
     plt.close(fig)
 
 
-def _macro(axes: Any, history: History) -> None:
-    """Macro losses: along the run, and as lines those of merges."""
+def _macro(axes: Any, history: History) -> tuple[float, float]:
+    """Macro losses: along the run, and as lines those of merges. Returns what to show of the axis,
+    from and to.
+    """
     macro = history.eval_losses.mean(1)
     axes.plot(history.eval_steps, macro, color="black", label="trained weights")
     if np.isfinite(history.averages).any():
@@ -264,6 +269,6 @@ def _macro(axes: Any, history: History) -> None:
     for i, (name, loss) in enumerate(merges.items()):
         axes.axhline(loss, color=f"C{i}", linestyle=":", label=name)
     low = min([macro.min(), *merges.values()])  # the start is far above what is to be compared
-    axes.set_ylim(low - 0.1 * (np.median(macro) - low) - 1e-6, 2 * np.median(macro) - low + 1e-6)
     # Between where the curves fall and where they rise again.
     axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.56, 1))
+    return low - 0.1 * (np.median(macro) - low) - 1e-6, 2 * np.median(macro) - low + 1e-6

@@ -19,10 +19,11 @@ class RunState:
         averaged: updates of `average:`.
         evaluated: step of the last full validation pass; -1 before the first.
         metrics_bytes: length of metrics.jsonl, to cut it back on resume.
-        base_sums, base_tokens: (K, G) float64, the full pass at step 0.
+        base_sums, base_tokens: (K, parts) float64, the full pass at step 0. The parts are the
+            groups of validation rows, and one more where rows are left over.
         train_loss: (K,) float64, nats per target token of the last update.
         replay_loss: (K,) float64, the same examples once more after it, where the balancer asks.
-        weights: (K,) float64, those of the last update.
+        weights: (K,) float64, those of the last update; before the first the balancer's own.
         lowest: (K,) float64, the lowest loss on a full pass so far, nats per target token.
         stalled: (K,) float64, full passes since.
         held: (K,) float64, the part of all weights at which a task that is done is held; nan = not

@@ -159,7 +159,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ValueError(
-                "trackers: tensorboard is not installed: pip install 'coba-mtl[tensorboard]'."
+                "trackers: tensorboard is not installed: pip install tensorboard."
             ) from e
         # Events after `start` belong to the run that was stopped, so they go. Events at `start`
         # stay: a resumed run does not repeat the validation of that step. Its training events then

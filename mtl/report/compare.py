@@ -64,14 +64,15 @@ def _side(pairs: Sequence[tuple[str, Record]]) -> Side:
     alike: dict[str, list[int]] = {}
     for n in range(len(pairs)):
         key = json.dumps([values[n] for values in settings.values()], sort_keys=True)
-        # Runs without any difference are not seeds of each other: each by itself.
-        alike.setdefault(key if differs else str(n), []).append(n)
-    groups = {
-        (bare[each[0]] or "all seeds") if short and len(each) > 1 else _group(each, full): [
-            full[n] for n in each
-        ]
-        for each in alike.values()
-    }
+        alike.setdefault(key, []).append(n)
+    seeds = differs.get(SEED, [None] * len(pairs))
+    groups = {}
+    for each in alike.values():
+        # Two runs of one seed are not seeds of each other: then each is by itself.
+        apart = len({seeds[n] for n in each}) < len(each)
+        for some in [[n] for n in each] if apart else [each]:
+            name = (bare[some[0]] or "all seeds") if short and len(some) > 1 else _group(some, full)
+            groups[name] = [full[n] for n in some]
     runs = {name: record for name, record in zip(full, records, strict=True)}
     return Side(runs, differs, groups)
 

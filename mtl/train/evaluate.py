@@ -45,6 +45,11 @@ class ValidationResult:
         """(K,) nats per target token of each task."""
         return self.sums.sum(1) / self.tokens.sum(1)
 
+    def not_finite(self, names: Sequence[str]) -> str:
+        """The tasks that have targets and no finite loss, such as "copy (nan)"; empty: none."""
+        found = zip(names, self.losses, self.tokens.sum(1), strict=True)
+        return ", ".join(f"{n} ({x})" for n, x, count in found if count and not np.isfinite(x))
+
     def group(self, g: int) -> np.ndarray:
         """(K,) nats per target token of each task's group g; nan where the group has no target."""
         with np.errstate(invalid="ignore"):

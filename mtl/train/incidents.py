@@ -51,10 +51,10 @@ def meet(run: Run, state: RunState, error: NonFinite, kept: Any) -> None:
         GoBack: it goes on from its last checkpoint.
     """
     given, t = run.config.train.not_finite, state.step
-    named, found, why = rows(run, t, error.tasks), None, ""
-    if given.action == "back":
-        found = comm.together(run.checkpoints.find)
-        why = "" if found else " There is no checkpoint yet to go back to."
+    named, why = rows(run, t, error.tasks), ""
+    found = run.checkpoints.at if given.action == "back" else None
+    if given.action == "back" and not found:
+        why = " There is no checkpoint yet to go back to."
     if given.action != "stop" and len(state.passed) >= given.most:
         why = f" {len(state.passed)} batches were passed over before (train.not_finite.most)."
     if given.action == "stop" or why:

@@ -27,7 +27,7 @@ def train(run: Run, state: RunState) -> RunState:
     the last state.
 
     Raises:
-        Preempted: a signal has asked any rank to stop; all have saved.
+        Preempted: a signal has asked any rank to stop; all have saved, but before the first step.
         StepError: a loss or gradient is not finite, and the config lets no more batches go.
         CheckpointError: the disk is full, or closed to us.
     """
@@ -67,7 +67,8 @@ def _train(run: Run, state: RunState) -> RunState:
         if is_over:
             return state
         if asked:
-            raise process.Preempted(f"asked to stop, and saved, at step {t}/{run.steps}")
+            saved = ", and saved," if run.checkpoints.at else ""  # not before the first update
+            raise process.Preempted(f"asked to stop{saved} at step {t}/{run.steps}")
 
         began = time.monotonic()
         draws.plan(run, state)
@@ -135,6 +136,12 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
 
     def full_pass(weights: str = "model") -> ValidationResult:
         found = evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
+        if bad := found.not_finite(run.names):
+            raise ValueError(
+                f"validation at step {state.step}: the loss of {bad} is not finite"
+                f"{', with averaged weights' * (weights == 'average')}. Look at the validation "
+                "rows, or lower optimizer.lr; --resume goes on from the newest checkpoint."
+            )
         if not asks:
             return found
         name = f"step-{state.step:08d}{'.average' * (weights == 'average')}.jsonl"

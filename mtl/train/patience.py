@@ -86,7 +86,7 @@ class Patience:
 
     def _part(self, state: RunState) -> np.ndarray:
         """(K,) float64, the part of all weights at which a task would be held from now on."""
-        if self.action == "drop" or state.weights is None or not state.weights.sum():
+        if self.action == "drop" or not state.weights.sum():
             return np.zeros(len(state.held))
         part = state.weights / state.weights.sum()
         if self.action == "freeze":

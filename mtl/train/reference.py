@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mtl import process
+from mtl.config.schema import Spec
 from mtl.data.batches import Layout, Layouts
 from mtl.data.cache import module_hash
 from mtl.data.collate import Micro
@@ -33,6 +34,7 @@ PLACE = "name", "revision"  # where the model lies; its weights say what it is
 def fill(
     engine: Engine,
     objectives: Sequence[Objective],
+    specs: Sequence[Spec],
     tasks: Sequence[TaskData],
     layouts: Layouts,
     model: Mapping[str, Any],
@@ -45,10 +47,12 @@ def fill(
     model; they change nothing yet.
 
     Answers in the cache of rank 0's host are read instead, and new ones are written there. They are
-    keyed by the starting weights, `model`, the objective's code, and the split with its rows.
+    keyed by the starting weights, `model`, the objective's code, and the split with its rows; by
+    the objective's keywords too where its `reference` is a method, which may read them.
 
     Args:
         objectives: the run's; layout n of `layouts` has the rows of objective n.
+        specs: what the YAML says of each.
         tasks: the streams; their splits get the column, in memory.
         model: the configuration's `model`, resolved.
 
@@ -58,16 +62,18 @@ def fill(
     Raises:
         Preempted: a signal has asked any rank to stop. Splits that were read stay in the cache.
     """
-    asked = [(reference_of(one), at) for one, at in zip(objectives, layouts.each, strict=True)]
-    if not any(ask for ask, _ in asked):
+    asks = list(map(reference_of, objectives))
+    if not any(asks):
         return None
     weights = fingerprint(engine.module)
     settings = {key: value for key, value in model.items() if key not in PLACE}
-    for ask, layout in asked:
+    for ask, spec, layout in zip(asks, specs, layouts.each, strict=True):
         if ask is None:
             continue
-        # The objective's code too: another version may ask for something else.
-        key = hash_of(json.dumps([weights, settings, module_hash(ask)], default=repr))
+        # The objective's code too: another version may ask for something else. A method may read
+        # the objective's keywords, a function cannot.
+        own = [spec.model_dump()] if hasattr(ask, "__self__") else []
+        key = hash_of(json.dumps([weights, settings, module_hash(ask), *own], default=repr))
         for s in range(len(tasks)) if layout.streams is None else layout.streams:
             for name in ("train", "validation"):
                 splits = [getattr(task, name) for task in tasks]

@@ -108,6 +108,7 @@ def train_step(
         for name, penalty in terms.penalties.items():
             mine = torch.where(count > 0, penalty.detach() * count, 0.0).double()
             penalties[name] = penalties.get(name, 0.0) + mine
+    penalties = dict(sorted(penalties.items()))  # every rank must sum the same name at one place
     flat = torch.cat([totals.flatten(), *(value[None] for value in penalties.values())])
     found = comm.sum_(flat).cpu()
     _agree(found[k : 2 * k], batch.tokens, names)

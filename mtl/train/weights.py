@@ -54,7 +54,11 @@ def weigh(
 def measure(
     run: Run, state: RunState, batch: GlobalBatch, validation: ValidationResult | None
 ) -> Signals:
-    """Measure what the balancer declares that it needs, and no more. A collective."""
+    """Measure what the balancer declares that it needs, and no more. A collective.
+
+    Raises:
+        NonFinite: on every rank: a validation loss or a gradient is not finite.
+    """
     t, needs, k = state.step, run.holder.balancer.needs, len(run.names)
     signals: dict[str, object] = {"step": t}
     if Signal.TOKENS in needs:
@@ -70,6 +74,11 @@ def measure(
         else:  # the pass has read the group's rows at these parameters, in the same micro-batches
             losses = validation.group(group)
         base = ValidationResult(state.base_sums, state.base_tokens).group(group)
+        # A balancer would take nan for a task that has no rows in the group.
+        is_bad = np.isfinite(base) & ~np.isfinite(losses)
+        bad = [f"{run.names[k]} ({losses[k]})" for k in np.flatnonzero(is_bad)]
+        if bad:
+            raise NonFinite(f"the validation loss of {', '.join(bad)} is not finite")
         signals |= {"valid_loss": losses, "valid_base": base, "valid_group": group}
     every = run.config.gram.every
     if (Signal.GRAM | Signal.VALID_GRAM) & needs and t % every == 0:
