@@ -60,10 +60,10 @@ class CoBa(Balancer):
             slopes which are noise give equal weights. The error is that of the same fit.
         forgetting: our addition: tells a task that is forgotten (training and validation loss rise)
             from one that overfits (training loss falls). With ``b_i`` the slope of the training
-            loss over ``l_i(0)`` at the same probes and ``s_i`` its standard error, ACS and a_max
-            take ``min(a_i, a_i - max(b_i - s_i, 0))`` for the slope; RCS keeps ``a_i``. A probe's
-            training loss is the mean of those since the last probe. Reads ``train_loss`` as well.
-            Not with ``divergence="released"``.
+            loss over the task's first probe, at the same probes, and ``s_i`` its standard error,
+            ACS and a_max take ``min(a_i, a_i - max(b_i - s_i, 0))`` for the slope; RCS keeps
+            ``a_i``. A probe's training loss is the mean of those since the last probe. Reads
+            ``train_loss`` as well. Not with ``divergence="released"``.
 
     A task's ``l(0)`` is ``valid_base`` where the signals carry it, else the task's first probe
     above 0. Steps are true step numbers, so probes may come at any interval. An absent task keeps

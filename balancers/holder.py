@@ -15,7 +15,8 @@ class Holder:
         balancer: the rule.
         tasks: K different names, in the order of every (K,) array.
         loss_weight: (K,) numbers > 0 that multiply the balancer's weights; the product is brought
-            back to the balancer's sum. None stands for ones.
+            back to the balancer's sum (of sizes, where weights may be negative). None stands for
+            ones.
 
     Attributes:
         weights: (K,) float64, those of the newest update; before the first one equal, times
@@ -110,8 +111,9 @@ class Holder:
 
     def _apply_loss_weight(self, weights: Array) -> Array:
         # Brought back to the balancer's sum: else loss weights would change the learning rate.
+        # Of sizes: weights of both signs may have a sum near 0, which would blow the product up.
         product = weights * self.loss_weight
-        total, wanted = product.sum(), weights.sum()
+        total, wanted = np.abs(product).sum(), np.abs(weights).sum()
         return product * (wanted / total) if min(total, wanted) > 0 else product
 
     def _parts(self, returned: Any, step: int) -> tuple[State, Any, dict[str, Array]]:

@@ -68,7 +68,7 @@ class LBTW(Balancer):
 
 class LBTWValid(LBTW):
     """LBTW on validation losses: ``w_i ~ (V_i / V_i(0))^alpha``, V(0) from ``valid_base`` where the
-    signals carry it.
+    signals carry it and ``epoch`` does not take it again.
 
     One of the methods that the CoBa paper (https://arxiv.org/abs/2410.06741) compares with, marked
     by a star there. It gives no formula; this is our reading. ``epoch`` counts probes.
@@ -77,4 +77,4 @@ class LBTWValid(LBTW):
     needs: ClassVar[Signal] = Signal.VALID_LOSS
 
     def _read(self, signals: Signals) -> tuple[Array | None, Array | None]:
-        return signals.valid_loss, signals.valid_base
+        return signals.valid_loss, None if self.epoch else signals.valid_base

@@ -29,8 +29,8 @@ class MetaWeighting(Balancer):
 
     Differs from the paper: the first-order form of its look-ahead, no second derivatives; the step
     is relative to the largest entry, which takes out the model's learning rate and the losses'
-    scale; the projection keeps w a distribution. Tasks without training or without validation
-    gradient (0 in M) take no part in lambda.
+    scale; the projection keeps w a distribution. Tasks without validation gradient (rows of 0 in M)
+    take no part in lambda; tasks without training gradient (columns of 0) keep their weights.
 
     Explains: ``descent`` (K,), lambda' M / max |M|.
     """
@@ -50,12 +50,16 @@ class MetaWeighting(Balancer):
         if largest == 0:
             return state, state["weights"].copy(), {}
         rows = signals.valid_gram / largest
-        descent = np.zeros(len(rows))
         # A row of zeros would be the minimum by itself, and nothing would move.
         present = np.abs(rows).max(axis=1) > 0
         descent = min_norm(rows[present] @ rows[present].T) @ rows[present]
-        state["weights"] = to_simplex(state["weights"] + self.eta * descent)
-        return state, state["weights"].copy(), {"descent": descent}
+        # A task that is not in the batch says nothing of its weight: the others share theirs.
+        trained = np.abs(rows).max(axis=0) > 0
+        moved, mass = state["weights"].copy(), state["weights"][trained].sum()
+        if mass > 0:
+            moved[trained] = mass * to_simplex((moved + self.eta * descent)[trained] / mass)
+        state["weights"] = moved
+        return state, moved.copy(), {"descent": descent}
 
 
 def min_norm(gram: Array, rounds: int = 1000) -> Array:

@@ -14,7 +14,7 @@ if (ROOT / "mtl").is_dir():  # a checkout, perhaps not installed
     sys.path.insert(0, str(ROOT))
 
 from mtl import process
-from mtl.cli import positive
+from mtl.cli import file, positive
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     add("--threads", type=positive, default=1, help="OMP threads of a run; default 1")
     add("--keep", action="store_true", help="leave finished runs' folders, checkpoints included")
     add("--allow-code", action="append", default=[], metavar="PACKAGE", help="as train.py")
-    add("--page", type=Path, help="a page with a place for the table (docs/evidence.md)")
+    add("--page", type=file, help="a page with a place for the table (docs/evidence.md)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--report", action="store_true", help="start no run")
     what.add_argument("--slurm", action="store_true", help="print a SLURM array, and start no run")

@@ -20,10 +20,11 @@ def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__, reads_config=True, is_launched=True)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="folders of models")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=cli.file, metavar="FILE", help="write the figures there too")
     answers = "where answers go, a line each, if a task has `metrics` (default: %(default)s)"
     default = Path("predictions.jsonl")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", default=default, help=answers)
+    said = {"metavar": "FILE", "default": default, "help": answers}
+    parser.add_argument("--predictions", type=cli.file, **said)
     losses = "measure losses alone: generate no answers"
     parser.add_argument("--losses-only", action="store_true", help=losses)
     return parser.parse_args()

@@ -21,8 +21,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--runs", nargs="+", type=Path, required=True, help="folders of two or more replicas")
     add("--models", nargs="*", type=Path, default=[], help="folders of models made of them")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
-    add("--figure", type=Path, metavar="FILE", help="draw them")
+    add("--json", type=cli.file, metavar="FILE", help="write the figures there too")
+    add("--figure", type=cli.file, metavar="FILE", help="draw them")
     return parser.parse_args()
 
 

@@ -17,7 +17,7 @@ from mtl import cli, process
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON, CSV, TSV or Parquet")
-    parser.add_argument("--out", type=Path, help="file to write; the terminal where left out")
+    parser.add_argument("--out", type=cli.file, help="file to write; the terminal where left out")
     args = parser.parse_args()
     from mtl.check.starter import starter  # here: help comes at once without torch
 
@@ -25,6 +25,7 @@ def main() -> None:
     if args.out is None:
         print(text, end="")
         return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with args.out.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -22,7 +22,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.allow_abbrev = False  # a balancer's setting may begin like an option
     parser.add_argument("run", type=Path, help="a run's folder (its `output:`)")
     parser.add_argument("--balancer", help="a method's name; without: the run's own")
-    parser.add_argument("--json", type=Path, help="where to write it; without: RUN/replay.json")
+    parser.add_argument("--json", type=cli.file, help="where to write it; without: RUN/replay.json")
     return parser.parse_known_args()
 
 

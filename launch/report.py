@@ -17,10 +17,9 @@ from mtl import cli, process
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their `output:`)")
-    parser.add_argument("--out", type=Path, help="where to write the report")
-    parser.add_argument(
-        "--figure", type=Path, help="also draw the runs side by side into this file (matplotlib)"
-    )
+    parser.add_argument("--out", type=Path, help="file to write, or a folder for it")
+    side = "also draw the runs side by side into this file (matplotlib)"
+    parser.add_argument("--figure", type=cli.file, help=side)
     args = parser.parse_args()
     from mtl.output import report  # here: --help need not wait for what these import
     from mtl.report import page
@@ -34,6 +33,8 @@ def main() -> None:
         report.figure(histories, args.figure)
         print(f"written: {args.figure}")
     out = args.out or (None if len(args.runs) == 1 else Path(page.NAME))
+    if out and out.is_dir():
+        out /= page.NAME
     print(f"written: {page.write(args.runs, out)}")
 
 

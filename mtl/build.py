@@ -34,7 +34,7 @@ from mtl.models import accelerate, packing
 from mtl.models.loaders import PLAIN
 from mtl.output import manifest, provenance, report, trackers
 from mtl.output.checkpoint import RUN, CheckpointError, Checkpoints
-from mtl.output.files import write_json
+from mtl.output.files import run_records, write_json
 from mtl.output.state import RunState
 from mtl.report.tracker import PageTracker
 from mtl.train import gram, reference
@@ -407,6 +407,9 @@ def open_trackers(
         manifest.mark(output, RUN)
         name = f"run.resumed-{state.step:08d}.json" if state.step else "run.json"
         record = provenance.record(config, tasks, run.steps, comm.world(), run.checkpoints.identity)
+        for step, later in run_records(output).items():
+            if step > state.step:  # of steps that `--resume=STEP` takes back
+                later.unlink()
         write_json(output / name, record)
         trackers.cut_metrics(output, state.metrics_bytes, say_once)
         settings = {"output": output, "steps": run.steps, "start": state.step}

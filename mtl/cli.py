@@ -65,6 +65,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def file(text: str) -> Path:
+    """An option's value that names a file to write."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"found {text}, a folder, wanted a file's name")
+    return Path(text)
+
+
 def folder() -> Path:
     """Where the programs are: in the package where a wheel was installed, beside it in a
     checkout.

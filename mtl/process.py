@@ -35,15 +35,15 @@ class RankError(RuntimeError):
     """Another rank failed; the text holds that rank's error."""
 
 
-# How a system says that a disk is full, over its quota, read-only, closed to us or broken.
-STORAGE = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
-)
+# How a system says that a disk is full, over its quota or read-only, and that it is closed to us or
+# broken, which readers meet too.
+WRITING = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS"))
+STORAGE = WRITING | {errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def storage(error: OSError, where: Path) -> str:
-    """What a file that cannot be written tells: its path, the system's words, the space there is.
+    """What a file that cannot be written, or read, tells: its path, the system's words, the space
+    there is.
 
     Args:
         where: stands for the path where the error has none.
@@ -51,9 +51,8 @@ def storage(error: OSError, where: Path) -> str:
     path = Path(error.filename2 or error.filename or where)
     there = next(one for one in (path, *path.absolute().parents) if one.exists())
     free = shutil.disk_usage(there).free
-    return (
-        f"{path}: cannot be written: {error.strerror or error}. Free there: {free / 1e6:,.1f} MB."
-    )
+    what = "written" if error.errno in WRITING else "read or written"
+    return f"{path}: cannot be {what}: {error.strerror or error}. Free there: {free / 1e6:,.1f} MB."
 
 
 def free_port() -> int:
@@ -239,6 +238,8 @@ def stoppable() -> Iterator[None]:
     _listening = True
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("--resume continues from the last checkpoint") from None
     finally:
         _listening = False
         for number, handler in zip(signals, before, strict=True):
@@ -373,8 +374,8 @@ def exit_code(main: Callable[[], None]) -> int:
     )  # so does PEFT one of transformers'
     try:
         main()
-    except KeyboardInterrupt:
-        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print("; ".join(["interrupted", *map(str, e.args)]), file=sys.stderr)
         return 130
     except Preempted as e:
         say_on_host(f"{e}; --resume goes on from there")

@@ -194,6 +194,10 @@ class Scaled(Given):
     sums_to_one = False
 
 
+class Signed(Scaled):
+    non_negative = False
+
+
 class Forgetful(Given):
     def update(self, state, signals):
         return {"count": None}, np.array(self.given), {}
@@ -260,6 +264,13 @@ def test_loss_weight_keeps_the_sum():
     np.testing.assert_array_equal(
         Holder(Scaled([0, 0]), ["a", "b"]).update(Signals(step=0)), [0, 0]
     )
+
+
+def test_loss_weight_keeps_the_sum_of_sizes_where_weights_have_both_signs():
+    """With that of the weights, 0.01, they would grow sixty times."""
+    held = Holder(Signed([1.0, -0.99]), ["a", "b"], loss_weight=[1, 2])
+    expected = np.array([1, -1.98]) * 1.99 / 2.98
+    np.testing.assert_allclose(held.update(Signals(step=0)), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,14 @@ def test_lbtw_on_validation_losses_honors_the_base():
     np.testing.assert_allclose(run(LBTWValid(), [signals], 2)[0][0], [1 / 3, 2 / 3])
 
 
+def test_lbtw_on_validation_losses_takes_its_base_again_every_epoch():
+    rows = np.array([[4.0, 1.0], [2.0, 1.0], [1.0, 0.5]])
+    signals = [Signals(step=t, valid_loss=r, valid_base=[4.0, 1.0]) for t, r in enumerate(rows)]
+    _, explained = run(LBTWValid(epoch=2), signals, 2)
+    ratios = [[1, 1], [0.5, 1], [1, 1]]
+    np.testing.assert_allclose([each["ratio"] for each in explained], ratios)
+
+
 def test_famo_is_torchjds():
     before, after = losses(60, seed=1), losses(60, seed=2)
     reference = scalarization.FAMO(3).double()
@@ -270,6 +278,17 @@ def test_metaweighting_moves_along_the_common_descent_of_the_validation_losses()
         MetaWeighting(eta=0.1), [Signals(t, valid_gram=[[-1, 2], [0, 1]]) for t in range(20)], 2
     )
     np.testing.assert_array_equal(weights[-1], [0, 1])
+
+
+def test_metaweighting_leaves_the_weight_of_a_task_that_is_not_in_the_batch():
+    both, alone = np.array([[-1.0, 2], [0, 1]]), np.zeros((3, 3))
+    alone[:2, :2] = both  # the third task has rows for validation and none in the batch
+    alone[2, :2] = [3, 0.5]
+    weights, explained = run(MetaWeighting(eta=0.1), [Signals(0, valid_gram=alone)], 3)
+    assert weights[0][2] == 1 / 3 and weights[0].sum() == pytest.approx(1, abs=1e-15)
+    assert explained[0]["descent"][2] == 0 and abs(weights[0][0] - 1 / 3) > 0.01
+    only, _ = run(MetaWeighting(eta=0.1), [Signals(0, valid_gram=np.diag([0.0, 0, 1]))], 3)
+    np.testing.assert_allclose(only[0], np.full(3, 1 / 3), atol=1e-15)
 
 
 def test_metaweighting_gradient_is_that_of_a_look_ahead():

@@ -232,6 +232,18 @@ def test_the_card(kind, request, yaml, tmp_path):
     assert "at step 12 of 12" in body and f"torch {torch.__version__}".split("+")[0] in body
 
 
+def test_the_card_is_of_the_start_that_made_the_checkpoint(full, tmp_path, monkeypatch):
+    """A run of 8 steps that went on to 12, and from there to 20; its card written from within."""
+    run = tmp_path / "run"
+    shutil.copytree(full, run / "checkpoints" / full.name)
+    record = json.loads((full.parent.parent / "run.json").read_text())
+    for name, steps in (("run", 8), ("run.resumed-00000008", 12), ("run.resumed-00000012", 20)):
+        (run / f"{name}.json").write_text(json.dumps(record | {"steps": steps}))
+    monkeypatch.chdir(run / "checkpoints")
+    text = (export(Path(full.name), tmp_path / "out") / "README.md").read_text()
+    assert "at step 12 of 12" in text
+
+
 def test_the_card_names_a_base_model_on_the_hub(full, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(full, run / "checkpoints" / full.name)

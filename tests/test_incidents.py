@@ -14,6 +14,7 @@ import toys
 from safetensors.torch import load_file
 
 from mtl.output import manifest
+from mtl.report import record, replay
 
 OURS = [
     "objective=outside:causal_lm",
@@ -259,3 +260,15 @@ def test_a_loss_that_leaps_is_a_warning_with_its_rows(yaml):
 def leaps(err: str) -> list[tuple[int, str]]:
     found = re.findall(r"^step (\d+)/12  warning: the loss of (\w+) is ", err, re.M)
     return [(int(t), task) for t, task in found]
+
+
+def test_a_replay_passes_over_the_same_batch(yaml):
+    """The update after it knows the losses of the one before it."""
+    run = record.read(skipped(yaml)[0])
+    found = replay.replay(run, {"name": "DWA", "period": 1})
+    losses = run.column(run.steps, "train", "loss")
+    after = found.steps.tolist().index(AT + 1)
+    assert found.steps[after - 1] == AT - 1
+    ratio = np.exp(losses[after - 1] / losses[after - 2] / 2)
+    assert found.weights[after] == pytest.approx(ratio / ratio.sum(), rel=1e-12)
+    assert np.ptp(found.weights[after]) > 1e-4

@@ -89,6 +89,12 @@ def test_the_yaml_is_one_that_the_program_reads(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="x.yaml: found a file, wanted a new name"):
         init(monkeypatch, "data/code.train.jsonl", "--out", "x.yaml")
     assert Path("x.yaml").read_text() == before
+    init(monkeypatch, "data/code.train.jsonl", "data/chat.jsonl", "--out", "new/folder/x.yaml")
+    assert Path("new/folder/x.yaml").read_text() == before
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        init(monkeypatch, "data/code.train.jsonl", "--out", ".")
+    assert "--out: found ., a folder, wanted a file's name" in capsys.readouterr().err
     init(monkeypatch, "data/code.train.jsonl", "data/chat.jsonl")
     assert capsys.readouterr().out == before
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recorded
 import runs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,12 @@ def test_names(paths, names, monkeypatch, tmp_path):
 def test_different_paths_have_different_names(paths):
     names = report.names_of([Path("/top") / path for path in paths])
     assert len(set(names)) == len(paths) and all(names)
+
+
+def test_a_report_may_be_put_into_a_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pages").mkdir()
+    call(monkeypatch, recorded.write(tmp_path / "run"), "--out", tmp_path / "pages")
+    assert (tmp_path / "pages/report.html").read_text().startswith("<!doctype html>")
 
 
 def test_the_same_run_twice_is_an_error(tmp_path):

@@ -16,6 +16,7 @@ from scipy import stats
 from mtl import process
 from mtl.compare import statistics
 from mtl.output import checkpoint, manifest
+from mtl.output.trackers import Console
 from mtl.report import compare, figures, page, record, tracker
 
 
@@ -246,6 +247,21 @@ def test_a_missing_record_is_said(tmp_path):
     assert "No run.json: configuration, versions and revision are unknown." in text
 
 
+def test_a_start_that_no_pass_betters_is_no_checkpoint(tmp_path):
+    run = recorded.write(tmp_path / "run", until=0)
+    (text,) = re.findall("chosen checkpoint.*?by macro([^<]*)", page.page(compare.sides([run])))
+    assert text == ": no later pass was better, and the start has no checkpoint"
+    whole = page.page(compare.sides([recorded.write(tmp_path / "whole")]))
+    assert re.findall("chosen checkpoint.*?by macro([^<]*)", whole) == [""]
+
+
+def test_a_damaged_replay_is_named(tmp_path):
+    run = recorded.write(tmp_path / "run")
+    (run / "replay.json").write_text('{"about": ')
+    with pytest.raises(ValueError, match=f"{run}/replay.json: found no JSON .*Call that once more"):
+        page.page(compare.sides([run]))
+
+
 # While it runs
 
 
@@ -285,10 +301,13 @@ def test_without_a_number_it_takes_a_hundredth_of_the_time(tmp_path, monkeypatch
     assert written[-1] == 100
 
 
-@pytest.mark.parametrize("every", [0, -1, True])
-def test_a_number_of_passes_is_at_least_one(every, tmp_path):
-    with pytest.raises(ValueError, match="wanted a number of passes >= 1"):
+@pytest.mark.parametrize("every", [0, -1, True, 1.5, "two"])
+def test_every_is_a_whole_number_from_one(every, tmp_path):
+    said = f"every: found {every!r}, wanted a whole number >= 1"
+    with pytest.raises(ValueError, match=f"report: {said}"):
         tracker.PageTracker(tmp_path, steps=1, every=every)
+    with pytest.raises(ValueError, match=f"console: {said}"):
+        Console(tmp_path, steps=1, every=every)
 
 
 def test_that_it_cannot_be_written_is_a_warning_once(tmp_path, capsys):

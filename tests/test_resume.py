@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from mtl import process
 from mtl.distributed.engine import _refuse
 from mtl.output import manifest
+from mtl.output.files import run_record, run_records
 from mtl.train import schedule
 
 OURS = "objective=outside:causal_lm"  # the usual one, from a module that can kill
@@ -154,6 +155,11 @@ def test_killed_while_saving_in_place_of_the_checkpoint_that_latest_names(yaml):
     assert died.codes == [-9] and newest(output).name == "step-00000002"
     assert "step-00000002\n" in runs.train(yaml, *settings, resume=True).well().err
     assert runs.untimed(output) == before and newest(output).name == "step-00000004"
+    # What the start from step 4 wrote down goes with the steps that are taken back.
+    runs.train(yaml, *settings, "train.steps=6", resume=True)
+    assert [*run_records(output)] == [0, 2, 4]
+    runs.train(yaml, *settings, resume=2).well()
+    assert [*run_records(output)] == [0, 2] and run_record(output).name.endswith("00000002.json")
 
 
 def test_half_a_checkpoint_never_takes_a_complete_ones_place(yaml, whole):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mtl import process
-from mtl.output import manifest, report, trackers
+from mtl.output import manifest, provenance, report, trackers
 from mtl.output.export import export
 from mtl.train import loop
 
@@ -242,6 +243,23 @@ def test_a_batch_without_a_task_says_what_is_left_of_the_weights(tmp_path):
 # What it leaves
 
 
+def test_the_revision_is_that_of_the_code_and_not_of_what_it_lies_in(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    code = tmp_path / "provenance.py"
+    code.touch()
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert provenance.git_revision() is None
+    git("add", ".")
+    git("commit", "-q", "-m", "ours")
+    assert provenance.git_revision() == git("rev-parse", "HEAD")
+
+
 def test_provenance_is_written(finished):
     record = json.loads((finished[0] / "run.json").read_text())
     assert (record["steps"], record["world"]) == (12, 2)
@@ -412,7 +430,7 @@ def test_a_tracker_that_is_not_asked_for_writes_nothing(tmp_path, capsys):
     [
         (None, 0, ""),
         (ValueError("a.yaml:3: wrong\nand more"), 1, "error: a.yaml:3: wrong\nand more\n"),
-        (KeyboardInterrupt(), 130, "interrupted; --resume continues from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (RuntimeError("broken"), 1, "RuntimeError: broken\n"),
     ],
     ids=["well", "user's error", "interrupted", "our error"],
@@ -427,6 +445,16 @@ def test_exit_code(monkeypatch, capsys, raised, code, said):
     assert process.exit_code(main) == code
     err = capsys.readouterr().err
     assert err.endswith(said) and err.startswith("Traceback") == isinstance(raised, RuntimeError)
+
+
+def test_an_interrupted_training_says_how_to_go_on(capsys):
+    def main() -> None:
+        with process.stoppable():
+            raise KeyboardInterrupt
+
+    assert process.exit_code(main) == 130
+    said = "interrupted; --resume continues from the last checkpoint\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,15 @@ def test_each_library_gets_project_run_config_and_numbers(library, calls, monkey
     assert "loss" in str(log) and "1.5" in str(log) and "2" in str(log) and "nan" not in str(log)
 
 
+def test_a_library_gets_the_settings_of_the_newest_start(calls, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", stub(calls, "wandb"))
+    for name, rate in (("run", 1), ("run.resumed-00000020", 3), ("run.resumed-00000004", 2)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"config": {"optimizer.lr": rate}}))
+    opened("wandb", tmp_path)
+    (config,) = (arguments for name, arguments, _ in calls if name == "config")
+    assert config == ({"optimizer.lr": 3},)
+
+
 def test_a_librarys_own_keywords_reach_it(calls, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", stub(calls, "wandb"))
     opened("{name: wandb, entity: us, tags: [a]}", tmp_path)

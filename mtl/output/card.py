@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 import mtl
 from mtl.config import dump
+from mtl.output.files import run_record
 from mtl.output.trackers import read_metrics
 
 
@@ -22,12 +23,13 @@ def card(checkpoint: Path, *, adapter: bool, weights: str = "model") -> str:
         adapter: whether PEFT loads the folder, rather than transformers.
         weights: "model", or "average": the losses are those of the averaged weights.
     """
-    # RUN/checkpoints/step-...
+    # RUN/checkpoints/step-..., whose parents a relative path need not name
+    checkpoint = checkpoint.resolve()
     run = checkpoint.parent.parent
     number = checkpoint.name.rpartition("-")[2]
     step = int(number) if number.isdigit() else None
     library = {"library_name": "peft" if adapter else "transformers"}
-    record = _json(run / "run.json")
+    record = _json(run_record(run, step))
     if not record:
         return _page(library, [f"# {checkpoint.name}", "", _made(None, step)])
     config, tasks, base = record["config"], record["tasks"], _base(checkpoint)

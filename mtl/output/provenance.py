@@ -113,18 +113,17 @@ def identity(config: Config, tasks: list[TaskData], steps: int) -> dict[str, Any
 
 
 def git_revision() -> str | None:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    """Of the checkout that holds this code; None where there is none, or no git."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        # An environment may lie within a repository of something else.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the versions are recorded all the same
+        return None  # the versions are recorded all the same

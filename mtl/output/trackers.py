@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from balancers.maths import whole
 from mtl import process
 from mtl.output.board import NARROW, Board
+from mtl.output.files import run_record
 
 TRACKERS = {
     "console": "mtl.output.trackers:Console",
@@ -51,10 +53,14 @@ class Console:
 
     Args:
         every: steps between lines where there is no terminal; None: about 20 lines a run.
+
+    Raises:
+        ValueError: `every` is no whole number >= 1.
     """
 
     def __init__(self, output: Path, steps: int, start: int = 0, every: int | None = None):
-        self.every = every or max(1, steps // 20)
+        few = max(1, steps // 20)
+        self.every = few if every is None else whole("console: every", every)
         self.steps = steps
         self.terminal = process.is_screen()
         self.bar = tqdm(
@@ -212,7 +218,7 @@ class Library:
         named = {naming: Path(output).resolve().name} if naming else {}
         self.tracker = LOGGER_TYPE_TO_CLASS[library](project, **{**named, **keywords})
         self.tracker.start()
-        record = Path(output) / "run.json"
+        record = run_record(Path(output))
         if record.is_file():
             config = json.loads(record.read_text(encoding="utf-8"))["config"]
             self.tracker.store_init_configuration(dict(_flat(config)))

@@ -125,7 +125,10 @@ def _run(record: Record, drawn: list[Figure], prefix: str) -> str:
     facts = [("steps", f"{record.last} of {record.length}, {state}")]
     if chosen:
         of = " of the averaged weights" if chosen.weights == "average" else ""
-        facts.append(("chosen checkpoint", f"step {chosen.step}{of}, by {chosen.key}"))
+        where = f"step {chosen.step}{of}, by {chosen.key}"
+        if chosen.step == 0:
+            where += ": no later pass was better, and the start has no checkpoint"
+        facts.append(("chosen checkpoint", where))
         facts.append((chosen.key, f"{chosen.value:.4f}"))
     facts.append(("balancer", compare.show(record.config.get("balancer", "unknown"))))
     facts.append(("convergence spread", f"{compare.spread_of(record):.3f}"))

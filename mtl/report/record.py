@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtl.config.schema import BEST
+from mtl.output.files import run_records
 from mtl.output.report import CHOICE, lines
 from mtl.output.trackers import LOG
 
@@ -47,6 +48,7 @@ class Record:
         log: what the run told, a line each.
         best: `state.json`'s, of the newest checkpoint.
         choice: of launch/choose.py.
+        passed: steps whose batch was passed over.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class Record:
     log: list[str] = field(default_factory=list)
     best: dict[str, Any] | None = None
     choice: dict[str, Any] | None = None
+    passed: frozenset[int] = frozenset()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -166,18 +169,19 @@ class Record:
 def read(folder: Path) -> Record:
     """Raises ValueError where the folder holds no run, or a line of its metrics is damaged."""
     folder = Path(folder)
-    tasks, steps, passes, _ = lines(folder)
-    log, later = folder / LOG, sorted(folder.glob("run.resumed-*.json"))
+    tasks, steps, passes, every = lines(folder)
+    log, later = folder / LOG, run_records(folder)
     return Record(
         folder,
         tasks,
         steps,
         passes,
         _json(folder / "run.json") or {},
-        {int(one.stem.rpartition("-")[2]): _json(one) or {} for one in later},
+        {step: _json(path) or {} for step, path in later.items() if step},
         log.read_text(encoding="utf-8").splitlines() if log.is_file() else [],
         _best(folder / "checkpoints"),
         _json(folder / CHOICE),
+        frozenset(int(line["step"]) for line in every if "train/passed_over" in line),
     )
 
 

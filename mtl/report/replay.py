@@ -132,8 +132,10 @@ def _signals(record: Record) -> list[Signals]:
             valid["valid_group"] = None if group is None else int(group)
         elif not has_probes and t in at:
             valid = {"valid_loss": at[t], "valid_base": record.losses[0]}
-        # Signals hold the step before; where lines are missing there is none.
-        before = n and lines[n - 1]["step"] == t - 1
+        # Signals hold the update before, over batches that were passed over. Where lines are
+        # missing there is none.
+        between = range(int(lines[n - 1]["step"]) + 1, int(t)) if n else ()
+        before = n and lines[n - 1]["step"] < t and record.passed.issuperset(between)
         found.append(
             Signals(
                 step=t,
@@ -197,6 +199,12 @@ def table(one: Replay, parts: int = 5) -> str:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What launch/replay.py left in a run's folder."""
+    """What launch/replay.py left in a run's folder. Raises ValueError where that is damaged."""
     path = folder / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: found no JSON ({error}), wanted what launch/replay.py writes. Call that once "
+            "more, or delete the file."
+        ) from None

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from balancers.maths import whole
 from mtl import process
 from mtl.output.trackers import LOG
 from mtl.report import page
@@ -23,8 +24,8 @@ class PageTracker:
     """
 
     def __init__(self, output: Path, steps: int, start: int = 0, every: int | None = None):
-        if every is not None and (isinstance(every, bool) or every < 1):
-            raise ValueError(f"report: every: found {every!r}, wanted a number of passes >= 1")
+        if every is not None:
+            whole("report: every", every)
         self.output, self.every, self.passes = Path(output), every, 0
         self.took, self.ended = 0.0, time.monotonic()  # of the last report
         self.problems: set[str] = set()
