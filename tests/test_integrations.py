@@ -178,3 +178,100 @@ def test_calls_out_of_order():
         balance.begin(task)
     with pytest.raises(ValueError, match="step 0 is still open. Call end"):
         balance.state_dict()
+
+
+TASK = torch.tensor([0, 0, 0, 1])
+SEEN = {
+    "another micro-batch": ([[0, 0, 1, 1]], "found 2 of 'code', wanted 3; found 2 of 'math', "),
+    "masked otherwise": ([[0, 0, 1]], "found 2 of 'code', wanted 3. Give "),
+    "one twice": ([[0, 0, 0], [1], [1]], "found 2 of 'math', wanted 1. Give "),
+    "one left out": ([[0, 0, 0]], "found 0 of 'math', wanted 1. Give "),
+    "an absent task": ([[0, 0, 0, 1, 2]], "found 1 of 'law', wanted 0. Give "),
+}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_loss_sees_the_tokens_that_begin_counted(case):
+    micros, message = SEEN[case]
+    balance = Balance(Equal(), NAMES)
+    balance.begin(TASK)
+    for micro in micros:
+        balance.loss(torch.ones(len(micro)), torch.tensor(micro))
+    with pytest.raises(ValueError, match=f"Balance.end at step 0: .*{message}"):
+        balance.end()
+    # The step is given up: its numbers are not passed on.
+    assert balance.losses is None and balance.step == 0
+    balance.begin(TASK), balance.loss(torch.full((4,), 2.0), TASK)
+    np.testing.assert_array_equal(balance.end(), [2, 2, np.nan])
+
+
+@pytest.mark.parametrize("number", (-1, 3))
+def test_a_task_that_is_none(number):
+    balance, task = Balance(Equal(), NAMES), torch.tensor([0, number, 1, number])
+    wanted = f"2 target tokens whose task is not one of 0 to 2, the places in {NAMES}".replace(
+        "[", r"\["
+    )
+    with pytest.raises(ValueError, match=f"Balance.begin at step 0: found {wanted}"):
+        balance.begin(task)
+    with pytest.raises(ValueError, match=f"Balance.mean at step 0: found {wanted}"):
+        balance.mean(torch.ones(4), task)
+    # What begin() counted is there; the losses beside it are of no task.
+    balance.begin(torch.tensor([0, 1])), balance.loss(torch.ones(4), task)
+    with pytest.raises(ValueError, match=f"Balance.loss at step 0: found {wanted}"):
+        balance.end()
+
+
+def errors_on_two_ranks() -> tuple[list[str], np.ndarray]:
+    """Rank 1 alone is wrong."""
+    balance, found, wrong = Balance(Equal(), NAMES), [], comm.rank() == 1
+    for counted, given in ((3 if wrong else 0, 0), (0, 3 if wrong else 0), (0, 1 if wrong else 0)):
+        try:
+            balance.begin(torch.tensor([counted, 1]))
+            balance.loss(torch.ones(2), torch.tensor([given, 1]))
+            balance.end()
+        except ValueError as error:
+            found.append(str(error))
+    # A micro-batch that another rank takes over changes no number.
+    balance.begin(torch.tensor([0] if wrong else [0, 1]))
+    for task in [[]] if wrong else [[0], [0, 1]]:
+        balance.loss(torch.ones(len(task)), torch.tensor(task, dtype=torch.int64))
+    return found, balance.end()
+
+
+def test_every_rank_hears_of_one_ranks_tokens():
+    one, other = run_distributed(errors_on_two_ranks, 2)
+    assert one[0] == other[0]
+    for text, wanted in zip(
+        one[0],
+        (
+            "Balance.begin at step 0: found 1 target token whose task is not one of 0 to 2",
+            "Balance.loss at step 0: found 1 target token whose task is not one of 0 to 2",
+            "found 1 of 'code', wanted 2; found 3 of 'math', wanted 2. Give ",
+        ),
+        strict=True,
+    ):
+        assert wanted in text
+    for _, losses in (one, other):
+        np.testing.assert_array_equal(losses, [1, 1, np.nan])
+
+
+def test_a_step_that_is_given_up_leaves_nothing():
+    def run(interrupted: bool) -> Balance:
+        balance = Balance(CoBa(window=4, warmup=1), NAMES[:2])
+        for step in range(6):
+            valid = [2.0 - 0.1 * step, 1.0 + 0.1 * step]
+            if interrupted and step == 4:
+                balance.begin(TASK, valid_loss=valid, valid_group=0)
+                balance.loss(torch.ones(1), TASK[:1])
+                balance.drop()
+                assert not balance.is_open and balance.step == 4
+            balance.begin(TASK, valid_loss=valid, valid_group=0)
+            balance.loss(torch.ones(4), TASK), balance.end()
+        return balance
+
+    found, wanted = run(True), run(False)
+    np.testing.assert_array_equal(found.weights, wanted.weights)
+    for name, array in wanted.state_dict()["arrays"].items():
+        np.testing.assert_array_equal(found.state_dict()["arrays"][name], array, err_msg=name)
+    with pytest.raises(ValueError, match="Balance.drop: no step is open"):
+        found.drop()

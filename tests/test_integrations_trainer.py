@@ -2,8 +2,13 @@
 refuse.
 """
 
+import json
+import logging
+import re
+import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ import pytest
 import torch
 import toys
 from distributed import run_distributed
+from transformers import TrainerCallback
 
 from balancers import CoBa, Equal, GradNorm, Static, Tokens
 from mtl.distributed import comm
@@ -102,7 +108,7 @@ def huggingface(engine: dict[str, Any] | None = None) -> dict[str, Any]:
 
     def train(
         folder: str,
-        resume: bool = False,
+        resume: bool | str = False,
         kind: Any = BalancedTrainer,
         changes: dict | None = None,
         collator: Callable = pad,
@@ -147,8 +153,62 @@ def huggingface(engine: dict[str, Any] | None = None) -> dict[str, Any]:
         comm.barrier()
         if comm.world() == 1:
             found["refused"] = refusals(train, folder)
+            found["changed"] = changed_probes(train, f"{broken}/checkpoint-3", balancer)
+            found |= older(train, f"{broken}/checkpoint-3", balancer)
+            cut = f"{shared[0]}/cut"
+            train(cut, changes=saving, balancer=balancer(), callbacks=[StopWithin()], **coba)
+            found["cut off"] = train(cut, resume=True, changes=saving, balancer=balancer(), **coba)
         comm.barrier()
     return found
+
+
+class StopWithin(TrainerCallback):
+    """Save and stop between two micro-batches of the third step, as before a machine goes away."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        control.should_training_stop = control.should_save = state.global_step == 2
+        return control
+
+
+def changed_probes(train: Any, checkpoint: str, balancer: Callable) -> dict[str, str]:
+    """What a resumed run says whose validation rows are not those of its start."""
+    masked = [{**VALID["math"][0], "labels": [-100, *VALID["math"][0]["input_ids"][1:]]}]
+    cases = {
+        "groups": {"probe_groups": 3},
+        "fewer": {"eval_dataset": VALID | {"law": VALID["law"][:4]}},
+        "others": {"eval_dataset": VALID | {"code": rows(5, 70, "code")}},
+        "order": {"eval_dataset": VALID | {"law": VALID["law"][::-1]}},
+        "masked": {"eval_dataset": VALID | {"math": masked + VALID["math"][1:]}},
+    }
+    found = {}
+    for name, case in cases.items():
+        given = {"tasks": NAMES, "eval_dataset": VALID, "probe_groups": 2} | case
+        try:
+            train(checkpoint, checkpoint, balancer=balancer(), **given)
+        except ValueError as error:
+            found[name] = str(error).replace(checkpoint, "checkpoint-3")
+    return found
+
+
+def older(train: Any, checkpoint: str, balancer: Callable) -> dict[str, Any]:
+    """Runs that resume from a checkpoint of a version that did not write down the probes' rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        copied = shutil.copytree(checkpoint, f"{folder}/checkpoint-3")
+        file = Path(copied, "balancer.json")
+        state = json.loads(file.read_text())
+        wrote = state.pop("probe")
+        file.write_text(json.dumps(state))
+        coba = {"tasks": NAMES, "eval_dataset": VALID, "changes": {"max_steps": 6}}
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("mtl.integrations.trainer").addHandler(handler)
+        run = train(folder, copied, balancer=balancer(), probe_groups=2, **coba)
+        try:
+            train(folder, copied, balancer=balancer(), probe_groups=3, **coba)
+        except ValueError as error:
+            groups = str(error)
+    return {"older": run, "older, groups": groups, "older, said": said, "wrote": wrote}
 
 
 def refusals(train: Any, folder: str) -> dict[str, str]:
@@ -157,6 +217,8 @@ def refusals(train: Any, folder: str) -> dict[str, str]:
         "validation": {"balancer": CoBa(window=3, warmup=1), "tasks": NAMES},
         "column": {"balancer": Equal(), "tasks": NAMES, "task_column": "kind"},
         "name": {"balancer": Equal(), "tasks": ["code", "math", "lore"]},
+        "every": {"balancer": Equal(), "tasks": NAMES, "probe_every": 0},
+        "groups": {"balancer": Equal(), "tasks": NAMES, "probe_groups": 0},
         "smoothing": {
             "balancer": Equal(),
             "tasks": NAMES,
@@ -345,6 +407,44 @@ def test_what_is_refused(alone):
     assert "no column 'kind': add it to every training row" in found["column"]
     assert "column 'task': found 'law', wanted one of ['code', 'math', 'lore']" in found["name"]
     assert "label smoothing, wanted neither" in found["smoothing"]
+    for name in ("every", "groups"):
+        wanted = f"BalancedTrainer probe_{name}: found 0, wanted a whole number >= 1"
+        assert found[name] == wanted
+
+
+def test_other_probe_rows_than_at_the_start_are_refused(alone):
+    found, digest = alone["changed"], "with digest [0-9a-f]{16}"
+    start = r"checkpoint-3/balancer\.json: its initial validation losses are of other rows"
+    move = r"Resume with the eval_dataset and probe_groups of the start, or start a new run"
+    for name, differs in (
+        ("groups", "groups: found 3, wanted 2"),
+        ("fewer", f"rows of 'law': found 4 {digest}, wanted 5 {digest}"),
+        ("others", f"rows of 'code': found 5 {digest}, wanted 5 {digest}"),
+        ("order", f"rows of 'law': found 5 {digest}, wanted 5 {digest}"),
+        ("masked", f"rows of 'math': found 5 {digest}, wanted 5 {digest}"),
+    ):
+        assert re.fullmatch(rf"{start}: {differs}\. {move}", found[name]), found[name]
+
+
+def test_a_checkpoint_that_knows_the_groups_only(alone):
+    """Versions before wrote no `probe`. The groups are then those of the initial losses."""
+    for name, array in alone["at once"]["parameters"].items():
+        np.testing.assert_array_equal(alone["older"]["parameters"][name], array, err_msg=name)
+    np.testing.assert_array_equal(alone["older"]["weights"], alone["at once"]["weights"])
+    assert "of other rows: groups: found 3, wanted 2. Resume" in alone["older, groups"]
+    (said,) = alone["older, said"]
+    assert "does not say which validation rows" in said and "balancer.json" in said
+    assert alone["wrote"]["groups"] == 2
+    assert {name: each["rows"] for name, each in alone["wrote"]["tasks"].items()} == {
+        name: 5 for name in NAMES
+    }
+
+
+def test_a_step_cut_off_between_micro_batches_is_taken_anew(alone):
+    """The checkpoint that is saved there holds two whole steps, and the third is not counted."""
+    for name, array in alone["at once"]["parameters"].items():
+        np.testing.assert_array_equal(alone["cut off"]["parameters"][name], array, err_msg=name)
+    np.testing.assert_array_equal(alone["cut off"]["weights"], alone["at once"]["weights"])
 
 
 DEEPSPEED = {

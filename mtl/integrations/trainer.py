@@ -12,8 +12,10 @@ The training rows have a column `task` (a name, or its place in `tasks`). Everyt
 Trainer's.
 """
 
+import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -26,9 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from balancers import Balancer, Signal
+from balancers.maths import whole
 from mtl.distributed import comm
 from mtl.integrations.loop import MEASURED_HERE, Balance
 from mtl.losses.terms import Terms
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100  # a label that is not trained
 FILE = "balancer"  # .json and .safetensors, in each checkpoint's folder
@@ -46,17 +51,19 @@ class Balanced:
         tasks: K names.
         task_column: the training rows' column that says which.
         loss_weight: (K,) factors on the balancer's weights.
-        probe_every: optimizer steps between validation probes, where the balancer reads any. They
-            take the rows of `eval_dataset`, which then is a mapping from each task's name to its
-            rows.
-        probe_groups: groups of whole rows each task's validation rows are divided into; a probe
-            reads one of them. All are read once before the first step, for their initial losses.
+        probe_every: optimizer steps between validation probes, where the balancer reads any; >= 1.
+            They take the rows of `eval_dataset`, which then is a mapping from each task's name to
+            its rows.
+        probe_groups: groups of whole rows each task's validation rows are divided into, >= 1; a
+            probe reads one of them. All are read once before the first step, for their initial
+            losses. A resumed run must have the same rows and groups.
         others: what the Trainer takes, by name or by position.
 
     Raises:
         ValueError: what cannot be weighed by task: a collator that moves or cuts tokens, a loss
             function of your own, label smoothing, torch's DataParallel, tensor, context or
-            sequence parallelism, a balancer that reads gradients.
+            sequence parallelism, a balancer that reads gradients. On resuming, other validation
+            rows or groups than the initial losses are of.
     """
 
     def __init__(
@@ -76,11 +83,10 @@ class Balanced:
             probe_every,
             probe_groups,
         )
+        self._to_come = 0  # micro-batches of the open step that had no forward yet
         self._base: Tensor | None = None  # (K, G) float64, initial loss of each group
-        self._refuse_arguments(
-            more.get("args")
-            or next((o for o in others if hasattr(o, "gradient_accumulation_steps")), None)
-        )
+        self._base_of: dict[str, Any] | None = None  # the rows that they are of: `_probed`
+        self._refuse_arguments()
         super().__init__(*others, **more)
         self._refuse_trainer()
         self._collate_rows: Callable = self.data_collator
@@ -170,6 +176,7 @@ class Balanced:
             self._close()
             task = torch.cat([self._targets(batch)[1] for batch in batches]).to(device)
             self.balance.begin(task, **self._probe())
+            self._to_come = len(batches)
         return batches, count
 
     def compute_loss(
@@ -187,6 +194,7 @@ class Balanced:
             )
         losses, task, outputs = self._forward(model, inputs)
         loss = self.balance.loss(losses, task)
+        self._to_come -= 1
         return (loss, outputs) if return_outputs else loss
 
     def _targets(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -229,11 +237,16 @@ class Balanced:
         )
 
     def _close(self) -> None:
+        """End the open step. Give it up if it was cut off: by a stop between micro-batches, or for
+        want of memory, after which the Trainer begins anew with smaller ones.
+        """
         if self.balance.is_open:
-            self.balance.end()
+            self.balance.drop() if self._to_come > 0 else self.balance.end()
+            self._to_come = 0
 
     def log(self, logs: dict[str, float], *others: Any, **more: Any) -> None:
-        if "loss" in logs:
+        # Between micro-batches there is no loss of the step yet.
+        if "loss" in logs and self._to_come <= 0:
             self._close()
             for name, loss, weight in zip(
                 self.balance.holder.tasks, self.balance.losses, self.balance.weights, strict=True
@@ -253,6 +266,7 @@ class Balanced:
             return {}
         groups = self._groups()
         if self._base is None:
+            self._base_of = self._probed()
             self._base = torch.stack(
                 [torch.from_numpy(self._measure(group)) for group in range(groups)], 1
             )
@@ -267,13 +281,30 @@ class Balanced:
         }
 
     def _groups(self) -> int:
-        return max(
-            1,
-            min(
-                self._probe_groups,
-                *(len(self.eval_dataset[name]) for name in self.balance.holder.tasks),
-            ),
+        return min(
+            self._probe_groups,
+            *(len(self.eval_dataset[name]) for name in self.balance.holder.tasks),
         )
+
+    def _probed(self) -> dict[str, Any]:
+        """What the initial losses are of, JSON-able: the number of groups, and of each task the
+        number of rows and a digest of their token ids and labels as the collator gives them.
+        """
+        tasks = {}
+        for k, name in enumerate(self.balance.holder.tasks):
+            digest, count = hashlib.sha256(), len(self.eval_dataset[name])
+            for i in range(count):
+                # Row by row: what padding a batch has depends on how rows are divided.
+                batch = self._probe_batch(k, [i])
+                for key in ("input_ids", "labels"):
+                    digest.update(f"{batch[key].tolist()}".encode())
+            tasks[name] = {"rows": count, "digest": digest.hexdigest()[:16]}
+        return {"groups": self._groups(), "tasks": tasks}
+
+    def _probe_batch(self, k: int, rows: Sequence[int]) -> dict[str, Any]:
+        """Task k's validation rows with these numbers, collated."""
+        data = self.eval_dataset[self.balance.holder.tasks[k]]
+        return self._collate([{**self._kept(data[i]), self._task_column: k} for i in rows])
 
     def _measure(self, group: int) -> np.ndarray:
         """(K,) losses of a group of the validation rows, nats per target token. A collective; as
@@ -285,14 +316,11 @@ class Balanced:
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
         for k, name in enumerate(names):
-            data = self.eval_dataset[name]
             # Every G-th row: whole rows, and the same ones each time.
-            rows = range(group, len(data), self._groups())
+            rows = range(group, len(self.eval_dataset[name]), self._groups())
             for start in range(0, len(rows), size * comm.world()):
                 mine = rows[start + comm.rank() * size : start + (comm.rank() + 1) * size]
-                batch = self._collate(
-                    [{**self._kept(data[i]), self._task_column: k} for i in mine or rows[:1]]
-                )
+                batch = self._probe_batch(k, mine or rows[:1])
                 if not mine:  # another rank's turn: a forward without targets
                     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
                 with torch.no_grad(), self.compute_loss_context_manager():
@@ -318,7 +346,7 @@ class Balanced:
                 Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             )
             folder.mkdir(parents=True, exist_ok=True)
-            state = self.balance.state_dict()
+            state = self.balance.state_dict() | {"probe": self._base_of}
             tensors = {f"arrays.{name}": tensor for name, tensor in state.pop("arrays").items()}
             tensors |= {
                 name: t
@@ -353,11 +381,38 @@ class Balanced:
         }
         self.balance.load_state_dict({**state, "arrays": arrays, "losses": tensors.get("losses")})
         self._base = tensors.get("base")
+        if self._base is not None:
+            saved = state.get("probe") or {"groups": self._base.shape[1]}
+            # Every rank reads the rows by itself; where one has others, all end.
+            self._base_of = comm.together(lambda: self._same_probes(saved, path))
+
+    def _same_probes(self, saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """`_probed` of this run, checked against that of a checkpoint."""
+        here = self._probed()
+        found, wanted = _described(here), _described(saved)
+        differ = [
+            f"{what}: found {found[what]}, wanted {text}"
+            for what, text in wanted.items()
+            if found[what] != text
+        ]
+        if differ:
+            raise ValueError(
+                f"{path}: its initial validation losses are of other rows: {'; '.join(differ)}. "
+                "Resume with the eval_dataset and probe_groups of the start, or start a new run"
+            )
+        if "tasks" not in saved and comm.rank() == 0:
+            logger.warning(
+                f"{path} is of an older version and does not say which validation rows its initial "
+                "losses are of: they are taken to be those of eval_dataset"
+            )
+        return here
 
     # --- what is refused
 
-    def _refuse_arguments(self, args: Any) -> None:
+    def _refuse_arguments(self) -> None:
         name = type(self).__name__
+        whole(f"{name} probe_every", self._probe_every)
+        whole(f"{name} probe_groups", self._probe_groups)
         needs = self.balance.holder.balancer.needs
         if needs & ~(MEASURED_HERE | Signal.VALID_LOSS):
             raise ValueError(
@@ -400,6 +455,15 @@ class Balanced:
                 f"{name}: the balancer reads validation losses: eval_dataset must map each of "
                 f"{names} to its rows."
             )
+
+
+def _described(probed: Mapping[str, Any]) -> dict[str, str]:
+    """`Balanced._probed` by what an error names; of older checkpoints the groups only."""
+    rows = {
+        f"rows of {name!r}": f"{each['rows']} with digest {each['digest']}"
+        for name, each in probed.get("tasks", {}).items()
+    }
+    return {"groups": str(probed["groups"]), **rows}
 
 
 def _number(task: Any, column: str, names: Sequence[str]) -> int:
