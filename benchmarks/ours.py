@@ -179,7 +179,8 @@ def main() -> None:
     if args.rows:
         args.rows.write_text(json.dumps(rows(config)))
         return
-    train(build_run(config, Turns()), RunState())
+    run = build_run(config, Turns())
+    train(run, RunState(weights=run.holder.weights))
 
 
 if __name__ == "__main__":

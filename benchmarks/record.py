@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     run = build_run(plugins.read(args.config, args.set, []), Unhurried())
     recorder = Recorder(run, args.every)
-    train(replace(run, trackers=[recorder]), RunState())
+    train(replace(run, trackers=[recorder]), RunState(weights=run.holder.weights))
     np.savez_compressed(
         args.out,
         step=np.array(recorder.steps),

@@ -126,7 +126,7 @@ class Case:
             say=lambda text: None,
         )
         self.run.checkpoints, self.run.trackers = SimpleNamespace(output=Path(folder)), [Turn()]
-        self.state = RunState()
+        self.state = RunState(weights=holder.weights)
         if (
             first is not None and first.run.validation.groups == self.run.validation.groups
         ):  # its pass over all validation rows does for all

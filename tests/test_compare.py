@@ -132,7 +132,7 @@ def written(base: Path, folder: Path, **changes: object) -> Path:
         (
             {"set": ["evaluate.probe={examples: all}"]},
             r"evaluate.probe.examples: found all, wanted batch or a number",
-        ),
+        ),  # of the arm with CoBa
         ({"references": {"seeds": 1, "arms": {"alone": ["x.y=1"]}}}, "references.copy.alone: .*x"),
     ],
 )

@@ -436,11 +436,13 @@ def test_one_wrong_line(line, error):
 
 
 def test_evaluation_holds_the_rows_of_training():
-    found = errors(with_("batch: {row_length: 2048}\nevaluate: {tokens: 1024}"))
+    found = errors(with_("batch: {max_length: 2048}\nevaluate: {tokens: 1024}"))
     assert found == [
-        "x.yaml:8: evaluate.tokens: found 1024, wanted at least batch.row_length, 2048."
+        "x.yaml:8: evaluate.tokens: found 1024, wanted at least batch.max_length, 2048."
     ]
-    parse(with_("batch: {row_length: 2048}\nevaluate: {tokens: 2048}"))
+    parse(with_("batch: {max_length: 2048}\nevaluate: {tokens: 2048}"))
+    # Packed rows of evaluation are as long as its tokens at most.
+    parse(with_("batch: {row_length: 2048}\nevaluate: {tokens: 1024}"))
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,8 @@ def test_what_a_format_imports_of_its_package_is_part_of_the_key(tmp_path, monke
         return found
 
     plain = key("other.py", "FOUR = 5\n")  # nothing imports it
+    # Nothing is run to find what is imported.
+    assert not {"my_package.late", "my_package.other"} & sys.modules.keys()
     assert plain == key("words.py", files["words.py"] + "# said\n")
     changed = {key(file, files[file] + "FIVE = 5\n") for file in ("words.py", "deep.py", "late.py")}
     assert len(changed | {plain}) == 4

@@ -146,7 +146,7 @@ def test_what_it_needs_is_said(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="needs a GPU, found a CPU. Leave the key out"):
         load.load(config_for(folder), toys.tokenizer())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"not installed. Run: pip install 'coba-mtl\[liger\]'"):
+    with pytest.raises(ModelError, match="not installed. Run: pip install liger-kernel"):
         load.load(config_for(folder), toys.tokenizer())
 
 

@@ -274,6 +274,12 @@ def test_settings_are_yaml_and_bound():
     assert method.keywords == {"density": 0.3, "weights": [1, 2]}
 
 
+def test_a_method_of_ones_own_may_take_any_setting(tmp_path, monkeypatch):
+    (tmp_path / "my_merge.py").write_text("def mean(piece, **settings):\n    return piece.base\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert named("my_merge:mean", ["scale=2"], ["my_merge"]).keywords == {"scale": 2}
+
+
 @pytest.mark.parametrize(
     "name, settings, text",
     [

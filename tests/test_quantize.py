@@ -238,7 +238,7 @@ def test_without_bitsandbytes(yaml, monkeypatch):
     )
     for how in (load.load, load.skeleton):
         with pytest.raises(
-            ModelError, match=r"not installed. Run: pip install 'coba-mtl\[qlora\]'"
+            ModelError, match="not installed. Run: pip install bitsandbytes"
         ):
             how(config_for(yaml.parent / "model", *QLORA), toys.tokenizer())
 

@@ -66,7 +66,8 @@ def test_all_come_and_a_slow_one_is_waited_for():
         meeting.ready(60)
 
     said, raised = meet([0, 1, 2], 3, 60, then)
-    assert not raised and set(said[0]) == {"waiting for rank 1 of 3 to read their data"}
+    late = [text for text in said[0] if "to come" not in text]  # a slow machine's ranks may be
+    assert not raised and set(late) == {"waiting for rank 1 of 3 to read their data"}
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -83,7 +84,8 @@ def test_one_that_fails_is_heard_by_all(failing):
 
 
 def test_a_restart_does_not_read_what_an_attempt_before_has_said(monkeypatch):
-    """torchrun's agent keeps the store while it starts the ranks again."""
+    """torchrun's agent keeps the store while it starts the ranks again. Agents of several hosts count their own
+    restarts, so that these do not name an attempt."""
     port = process.free_port()
     limit = timedelta(seconds=30)
     agent = TCPStore("127.0.0.1", port, None, True, limit, wait_for_workers=False)
@@ -97,9 +99,19 @@ def test_a_restart_does_not_read_what_an_attempt_before_has_said(monkeypatch):
 
     _, raised = meet([0, 1], 2, 60, fail, port)
     assert str(raised.pop(1)) == "no such file" and not raised
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    _, raised = meet([0, 1], 2, 60, lambda meeting: meeting.ready(60), port)
-    assert not raised
+    agent.add("asked", 1)  # one that was ended before it could ask
+    _, raised = meet([1], 2, 0.5, port=port)  # and one before rank 0 came
+    assert "rank 0 of 2 did not come to 127.0.0.1:" in str(raised[1])
+    stores = []
+
+    def well(meeting: Meeting) -> None:
+        meeting.ready(60)
+        stores.append(meeting.store)
+
+    _, raised = meet([0, 1], 2, 60, well, port)
+    assert not raised and not any(store.check(["failed"]) for store in stores)
+    stores[0].set("common", "")
+    assert stores[1].check(["common"])
     del agent
 
 

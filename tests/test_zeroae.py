@@ -470,6 +470,10 @@ def test_rounds_of_another_call_are_not_gone_on_with(folder, forked, tmp_path):
     ):
         with pytest.raises(ValueError, match=r"round-00/round.json: found a round of other texts"):
             go(folder, out, pool, other, *sets)
+    note = out / "round-00/round.json"
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "key"}))
+    with pytest.raises(ValueError, match="found a round of an earlier version"):
+        go(folder, out, folder / "pool.jsonl", PLAN)
 
 
 def test_a_round_without_a_sure_text_trains_on(folder, forked, tmp_path):
@@ -701,7 +705,7 @@ def test_labelled_files_are_looked_for_first_and_their_labels_last(folder, forke
         done(tmp_path / "gone.jsonl")
     assert not (tmp_path / "a").exists()
     toys.write_rows(tmp_path / "odd.jsonl", [{"text": "a", "label": "delta"}])
-    with pytest.raises(ValueError, match=r"odd.jsonl: found .*, wanted a label of alpha, beta"):
+    with pytest.raises(ValueError, match=r"odd.jsonl: found .*, wanted a text, and a label of alpha, beta"):
         done(tmp_path / "odd.jsonl")
     assert (tmp_path / "a/predictions.jsonl").is_file()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from balancers import Signal
 from mtl import plugins
 from mtl.compare.statistics import LEVEL, least_p, pairs_for
 from mtl.config import Config, ConfigError
@@ -251,7 +252,9 @@ def _check(study: Study) -> None:
             for task, section in config.streams.items()
             if section.test is None
         ]
-        if config.evaluate.probe.examples == "all":
+        needs = plugins.holder(config, study.allow_code).balancer.needs
+        is_probed = needs & (Signal.VALID_LOSS | Signal.VALID_GRAM)
+        if is_probed and config.evaluate.probe.examples == "all":
             wanted = "batch or a number: with all, its cost is not known beforehand"
             problems.append(config.error("evaluate.probe.examples", "all", wanted))
         for place in PLACE.finditer(" ".join(run.overrides)):

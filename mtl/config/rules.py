@@ -220,11 +220,9 @@ def _one_row(get: Get) -> Iterator[Finding]:
 
 def _evaluation(get: Get) -> Iterator[Finding]:
     tokens = get("evaluate", "tokens")
-    for key in "row_length", "max_length":
-        least = get("batch", key) or 0
-        if tokens is not None and least > tokens:
-            yield ("evaluate", "tokens"), show(tokens), f"at least batch.{key}, {least}", ""
-            return
+    least = get("batch", "max_length") or 0  # rows of evaluation are not longer than its tokens
+    if tokens is not None and least > tokens:
+        yield ("evaluate", "tokens"), show(tokens), f"at least batch.max_length, {least}", ""
 
 
 def _generate(get: Get) -> Iterator[Finding]:

@@ -521,14 +521,35 @@ def _imports_hash(name: str) -> str:
         if name in sources or name.partition(".")[0] != package:
             continue
         sources[name] = ""
-        # From the files: which modules are loaded differs from process to process.
         # Other errors than OSError: no module has this name, or it has no source.
         with suppress(OSError, ImportError, ValueError, AttributeError, TypeError, SyntaxError):
-            spec = importlib.util.find_spec(name)
-            source = Path(spec.origin).read_text(encoding="utf-8")
-            ahead += _imported(source, spec.parent)
+            path, parent = _file_of(name)
+            source = path.read_text(encoding="utf-8")
+            ahead += _imported(source, parent)
             sources[name] = _without_comments(source)
     return hash_of(json.dumps(sources, sort_keys=True))
+
+
+def _file_of(name: str) -> tuple[Path, str]:
+    """A module's file, and the package that its relative imports begin at. Looked for among files:
+    to find a module by its spec would run the code of those above it.
+
+    Raises:
+        FileNotFoundError: no module, but an attribute of one.
+    """
+    top, *rest = name.split(".")
+    spec = importlib.util.find_spec(top)  # of a name without dots: runs nothing
+    if not rest:
+        return Path(spec.origin), spec.parent
+    for root in spec.submodule_search_locations or ():
+        base = Path(root, *rest)
+        for path, parent in (
+            (base / "__init__.py", name),
+            (base.with_name(f"{base.name}.py"), name.rpartition(".")[0]),
+        ):
+            if path.is_file():
+                return path, parent
+    raise FileNotFoundError(name)
 
 
 @functools.cache

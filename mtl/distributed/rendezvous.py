@@ -8,11 +8,12 @@ the others, which would wait for it otherwise.
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from mtl import process
 
@@ -69,11 +70,14 @@ class Meeting:
                 f"rank {rank} cannot {'listen' if serves else 'speak'} at {self.where}: "
                 f"{str(error).splitlines()[0]} {move}"
             ) from error
+        limit = f"{seconds:.0f} s (engine.rendezvous_minutes)"
         # torchrun's agent keeps its store when it starts the ranks again: what they said before
-        # stands under another name.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = PrefixStore(f"attempt {attempt}", store)
-        self._wait("come", deadline, f"{seconds:.0f} s (engine.rendezvous_minutes)")
+        # stands under another name. Its count of restarts is none, as each host has its own.
+        self._asked, self._unnamed = 0, set[int]()
+        with self._connected():
+            self._name = uuid.uuid4().hex if rank == 0 else self._ask(store, deadline, limit)
+        self._common, self.store = store, PrefixStore(self._name, store)
+        self._wait("come", deadline, limit)
 
     def ready(self, seconds: float) -> None:
         """Say that this rank is ready for a process group, and wait until all are.
@@ -121,13 +125,54 @@ class Meeting:
                     news += NEWS
                 time.sleep(POLL)
 
+    def _ask(self, store: Store, deadline: float, limit: str) -> str:
+        """The name of this start of all ranks, which rank 0 gives."""
+        mine = uuid.uuid4().hex
+        store.set(f"ask/{store.add('asked', 1)}", mine)
+        news = time.monotonic() + NEWS
+        while not store.check([f"name/{mine}"]):
+            now = time.monotonic()
+            if now > deadline:
+                raise RendezvousError(
+                    f"rank 0 of {self.world} did not come to {self.where} within {limit}. Look at "
+                    "its output, and start all again."
+                )
+            if now > news:
+                if process.is_first_on_host():
+                    self._say(f"waiting for rank 0 of {self.world} to come")
+                news = now + NEWS
+            time.sleep(POLL)
+        return store.get(f"name/{mine}").decode()
+
+    def _answer(self) -> None:
+        """Give this start's name to the ranks that ask for it, of an earlier start too."""
+        asked = self._common.add("asked", 0)
+        self._unnamed |= set(range(self._asked + 1, asked + 1))
+        self._asked = asked
+        # One that has counted itself writes its key a moment later, or has ended before.
+        for n in [n for n in self._unnamed if self._common.check([f"ask/{n}"])]:
+            self._common.set(f"name/{self._common.get(f'ask/{n}').decode()}", self._name)
+            self._unnamed.remove(n)
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except DistError as error:
+            raise RendezvousError(
+                f"rank {self.rank} of {self.world} lost the connection to {self.where}: rank 0 "
+                "has ended, its output says why."
+            ) from error
+
     def _wait(self, what: str, deadline: float, limit: str) -> None:
         """Write this rank's key for `what`, and wait for those of all."""
-        try:
+        with self._connected():
             self.store.set(f"{what}/{self.rank}", socket.gethostname())
             self.store.add(what, 1)
             news = time.monotonic() + NEWS
             while self.store.add(what, 0) < self.world:
+                if self.rank == 0:
+                    self._answer()
                 # Another rank has failed: it waits a moment for those who hear it.
                 if self.store.check(["failed"]):
                     self.store.add("heard", 1)
@@ -142,15 +187,10 @@ class Meeting:
                             f"{limit}; the others met at {self.where}. Look at the missing ranks' "
                             "output, and start all again."
                         )
-                    if self.rank == min(set(range(self.world)) - set(missing)):
+                    if missing and self.rank == min(set(range(self.world)) - set(missing)):
                         self._say(f"waiting for {_ranks(missing)} of {self.world} to {_base(what)}")
                     news = now + NEWS
                 time.sleep(POLL)
-        except DistError as error:
-            raise RendezvousError(
-                f"rank {self.rank} of {self.world} lost the connection to {self.where}: rank 0 "
-                "has ended, its output says why."
-            ) from error
 
     def _has(self, what: str, rank: int) -> bool:
         return self.store.check([f"{what}/{rank}"])

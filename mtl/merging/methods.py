@@ -43,7 +43,8 @@ def named(
     kinds = {int: (int, "a whole number"), float: ((int, float), "a number")}
     problems = []
     for key, value in method.keywords.items():
-        types, wanted = kinds.get(parameters[key].annotation, (object, ""))
+        known = parameters.get(key)  # none where the method takes any
+        types, wanted = kinds.get(known and known.annotation, (object, ""))
         # True is an int to Python.
         if not isinstance(value, types) or (wanted and isinstance(value, bool)):
             problems.append(document.error(("method", key), json.dumps(value), wanted))

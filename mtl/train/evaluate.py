@@ -26,6 +26,14 @@ from mtl.train.step import GlobalBatch
 AT_ONCE = 64
 
 
+def not_finite(step: int, bad: str) -> ValueError:
+    """The error of a pass or probe before update `step`, with what `bad` names."""
+    return ValueError(
+        f"validation at step {step}: the loss of {bad} is not finite. Look at the validation rows, "
+        "or lower optimizer.lr; --resume goes on from the newest checkpoint."
+    )
+
+
 @dataclass(frozen=True)
 class ValidationResult:
     """What a pass over validation rows found, over all ranks.

@@ -137,11 +137,8 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
     def full_pass(weights: str = "model") -> ValidationResult:
         found = evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
         if bad := found.not_finite(run.names):
-            raise ValueError(
-                f"validation at step {state.step}: the loss of {bad} is not finite"
-                f"{', with averaged weights' * (weights == 'average')}. Look at the validation "
-                "rows, or lower optimizer.lr; --resume goes on from the newest checkpoint."
-            )
+            averaged = ", with averaged weights" * (weights == "average")
+            raise evaluate.not_finite(state.step, bad + averaged)
         if not asks:
             return found
         name = f"step-{state.step:08d}{'.average' * (weights == 'average')}.jsonl"

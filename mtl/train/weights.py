@@ -57,7 +57,9 @@ def measure(
     """Measure what the balancer declares that it needs, and no more. A collective.
 
     Raises:
-        NonFinite: on every rank: a validation loss or a gradient is not finite.
+        NonFinite: on every rank: a gradient is not finite; or a validation loss, which going back
+            to a checkpoint may mend.
+        ValueError: on every rank: a validation loss is not finite. No batch is to blame for it.
     """
     t, needs, k = state.step, run.holder.balancer.needs, len(run.names)
     signals: dict[str, object] = {"step": t}
@@ -76,9 +78,11 @@ def measure(
         base = ValidationResult(state.base_sums, state.base_tokens).group(group)
         # A balancer would take nan for a task that has no rows in the group.
         is_bad = np.isfinite(base) & ~np.isfinite(losses)
-        bad = [f"{run.names[k]} ({losses[k]})" for k in np.flatnonzero(is_bad)]
+        bad = ", ".join(f"{run.names[k]} ({losses[k]})" for k in np.flatnonzero(is_bad))
+        if bad and run.config.train.not_finite.action == "back":
+            raise NonFinite(f"the validation loss of {bad} is not finite")
         if bad:
-            raise NonFinite(f"the validation loss of {', '.join(bad)} is not finite")
+            raise evaluate.not_finite(t, bad)
         signals |= {"valid_loss": losses, "valid_base": base, "valid_group": group}
     every = run.config.gram.every
     if (Signal.GRAM | Signal.VALID_GRAM) & needs and t % every == 0:

@@ -170,8 +170,12 @@ def classify(
     truth: dict[str, str] = {}
     for path in gold:
         labelled = read(path)
-        if odd := [row for row in labelled if row.get("label") not in names]:
-            wanted = f"a label of {', '.join(names)}"
+        if odd := [
+            row
+            for row in labelled
+            if row.get("label") not in names or not isinstance(row.get("text"), str)
+        ]:
+            wanted = f"a text, and a label of {', '.join(names)}"
             raise ValueError(f"{path}: found {str(odd[0])[:60]}, wanted {wanted}.")
         if fresh := [row["text"] for row in labelled if row["text"] not in guessed]:
             found = reader.scores(model, fresh).argmax(1)
@@ -231,10 +235,12 @@ def go(
             _write_round(base, sets, pool, valid, plan, out, number, key)
             # The run needs the memory that scoring took.
             torch.cuda.empty_cache()
-        elif json.loads(note.read_text(encoding="utf-8")).get("key") != key:
+        elif (had := json.loads(note.read_text(encoding="utf-8")).get("key")) != key:
+            what = "other texts, another configuration or other switches"
+            if had is None:
+                what = "an earlier version, which does not say what it was made of"
             raise ValueError(
-                f"{note}: found a round of other texts, another configuration or other switches. "
-                "Give another --out, or move this one away."
+                f"{note}: found a round of {what}. Give another --out, or move this one away."
             )
         if not (run / "model" / "zeroae.json").is_file():
             given = [part for one in sets for part in ("--set", one)]
