@@ -111,7 +111,7 @@ def test_a_restart_does_not_read_what_an_attempt_before_has_said(monkeypatch):
     _, raised = meet([0, 1], 2, 60, well, port)
     assert not raised and not any(store.check(["failed"]) for store in stores)
     stores[0].set("common", "")
-    assert stores[1].check(["common"])
+    stores[1].wait(["common"], limit)  # raises after that; a `set` does not wait for the store
     del agent
 
 
