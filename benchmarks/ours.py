@@ -31,7 +31,6 @@ from mtl.config import Config
 from mtl.data.plan import mix_for, steps_of
 from mtl.distributed import comm, engine
 from mtl.losses.objective import measures_of
-from mtl.output.state import RunState
 from mtl.train.loop import train
 from mtl.train.run import Run
 
@@ -180,7 +179,7 @@ def main() -> None:
         args.rows.write_text(json.dumps(rows(config)))
         return
     run = build_run(config, Turns())
-    train(run, RunState(weights=run.holder.weights))
+    train(run, build.restore(run, False))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from ours import build_run
 
-from mtl import plugins
+from mtl import build, plugins
 from mtl.data.mix import permutation
-from mtl.output.state import RunState
 from mtl.train.loop import train
 from mtl.train.run import Run
 
@@ -94,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     run = build_run(plugins.read(args.config, args.set, []), Unhurried())
     recorder = Recorder(run, args.every)
-    train(replace(run, trackers=[recorder]), RunState(weights=run.holder.weights))
+    train(replace(run, trackers=[recorder]), build.restore(run, False))
     np.savez_compressed(
         args.out,
         step=np.array(recorder.steps),

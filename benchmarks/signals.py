@@ -29,7 +29,6 @@ from mtl.config import parse
 from mtl.data.encoded import Encoded, TaskData
 from mtl.distributed import engine
 from mtl.losses import head
-from mtl.output.state import RunState
 from mtl.output.trackers import Tracker
 from mtl.train.loop import train
 from mtl.train.optimizer import optimizer
@@ -126,7 +125,7 @@ class Case:
             say=lambda text: None,
         )
         self.run.checkpoints, self.run.trackers = SimpleNamespace(output=Path(folder)), [Turn()]
-        self.state = RunState(weights=holder.weights)
+        self.state = build.restore(self.run, False)
         if (
             first is not None and first.run.validation.groups == self.run.validation.groups
         ):  # its pass over all validation rows does for all

@@ -153,6 +153,5 @@ def figure(found: Mapping[str, Imbalance], path: Path) -> None:
     axes.legend(title="(highest - lowest) / mean loss", frameon=False)
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -285,7 +285,6 @@ def figure(found: Mapping[str, Any], path: Path) -> bool:
     axis.set_xlabel(f"G less that of {found['against']} (dots: seeds; lines: 95 %); left is better")
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return True

@@ -82,8 +82,7 @@ def look_for_kernel(model: nn.Module, config: Config) -> None:
 def _look_for_liger(place: str) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError(
-            f"{place} needs liger-kernel, which is not installed. Run: pip install "
-            "liger-kernel."
+            f"{place} needs liger-kernel, which is not installed. Run: pip install liger-kernel."
         )
     # Triton's interpreter runs GPU kernels on a CPU, slowly: tests use it.
     if device().type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -125,9 +125,7 @@ def sources(archives: Path, wanted: Iterable[str]) -> dict[str, SampleSource]:
 
     def german() -> SampleSource:
         django = fetch(archives, DJANGO)
-        return SampleSource(
-            even.catalogs(django, "de", "German"), django.name, "BSD-3-Clause"
-        )
+        return SampleSource(even.catalogs(django, "de", "German"), django.name, "BSD-3-Clause")
 
     more: dict[str, Callable[[], SampleSource]] = {
         "g2p": sounds,

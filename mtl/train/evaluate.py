@@ -26,8 +26,18 @@ from mtl.train.step import GlobalBatch
 AT_ONCE = 64
 
 
+def bad_losses(names: Sequence[str], losses: np.ndarray, read: np.ndarray) -> str:
+    """The tasks that were read and have no finite loss, such as "copy (nan)"; empty: none.
+
+    Args:
+        losses, read: (K,) float64 and bool. A task without a target has nan and was not read.
+    """
+    found = zip(names, losses, read & ~np.isfinite(losses), strict=True)
+    return ", ".join(f"{name} ({loss})" for name, loss, is_bad in found if is_bad)
+
+
 def not_finite(step: int, bad: str) -> ValueError:
-    """The error of a pass or probe before update `step`, with what `bad` names."""
+    """The error of a pass or probe before update `step`, with what `bad_losses` found."""
     return ValueError(
         f"validation at step {step}: the loss of {bad} is not finite. Look at the validation rows, "
         "or lower optimizer.lr; --resume goes on from the newest checkpoint."
@@ -52,11 +62,6 @@ class ValidationResult:
     def losses(self) -> np.ndarray:
         """(K,) nats per target token of each task."""
         return self.sums.sum(1) / self.tokens.sum(1)
-
-    def not_finite(self, names: Sequence[str]) -> str:
-        """The tasks that have targets and no finite loss, such as "copy (nan)"; empty: none."""
-        found = zip(names, self.losses, self.tokens.sum(1), strict=True)
-        return ", ".join(f"{n} ({x})" for n, x, count in found if count and not np.isfinite(x))
 
     def group(self, g: int) -> np.ndarray:
         """(K,) nats per target token of each task's group g; nan where the group has no target."""

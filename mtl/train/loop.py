@@ -136,7 +136,7 @@ def _evaluate(run: Run, state: RunState) -> ValidationResult:
 
     def full_pass(weights: str = "model") -> ValidationResult:
         found = evaluate.full_pass(run.engine, run.objective, run.validation, len(run.names))
-        if bad := found.not_finite(run.names):
+        if bad := evaluate.bad_losses(run.names, found.losses, found.tokens.sum(1) > 0):
             averaged = ", with averaged weights" * (weights == "average")
             raise evaluate.not_finite(state.step, bad + averaged)
         if not asks:

@@ -77,8 +77,7 @@ def measure(
             losses = validation.group(group)
         base = ValidationResult(state.base_sums, state.base_tokens).group(group)
         # A balancer would take nan for a task that has no rows in the group.
-        is_bad = np.isfinite(base) & ~np.isfinite(losses)
-        bad = ", ".join(f"{run.names[k]} ({losses[k]})" for k in np.flatnonzero(is_bad))
+        bad = evaluate.bad_losses(run.names, losses, np.isfinite(base))
         if bad and run.config.train.not_finite.action == "back":
             raise NonFinite(f"the validation loss of {bad} is not finite")
         if bad:
