@@ -233,7 +233,7 @@ def test_what_a_format_imports_of_its_package_is_part_of_the_key(tmp_path, monke
     package.mkdir()
     files = {
         "__init__.py": "",
-        "made.py": "from .words import ONE\n\n\ndef made(row):\n    from my_package import late\n",
+        "made.py": "from .words import ONE\n\n\ndef made(row):\n    from my_package.late import THREE\n",
         "words.py": "import json\n\nfrom my_package import deep\n\nONE = 1  # one\n",
         "deep.py": "TWO = 2\n",
         "late.py": "THREE = 3\n",
